@@ -1,0 +1,1 @@
+"""What a feature is and does: steering and, later, statistics and ranking."""

@@ -1,0 +1,1 @@
+"""The static web page that shows an attribution graph."""

@@ -1,0 +1,1 @@
+"""Model and images to activations on disk: adapter, hooks, store, loader."""

@@ -1,0 +1,237 @@
+"""Configuration: frozen dataclasses validated by pydantic, read from YAML with dotted `key=value` overrides.
+
+One file describes one job. Dataclasses live near their owner; this module holds the reader and the settings of the
+transcoder and its training. An unknown key, a wrong type or a value out of range is a `ConfigError` that names the
+dotted path.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any, Literal, TypeVar
+
+import yaml
+from pydantic import ConfigDict, Field, TypeAdapter, ValidationError, model_validator
+from pydantic.dataclasses import dataclass
+
+from clt.errors import ConfigError
+
+T = TypeVar("T")
+
+#: Configuration of every settings class: an unknown key is an error, instances are values.
+STRICT = ConfigDict(extra="forbid")
+
+ReadSite = Literal["resid_mid", "mlp_in", "resid_pre", "resid_post"]
+
+
+@dataclass(frozen=True, kw_only=True, config=STRICT)
+class TranscoderSettings:
+    """What a user chooses about a transcoder; the model's dimensions come from the store."""
+
+    n_features: int = Field(gt=0)
+    """Features per source layer, F."""
+    k: int = Field(gt=0)
+    """Active features per token and source layer, K."""
+    n_targets: int | None = Field(default=None, gt=0)
+    """Target layers a source writes to; absent: all from its first target to the last layer."""
+    first_offset: Literal[0, 1] = 0
+    """0: a source writes to its own layer first; 1: to the next (layer 0's MLP then has no source and is kept)."""
+    skip: bool = False
+    """Add W_skip x_t, a linear map of the target layer's own input."""
+    read_site: ReadSite = "resid_mid"
+    """What the encoders read: the residual stream entering the MLP's norm by default."""
+    drop_bos: bool = False
+    """Neither train on nor replace the MLPs at the beginning-of-sequence token."""
+
+    @model_validator(mode="after")
+    def _k_fits(self) -> TranscoderSettings:
+        if self.k > self.n_features:
+            raise ValueError(f"k={self.k} exceeds n_features={self.n_features}; lower k")
+        return self
+
+
+@dataclass(frozen=True, kw_only=True, config=STRICT)
+class CLTConfig(TranscoderSettings):
+    """A transcoder's full architecture, as saved in its checkpoint."""
+
+    n_layers: int = Field(gt=0)
+    """Decoder layers of the model, L = M."""
+    d_model: int = Field(gt=0)
+    """Width of the residual stream, D."""
+
+    @classmethod
+    def resolve(cls, settings: TranscoderSettings, n_layers: int, d_model: int) -> CLTConfig:
+        """The settings completed by the model's dimensions."""
+        return cls(**asdict(settings), n_layers=n_layers, d_model=d_model)
+
+
+@dataclass(frozen=True, kw_only=True, config=STRICT)
+class AuxKSettings:
+    """Gradient for dead features: they reconstruct what the live ones miss (Gao et al. 2024, section A.2)."""
+
+    coefficient: float = Field(default=1 / 32, ge=0)
+    """Weight of the auxiliary loss; 0 turns it off."""
+    k: int | None = Field(default=None, gt=0)
+    """Dead features used per token and layer; absent: the transcoder's k."""
+    token_fraction: float = Field(default=0.125, gt=0, le=1)
+    """Share of a batch's tokens that the auxiliary loss looks at."""
+    dead_after_tokens: int = Field(default=100_000, gt=0)
+    """A feature is dead for training when it has not fired in this many tokens."""
+
+
+@dataclass(frozen=True, kw_only=True, config=STRICT)
+class OptimizerSettings:
+    """Adam and the schedules of its learning rate and of k."""
+
+    learning_rate: float = Field(default=1e-3, gt=0)
+    """Peak learning rate."""
+    warmup_steps: int = Field(default=50, ge=0)
+    """Steps of linear warm-up."""
+    decay_fraction: float = Field(default=0.2, ge=0, le=1)
+    """Share of all steps, at the end, in which the learning rate falls linearly to zero."""
+    betas: tuple[float, float] = (0.9, 0.999)
+    """Adam's decay rates."""
+    eps: float = Field(default=1e-8, gt=0)
+    """Adam's epsilon."""
+    gradient_clip: float = Field(default=1.0, ge=0)
+    """Largest global gradient norm; 0 turns clipping off."""
+    k_start: int | None = Field(default=None, gt=0)
+    """K at step 0; absent: no annealing."""
+    k_anneal_steps: int = Field(default=0, ge=0)
+    """Steps in which K falls linearly from k_start to k."""
+
+
+@dataclass(frozen=True, kw_only=True, config=STRICT)
+class DataSettings:
+    """How a store is read for training."""
+
+    batch_tokens: int = Field(default=1024, gt=0)
+    """Tokens of a step, over all ranks."""
+    window_tokens: int = Field(default=65_536, gt=0)
+    """Tokens shuffled together in memory."""
+
+
+@dataclass(frozen=True, kw_only=True, config=STRICT)
+class MeshSettings:
+    """How the processes are arranged."""
+
+    layer: int = Field(default=1, gt=0)
+    """Ranks over which layers are dealt; the others are data-parallel replicas."""
+    zero_stage: Literal[0, 1, 2] = 1
+    """DeepSpeed ZeRO stage on the data axis."""
+
+
+@dataclass(frozen=True, kw_only=True, config=STRICT)
+class TrainConfig:
+    """One training job."""
+
+    store: Path
+    """Activation store to train on."""
+    output: Path
+    """Folder for checkpoints, TensorBoard logs and metrics."""
+    clt: TranscoderSettings
+    """The transcoder."""
+    steps: int = Field(gt=0)
+    """Optimizer steps."""
+    seed: int = 0
+    """Seed of the weights and of the read order."""
+    optimizer: OptimizerSettings = OptimizerSettings()
+    """Adam and schedules."""
+    auxk: AuxKSettings = AuxKSettings()
+    """Auxiliary loss for dead features."""
+    data: DataSettings = DataSettings()
+    """Batching and shuffling."""
+    mesh: MeshSettings = MeshSettings()
+    """Layer and data axis."""
+    log_every: int = Field(default=20, gt=0)
+    """Steps between TensorBoard scalars."""
+    checkpoint_every: int = Field(default=500, gt=0)
+    """Steps between checkpoints; the last step always writes one."""
+    keep_checkpoints: int = Field(default=2, gt=0)
+    """Newest checkpoints kept on disk."""
+
+
+def load_config(cls: type[T], path: Path | str, overrides: Sequence[str] = ()) -> T:
+    """Reads a YAML file into a settings class and applies dotted overrides.
+
+    Args:
+        cls: a pydantic dataclass.
+        path: YAML file.
+        overrides: strings `a.b=value`; the value is read as YAML.
+
+    Returns:
+        A validated instance of `cls`.
+
+    Raises:
+        ConfigError: the file cannot be read, a key is unknown, or a value is not valid; names the dotted key.
+    """
+    try:
+        tree = yaml.safe_load(Path(path).read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        raise ConfigError(f"{path}: no such configuration file") from None
+    except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
+        raise ConfigError(f"{path}: not a readable YAML file ({_one_line(error)})") from None
+    if not isinstance(tree, dict):
+        raise ConfigError(f"{path}: expected keys at the top level, found {type(tree).__name__}")
+    for override in overrides:
+        _apply(tree, override)
+    return parse_config(cls, tree, source=str(path))
+
+
+def parse_config(cls: type[T], tree: Mapping[str, Any], source: str) -> T:
+    """Validates a tree of plain values against a settings class.
+
+    Args:
+        cls: a pydantic dataclass.
+        tree: nested mappings, as YAML or JSON give them.
+        source: file name for the error message.
+
+    Returns:
+        A validated instance of `cls`.
+
+    Raises:
+        ConfigError: a key is unknown or a value is not valid; names the dotted key.
+    """
+    try:
+        return TypeAdapter(cls).validate_python(tree)
+    except ValidationError as error:
+        first = error.errors(include_url=False)[0]
+        key = ".".join(str(part) for part in first["loc"]) or "top level"
+        more = f" (and {error.error_count() - 1} more)" if error.error_count() > 1 else ""
+        if first["type"] in ("unexpected_keyword_argument", "extra_forbidden"):
+            raise ConfigError(f"{source}: unknown key '{key}'; remove it or correct its spelling{more}") from None
+        raise ConfigError(f"{source}: {key}: {first['msg']}, got {first['input']!r}{more}") from None
+
+
+def config_to_tree(config: Any) -> dict[str, Any]:
+    """A settings object as nested plain values, ready for YAML or JSON."""
+    return TypeAdapter(type(config)).dump_python(config, mode="json")
+
+
+def config_to_yaml(config: Any) -> str:
+    """A settings object as YAML text, every default written out."""
+    return yaml.safe_dump(config_to_tree(config), sort_keys=False)
+
+
+def _apply(tree: dict[str, Any], override: str) -> None:
+    key, equals, text = override.partition("=")
+    if not equals or not key:
+        raise ConfigError(f"override '{override}': expected key=value")
+    try:
+        value = yaml.safe_load(text)
+    except yaml.YAMLError as error:
+        raise ConfigError(f"override '{override}': the value is not valid YAML ({_one_line(error)})") from None
+    *parents, leaf = key.split(".")
+    node = tree
+    for parent in parents:
+        child = node.setdefault(parent, {})
+        if not isinstance(child, dict):
+            raise ConfigError(f"override '{override}': '{parent}' holds a value, not keys")
+        node = child
+    node[leaf] = value
+
+
+def _one_line(error: Exception) -> str:
+    return " ".join(str(error).split())

@@ -1,0 +1,1 @@
+"""Entry points: arguments, logging and process groups."""
