@@ -1,0 +1,159 @@
+"""Loads a model, its tokenizer and its image processor from a folder or the hub, and tells models apart.
+
+Used by `ModelAdapter.from_pretrained` only. Weights are read from safetensors, never from pickles; every failure that
+a user can cause becomes a one-line `ModelError`.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import re
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, cast
+
+import torch
+from torch import nn
+
+from clt.errors import ModelError
+from clt.records import ModelIdentity
+
+#: Model classes whose structure, residual stream and image tokens are known to be read right.
+SUPPORTED = ("LlavaForConditionalGeneration", "LlamaForCausalLM")
+_DTYPES = ("float32", "bfloat16", "float16", "float64")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Processor:
+    """Tokenizer and image processor of a vision-language model."""
+
+    tokenizer: Any
+    image_processor: Any
+
+
+def load_model(path: str, revision: str | None, dtype: str, device: str) -> tuple[Any, Any]:
+    """Loads a model and its processor.
+
+    Args:
+        path: folder or hub name.
+        revision: hub revision; ignored for folders.
+        dtype: float32, bfloat16, float16 or float64.
+        device: torch device.
+
+    Returns:
+        The model on `device`, and its `Processor`, or its tokenizer if it takes no images.
+
+    Raises:
+        ModelError: a file is missing or damaged, or the class, dtype or device is not supported.
+    """
+    _check_folder(path)
+    if dtype not in _DTYPES:
+        raise ModelError(f"dtype '{dtype}': expected one of {', '.join(_DTYPES)}")
+    try:
+        torch.empty(0, device=device)
+    except (RuntimeError, AssertionError) as error:
+        raise ModelError(f"device '{device}' cannot be used ({_first_line(error)}); choose another") from None
+    from safetensors import SafetensorError
+
+    try:
+        with _quiet_transformers():
+            return _load(path, revision, dtype, device)
+    except ModelError:
+        raise
+    except (OSError, ValueError, KeyError, RuntimeError, SafetensorError) as error:
+        raise ModelError(f"{path}: the model cannot be loaded ({_first_line(error)}); check its files") from error
+
+
+def _load(path: str, revision: str | None, dtype: str, device: str) -> tuple[Any, Any]:
+    import transformers
+
+    config = transformers.AutoConfig.from_pretrained(path, revision=revision)
+    architecture = (getattr(config, "architectures", None) or [type(config).__name__])[0]
+    if architecture not in SUPPORTED:
+        raise ModelError(f"{path}: {architecture} is not supported; supported are {', '.join(SUPPORTED)}")
+    model, report = getattr(transformers, architecture).from_pretrained(
+        path,
+        revision=revision,
+        dtype=getattr(torch, dtype),
+        attn_implementation="sdpa",
+        use_safetensors=True,
+        output_loading_info=True,
+    )
+    # transformers would fill these with random numbers and only warn.
+    missing = sorted(str(key) for key in [*report["missing_keys"], *report["mismatched_keys"]])
+    if missing:
+        raise ModelError(f"{path}: weights are missing or have another shape, first {missing[0]}; check its files")
+    tokenizer = transformers.AutoTokenizer.from_pretrained(path, revision=revision)
+    if getattr(config, "vision_config", None) is None:
+        return model.to(device), tokenizer
+    # The PIL backend gives the same pixels with and without torchvision installed.
+    images = transformers.AutoImageProcessor.from_pretrained(path, revision=revision, backend="pil")
+    return model.to(device), Processor(tokenizer=tokenizer, image_processor=images)
+
+
+@contextmanager
+def _quiet_transformers() -> Iterator[None]:
+    """No progress bars and no load reports: what is wrong with a model is told in our one line."""
+    from transformers.utils import logging
+
+    verbosity, bars = logging.get_verbosity(), logging.is_progress_bar_enabled()
+    logging.set_verbosity_error()
+    logging.disable_progress_bar()
+    try:
+        yield
+    finally:
+        logging.set_verbosity(verbosity)
+        if bars:
+            logging.enable_progress_bar()
+
+
+def _check_folder(path: str) -> None:
+    folder = Path(path)
+    if folder.is_dir():
+        config = folder / "config.json"
+        if not config.is_file():
+            raise ModelError(f"{path}: the folder has no config.json; give the folder of a saved model")
+        try:
+            json.loads(config.read_text(encoding="utf-8"))
+        except ValueError as error:
+            raise ModelError(f"{config}: not valid JSON ({_first_line(error)}); save the model again") from None
+        return
+    hub_name = re.fullmatch(r"\w[\w.-]*(/[\w.-]+)?", path) is not None
+    # A name below an existing folder is a mistyped path: say so instead of asking the hub.
+    if folder.exists() or not hub_name or (len(folder.parts) > 1 and folder.parent.is_dir()):
+        raise ModelError(f"{path}: no such model folder; check the path")
+
+
+def _first_line(error: Exception) -> str:
+    return (str(error).strip() or type(error).__name__).splitlines()[0]
+
+
+def identify(model: nn.Module, name: str, revision: str) -> ModelIdentity:
+    """Describes a model so that it can be recognised later.
+
+    Args:
+        model: a supported Hugging Face model.
+        name: path or hub name as the user gave it.
+        revision: hub revision, or "local".
+
+    Returns:
+        Its identity. The fingerprint is a SHA-256 over shape and a strided sample of every weight; it leaves out
+        parameter names and storage types, so that a lossless cast or a renaming between library versions keeps it.
+    """
+    digests = []
+    for tensor in model.state_dict().values():
+        flat = tensor.detach().reshape(-1)
+        sample = flat[:: max(1, flat.numel() // 4096)].to("cpu", torch.float32).contiguous()
+        digests.append(hashlib.sha256(repr(tuple(tensor.shape)).encode() + sample.numpy().tobytes()).digest())
+    text = cast(Any, model).config.get_text_config()
+    return ModelIdentity(
+        name=name,
+        revision=revision,
+        architecture=type(model).__name__,
+        n_layers=text.num_hidden_layers,
+        d_model=text.hidden_size,
+        fingerprint=hashlib.sha256(b"".join(sorted(digests))).hexdigest(),
+    )

@@ -1,0 +1,255 @@
+"""Capture: runs a model over examples and writes what its MLPs read and add into a store.
+
+`capture` is what `clt capture` and `launch/capture.py` call. Samples are packed into units by their token counts before
+the first forward pass; a unit is run in batches of similar length, padded on the left, and padding is never stored.
+A capture that is started again goes on with the units that are not committed.
+"""
+
+from __future__ import annotations
+
+import itertools
+import logging
+import math
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass as plain_dataclass
+from dataclasses import fields, replace
+from pathlib import Path
+from typing import Literal
+
+import torch
+from pydantic import Field
+from pydantic.dataclasses import dataclass
+from torch import Tensor
+from tqdm import tqdm
+
+from clt.capture.adapter import ModelAdapter
+from clt.capture.examples import ExampleSource, SourceSettings, open_source
+from clt.capture.hooks import attach
+from clt.capture.order import pack_units
+from clt.capture.schema import SCHEMA_VERSION, CapturePlan, StoreSpec
+from clt.capture.shard import StoreDtype, to_stored
+from clt.capture.writer import StoreWriter, UnitData
+from clt.config import STRICT, ReadSite
+from clt.errors import ConfigError, NonFiniteError
+from clt.records import TokenTable
+
+log = logging.getLogger(__name__)
+
+#: A block, which is read together, is at most so many bytes of activations; a unit, which is held in memory, so many.
+_BLOCK_BYTES = 8 << 20
+_UNIT_BYTES = 2 << 30
+_CHUNK_TOKENS = (32, 1024)
+_MAX_ROWS_PER_UNIT = 65_536
+
+
+@dataclass(frozen=True, kw_only=True, config=STRICT)
+class CaptureConfig:
+    """One capture job."""
+
+    model: str
+    """Folder or hub name of the model."""
+    output: Path
+    """Folder of the store; it is made, or gone on with if it holds an unfinished store of the same job."""
+    source: SourceSettings
+    """Where the examples come from."""
+    revision: str | None = None
+    """Hub revision of the model."""
+    dtype: Literal["float32", "bfloat16", "float16", "float64"] = "float32"
+    """Floating-point type the model runs in."""
+    device: str = "cpu"
+    """Torch device the model runs on."""
+    read_site: ReadSite = "resid_mid"
+    """What transcoders will read; stored for every layer beside `mlp_out`."""
+    store_dtype: StoreDtype = "bfloat16"
+    """Type of the stored values."""
+    batch_size: int = Field(default=32, gt=0)
+    """Prompts per forward pass."""
+    rows_per_unit: int | None = Field(default=None, gt=0)
+    """Most tokens of a unit, the piece that is written and committed as a whole; absent: up to 65,536 in 2 GiB."""
+    chunk_tokens: int | None = Field(default=None, gt=0)
+    """Tokens that are read together; must divide rows_per_unit; absent: a power of two that makes up to 8 MiB."""
+    seed: int = 0
+    """Seed of the order of tokens within units."""
+
+
+@plain_dataclass(frozen=True, kw_only=True)
+class CaptureJob:
+    """A capture that has been planned.
+
+    Attributes:
+        adapter: the model.
+        source: the examples.
+        lengths: tokens of each example.
+        spec: what the store will hold.
+        plan: which samples each unit holds.
+    """
+
+    adapter: ModelAdapter
+    source: ExampleSource
+    lengths: tuple[int, ...]
+    spec: StoreSpec
+    plan: CapturePlan
+
+    @property
+    def bytes_per_token(self) -> int:
+        """Bytes of activations per token."""
+        return _bytes_per_token(self.spec.sites, self.spec.model.d_model, self.spec.store_dtype)
+
+    def summary(self) -> str:
+        """What the job will write, in one line."""
+        tokens = sum(self.plan.unit_tokens)
+        return (
+            f"{len(self.lengths)} samples, {tokens} tokens, {self.plan.n_units} units of up to "
+            f"{self.spec.rows_per_unit} tokens, {len(self.spec.sites)} sites of {self.spec.model.d_model}, "
+            f"{tokens * self.bytes_per_token / 2**20:.1f} MiB"
+        )
+
+
+def plan_capture(config: CaptureConfig, adapter: ModelAdapter | None = None) -> CaptureJob:
+    """Loads the model and decides what goes where, without running it or writing anything.
+
+    Args:
+        config: the job.
+        adapter: the model, if it is loaded already.
+
+    Returns:
+        The planned job.
+
+    Raises:
+        ModelError: the model cannot be loaded.
+        InputError: the examples cannot be read, or do not fit the model.
+        ConfigError: a sample does not fit into a unit, or chunk_tokens does not divide rows_per_unit.
+    """
+    adapter = adapter or ModelAdapter.from_pretrained(config.model, config.revision, config.dtype, config.device)
+    source = open_source(config.source)
+    lengths = tuple(adapter.count_tokens(text.prompt, text.n_images, text.answer) for text in source.texts)
+    sites = tuple(f"lm.{layer}.{kind}" for kind in (config.read_site, "mlp_out") for layer in range(adapter.n_layers))
+    rows, chunk = _sizes(config, _bytes_per_token(sites, adapter.d_model, config.store_dtype))
+    starts = pack_units(lengths, rows)
+    plan = CapturePlan(
+        sample_starts=starts,
+        unit_tokens=tuple(sum(lengths[a:b]) for a, b in itertools.pairwise(starts)),
+    )
+    spec = StoreSpec(
+        schema_version=SCHEMA_VERSION,
+        model=adapter.identity,
+        model_dtype=str(adapter.dtype).removeprefix("torch."),
+        sites=sites,
+        store_dtype=config.store_dtype,
+        rows_per_unit=rows,
+        chunk_tokens=chunk,
+        batch_size=config.batch_size,
+        seed=config.seed,
+        source=source.digest(),
+    )
+    return CaptureJob(adapter=adapter, source=source, lengths=lengths, spec=spec, plan=plan)
+
+
+def capture(config: CaptureConfig, *, adapter: ModelAdapter | None = None, progress: bool = False) -> str:
+    """Runs a capture to its end, going on where an earlier run of the same job stopped.
+
+    Args:
+        config: the job.
+        adapter: the model, if it is loaded already.
+        progress: show a progress bar over samples.
+
+    Returns:
+        The id of the complete store at `config.output`.
+
+    Raises:
+        ModelError: the model cannot be loaded.
+        InputError: an example or an image cannot be read; its unit is not committed.
+        NonFiniteError: an activation is NaN or infinite; its unit is not committed.
+        StoreError: the output holds something else, or a committed file is missing.
+        ConfigError: a sample does not fit into a unit, or chunk_tokens does not divide rows_per_unit.
+    """
+    job = plan_capture(config, adapter)
+    writer = StoreWriter(config.output, job.spec, job.plan)
+    pending = writer.pending()
+    log.info("%s: %s; %d units to go", config.output, job.summary(), len(pending))
+    with tqdm(total=len(job.lengths), unit="sample", disable=not progress) as bar:
+        bar.update(len(job.lengths) - sum(len(job.plan.samples(unit)) for unit in pending))
+        for unit in pending:
+            writer.commit(unit, _run_unit(job, unit, bar))
+    return writer.finalize()
+
+
+def _run_unit(job: CaptureJob, unit: int, bar: tqdm) -> UnitData:
+    """Activations and tokens of a unit, its samples laid end to end."""
+    samples = job.plan.samples(unit)
+    lengths = torch.tensor([job.lengths[sample] for sample in samples])
+    first_row = torch.cumsum(lengths, 0) - lengths
+    shape = (job.plan.unit_tokens[unit], len(job.spec.sites), job.spec.model.d_model)
+    acts = to_stored(torch.zeros(shape), job.spec.store_dtype)
+    rows, tables = [], []
+    for batch in _batches(samples, job.lengths, job.spec.batch_size):
+        values, tokens = _run_batch(job, unit, batch)
+        rows.append(torch.cat([first_row[s - samples.start] + torch.arange(job.lengths[s]) for s in batch]))
+        acts[rows[-1]] = values
+        tables.append(tokens)
+        bar.update(len(batch))
+    joined = {f.name: torch.cat([getattr(table, f.name) for table in tables]) for f in fields(TokenTable)}
+    return UnitData(
+        acts=acts,
+        tokens=TokenTable(**joined).select(torch.argsort(torch.cat(rows))),
+        sample_ids=tuple(job.source.texts[sample].example_id for sample in samples),
+        sample_tokens=tuple(lengths.tolist()),
+    )
+
+
+def _run_batch(job: CaptureJob, unit: int, batch: Sequence[int]) -> tuple[Tensor, TokenTable]:
+    """Stored values [n, sites, D] and tokens [n] of some samples, sample by sample, without padding."""
+    examples = [job.source.load(sample) for sample in batch]
+    adapter = job.adapter
+    inputs = adapter.collate([adapter.prepare(e.prompt, e.images, e.answer) for e in examples])
+    lengths = torch.tensor([job.lengths[sample] for sample in batch])
+    assert torch.equal(inputs.real_mask.sum(1).cpu(), lengths), "count_tokens and prepare agree"
+    with torch.no_grad(), attach(adapter, read=job.spec.sites) as recorded:
+        # No logits are needed, and with a large vocabulary they would cost more than the layers.
+        adapter.model(**inputs.model_inputs, use_cache=False, logits_to_keep=1)
+    kept = [to_stored(recorded[site][inputs.real_mask], job.spec.store_dtype).cpu() for site in job.spec.sites]
+    tokens = TokenTable(**{n: value[inputs.real_mask].cpu() for n, value in vars(inputs.tokens).items()})
+    tokens = replace(tokens, sample=torch.tensor(batch).repeat_interleave(lengths))
+    for site, values in zip(job.spec.sites, kept, strict=True):
+        if not bool(values.isfinite().all()):
+            row = int((~values.isfinite()).any(1).nonzero()[0])
+            sample, position = int(tokens.sample[row]), int(tokens.position[row])
+            raise NonFiniteError(
+                f"unit {unit}: {site} is not finite at token {position} of sample {sample} "
+                f"('{job.source.texts[sample].example_id}'); the unit is not committed, remove the sample or use a "
+                f"wider dtype"
+            )
+    return torch.stack(kept, dim=1), tokens
+
+
+def _batches(samples: range, lengths: Sequence[int], batch_size: int) -> Iterator[list[int]]:
+    """Samples of similar length together, so that little is padded; longest first, so that memory runs out early."""
+    by_length = sorted(samples, key=lambda sample: (-lengths[sample], sample))
+    for start in range(0, len(by_length), batch_size):
+        yield by_length[start : start + batch_size]
+
+
+def _bytes_per_token(sites: Sequence[str], d_model: int, store_dtype: StoreDtype) -> int:
+    return len(sites) * d_model * (2 if store_dtype == "bfloat16" else 4)
+
+
+def _sizes(config: CaptureConfig, bytes_per_token: int) -> tuple[int, int]:
+    """Rows per unit and tokens per chunk, chosen where the configuration leaves them open."""
+    low, high = _CHUNK_TOKENS
+    chunk = min(max(_power_of_two(_BLOCK_BYTES // bytes_per_token), low), high)
+    if config.rows_per_unit is None:
+        chunk = config.chunk_tokens or chunk
+        rows = chunk * _power_of_two(min(_UNIT_BYTES // bytes_per_token, _MAX_ROWS_PER_UNIT) // chunk)
+    else:
+        rows = config.rows_per_unit
+        chunk = config.chunk_tokens or (rows if rows <= chunk else math.gcd(rows, chunk))
+    if rows % chunk or chunk < min(low, rows):
+        raise ConfigError(
+            f"rows_per_unit={rows} must be a multiple of chunk_tokens={chunk}, which must be at least {low}"
+        )
+    return rows, chunk
+
+
+def _power_of_two(n: int) -> int:
+    """The largest power of two up to n, at least 1."""
+    return 1 << max(n.bit_length() - 1, 0)

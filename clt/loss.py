@@ -1,0 +1,98 @@
+"""The training loss, in standardised units: squared error of every target plus the auxiliary loss of dead features.
+
+The squared error is divided by the store's variance, a constant (1 in standardised units), not by the batch's: so it is
+a plain mean over tokens and the same on any number of ranks. AuxK follows Gao et al. 2024, "Scaling and evaluating
+sparse autoencoders", section A.2, carried over to cross-layer decoders: the dead features of all layers reconstruct
+what the live ones miss in every target.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from clt.kernels import ops
+from clt.model import CrossLayerTranscoder
+from clt.records import SparseCodes
+
+
+@dataclass(frozen=True, kw_only=True)
+class LossTerms:
+    """What one rank's tokens and targets contribute.
+
+    Attributes:
+        total: scalar to differentiate: this rank's share of the loss; the sum over the layer axis is the loss.
+        error_M: [M_own] mean squared error per target over tokens and channels, detached.
+        auxk: scalar auxiliary loss before its coefficient, detached.
+    """
+
+    total: Tensor
+    error_M: Tensor
+    auxk: Tensor
+
+
+def squared_error(y_hat_MBD: Tensor, y_MBD: Tensor) -> Tensor:
+    """Mean squared error per target over tokens and channels, [M]."""
+    return (y_hat_MBD - y_MBD).square().mean(dim=(1, 2))
+
+
+def encode_dead(clt: CrossLayerTranscoder, x_LBD: Tensor, dead_LF: Tensor, k: int) -> SparseCodes:
+    """Codes of the dead features only: their k largest positive pre-activations.
+
+    Args:
+        clt: the transcoder, or one rank's share.
+        x_LBD: [L_own,B,D] standardised encoder inputs.
+        dead_LF: [L_own,F] bool.
+        k: slots per token and layer.
+
+    Returns:
+        Codes [L_own,B,K]; a layer without dead features has empty slots only.
+    """
+    pairs = []
+    for row, layer in enumerate(clt.share.sources):
+        exclude_F = torch.zeros_like(clt.b_enc[str(layer)]).masked_fill(~dead_LF[row], -torch.inf)
+        bias_F = clt.b_enc[str(layer)] + exclude_F
+        pairs.append(ops.encode_topk(x_LBD[row], clt.W_enc[str(layer)], bias_F, k))
+    values, indices = (torch.stack(tensors) for tensors in zip(*pairs, strict=True))
+    return SparseCodes(values=values, indices=indices, n_features=clt.config.n_features)
+
+
+def auxk_error(clt: CrossLayerTranscoder, codes: SparseCodes, residual_MBD: Tensor) -> Tensor:
+    """Squared error of the dead features' reconstruction of what the live features miss.
+
+    Args:
+        clt: the transcoder, or one rank's share.
+        codes: dead features' codes of all source layers, [L,B,K].
+        residual_MBD: [M_own,B,D] standardised y - yhat of the same tokens; treated as a constant.
+
+    Returns:
+        [M_own] mean over tokens and channels.
+    """
+    zero_D = torch.zeros_like(residual_MBD[0, 0])
+    y_hat = []
+    for layer in clt.share.targets:
+        rows = clt.source_rows(layer)
+        y_hat.append(ops.decode(codes.values[rows], codes.indices[rows], clt.W_dec[str(layer)], zero_D))
+    return squared_error(torch.stack(y_hat), residual_MBD.detach())
+
+
+def combine(error_M: Tensor, auxk_M: Tensor | None, coefficient: float, n_targets: int) -> LossTerms:
+    """The loss: mean over all targets of the squared error, plus the weighted auxiliary error.
+
+    Args:
+        error_M: [M_own] from `squared_error`.
+        auxk_M: [M_own] from `auxk_error`, or None without dead features.
+        coefficient: weight of the auxiliary error.
+        n_targets: targets of the whole transcoder, M.
+
+    Returns:
+        This rank's terms; summed over the layer axis they are the loss.
+    """
+    total = error_M.sum() / n_targets
+    auxk = torch.zeros_like(total)
+    if auxk_M is not None:
+        auxk = auxk_M.sum() / n_targets
+        total = total + coefficient * auxk
+    return LossTerms(total=total, error_M=error_M.detach(), auxk=auxk.detach())

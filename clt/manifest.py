@@ -1,0 +1,166 @@
+"""Folders on disk that are complete or absent: checksummed files, a manifest last, one rename, then a pointer.
+
+A folder is filled under a temporary name (`.step_00000500.tmp`), renamed when its manifest is there, and only then
+named by the file `latest` beside it. Whatever a killed process leaves is a good folder or a temporary name, which the
+next writer removes.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import google_crc32c
+from safetensors import SafetensorError
+from safetensors.torch import save_file
+from torch import Tensor
+
+from clt.errors import CheckpointError
+
+LATEST_FILE = "latest"
+MANIFEST_FILE = "manifest.json"
+
+#: Size in bytes and CRC-32C of files, by name.
+Checksums = dict[str, dict[str, Any]]
+
+_FORMAT = "vlm-clt-checkpoint/1"
+_CHUNK_BYTES = 1 << 22
+
+
+def temporary_name(name: str) -> str:
+    """Name of a folder that is being written, or removed."""
+    return f".{name}.tmp"
+
+
+def save_tensors(path: Path, tensors: Mapping[str, Tensor], checksums: Checksums) -> None:
+    """Writes a safetensors file to disk and notes its checksum; CheckpointError when it cannot be written."""
+    try:
+        save_file({key: tensor.detach().cpu().contiguous() for key, tensor in tensors.items()}, path)
+        _sync(path)
+    except (OSError, SafetensorError) as error:
+        raise CheckpointError(f"{path}: cannot be written ({' '.join(str(error).split())})") from None
+    checksums[path.name] = _checksum(path)
+
+
+def write_text(path: Path, text: str, checksums: Checksums) -> None:
+    """Writes a text file to disk and notes its checksum; CheckpointError when it cannot be written."""
+    try:
+        path.write_text(text, encoding="utf-8")
+        _sync(path)
+    except OSError as error:
+        raise CheckpointError(f"{path}: cannot be written ({error.strerror})") from None
+    checksums[path.name] = _checksum(path)
+
+
+def write_manifest(folder: Path, checksums: Checksums) -> None:
+    """Declares a folder complete."""
+    tree = {"format": _FORMAT, "files": dict(sorted(checksums.items()))}
+    write_text(folder / MANIFEST_FILE, json.dumps(tree, indent=1) + "\n", {})
+    _sync(folder)
+
+
+def publish(temporary: Path, folder: Path) -> None:
+    """Gives a complete folder its name, then points `latest` at it."""
+    if folder.exists():
+        # A run killed between the rename and the pointer left it.
+        os.replace(folder, folder.with_name(temporary_name(f"{folder.name}.old")))
+    os.replace(temporary, folder)
+    draft = folder.with_name(temporary_name(LATEST_FILE))
+    write_text(draft, folder.name + "\n", {})
+    os.replace(draft, folder.with_name(LATEST_FILE))
+    _sync(folder.parent)
+
+
+def prune(output: Path, pattern: str, keep: int) -> None:
+    """Removes all but the newest folders up to the latest; each is renamed first, so that no half keeps its name."""
+    newest = (output / LATEST_FILE).read_text(encoding="utf-8").strip()
+    folders = sorted(folder for folder in output.glob(pattern) if folder.is_dir() and folder.name <= newest)
+    for folder in folders[:-keep]:
+        os.replace(folder, folder.with_name(temporary_name(f"{folder.name}.old")))
+    remove_temporary(output, pattern)
+
+
+def remove_temporary(output: Path, pattern: str) -> None:
+    """Removes what a killed writer left under temporary names."""
+    for folder in output.glob(temporary_name(pattern)):
+        shutil.rmtree(folder)
+
+
+def latest_folder(output: Path) -> Path | None:
+    """The folder that `latest` names, or None when there is none yet.
+
+    Raises:
+        CheckpointError: the pointer names a folder that does not exist.
+    """
+    pointer = output / LATEST_FILE
+    try:
+        name = pointer.read_text(encoding="utf-8").strip()
+    except FileNotFoundError:
+        return None
+    folder = output / name
+    if not name or not folder.is_dir():
+        raise CheckpointError(
+            f"{pointer}: names '{name}', which is not there; write the name of an existing checkpoint into it"
+        )
+    return folder
+
+
+def read_manifest(folder: Path) -> Checksums:
+    """Sizes and checksums of a folder's files.
+
+    Raises:
+        CheckpointError: there is no manifest, or it is damaged.
+    """
+    path = folder / MANIFEST_FILE
+    try:
+        tree = json.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        raise CheckpointError(f"{path}: file is missing; the folder is no complete checkpoint") from None
+    except ValueError:
+        raise CheckpointError(f"{path}: not readable JSON; use another checkpoint") from None
+    if not isinstance(tree, dict) or tree.get("format") != _FORMAT or not isinstance(tree.get("files"), dict):
+        raise CheckpointError(f"{path}: not a manifest of format {_FORMAT!r}; use another checkpoint")
+    files: Checksums = tree["files"]
+    return files
+
+
+def verify_file(folder: Path, name: str, manifest: Checksums) -> None:
+    """CheckpointError unless a file has the size and checksum that the manifest says."""
+    path = folder / name
+    if name not in manifest:
+        raise CheckpointError(f"{folder / MANIFEST_FILE}: does not list '{name}'; use another checkpoint")
+    if not path.is_file():
+        raise CheckpointError(f"{path}: file is missing; use another checkpoint")
+    if _checksum(path) != manifest[name]:
+        raise CheckpointError(f"{path}: damaged, size or checksum differ from the manifest; use another checkpoint")
+
+
+def verify_folder(folder: Path) -> None:
+    """Checks every file of a folder against its manifest.
+
+    Raises:
+        CheckpointError: a file is missing or damaged; names it.
+    """
+    manifest = read_manifest(folder)
+    for name in manifest:
+        verify_file(folder, name, manifest)
+
+
+def _checksum(path: Path) -> dict[str, Any]:
+    checksum = google_crc32c.Checksum()
+    with path.open("rb") as file:
+        while chunk := file.read(_CHUNK_BYTES):
+            checksum.update(chunk)
+    return {"bytes": path.stat().st_size, "crc32c": checksum.hexdigest().decode()}
+
+
+def _sync(path: Path) -> None:
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)

@@ -1,0 +1,73 @@
+"""Standardisation of activations: subtract the per-channel mean, divide by one scalar RMS per site.
+
+The statistics come from the store, over the same tokens that train. Training and loss live in standardised units, in
+which every target has variance 1; `CrossLayerTranscoder.folded` moves the scaling into the weights.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, fields
+
+import torch
+from torch import Tensor
+
+from clt.records import SiteStats
+
+
+@dataclass(frozen=True, kw_only=True)
+class Scaling:
+    """Affine maps between raw and standardised activations, per site.
+
+    Attributes:
+        mean_x: [L,D] float32, mean of every encoder input.
+        rms_x: [L] float32, scalar scale of every encoder input.
+        mean_y: [M,D] float32, mean of every MLP output.
+        rms_y: [M] float32, scalar scale of every MLP output.
+    """
+
+    mean_x: Tensor
+    rms_x: Tensor
+    mean_y: Tensor
+    rms_y: Tensor
+
+    @classmethod
+    def identity(cls, n_layers: int, d_model: int) -> Scaling:
+        """The scaling that changes nothing."""
+        zeros, ones = torch.zeros(n_layers, d_model), torch.ones(n_layers)
+        return cls(mean_x=zeros, rms_x=ones, mean_y=zeros.clone(), rms_y=ones.clone())
+
+    @classmethod
+    def from_stats(cls, stats_x: SiteStats, stats_y: SiteStats) -> Scaling:
+        """The scaling that standardises activations with these moments; a constant site keeps scale 1."""
+        return cls(
+            mean_x=stats_x.mean.float(),
+            rms_x=_positive(stats_x.rms),
+            mean_y=stats_y.mean.float(),
+            rms_y=_positive(stats_y.rms),
+        )
+
+    def tensors(self) -> dict[str, Tensor]:
+        """All fields by name, for saving."""
+        return {f.name: getattr(self, f.name) for f in fields(self)}
+
+    def standardise_x(self, x_LBD: Tensor, layers: tuple[int, ...]) -> Tensor:
+        """Standardised encoder inputs of the given layers, [len(layers),B,D]."""
+        index = list(layers)
+        mean_L1D, rms_L11 = self.mean_x[index][:, None], self.rms_x[index][:, None, None]
+        return (x_LBD - mean_L1D.to(x_LBD)) / rms_L11.to(x_LBD)
+
+    def standardise_y(self, y_MBD: Tensor, layers: tuple[int, ...]) -> Tensor:
+        """Standardised MLP outputs of the given layers, [len(layers),B,D]."""
+        index = list(layers)
+        mean_M1D, rms_M11 = self.mean_y[index][:, None], self.rms_y[index][:, None, None]
+        return (y_MBD - mean_M1D.to(y_MBD)) / rms_M11.to(y_MBD)
+
+    def restore_y(self, y_MBD: Tensor, layers: tuple[int, ...]) -> Tensor:
+        """Raw MLP outputs from standardised ones, [len(layers),B,D]."""
+        index = list(layers)
+        mean_M1D, rms_M11 = self.mean_y[index][:, None], self.rms_y[index][:, None, None]
+        return y_MBD * rms_M11.to(y_MBD) + mean_M1D.to(y_MBD)
+
+
+def _positive(rms_S: Tensor) -> Tensor:
+    return torch.where(rms_S > 0, rms_S, 1).float()

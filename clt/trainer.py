@@ -1,0 +1,222 @@
+"""Training of a cross-layer transcoder: batches of activations in, checkpoints and metrics out.
+
+A step: every rank encodes its sources, the codes travel, every rank decodes its targets, and the summed squared error
+goes backward the same way; then all ranks agree whether the step is finite, and take it or skip it together. Where the
+activations come from is the caller's business: any `BatchSource` will do.
+"""
+
+from __future__ import annotations
+
+import logging
+import sys
+from collections.abc import Iterator
+from contextlib import closing, nullcontext
+from dataclasses import replace
+from pathlib import Path
+from typing import Any, Protocol
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+from tqdm import tqdm
+
+from clt.checkpoint import Checkpoints, Progress, step_folder
+from clt.config import TrainConfig
+from clt.dead_features import FiringTracker
+from clt.engine import Engine, StepCheck, local_device
+from clt.errors import ConfigError, NonFiniteError, StoreError
+from clt.metrics import MetricsWindow, MetricsWriter, Observations, TrainingMetrics
+from clt.model import CrossLayerTranscoder
+from clt.objective import Objective
+from clt.parallel import CodeExchange, Mesh, deal_layers
+from clt.records import ActivationBatch
+from clt.schedules import active_features, learning_rate
+
+log = logging.getLogger(__name__)
+
+#: Steps in a row without a finite loss and gradient that end a job.
+MOST_SKIPPED_STEPS = 10
+
+
+class BatchSource(Protocol):
+    """Activations of this rank's tokens and layers, for ever, from a place that can be saved.
+
+    `x` holds the layers `clt.parallel.input_layers` of the rank's share and `y` its targets, both raw and ascending.
+    Ranks of the layer axis get the same tokens; ranks of the data axis get other tokens, as many each.
+    """
+
+    def __iter__(self) -> Iterator[ActivationBatch]:
+        """Batches from the current place on."""
+
+    def state_dict(self) -> dict[str, Any]:
+        """The place after the last batch taken, in plain values; the same on all ranks."""
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Goes to a saved place."""
+
+
+class Trainer:
+    """Trains a transcoder; construct it on every rank, then call `fit`.
+
+    Args:
+        config: the job.
+        transcoder: this rank's share, with its initial weights.
+        batches: this rank's activations.
+        mesh: the processes.
+        progress_bar: whether the first rank shows one; by default when standard error is a terminal.
+
+    Raises:
+        ConfigError: the settings do not fit each other or the mesh; names the key.
+    """
+
+    def __init__(
+        self,
+        config: TrainConfig,
+        transcoder: CrossLayerTranscoder,
+        batches: BatchSource,
+        mesh: Mesh,
+        progress_bar: bool | None = None,
+    ) -> None:
+        check_job(config, mesh.data_size)
+        device = local_device()
+        self._config = config
+        self._mesh = mesh
+        self._batches = batches
+        self.transcoder = transcoder.to(device)
+        exchange = CodeExchange(mesh, deal_layers(transcoder.config, mesh.layer_size))
+        objective = Objective(transcoder, exchange, config.auxk)
+        self._engine = Engine(objective, mesh, config.optimizer, config.mesh.zero_stage)
+        self._tracker = FiringTracker(len(transcoder.share.sources), transcoder.config.n_features)
+        self._tracker.silent_LF = self._tracker.silent_LF.to(device)
+        self._checkpoints = Checkpoints(config, transcoder, self._engine, self._tracker, mesh)
+        self._progress = Progress(batches=batches.state_dict())
+        self._bar = sys.stderr.isatty() if progress_bar is None else progress_bar
+
+    def fit(self) -> Path:
+        """Trains to the last step, from the newest checkpoint of the output folder when there is one.
+
+        Returns:
+            Folder of the last checkpoint.
+
+        Raises:
+            NonFiniteError: ten steps in a row had a loss or gradient that is not finite.
+            CheckpointError: a checkpoint cannot be read or written, or is of another job.
+            StoreError: the batches cannot be read.
+        """
+        config = self._config
+        self._resume()
+        self._window = MetricsWindow(self.transcoder.config, self.transcoder.share, self._tracker.silent_LF.device)
+        batches = iter(self._batches)
+        first = self._progress.step
+        hidden = not (self._bar and self._mesh.is_first)
+        with self._writer() as writer, tqdm(total=config.steps, initial=first, disable=hidden, unit="step") as bar:
+            while self._progress.step < config.steps:
+                with self._mesh.together(StoreError):
+                    batch = next(batches)
+                check = self._train_step(batch)
+                step, last = self._progress.step, self._progress.step == config.steps
+                if last or step % config.log_every == 0:
+                    metrics = self._measure(check)
+                    if writer is not None:
+                        writer.write(metrics)
+                if last or step % config.checkpoint_every == 0:
+                    self._save(check)
+                bar.set_postfix(loss=f"{check.loss:.4g}", refresh=False)
+                bar.update()
+        return config.output / step_folder(config.steps)
+
+    def _train_step(self, batch: ActivationBatch) -> StepCheck:
+        """One batch forward and backward; the optimizer moves if all ranks found the step finite."""
+        done, settings = self._progress, self._config.optimizer
+        device = self._tracker.silent_LF.device
+        k = active_features(done.step, self.transcoder.config.k, settings)
+        loss, seen = self._engine(batch.x.to(device), batch.y.to(device), k, self._dead_features())
+        self._engine.backward(loss)
+        check = self._engine.check(loss)
+        tokens = batch.x.shape[1] * self._mesh.data_size
+        self._window.add_tokens(tokens)
+        if check.finite:
+            self._engine.step(learning_rate(done.step, self._config.steps, settings))
+            self._observe(seen, check, tokens)
+        else:
+            self._engine.discard()
+        self._progress = replace(
+            done,
+            step=done.step + 1,
+            tokens=done.tokens + tokens,
+            adam_steps=done.adam_steps + check.finite,
+            skipped_steps=done.skipped_steps + (not check.finite),
+            skipped_in_a_row=0 if check.finite else done.skipped_in_a_row + 1,
+        )
+        self._end_if_hopeless()
+        return check
+
+    def _observe(self, seen: Observations, check: StepCheck, tokens: int) -> None:
+        """Counts a step that was taken."""
+        fired_LF = self._mesh.all_reduce(seen.fired_LF.to(torch.uint8), "data", dist.ReduceOp.MAX)
+        self._tracker.update(fired_LF > 0, tokens)
+        self._window.add(seen, check.loss)
+
+    def _dead_features(self) -> Tensor | None:
+        """[L_own,F] bool for the auxiliary loss, or None while no feature of any rank can be dead."""
+        auxk = self._config.auxk
+        if auxk.coefficient == 0 or self._progress.tokens < auxk.dead_after_tokens:
+            return None
+        return self._tracker.dead(auxk.dead_after_tokens)
+
+    def _end_if_hopeless(self) -> None:
+        done = self._progress
+        if done.skipped_in_a_row < MOST_SKIPPED_STEPS:
+            return
+        raise NonFiniteError(
+            f"{self._config.output}: loss or gradients were not finite in {MOST_SKIPPED_STEPS} steps in a row, up to "
+            f"step {done.step}; lower optimizer.learning_rate, or look for NaN in the store {self._config.store}"
+        )
+
+    def _measure(self, check: StepCheck) -> TrainingMetrics:
+        done, settings = self._progress, self._config.optimizer
+        dead_LF = self._tracker.dead(self._config.auxk.dead_after_tokens)
+        return TrainingMetrics(
+            step=done.step,
+            tokens=done.tokens,
+            averages=self._window.close(dead_LF.double().mean(dim=1), self._mesh),
+            learning_rate=learning_rate(done.step - 1, self._config.steps, settings),
+            k=active_features(done.step - 1, self.transcoder.config.k, settings),
+            gradient_norm=check.gradient_norm,
+            skipped_steps=done.skipped_steps,
+        )
+
+    def _writer(self) -> closing[MetricsWriter] | nullcontext[None]:
+        if not self._mesh.is_first:
+            return nullcontext()
+        return closing(MetricsWriter(self._config.output, self._progress.step))
+
+    def _resume(self) -> None:
+        progress = self._checkpoints.resume()
+        if progress is None:
+            log.info("training from the start: %d steps into %s", self._config.steps, self._config.output)
+            return
+        self._progress = progress
+        self._batches.load_state_dict(dict(progress.batches))
+        log.info("resuming %s after step %d of %d", self._config.output, progress.step, self._config.steps)
+
+    def _save(self, check: StepCheck) -> None:
+        folder = self._checkpoints.save(replace(self._progress, batches=self._batches.state_dict()))
+        log.info("step %d of %d: loss %.4g, saved %s", self._progress.step, self._config.steps, check.loss, folder)
+
+
+def check_job(config: TrainConfig, data_size: int) -> None:
+    """ConfigError naming the key unless the settings fit each other and the data axis.
+
+    Args:
+        config: the job.
+        data_size: replicas on the data axis.
+    """
+    if config.data.batch_tokens % data_size:
+        raise ConfigError(
+            f"data.batch_tokens={config.data.batch_tokens} does not divide over {data_size} data ranks; "
+            f"take a multiple of {data_size}"
+        )
+    for key, value in (("auxk.k", config.auxk.k), ("optimizer.k_start", config.optimizer.k_start)):
+        if value is not None and value > config.clt.n_features:
+            raise ConfigError(f"{key}={value} exceeds clt.n_features={config.clt.n_features}; lower it")

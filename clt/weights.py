@@ -1,0 +1,133 @@
+"""Transcoder weights on disk: one safetensors file per layer, so that any mesh can read any share.
+
+transcoder.json              format, architecture, model identity, store id
+scaling.safetensors          mean_x, rms_x, mean_y, rms_y
+layer_00.safetensors ...     W_enc, b_enc of source 0; W_dec, b_dec (W_skip) of target 0
+"""
+
+from __future__ import annotations
+
+import json
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+
+from clt.config import CLTConfig, config_to_tree, parse_config
+from clt.errors import CheckpointError
+from clt.model import CrossLayerTranscoder, LayerShare, Provenance
+from clt.records import ModelIdentity
+from clt.scaling import Scaling
+
+FORMAT = "vlm-clt/1"
+CARD_FILE = "transcoder.json"
+SCALING_FILE = "scaling.safetensors"
+
+
+def layer_file(layer: int) -> str:
+    """Name of the weight file of one layer."""
+    return f"layer_{layer:02d}.safetensors"
+
+
+def layer_tensors(clt: CrossLayerTranscoder, layer: int) -> dict[str, Tensor]:
+    """The parameters of one layer that this process owns, by their name in the file."""
+    groups = {"W_enc": clt.W_enc, "b_enc": clt.b_enc, "W_dec": clt.W_dec, "b_dec": clt.b_dec, "W_skip": clt.W_skip}
+    return {key: group[str(layer)] for key, group in groups.items() if str(layer) in group}
+
+
+def save_transcoder(clt: CrossLayerTranscoder, folder: Path) -> None:
+    """Writes the card, the scaling and the weights of all layers owned here into a folder."""
+    folder.mkdir(parents=True, exist_ok=True)
+    save_file(clt.scaling.tensors(), folder / SCALING_FILE)
+    for layer in range(clt.config.n_layers):
+        tensors = {key: value.detach().contiguous() for key, value in layer_tensors(clt, layer).items()}
+        save_file(tensors, folder / layer_file(layer))
+    (folder / CARD_FILE).write_text(json.dumps(card(clt), indent=1) + "\n", encoding="utf-8")
+
+
+def card(clt: CrossLayerTranscoder) -> dict[str, Any]:
+    """What `transcoder.json` says of a transcoder."""
+    model = clt.provenance.model
+    return {
+        "format": FORMAT,
+        "config": config_to_tree(clt.config),
+        "model": None if model is None else asdict(model),
+        "store": clt.provenance.store_id,
+    }
+
+
+def load_transcoder(folder: Path, share: LayerShare | None = None) -> CrossLayerTranscoder:
+    """Reads a transcoder, or the share of it that a rank owns.
+
+    Args:
+        folder: what `save_transcoder` wrote.
+        share: layers to read; all by default.
+
+    Returns:
+        The transcoder, without gradients.
+
+    Raises:
+        CheckpointError: a file is missing, damaged or of the wrong shape; names the file and key.
+    """
+    config, provenance = _read_card(folder)
+    expected = CrossLayerTranscoder(
+        config, _read_scaling(folder / SCALING_FILE, config), share, provenance=provenance
+    ).requires_grad_(False)
+    owned = expected.share
+    for layer in sorted({*owned.sources, *owned.targets}):
+        read_into(layer_tensors(expected, layer), folder / layer_file(layer))
+    return expected
+
+
+def read_into(parameters: dict[str, Tensor], path: Path) -> None:
+    """Copies tensors of one file into parameters of the same names; CheckpointError on any mismatch."""
+    tensors = read_tensors(path)
+    for key, parameter in parameters.items():
+        if key not in tensors:
+            raise CheckpointError(f"{path}: key '{key}' is missing; the checkpoint is incomplete")
+        if tensors[key].shape != parameter.shape:
+            raise CheckpointError(
+                f"{path}: key '{key}' has shape {tuple(tensors[key].shape)}, the config wants {tuple(parameter.shape)}"
+            )
+        with torch.no_grad():
+            parameter.copy_(tensors[key])
+
+
+def read_tensors(path: Path) -> dict[str, Tensor]:
+    """All tensors of a safetensors file; CheckpointError when it is missing or damaged."""
+    try:
+        return load_file(path)
+    except FileNotFoundError:
+        raise CheckpointError(f"{path}: file is missing; the checkpoint is incomplete") from None
+    except (SafetensorError, OSError) as error:
+        raise CheckpointError(f"{path}: not a readable safetensors file ({' '.join(str(error).split())})") from None
+
+
+def _read_card(folder: Path) -> tuple[CLTConfig, Provenance]:
+    path = folder / CARD_FILE
+    try:
+        tree = json.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        raise CheckpointError(f"{path}: no such file; give the folder of a trained transcoder") from None
+    except (OSError, ValueError) as error:
+        raise CheckpointError(f"{path}: not readable JSON ({' '.join(str(error).split())})") from None
+    found = tree.get("format") if isinstance(tree, dict) else None
+    if found != FORMAT:
+        raise CheckpointError(f"{path}: format is {found!r}, this version reads {FORMAT!r}")
+    config = parse_config(CLTConfig, tree.get("config", {}), str(path))
+    model = tree.get("model")
+    try:
+        identity = None if model is None else ModelIdentity(**model)
+    except TypeError:
+        raise CheckpointError(f"{path}: key 'model' does not describe a model") from None
+    return config, Provenance(model=identity, store_id=tree.get("store"))
+
+
+def _read_scaling(path: Path, config: CLTConfig) -> Scaling:
+    scaling = Scaling.identity(config.n_layers, config.d_model)
+    read_into(scaling.tensors(), path)
+    return scaling

@@ -1,0 +1,21 @@
+"""Logging of the entry points: the first rank speaks at INFO, the others at WARNING, all on standard error."""
+
+from __future__ import annotations
+
+import logging
+import os
+
+
+def job_rank() -> int:
+    """Number of this process in the job that torchrun started, 0 without torchrun."""
+    return int(os.environ.get("RANK", "0"))
+
+
+def set_up_logging() -> None:
+    """Sends the project's log to standard error, one line a record."""
+    handler = logging.StreamHandler()
+    handler.setFormatter(logging.Formatter("%(asctime)s %(levelname)s %(name)s: %(message)s", "%H:%M:%S"))
+    logger = logging.getLogger("clt")
+    logger.handlers = [handler]
+    logger.propagate = False
+    logger.setLevel(logging.INFO if job_rank() == 0 else logging.WARNING)

@@ -1,0 +1,139 @@
+"""The transcoder against a dense formula, its folded form, its shares and its files."""
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+from torch import Tensor
+
+from clt.config import CLTConfig
+from clt.errors import CheckpointError
+from clt.model import CrossLayerTranscoder, LayerShare, Provenance, source_layers, sources_of, target_layers, targets_of
+from clt.records import ModelIdentity
+from clt.scaling import Scaling
+
+L, D, F, K, B = 4, 6, 20, 3, 9
+IDENTITY = ModelIdentity(name="toy", revision="local", architecture="X", n_layers=L, d_model=D, fingerprint="ab12")
+
+
+def _clt(**changes: object) -> CrossLayerTranscoder:
+    config = CLTConfig(**({"n_layers": L, "d_model": D, "n_features": F, "k": K} | changes))  # type: ignore[arg-type]
+    scaling = Scaling(
+        mean_x=torch.randn(L, D), rms_x=torch.rand(L) + 0.5, mean_y=torch.randn(L, D), rms_y=torch.rand(L) + 0.5
+    )
+    clt = CrossLayerTranscoder(config, scaling, provenance=Provenance(model=IDENTITY, store_id="s1"))
+    with torch.no_grad():
+        for parameter in clt.parameters():
+            parameter.normal_()
+    return clt.double().requires_grad_(False)
+
+
+def _dense_forward(clt: CrossLayerTranscoder, x_LBD: Tensor) -> dict[int, Tensor]:
+    """The definition, written with dense activations."""
+    s = {k: v.double() for k, v in clt.scaling.tensors().items()}
+    x_std = (x_LBD - s["mean_x"][:, None]) / s["rms_x"][:, None, None]
+    z = {}
+    for layer in source_layers(clt.config):
+        pre = torch.relu(x_std[layer] @ clt.W_enc[str(layer)].T + clt.b_enc[str(layer)])
+        kept = pre.topk(K, dim=1)
+        z[layer] = torch.zeros_like(pre).scatter(1, kept.indices, kept.values)
+    y = {}
+    for target in target_layers(clt.config):
+        total = clt.b_dec[str(target)].expand(B, D)
+        for row, source in enumerate(sources_of(clt.config, target)):
+            total = total + z[source] @ clt.W_dec[str(target)][row]
+        if clt.config.skip:
+            total = total + x_std[target] @ clt.W_skip[str(target)].T
+        y[target] = total * s["rms_y"][target] + s["mean_y"][target]
+    return y
+
+
+VARIANTS = [
+    {},
+    {"first_offset": 1},
+    {"n_targets": 2},
+    {"skip": True},
+    {"first_offset": 1, "n_targets": 2, "skip": True},
+]
+
+
+@pytest.mark.parametrize("variant", VARIANTS)
+def test_forward_equals_dense_definition(variant: dict[str, object]) -> None:
+    clt = _clt(**variant)
+    x = torch.randn(L, B, D, dtype=torch.float64)
+    expected = _dense_forward(clt, x)
+    torch.testing.assert_close(clt(x), torch.stack([expected[t] for t in sorted(expected)]), rtol=1e-10, atol=1e-10)
+
+
+@pytest.mark.parametrize("variant", VARIANTS)
+def test_folded_transcoder_is_the_same_function_of_raw_inputs(variant: dict[str, object]) -> None:
+    clt = _clt(**variant)
+    x = torch.randn(L, B, D, dtype=torch.float64)
+    torch.testing.assert_close(clt.folded()(x), clt(x), rtol=1e-9, atol=1e-9)
+
+
+def test_sources_and_targets_are_two_views_of_the_same_pairs() -> None:
+    for offset in (0, 1):
+        for horizon in (None, 1, 2, 9):
+            config = CLTConfig(n_layers=5, d_model=2, n_features=4, k=1, first_offset=offset, n_targets=horizon)  # type: ignore[arg-type]
+            pairs = {(s, t) for t in range(5) for s in sources_of(config, t)}
+            assert pairs == {(s, t) for s in range(5) for t in targets_of(config, s)}
+            assert pairs == {(s, t) for s in range(5) for t in range(5) if 0 <= t - s - offset < (horizon or 5)}
+
+
+def test_offset_one_leaves_the_first_mlp_without_source_and_the_last_layer_without_encoder() -> None:
+    config = CLTConfig(n_layers=3, d_model=2, n_features=4, k=1, first_offset=1)
+    assert source_layers(config) == (0, 1) and target_layers(config) == (1, 2)
+
+
+def test_a_share_starts_from_the_same_weights_as_the_whole() -> None:
+    config = CLTConfig(n_layers=L, d_model=D, n_features=F, k=K)
+    whole = CrossLayerTranscoder(config, Scaling.identity(L, D), seed=7)
+    part = CrossLayerTranscoder(config, Scaling.identity(L, D), LayerShare(sources=(1, 3), targets=(0, 2)), seed=7)
+    assert set(part.W_enc) == {"1", "3"} and set(part.W_dec) == {"0", "2"}
+    for layer in ("1", "3"):
+        assert torch.equal(part.W_enc[layer], whole.W_enc[layer])
+
+
+@pytest.mark.parametrize("variant", VARIANTS)
+def test_save_and_load_reproduce_outputs_and_provenance(tmp_path: Path, variant: dict[str, object]) -> None:
+    clt = _clt(**variant).float()
+    clt.save_pretrained(tmp_path)
+    loaded = CrossLayerTranscoder.from_pretrained(tmp_path)
+    x = torch.randn(L, B, D)
+    assert torch.equal(loaded(x), clt(x))
+    assert loaded.provenance == clt.provenance and loaded.config == clt.config
+
+
+def _damage_truncate(folder: Path) -> str:
+    path = folder / "layer_01.safetensors"
+    path.write_bytes(path.read_bytes()[:-7])
+    return "layer_01.safetensors"
+
+
+def _damage_missing(folder: Path) -> str:
+    (folder / "layer_02.safetensors").unlink()
+    return "layer_02.safetensors"
+
+
+def _damage_format(folder: Path) -> str:
+    card = json.loads((folder / "transcoder.json").read_text())
+    (folder / "transcoder.json").write_text(json.dumps(card | {"format": "other/9"}))
+    return "other/9"
+
+
+def _damage_width(folder: Path) -> str:
+    card = json.loads((folder / "transcoder.json").read_text())
+    card["config"]["d_model"] = D + 1
+    (folder / "transcoder.json").write_text(json.dumps(card))
+    return "mean_x"
+
+
+@pytest.mark.parametrize("damage", [_damage_truncate, _damage_missing, _damage_format, _damage_width])
+def test_a_damaged_folder_is_refused_in_one_line_that_names_the_place(tmp_path: Path, damage: object) -> None:
+    _clt().float().save_pretrained(tmp_path)
+    place = damage(tmp_path)  # type: ignore[operator]
+    with pytest.raises(CheckpointError, match=place) as error:
+        CrossLayerTranscoder.from_pretrained(tmp_path)
+    assert "\n" not in str(error.value)

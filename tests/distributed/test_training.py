@@ -1,0 +1,187 @@
+"""Training under DeepSpeed on two gloo ranks: the same curves on every mesh, bitwise resume, agreement on failures.
+
+One pair of processes runs all cases, one after another; each test looks at one claim.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+from toy_job import toy_config, toy_trainer
+
+from clt.checkpoint import latest_folder
+from clt.engine import joined_job
+from clt.errors import CheckpointError, CLTError, NonFiniteError, StoreError
+from clt.metrics import read_metrics
+from clt.model import CrossLayerTranscoder
+from clt.parallel import Mesh
+from clt.weights import read_tensors
+
+#: Meshes of two processes, by name.
+MESHES = {
+    "data_zero0": {"layer": 1, "zero_stage": 0},
+    "data_zero1": {"layer": 1, "zero_stage": 1},
+    "data_zero2": {"layer": 1, "zero_stage": 2},
+    "layer_zero1": {"layer": 2, "zero_stage": 1},
+}
+
+
+def _fit(output: Path, mesh: dict[str, int], job: dict[str, Any] | None = None, **batches: Any) -> str:
+    """Trains; returns the error's class and message, or nothing."""
+    config = toy_config(output, mesh=mesh, **(job or {}))
+    try:
+        toy_trainer(config, Mesh.create(config.mesh.layer), **batches).fit()
+    except CLTError as error:
+        return f"{type(error).__name__}: {error}"
+    return ""
+
+
+def all_cases(root: str) -> dict[str, Tensor]:
+    """Every training of this file that needs two ranks; the folders under root are what the tests look at."""
+    folder, errors = Path(root), {}
+    for name, mesh in MESHES.items():
+        _fit(folder / "whole" / name, mesh)
+        errors[f"interrupted {name}"] = _fit(folder / "resumed" / name, mesh, broken_step=4)
+        errors[f"resumed {name}"] = _fit(folder / "resumed" / name, mesh)
+        errors[f"nan {name}"] = _fit(folder / "nan" / name, mesh, nan_steps=(2,))
+    for name in ("data_zero1", "layer_zero1"):
+        _fit(folder / "curve" / name, MESHES[name], {"steps": 50, "log_every": 1, "checkpoint_every": 50})
+    errors["hopeless"] = _fit(folder / "hopeless", MESHES["data_zero1"], {"steps": 20}, nan_steps=tuple(range(20)))
+
+    _fit(folder / "moved", MESHES["data_zero2"], {"log_every": 1}, broken_step=4)
+    errors["moved"] = _fit(folder / "moved", MESHES["layer_zero1"], {"log_every": 1})
+    damaged = folder / "damaged"
+    _fit(damaged, MESHES["layer_zero1"], broken_step=4)
+    if os.environ["RANK"] == "0":
+        _flip_last_byte(damaged / "step_00000003" / "layer_03.safetensors")
+    torch.distributed.barrier()
+    errors["damaged"] = _fit(damaged, MESHES["layer_zero1"])
+    (folder / f"errors_{os.environ['RANK']}.json").write_text(json.dumps(errors))
+    return {}
+
+
+def _flip_last_byte(path: Path) -> None:
+    data = bytearray(path.read_bytes())
+    data[-1] ^= 1
+    path.write_bytes(data)
+
+
+@pytest.fixture(scope="module")
+def two_ranks(run_ranks: Callable[..., Any], tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The folder in which two ranks trained."""
+    root = tmp_path_factory.mktemp("two_ranks")
+    run_ranks(all_cases, 2, root=str(root))
+    return root
+
+
+@pytest.fixture(scope="module")
+def one_rank(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The folder in which one process trained the same jobs."""
+    root = tmp_path_factory.mktemp("one_rank")
+    with joined_job():
+        _fit(root / "whole", {"layer": 1})
+        _fit(root / "nan", {"layer": 1}, nan_steps=(2,))
+        _fit(root / "curve", {"layer": 1}, {"steps": 50, "log_every": 1, "checkpoint_every": 50})
+        _fit(root / "logged", {"layer": 1}, {"log_every": 1})
+    return root
+
+
+def _state(output: Path) -> dict[str, Tensor]:
+    """Weights, moments and counters of the newest checkpoint."""
+    folder = latest_folder(output)
+    assert folder is not None, output
+    tensors = {}
+    for path in sorted(folder.glob("*.safetensors")):
+        tensors |= {f"{path.stem}.{key}": value for key, value in read_tensors(path).items()}
+    return tensors
+
+
+def _errors(root: Path, case: str) -> list[str]:
+    return [json.loads((root / f"errors_{rank}.json").read_text())[case] for rank in range(2)]
+
+
+def _same_bits(left: Path, right: Path) -> None:
+    expected, found = _state(left), _state(right)
+    assert expected.keys() == found.keys()
+    for key, value in expected.items():
+        assert torch.equal(value, found[key]), key
+
+
+@pytest.mark.parametrize("name", ["data_zero1", "layer_zero1"])
+def test_loss_curve_of_two_ranks_equals_one_rank(name: str, two_ranks: Path, one_rank: Path) -> None:
+    expected = read_metrics(one_rank / "curve" / "metrics.jsonl")
+    found = read_metrics(two_ranks / "curve" / name / "metrics.jsonl")
+    assert len(found) == len(expected) == 50
+    assert expected[-1]["loss"] < expected[0]["loss"] / 2
+    for one, two in zip(expected, found, strict=True):
+        # Float32 sums in another order; Adam turns a tiny gradient's sign into a full step.
+        assert two["loss"] == pytest.approx(one["loss"], rel=1e-3)
+        assert two["gradient_norm"] == pytest.approx(one["gradient_norm"], rel=1e-2)
+    for key in ("fvu/layer_03", "l0/mean", "tokens", "k", "learning_rate"):
+        assert found[-1][key] == pytest.approx(expected[-1][key], rel=1e-3)
+
+
+@pytest.mark.parametrize("name", MESHES)
+def test_gradient_norm_is_global_under_every_zero_stage(name: str, two_ranks: Path, one_rank: Path) -> None:
+    expected = read_metrics(one_rank / "whole" / "metrics.jsonl")[0]
+    found = read_metrics(two_ranks / "whole" / name / "metrics.jsonl")[0]
+    assert found["gradient_norm"] == pytest.approx(expected["gradient_norm"], rel=1e-4)
+
+
+@pytest.mark.parametrize("name", MESHES)
+def test_job_resumed_on_the_same_mesh_ends_with_the_same_bits(name: str, two_ranks: Path) -> None:
+    assert _errors(two_ranks, f"resumed {name}") == ["", ""]
+    _same_bits(two_ranks / "whole" / name, two_ranks / "resumed" / name)
+
+
+@pytest.mark.parametrize("name", MESHES)
+def test_step_that_is_not_finite_on_one_rank_is_skipped_by_all(name: str, two_ranks: Path, one_rank: Path) -> None:
+    assert _errors(two_ranks, f"nan {name}") == ["", ""]
+    report = read_metrics(two_ranks / "nan" / name / "metrics.jsonl")[-1]
+    assert report["skipped_steps"] == 1
+    expected, found = _state(one_rank / "nan"), _state(two_ranks / "nan" / name)
+    for key, value in expected.items():
+        # As in the loss curve: five Adam steps, sums in another order.
+        torch.testing.assert_close(found[key], value, rtol=1e-3, atol=1e-4)
+
+
+def test_ten_bad_steps_in_a_row_end_the_job_on_all_ranks(two_ranks: Path) -> None:
+    first, second = _errors(two_ranks, "hopeless")
+    assert first == second
+    assert first.startswith(f"{NonFiniteError.__name__}: ") and "10 steps in a row, up to step 10" in first
+
+
+@pytest.mark.parametrize("name", MESHES)
+def test_batch_that_one_rank_cannot_read_ends_the_job_on_all_ranks(name: str, two_ranks: Path) -> None:
+    message = f"{StoreError.__name__}: units/0003: file is truncated; capture it again"
+    assert _errors(two_ranks, f"interrupted {name}") == [message, message]
+
+
+def test_damaged_layer_of_one_rank_is_told_by_all_ranks(two_ranks: Path) -> None:
+    first, second = _errors(two_ranks, "damaged")
+    assert first == second
+    assert first.startswith(f"{CheckpointError.__name__}: ") and "step_00000003/layer_03.safetensors" in first
+
+
+def test_job_moves_to_another_mesh(two_ranks: Path, one_rank: Path) -> None:
+    assert _errors(two_ranks, "moved") == ["", ""]
+    expected = read_metrics(one_rank / "logged" / "metrics.jsonl")
+    found = read_metrics(two_ranks / "moved" / "metrics.jsonl")
+    assert [report["step"] for report in found] == [1, 2, 3, 4, 5, 6]
+    assert [r["loss"] for r in found] == pytest.approx([r["loss"] for r in expected], rel=1e-4)
+
+
+def test_checkpoint_of_two_ranks_is_a_whole_transcoder(two_ranks: Path, one_rank: Path) -> None:
+    folder = latest_folder(two_ranks / "whole" / "layer_zero1")
+    expected_folder = latest_folder(one_rank / "whole")
+    assert folder is not None and expected_folder is not None
+    x = torch.randn(4, 8, 16)
+    found = CrossLayerTranscoder.from_pretrained(folder)(x)
+    torch.testing.assert_close(found, CrossLayerTranscoder.from_pretrained(expected_folder)(x), rtol=1e-3, atol=1e-3)
