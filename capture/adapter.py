@@ -112,7 +112,9 @@ class ModelAdapter:
             ModelError: the folder does not exist, lacks a file, holds a damaged one, or a class that is not supported.
         """
         model, processor = load_model(str(path), revision, dtype, device)
-        return cls(model, processor, identify(model, str(path), "local" if Path(path).is_dir() else revision or "main"))
+        # The hub's commit, when there is one, says more than a branch.
+        commit = getattr(model.config, "_commit_hash", None) or revision or "main"
+        return cls(model, processor, identify(model, str(path), "local" if Path(path).is_dir() else commit))
 
     @property
     def device(self) -> torch.device:
@@ -201,6 +203,7 @@ class ModelAdapter:
 
         Raises:
             InputError: the prompt does not have one placeholder per image, or the model takes no images.
+            ModelError: the image processor does not make images of the size that the vision tower takes.
         """
         inputs = self._encoder.encode(prompt, images, answer)
         model_inputs = {

@@ -10,25 +10,22 @@ from __future__ import annotations
 import logging
 import queue
 import threading
-from collections import OrderedDict
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, fields
+from dataclasses import dataclass
 
 import numpy as np
 import torch
-from numpy.typing import NDArray
 from torch import Tensor
 
-from clt.capture.order import ReadOrder
+from clt.capture.blocks import BlockReader, Part, join, unpack_tokens
+from clt.capture.order import ReadOrder, Window
 from clt.capture.store import ActivationStore
 from clt.errors import CheckpointError
-from clt.records import ActivationBatch, Modality, TokenTable
+from clt.records import ActivationBatch
 
 log = logging.getLogger(__name__)
 
 _READ_AHEAD = 4
-#: Tokens whose tables are kept in memory, about 20 bytes each.
-_CACHED_TOKENS = 8_000_000
 
 
 class ActivationLoader:
@@ -67,7 +64,7 @@ class ActivationLoader:
         data_world: int = 1,
         drop_bos: bool = False,
     ) -> None:
-        self._blocks = _BlockReader(store, x_sites, y_sites, drop_bos)
+        self._blocks = BlockReader(store, x_sites, y_sites, drop_bos)
         self._store_id, self._n_x = store.id, len(x_sites)
         self._seed, self._batch_tokens, self._window_tokens = seed, batch_tokens, window_tokens
         self._rank, self._world, self._drop_bos = data_rank, data_world, drop_bos
@@ -133,27 +130,30 @@ class ActivationLoader:
     def _produce(self, epoch: int, step: int) -> Iterator[tuple[int, int, ActivationBatch]]:
         while True:
             order = self._order(epoch)
-            windows: dict[int, _Window] = {}
+            windows: dict[int, _Held] = {}
             for now in range(step, order.steps):
-                parts = [
-                    self._window(order, windows, piece.stream, piece.window).slice(piece.start, piece.stop)
-                    for stream in order.streams_of(self._rank, self._world)
-                    for piece in order.slices(now, stream)
-                ]
+                parts = []
+                for stream in order.streams_of(self._rank, self._world):
+                    parts += self._take(order, windows, stream, now * order.share, (now + 1) * order.share)
                 yield epoch, now, _batch(parts, self._n_x)
             epoch, step = epoch + 1, 0
 
-    def _window(self, order: ReadOrder, windows: dict[int, _Window], stream: int, number: int) -> _Window:
-        """The window a stream stands in, read when the stream enters it."""
-        current = windows.get(stream)
-        if current is None or current.number != number:
-            windows.pop(stream, None)
-            pieces = [self._blocks.read(*segment) for segment in order.window_blocks(stream, number)]
-            rows = torch.from_numpy(order.window_permutation(stream, number))
-            acts, tokens = _join(pieces)
-            current = _Window(number=number, acts=acts.index_select(0, rows), tokens=tokens.select(rows))
-            windows[stream] = current
-        return current
+    def _take(self, order: ReadOrder, windows: dict[int, _Held], stream: int, position: int, stop: int) -> list[Part]:
+        """Rows of a stream; a window is read when the stream enters it, and replaces the one before."""
+        parts = []
+        while position < stop:
+            held = windows.get(stream)
+            if held is None or not held.window.start <= position < held.window.stop:
+                windows.pop(stream, None)
+                window = order.window_at(stream, position)
+                rows = torch.from_numpy(order.window_permutation(stream, window))
+                acts, tokens = join([self._blocks.read(*part) for part in order.window_segments(stream, window)])
+                held = windows[stream] = _Held(window, acts.index_select(0, rows), tokens.index_select(0, rows))
+            until = min(stop, held.window.stop)
+            rows_now = slice(position - held.window.start, until - held.window.start)
+            parts.append((held.acts[rows_now], held.tokens[rows_now]))
+            position = until
+        return parts
 
 
 def iterate_store(
@@ -180,10 +180,10 @@ def iterate_store(
     Raises:
         StoreError: a site is not stored, or a shard is missing, truncated or damaged.
     """
-    blocks = _BlockReader(store, x_sites, y_sites, drop_bos)
+    blocks = BlockReader(store, x_sites, y_sites, drop_bos)
     ends = np.cumsum(blocks.rows)
     total = int(ends[-1]) if max_tokens is None else min(max_tokens, int(ends[-1]))
-    held: tuple[int, _Part] | None = None
+    held: tuple[int, Part] | None = None
     for first in range(0, total, batch_tokens):
         position, stop = first, min(first + batch_tokens, total)
         parts = []
@@ -193,83 +193,26 @@ def iterate_store(
                 held = block, blocks.read(block, 0, int(blocks.rows[block]))
             base = int(ends[block] - blocks.rows[block])
             rows = slice(position - base, min(stop, int(ends[block])) - base)
-            acts, tokens = held[1]
-            parts.append((acts[rows], tokens.select(rows)))
+            parts.append((held[1][0][rows], held[1][1][rows]))
             position = base + rows.stop
         yield _batch(parts, len(x_sites))
 
 
-#: Activations [rows, sites, D] in the stored type, and where their tokens come from.
-_Part = tuple[Tensor, TokenTable]
+@dataclass(frozen=True)
+class _Held:
+    """A window in memory, its rows shuffled."""
 
-
-@dataclass(frozen=True, kw_only=True)
-class _Window:
-    number: int
+    window: Window
     acts: Tensor
-    tokens: TokenTable
-
-    def slice(self, start: int, stop: int) -> _Part:
-        return self.acts[start:stop], self.tokens.select(slice(start, stop))
+    tokens: Tensor
 
 
-class _BlockReader:
-    """A store as a list of blocks of at most chunk_tokens rows, BOS left out if asked."""
-
-    def __init__(self, store: ActivationStore, x_sites: Sequence[str], y_sites: Sequence[str], drop_bos: bool) -> None:
-        self._store, self._sites = store, (*x_sites, *y_sites)
-        store.site_index(self._sites)
-        self._cache: OrderedDict[int, TokenTable] = OrderedDict()
-        chunk = store.spec.chunk_tokens
-        self._place: list[tuple[int, int]] = []
-        self._kept: list[NDArray[np.int64] | None] = []
-        rows = []
-        for unit in store.units:
-            keep = (store.modality(unit.unit) != Modality.BOS).numpy() if drop_bos else None
-            for start in range(0, unit.n_tokens, chunk):
-                stop = min(start + chunk, unit.n_tokens)
-                self._place.append((unit.unit, start))
-                self._kept.append(None if keep is None else np.flatnonzero(keep[start:stop]))
-                rows.append(stop - start if keep is None else int(keep[start:stop].sum()))
-        self.rows: NDArray[np.int64] = np.array(rows, dtype=np.int64)
-
-    def read(self, block: int, start: int, stop: int) -> _Part:
-        """Rows [start, stop) of a block, counted among those kept."""
-        unit, base = self._place[block]
-        kept = self._kept[block]
-        first, last = (start, stop) if kept is None else (int(kept[start]), int(kept[stop - 1]) + 1)
-        acts = self._store.read(unit, base + first, base + last, self._sites)
-        tokens = self._tokens(unit).select(slice(base + first, base + last))
-        if kept is None:
-            return acts, tokens
-        rows = torch.from_numpy(kept[start:stop] - first)
-        return acts.index_select(0, rows), tokens.select(rows)
-
-    def _tokens(self, unit: int) -> TokenTable:
-        """Token table of a unit; the most recently used ones stay in memory."""
-        if unit in self._cache:
-            self._cache.move_to_end(unit)
-        else:
-            self._cache[unit] = self._store.tokens(unit)
-            while sum(len(table.sample) for table in self._cache.values()) > _CACHED_TOKENS and len(self._cache) > 1:
-                self._cache.popitem(last=False)
-        return self._cache[unit]
-
-
-def _join(parts: Sequence[_Part]) -> _Part:
-    if len(parts) == 1:
-        return parts[0]
-    tables = [tokens for _, tokens in parts]
-    joined = {f.name: torch.cat([getattr(table, f.name) for table in tables]) for f in fields(TokenTable)}
-    return torch.cat([acts for acts, _ in parts]), TokenTable(**joined)
-
-
-def _batch(parts: Sequence[_Part], n_x: int) -> ActivationBatch:
+def _batch(parts: Sequence[Part], n_x: int) -> ActivationBatch:
     """Joins rows [B, sites, D] and turns them into layer-first float32."""
-    acts, tokens = _join(parts)
+    acts, tokens = join(parts)
     wide = torch.empty(acts.shape[1], acts.shape[0], acts.shape[2])
     wide.copy_(acts.transpose(0, 1))
-    return ActivationBatch(x=wide[:n_x], y=wide[n_x:], tokens=tokens)
+    return ActivationBatch(x=wide[:n_x], y=wide[n_x:], tokens=unpack_tokens(tokens))
 
 
 def _ahead(source: Iterator[tuple[int, int, ActivationBatch]]) -> Iterator[tuple[int, int, ActivationBatch]]:

@@ -63,12 +63,15 @@ def load_model(path: str, revision: str | None, dtype: str, device: str) -> tupl
             return _load(path, revision, dtype, device)
     except ModelError:
         raise
-    except (OSError, ValueError, KeyError, RuntimeError, SafetensorError) as error:
+    except (OSError, ValueError, KeyError, RuntimeError, ImportError, SafetensorError) as error:
         raise ModelError(f"{path}: the model cannot be loaded ({_first_line(error)}); check its files") from error
 
 
 def _load(path: str, revision: str | None, dtype: str, device: str) -> tuple[Any, Any]:
     import transformers
+
+    # By its module: older versions guard the top-level name with torchvision.
+    from transformers.models.auto.image_processing_auto import AutoImageProcessor
 
     config = transformers.AutoConfig.from_pretrained(path, revision=revision)
     architecture = (getattr(config, "architectures", None) or [type(config).__name__])[0]
@@ -90,7 +93,7 @@ def _load(path: str, revision: str | None, dtype: str, device: str) -> tuple[Any
     if getattr(config, "vision_config", None) is None:
         return model.to(device), tokenizer
     # The PIL backend gives the same pixels with and without torchvision installed.
-    images = transformers.AutoImageProcessor.from_pretrained(path, revision=revision, backend="pil")
+    images = AutoImageProcessor.from_pretrained(path, revision=revision, backend="pil")
     return model.to(device), Processor(tokenizer=tokenizer, image_processor=images)
 
 

@@ -74,18 +74,16 @@ def pack_units(lengths: Sequence[int], rows_per_unit: int) -> tuple[int, ...]:
 
 
 @dataclass(frozen=True)
-class WindowSlice:
-    """Rows of one window that a batch takes.
+class Window:
+    """A run of blocks of a stream that is shuffled in memory.
 
     Attributes:
-        stream: virtual stream.
-        window: number of the window within its stream and epoch.
-        start: first row, counted in the window's shuffled order.
-        stop: one past the last row.
+        number: its number within the stream and the epoch.
+        start: its first row, counted from the start of the stream.
+        stop: one past its last row.
     """
 
-    stream: int
-    window: int
+    number: int
     start: int
     stop: int
 
@@ -119,6 +117,7 @@ class ReadOrder:
             raise ConfigError(f"batch_tokens={batch_rows} exceeds the {self.num_rows} tokens of the store; lower it")
         self.seed, self.epoch, self.batch_rows = seed, epoch, batch_rows
         self.streams = math.gcd(batch_rows, MAX_STREAMS)
+        self.share = batch_rows // self.streams
         self.steps = self.num_rows // batch_rows
         self._blocks = permutation(len(rows), seed, (_BLOCKS, epoch, 0, 0))
         self._ends = np.cumsum(rows[self._blocks])
@@ -145,37 +144,31 @@ class ReadOrder:
         share = self.streams // world
         return range(rank * share, (rank + 1) * share)
 
-    def slices(self, step: int, stream: int) -> list[WindowSlice]:
-        """What a step takes from a stream, in order; found in O(log blocks)."""
-        share = self.batch_rows // self.streams
-        position, stop = step * share, (step + 1) * share
-        found = []
-        while position < stop:
-            window = self._window_at(stream, position)
-            first, last = self._window_bounds(stream, window)
-            until = min(stop, last)
-            found.append(WindowSlice(stream, window, position - first, until - first))
-            position = until
-        return found
-
-    def window_blocks(self, stream: int, window: int) -> list[tuple[int, int, int]]:
-        """Segments (block, first row, one past last row) that make up a window, in unshuffled order."""
+    def window_at(self, stream: int, position: int) -> Window:
+        """The window that holds a row of a stream, counted from the stream's start; found in O(log blocks)."""
         base = stream * self._stream_rows
-        first, last = self._window_bounds(stream, window)
+        first_block = self._block_at(base)
+        number = (self._block_at(base + position) - first_block) // self._window_blocks
+        block = first_block + number * self._window_blocks
+        last_block = min(block + self._window_blocks, len(self._ends)) - 1
+        stop = min(int(self._ends[last_block]) - base, self._stream_rows)
+        return Window(number, max(self._start(block) - base, 0), stop)
+
+    def window_segments(self, stream: int, window: Window) -> list[tuple[int, int, int]]:
+        """Segments (block, first row, one past last row) that make up a window, in unshuffled order."""
+        low, high = (stream * self._stream_rows + row for row in (window.start, window.stop))
         segments = []
-        index = self._block_at(base + first)
-        while index < len(self._ends) and self._start(index) < base + last:
+        index = self._block_at(low)
+        while index < len(self._ends) and self._start(index) < high:
             begin, end = self._start(index), int(self._ends[index])
-            low, high = max(begin, base + first), min(end, base + last)
-            if low < high:
-                segments.append((int(self._blocks[index]), low - begin, high - begin))
+            if begin < end:
+                segments.append((int(self._blocks[index]), max(begin, low) - begin, min(end, high) - begin))
             index += 1
         return segments
 
-    def window_permutation(self, stream: int, window: int) -> NDArray[np.int64]:
+    def window_permutation(self, stream: int, window: Window) -> NDArray[np.int64]:
         """Shuffled order of a window's rows: its i-th row is row `result[i]` of its segments laid end to end."""
-        first, last = self._window_bounds(stream, window)
-        return permutation(last - first, self.seed, (_WINDOW, self.epoch, stream, window))
+        return permutation(window.stop - window.start, self.seed, (_WINDOW, self.epoch, stream, window.number))
 
     def rows(self, step: int, rank: int = 0, world: int = 1) -> NDArray[np.int64]:
         """The (block, row within block) pairs of a rank's batch, in order; for tests and audits.
@@ -190,12 +183,14 @@ class ReadOrder:
         """
         parts = []
         for stream in self.streams_of(rank, world):
-            for piece in self.slices(step, stream):
-                segments = self.window_blocks(stream, piece.window)
-                line = np.concatenate(
-                    [np.stack([np.full(b - a, block), np.arange(a, b)], axis=1) for block, a, b in segments]
-                )
-                parts.append(line[self.window_permutation(stream, piece.window)][piece.start : piece.stop])
+            position, stop = step * self.share, (step + 1) * self.share
+            while position < stop:
+                window = self.window_at(stream, position)
+                line = [(block, row) for block, a, b in self.window_segments(stream, window) for row in range(a, b)]
+                shuffled = np.array(line)[self.window_permutation(stream, window)]
+                until = min(stop, window.stop)
+                parts.append(shuffled[position - window.start : until - window.start])
+                position = until
         return np.concatenate(parts)
 
     def _start(self, index: int) -> int:
@@ -204,14 +199,3 @@ class ReadOrder:
     def _block_at(self, row: int) -> int:
         """Position, in the permuted line, of the block that holds a row; empty blocks are passed over."""
         return int(np.searchsorted(self._ends, row, side="right"))
-
-    def _window_at(self, stream: int, position: int) -> int:
-        base = stream * self._stream_rows
-        return (self._block_at(base + position) - self._block_at(base)) // self._window_blocks
-
-    def _window_bounds(self, stream: int, window: int) -> tuple[int, int]:
-        """First row and one past the last row of a window, counted from the start of its stream."""
-        base = stream * self._stream_rows
-        index = self._block_at(base) + window * self._window_blocks
-        last_block = min(index + self._window_blocks, len(self._ends)) - 1
-        return max(self._start(index) - base, 0), min(int(self._ends[last_block]) - base, self._stream_rows)

@@ -212,12 +212,11 @@ def _run_batch(job: CaptureJob, unit: int, batch: Sequence[int]) -> tuple[Tensor
     tokens = replace(tokens, sample=torch.tensor(batch).repeat_interleave(lengths))
     for site, values in zip(job.spec.sites, kept, strict=True):
         if not bool(values.isfinite().all()):
-            row = int((~values.isfinite()).any(1).nonzero()[0])
-            sample, position = int(tokens.sample[row]), int(tokens.position[row])
+            # The first bad row says which sample it is, not which token: attention spreads NaN over its whole sample.
+            sample = int(tokens.sample[int((~values.isfinite()).any(1).nonzero()[0])])
             raise NonFiniteError(
-                f"unit {unit}: {site} is not finite at token {position} of sample {sample} "
-                f"('{job.source.texts[sample].example_id}'); the unit is not committed, remove the sample or use a "
-                f"wider dtype"
+                f"unit {unit}: {site} is not finite in sample {sample} ('{job.source.texts[sample].example_id}'); the "
+                f"unit is not committed, remove the sample or use a wider dtype"
             )
     return torch.stack(kept, dim=1), tokens
 

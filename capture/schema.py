@@ -14,7 +14,8 @@ from typing import Any, TypeVar
 
 from pydantic import TypeAdapter, ValidationError
 
-from clt.capture.shard import ArrayLayout, FileRecord, StoreDtype
+from clt.capture.files import FileRecord
+from clt.capture.shard import ArrayLayout, StoreDtype
 from clt.errors import StoreError
 from clt.records import ModelIdentity
 

@@ -9,15 +9,13 @@ not fill are never read.
 
 from __future__ import annotations
 
-import os
 import shutil
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
 from typing import Any, Literal
 
-import google_crc32c
 import numpy as np
 import torch
 import zarr
@@ -25,6 +23,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 from zarr.codecs import Crc32cCodec
 
+from clt.capture.files import FileRecord, check_file, sync_folders
 from clt.errors import StoreError
 
 StoreDtype = Literal["bfloat16", "float32"]
@@ -64,21 +63,6 @@ class ArrayLayout:
     n_units: int
     rows_per_unit: int
     chunk_tokens: int
-
-
-@dataclass(frozen=True, kw_only=True)
-class FileRecord:
-    """A finished file.
-
-    Attributes:
-        path: relative to the store, with forward slashes.
-        bytes: size.
-        crc32c: checksum of the whole file.
-    """
-
-    path: str
-    bytes: int
-    crc32c: int
 
 
 def to_stored(values: Tensor, store_dtype: StoreDtype) -> Tensor:
@@ -135,9 +119,11 @@ def create_arrays(root: Path, layout: ArrayLayout) -> None:
                 filters=None,
                 fill_value=0,
                 dimension_names=("token",),
-                # A text store's modality is all zero: without this its shards would be left out.
-                config={"write_empty_chunks": True},
             )
+    shards = [root / array / "c" for array in (ACTS, *(f"{TOKENS}/{name}" for name in TOKEN_DTYPES))]
+    for folder in shards:
+        folder.mkdir(exist_ok=True)
+    sync_folders({parent for folder in shards for parent in folder.parents if parent.is_relative_to(root)})
 
 
 def metadata_files() -> tuple[str, ...]:
@@ -175,9 +161,10 @@ def write_unit(root: Path, layout: ArrayLayout, unit: int, acts: Tensor, tokens:
     zarr.open_array(root / ACTS, mode="r+")[whole] = padded(_bits(acts))
     if not (root / unit_files(unit)[0]).is_file():
         raise StoreError(f"{root}: all activations of unit {unit} are zero; check that the model's weights are loaded")
-    for name, dtype in TOKEN_DTYPES.items():
-        array = zarr.open_array(root / TOKENS / name, mode="r+", config={"write_empty_chunks": True})
-        array[whole] = padded(tokens[name].astype(dtype))
+    # A text store's modality is all zero: without this setting its shards would be left out.
+    with zarr.config.set({"array.write_empty_chunks": True}):
+        for name, dtype in TOKEN_DTYPES.items():
+            zarr.open_array(root / TOKENS / name, mode="r+")[whole] = padded(tokens[name].astype(dtype))
 
 
 def discard_unit(root: Path, unit: int) -> None:
@@ -186,68 +173,6 @@ def discard_unit(root: Path, unit: int) -> None:
     for name in TOKEN_DTYPES:
         for path in [root / TOKENS / name / "c" / str(unit), *(root / TOKENS / name / "c").glob(f"{unit}.*")]:
             path.unlink(missing_ok=True)
-
-
-def seal(root: Path, paths: Sequence[str]) -> tuple[FileRecord, ...]:
-    """Forces finished files and their names to disk and takes their sizes and checksums.
-
-    Args:
-        root: the store.
-        paths: relative to it.
-
-    Returns:
-        What a commit record says about the files.
-    """
-    records = []
-    for path in paths:
-        with open(root / path, "rb") as file:
-            os.fsync(file.fileno())
-            checksum, size = _checksum(file)
-        records.append(FileRecord(path=path, bytes=size, crc32c=checksum))
-    depth = len(root.parts)
-    sync_folders({folder for path in paths for folder in (root / path).parents if len(folder.parts) >= depth})
-    return tuple(records)
-
-
-def _checksum(file: Any) -> tuple[int, int]:
-    checksum, size = 0, 0
-    while piece := file.read(1 << 20):
-        checksum, size = google_crc32c.extend(checksum, piece), size + len(piece)
-    return checksum, size
-
-
-def sync_folders(folders: Iterable[Path]) -> None:
-    """Forces the names in folders to disk."""
-    for folder in folders:
-        descriptor = os.open(folder, os.O_RDONLY)
-        try:
-            os.fsync(descriptor)
-        finally:
-            os.close(descriptor)
-
-
-def check_file(root: Path, record: FileRecord, *, contents: bool = False) -> None:
-    """Compares a file with its record.
-
-    Args:
-        root: the store.
-        record: what the file was when it was committed.
-        contents: also compare the checksum, which reads the whole file.
-
-    Raises:
-        StoreError: the file is missing, has another size, or other contents.
-    """
-    path = root / record.path
-    try:
-        size = path.stat().st_size
-    except OSError:
-        raise StoreError(f"{path}: missing from the store; restore it or capture again") from None
-    if size != record.bytes:
-        raise StoreError(f"{path}: has {size} bytes, expected {record.bytes}; restore it or capture again")
-    if contents:
-        with open(path, "rb") as file:
-            if _checksum(file)[0] != record.crc32c:
-                raise StoreError(f"{path}: checksum does not match; the file is damaged, restore it or capture again")
 
 
 class ArrayReader:

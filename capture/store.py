@@ -21,9 +21,10 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+from clt.capture.files import check_file
 from clt.capture.moments import Moments
 from clt.capture.schema import Manifest, layout_of, parse, read_json, stats_path, store_id
-from clt.capture.shard import ArrayReader, check_file
+from clt.capture.shard import ArrayReader
 from clt.errors import StoreError
 from clt.records import ModelIdentity, SiteStats, TokenTable
 

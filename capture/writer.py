@@ -9,7 +9,6 @@ the same bytes as one that was not.
 from __future__ import annotations
 
 import json
-import os
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 
@@ -17,6 +16,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from clt.capture.files import check_file, seal, write_atomic
 from clt.capture.moments import Moments
 from clt.capture.order import unit_permutation
 from clt.capture.schema import (
@@ -32,16 +32,7 @@ from clt.capture.schema import (
     store_id,
     to_json,
 )
-from clt.capture.shard import (
-    check_file,
-    create_arrays,
-    discard_unit,
-    metadata_files,
-    seal,
-    sync_folders,
-    unit_files,
-    write_unit,
-)
+from clt.capture.shard import create_arrays, discard_unit, metadata_files, unit_files, write_unit
 from clt.errors import StoreError
 from clt.records import Modality, TokenTable
 
@@ -84,12 +75,12 @@ class StoreWriter:
         elif any(not path.name.endswith(".partial") for path in root.iterdir()):
             raise StoreError(f"{root}: the folder is not empty and holds no store; choose another output")
         else:
-            _write_atomic(root / "store.json", to_json(spec).encode())
+            write_atomic(root / "store.json", to_json(spec).encode())
         if (root / "plan.json").is_file():
             if parse(CapturePlan, read_json(root / "plan.json"), root / "plan.json") != plan:
                 raise StoreError(f"{root}: holds a store with another plan of units; choose another output")
         else:
-            _write_atomic(root / "plan.json", to_json(plan).encode())
+            write_atomic(root / "plan.json", to_json(plan).encode())
         create_arrays(root, self._layout)
 
     def pending(self) -> list[int]:
@@ -115,7 +106,7 @@ class StoreWriter:
         self.discard(unit)
         try:
             write_unit(self.root, self._layout, unit, acts, {**tokens, "natural_index": order.astype(np.uint32)})
-            _write_atomic(self.root / stats_path(unit), statistics)
+            write_atomic(self.root / stats_path(unit), statistics)
             files = seal(self.root, (*unit_files(unit), stats_path(unit)))
         except BaseException:
             self.discard(unit)
@@ -128,7 +119,7 @@ class StoreWriter:
             sample_tokens=data.sample_tokens,
             files=files,
         )
-        _write_atomic(self.root / commit_path(unit), to_json(record).encode())
+        write_atomic(self.root / commit_path(unit), to_json(record).encode())
 
     def discard(self, unit: int) -> None:
         """Removes what an uncommitted unit left on disk."""
@@ -149,14 +140,17 @@ class StoreWriter:
         units = tuple(self._read_commit(unit) for unit in range(self.plan.n_units))
         manifest = Manifest(spec=self.spec, units=units, metadata=seal(self.root, metadata_files()))
         tree = {"id": store_id(manifest), **asdict(manifest)}
-        _write_atomic(self.root / "manifest.json", json.dumps(tree, indent=1).encode())
+        write_atomic(self.root / "manifest.json", json.dumps(tree, indent=1).encode())
         return tree["id"]
 
     def _read_commit(self, unit: int) -> UnitRecord:
         path = self.root / commit_path(unit)
         record = parse(UnitRecord, read_json(path), path)
-        for file in record.files:
-            check_file(self.root, file)
+        try:
+            for file in record.files:
+                check_file(self.root, file)
+        except StoreError as error:
+            raise StoreError(f"{error}; to capture unit {unit} again, delete {path} first") from None
         return record
 
     def _require_same(self, found: StoreSpec) -> None:
@@ -169,15 +163,3 @@ class StoreWriter:
                     f"choose another output or the same settings"
                 )
         self.spec = found
-
-
-def _write_atomic(path: Path, contents: bytes) -> None:
-    """A file that appears whole or not at all, and stays after a power cut."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    partial = path.with_name(f".{path.name}.partial")
-    with open(partial, "wb") as file:
-        file.write(contents)
-        file.flush()
-        os.fsync(file.fileno())
-    os.replace(partial, path)
-    sync_folders([path.parent])

@@ -69,10 +69,12 @@ class CLTConfig(TranscoderSettings):
 
 @dataclass(frozen=True, kw_only=True, config=STRICT)
 class AuxKSettings:
-    """Gradient for dead features: they reconstruct what the live ones miss (Gao et al. 2024, section A.2)."""
+    """Gradient for dead features: they reconstruct what the live ones miss, and rise until they fire (`clt.loss`)."""
 
     coefficient: float = Field(default=1 / 32, ge=0)
-    """Weight of the auxiliary loss; 0 turns it off."""
+    """Weight of the auxiliary error; 0 turns both terms off."""
+    revival: float = Field(default=1e-3, ge=0)
+    """Weight of the push on the activations of the dead features that the auxiliary error uses."""
     k: int | None = Field(default=None, gt=0)
     """Dead features used per token and layer; absent: the transcoder's k."""
     token_fraction: float = Field(default=0.125, gt=0, le=1)

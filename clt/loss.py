@@ -1,9 +1,14 @@
-"""The training loss, in standardised units: squared error of every target plus the auxiliary loss of dead features.
+"""The training loss, in standardised units: squared error of every target plus what keeps features alive.
 
 The squared error is divided by the store's variance, a constant (1 in standardised units), not by the batch's: so it is
-a plain mean over tokens and the same on any number of ranks. AuxK follows Gao et al. 2024, "Scaling and evaluating
-sparse autoencoders", section A.2, carried over to cross-layer decoders: the dead features of all layers reconstruct
-what the live ones miss in every target.
+a plain mean over tokens and the same on any number of ranks.
+
+Dead features get two terms. AuxK (Gao et al. 2024, "Scaling and evaluating sparse autoencoders", section A.2), carried
+over to cross-layer decoders: the dead features of all layers reconstruct what the live ones miss in every target. That
+teaches them something useful, but the residual is small, so their activations stay below the K-th of the live ones and
+they remain unselected. The revival term raises the activations that AuxK selected until they win a place; it ends for a
+feature when the feature fires (a pre-activation loss in the manner of Conerly et al. 2025, "Dictionary learning
+optimization techniques", restricted to the slots where the feature fits best).
 """
 
 from __future__ import annotations
@@ -13,6 +18,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from clt.config import AuxKSettings
 from clt.kernels import ops
 from clt.model import CrossLayerTranscoder
 from clt.records import SparseCodes
@@ -25,7 +31,7 @@ class LossTerms:
     Attributes:
         total: scalar to differentiate: this rank's share of the loss; the sum over the layer axis is the loss.
         error_M: [M_own] mean squared error per target over tokens and channels, detached.
-        auxk: scalar auxiliary loss before its coefficient, detached.
+        auxk: scalar auxiliary error before its coefficient, detached.
     """
 
     total: Tensor
@@ -78,13 +84,29 @@ def auxk_error(clt: CrossLayerTranscoder, codes: SparseCodes, residual_MBD: Tens
     return squared_error(torch.stack(y_hat), residual_MBD.detach())
 
 
-def combine(error_M: Tensor, auxk_M: Tensor | None, coefficient: float, n_targets: int) -> LossTerms:
-    """The loss: mean over all targets of the squared error, plus the weighted auxiliary error.
+def revival(codes: SparseCodes, n_sources: int) -> Tensor:
+    """Negative mean activation of the dead features that AuxK selected: falls as they rise.
+
+    Args:
+        codes: dead features' codes of the sources owned here, [L_own,B,K].
+        n_sources: source layers of the whole transcoder, L.
+
+    Returns:
+        Scalar; summed over the layer axis it is the mean over all layers, tokens and slots.
+    """
+    return -codes.values.mean(dim=(1, 2)).sum() / n_sources
+
+
+def combine(
+    error_M: Tensor, auxk_M: Tensor | None, revival: Tensor | None, settings: AuxKSettings, n_targets: int
+) -> LossTerms:
+    """The loss: mean over all targets of the squared error, plus the weighted terms of dead features.
 
     Args:
         error_M: [M_own] from `squared_error`.
         auxk_M: [M_own] from `auxk_error`, or None without dead features.
-        coefficient: weight of the auxiliary error.
+        revival: scalar from the function of that name, or None without dead features.
+        settings: weights of the two.
         n_targets: targets of the whole transcoder, M.
 
     Returns:
@@ -92,7 +114,7 @@ def combine(error_M: Tensor, auxk_M: Tensor | None, coefficient: float, n_target
     """
     total = error_M.sum() / n_targets
     auxk = torch.zeros_like(total)
-    if auxk_M is not None:
+    if auxk_M is not None and revival is not None:
         auxk = auxk_M.sum() / n_targets
-        total = total + coefficient * auxk
+        total = total + settings.coefficient * auxk + settings.revival * revival
     return LossTerms(total=total, error_M=error_M.detach(), auxk=auxk.detach())

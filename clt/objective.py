@@ -6,9 +6,9 @@ from torch import Tensor, nn
 
 from clt.config import AuxKSettings
 from clt.dead_features import fired_features
-from clt.loss import auxk_error, combine, encode_dead, squared_error
+from clt.loss import auxk_error, combine, encode_dead, revival, squared_error
 from clt.metrics import Observations
-from clt.model import CrossLayerTranscoder, target_layers
+from clt.model import CrossLayerTranscoder, source_layers, target_layers
 from clt.parallel import CodeExchange, input_layers
 
 
@@ -27,6 +27,7 @@ class Objective(nn.Module):
         self._exchange = exchange
         self._settings = settings
         self._x_layers = input_layers(transcoder.config, transcoder.share)
+        self._n_sources = len(source_layers(transcoder.config))
         self._n_targets = len(target_layers(transcoder.config))
 
     def forward(self, x_raw: Tensor, y_raw: Tensor, k: int, dead_LF: Tensor | None) -> tuple[Tensor, Observations]:
@@ -50,13 +51,14 @@ class Objective(nn.Module):
 
         own_codes = clt.encode(x_LBD, k)
         y_hat_MBD = clt.decode(self._exchange(own_codes), x_MBD)
-        auxk_M = None
+        auxk_M = lift = None
         if dead_LF is not None:
             # Every n-th token of each rank: the share is exact and no random state has to be kept.
             tokens = slice(None, None, round(1 / self._settings.token_fraction))
             dead_codes = encode_dead(clt, x_LBD[:, tokens], dead_LF, self._settings.k or clt.config.k)
             auxk_M = auxk_error(clt, self._exchange(dead_codes), (y_MBD - y_hat_MBD)[:, tokens])
-        terms = combine(squared_error(y_hat_MBD, y_MBD), auxk_M, self._settings.coefficient, self._n_targets)
+            lift = revival(dead_codes, self._n_sources)
+        terms = combine(squared_error(y_hat_MBD, y_MBD), auxk_M, lift, self._settings, self._n_targets)
         return terms.total, Observations(
             error_M=terms.error_M,
             auxk=terms.auxk,

@@ -24,7 +24,7 @@ from clt.errors import CLTError, ConfigError
 from clt.model import LayerShare, source_layers, sources_of, target_layers
 from clt.records import SparseCodes
 
-Axis = Literal["data", "layer", "world"]
+Axis = Literal["data", "world"]
 
 _MESSAGE_BYTES = 2048
 
@@ -80,9 +80,8 @@ class Mesh:
         return self.data_rank == 0 and self.layer_rank == 0
 
     def all_reduce(self, tensor: Tensor, axis: Axis, op: dist.ReduceOp.RedOpType = dist.ReduceOp.SUM) -> Tensor:
-        """Reduces a tensor in place over one axis and returns it."""
-        group = {"data": self.data_group, "layer": self.layer_group, "world": dist.group.WORLD}[axis]
-        dist.all_reduce(tensor, op, group=group)
+        """Reduces a tensor in place over the data axis or the world and returns it."""
+        dist.all_reduce(tensor, op, group=self.data_group if axis == "data" else None)
         return tensor
 
     @contextmanager

@@ -19,6 +19,7 @@ from torch import Tensor
 
 from clt.config import CLTConfig, config_to_tree, parse_config
 from clt.errors import CheckpointError
+from clt.manifest import MANIFEST_FILE, latest_folder, read_manifest, verify_file
 from clt.model import CrossLayerTranscoder, LayerShare, Provenance
 from clt.records import ModelIdentity
 from clt.scaling import Scaling
@@ -64,7 +65,7 @@ def load_transcoder(folder: Path, share: LayerShare | None = None) -> CrossLayer
     """Reads a transcoder, or the share of it that a rank owns.
 
     Args:
-        folder: what `save_transcoder` wrote.
+        folder: what `save_transcoder` wrote, or the output folder of a training job, which means its newest checkpoint.
         share: layers to read; all by default.
 
     Returns:
@@ -73,14 +74,22 @@ def load_transcoder(folder: Path, share: LayerShare | None = None) -> CrossLayer
     Raises:
         CheckpointError: a file is missing, damaged or of the wrong shape; names the file and key.
     """
-    config, provenance = _read_card(folder)
-    expected = CrossLayerTranscoder(
-        config, _read_scaling(folder / SCALING_FILE, config), share, provenance=provenance
-    ).requires_grad_(False)
-    owned = expected.share
-    for layer in sorted({*owned.sources, *owned.targets}):
-        read_into(layer_tensors(expected, layer), folder / layer_file(layer))
-    return expected
+    if not (folder / CARD_FILE).exists():
+        folder = latest_folder(folder) or folder
+    # Training checkpoints carry checksums; `save_pretrained` leaves them out, so that a folder can be edited by hand.
+    manifest = read_manifest(folder) if (folder / MANIFEST_FILE).exists() else None
+
+    def checked(name: str) -> Path:
+        if manifest is not None:
+            verify_file(folder, name, manifest)
+        return folder / name
+
+    config, provenance = _read_card(checked(CARD_FILE))
+    scaling = _read_scaling(checked(SCALING_FILE), config)
+    clt = CrossLayerTranscoder(config, scaling, share, provenance=provenance).requires_grad_(False)
+    for layer in sorted({*clt.share.sources, *clt.share.targets}):
+        read_into(layer_tensors(clt, layer), checked(layer_file(layer)))
+    return clt
 
 
 def read_into(parameters: dict[str, Tensor], path: Path) -> None:
@@ -107,8 +116,7 @@ def read_tensors(path: Path) -> dict[str, Tensor]:
         raise CheckpointError(f"{path}: not a readable safetensors file ({' '.join(str(error).split())})") from None
 
 
-def _read_card(folder: Path) -> tuple[CLTConfig, Provenance]:
-    path = folder / CARD_FILE
+def _read_card(path: Path) -> tuple[CLTConfig, Provenance]:
     try:
         tree = json.loads(path.read_text(encoding="utf-8"))
     except FileNotFoundError:

@@ -8,17 +8,15 @@ A job whose output folder has a checkpoint goes on from there. `--dry-run` print
 
 from __future__ import annotations
 
-import argparse
 import sys
 from collections.abc import Sequence
 from pathlib import Path
 
 from clt.capture.loader import ActivationLoader
 from clt.capture.store import open_store
-from clt.config import CLTConfig, TrainConfig, config_to_yaml, load_config
+from clt.config import CLTConfig, TrainConfig, config_to_yaml
 from clt.engine import joined_job
-from clt.errors import CLTError
-from clt.launch.logs import job_rank, set_up_logging
+from clt.launch.script import run_script
 from clt.model import CrossLayerTranscoder, Provenance
 from clt.parallel import Mesh, deal_layers, input_layers
 from clt.scaling import Scaling
@@ -68,28 +66,8 @@ def train(config: TrainConfig, progress_bar: bool | None = None) -> Path:
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """The command; returns its exit code."""
-    parser = argparse.ArgumentParser(
-        description=(__doc__ or "").split("\n\n")[0], formatter_class=argparse.RawDescriptionHelpFormatter
-    )
-    parser.add_argument("config", help="YAML file of the job")
-    parser.add_argument("overrides", nargs="*", metavar="key=value", help="replaces a value of the file, dotted keys")
-    parser.add_argument("--dry-run", action="store_true", help="print the resolved configuration and end")
-    options = parser.parse_args(arguments)
-    set_up_logging()
-    try:
-        config = load_config(TrainConfig, options.config, options.overrides)
-        if options.dry_run:
-            print(config_to_yaml(config), end="")
-            return 0
-        folder = train(config)
-    except CLTError as error:
-        # All ranks raise the same error; the first one tells it.
-        if job_rank() == 0:
-            print(f"error: {error}", file=sys.stderr)
-        return 2
-    if job_rank() == 0:
-        print(folder)
-    return 0
+    description = (__doc__ or "").partition("\n")[0]
+    return run_script(description, TrainConfig, lambda config: config_to_yaml(config).rstrip(), train, arguments)
 
 
 if __name__ == "__main__":

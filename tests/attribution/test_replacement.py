@@ -302,11 +302,12 @@ def test_generation_with_interventions_equals_greedy_decoding_without_cache(toy_
     examples = [*toy_examples(2, 11, ("describe",)), *toy_examples(1, 11, ("exists",))]
     prompts = [toy_adapter.prepare(e.prompt, e.images) for e in examples]
     lengths = [prompt.tokens.position.shape[1] for prompt in prompts]
+    last = toy_adapter.n_layers - 1
+    # A feature that is never active by itself and writes a token which is never generated otherwise.
+    model.clt.b_enc[str(last)][0] = -1e9
     plain = model.generate(toy_adapter.collate(prompts), 8, mlps=mlps)
     assert len(plain[0]) > 1
-    # A feature that writes a token which is never generated otherwise.
     word = next(token for token in range(5, toy_adapter.vocab_size) if not any(token in row for row in plain))
-    last = toy_adapter.n_layers - 1
     unembedding = toy_adapter.lm_head.weight
     model.clt.W_dec[str(last)][-1, 0] = unembedding[word] - unembedding.mean(0)
     switch = Intervention(layer=last, feature=0, value=1e4)

@@ -11,7 +11,7 @@ import pytest
 import torch
 from tokenizers import Tokenizer, models, pre_tokenizers, processors
 from transformers import (
-    CLIPImageProcessor,
+    CLIPImageProcessorPil,
     CLIPVisionConfig,
     LlamaConfig,
     LlamaForCausalLM,
@@ -30,7 +30,24 @@ from clt.capture.writer import StoreWriter, UnitData
 from clt.records import Modality, ModelIdentity, TokenTable
 
 SPECIAL = ("<pad>", "<s>", "</s>", "<unk>", "<image>")
-WORDS = ("the", "cat", "sat", "on", "a", "mat", "red", "blue", "USER", ":", "ASSISTANT", "?", "\n", "what", "is", "this")
+WORDS = (
+    "the",
+    "cat",
+    "sat",
+    "on",
+    "a",
+    "mat",
+    "red",
+    "blue",
+    "USER",
+    ":",
+    "ASSISTANT",
+    "?",
+    "\n",
+    "what",
+    "is",
+    "this",
+)
 
 
 def make_tokenizer(adds_bos: bool = True) -> Any:
@@ -102,7 +119,7 @@ def make_llava(strategy: str = "default") -> LlavaForConditionalGeneration:
 
 def make_processor(strategy: str = "default", size: int = 24) -> Any:
     """A real LLaVA processor for `make_llava`."""
-    images = CLIPImageProcessor(
+    images = CLIPImageProcessorPil(
         size={"shortest_edge": size}, crop_size={"height": size, "width": size}, do_convert_rgb=True
     )
     return LlavaProcessor(

@@ -47,7 +47,8 @@ def test_prepare_tells_image_tokens_from_text_with_row_and_column(llava: ModelAd
     expected += [(Modality.IMAGE, row, col, 0) for row in range(3) for col in range(3)]
     expected += [(Modality.TEXT, -1, -1, -1)]
     expected += [(Modality.IMAGE, row, col, 1) for row in range(3) for col in range(3)]
-    found = zip(*(f[0].tolist() for f in (tokens.modality, tokens.patch_row, tokens.patch_col, tokens.image)))  # noqa: B905
+    names = ("modality", "patch_row", "patch_col", "image")
+    found = zip(*(getattr(tokens, name)[0].tolist() for name in names), strict=True)
     assert list(found) == expected
     assert tokens.position[0].tolist() == list(range(21))
 
@@ -189,6 +190,14 @@ def test_from_pretrained_equals_the_model_that_was_saved(llava_folder: Path, lla
         assert torch.equal(loaded.forward(inputs), llava.forward(llava.prepare(PROMPT, [picture()], "red")))
     assert loaded.identity == replace(llava.identity, name=str(llava_folder))
     assert loaded.identity.architecture == "LlavaForConditionalGeneration"
+
+
+def test_tied_embeddings_are_not_missing_weights(tmp_path: Path) -> None:
+    tied = make_llama(tie_word_embeddings=True)
+    tied.save_pretrained(tmp_path)
+    make_tokenizer().save_pretrained(tmp_path)
+    adapter = ModelAdapter.from_pretrained(tmp_path)
+    assert torch.equal(adapter.lm_head.weight, tied.lm_head.weight)  # type: ignore[arg-type]
 
 
 def test_fingerprint_follows_the_values_of_the_weights(llama_folder: Path) -> None:

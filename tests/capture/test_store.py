@@ -64,7 +64,7 @@ def test_bfloat16_bits_survive(tmp_path: Path) -> None:
     finite = bits[bits.isfinite()]
     index = torch.linspace(0, len(finite) - 1, data.acts.numel()).long()
     data.acts.copy_(finite[index].view(data.acts.shape))
-    assert (data.acts == 0).any() and torch.signbit(data.acts[data.acts == 0]).any(), "-0.0 is among them"
+    data.acts.view(-1)[-3:] = torch.tensor([-0.0, 0.0, -1e-40])  # signed zeros and a subnormal
     writer = StoreWriter(tmp_path / "store", spec, make_plan(lengths))
     writer.commit(0, data)
     writer.finalize()
@@ -159,6 +159,21 @@ def test_uncommitted_unit_is_captured_again_over_its_remains(tmp_path: Path) -> 
         resumed.commit(unit, unit_data(LENGTHS, plan.samples(unit), spec))
     assert resumed.finalize() == expected.id
     assert tree(root) == tree(expected.path)
+
+
+def test_damage_before_the_end_tells_how_to_capture_the_unit_again(tmp_path: Path) -> None:
+    expected = make_store(tmp_path / "expected", LENGTHS)
+    spec, plan = make_spec(), make_plan(LENGTHS)
+    writer = StoreWriter(tmp_path / "store", spec, plan)
+    for unit in writer.pending():
+        writer.commit(unit, unit_data(LENGTHS, plan.samples(unit), spec))
+    (writer.root / unit_files(1)[0]).unlink()
+    commit = writer.root / "units/commits/000001.json"
+    with pytest.raises(StoreError, match=f"c/1/0/0: missing .*to capture unit 1 again, delete {commit} first"):
+        writer.finalize()
+    commit.unlink()
+    writer.commit(1, unit_data(LENGTHS, plan.samples(1), spec))
+    assert writer.finalize() == expected.id
 
 
 def test_failed_write_leaves_nothing_of_the_unit(tmp_path: Path) -> None:

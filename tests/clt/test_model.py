@@ -5,10 +5,12 @@ from pathlib import Path
 
 import pytest
 import torch
+from safetensors.torch import load_file
 from torch import Tensor
 
 from clt.config import CLTConfig
 from clt.errors import CheckpointError
+from clt.manifest import Checksums, save_tensors, write_manifest, write_text
 from clt.model import CrossLayerTranscoder, LayerShare, Provenance, source_layers, sources_of, target_layers, targets_of
 from clt.records import ModelIdentity
 from clt.scaling import Scaling
@@ -104,6 +106,21 @@ def test_save_and_load_reproduce_outputs_and_provenance(tmp_path: Path, variant:
     x = torch.randn(L, B, D)
     assert torch.equal(loaded(x), clt(x))
     assert loaded.provenance == clt.provenance and loaded.config == clt.config
+
+
+def test_a_flipped_bit_in_a_checkpoint_with_manifest_is_refused(tmp_path: Path) -> None:
+    _clt().float().save_pretrained(tmp_path)
+    checksums: Checksums = {}
+    for path in sorted(tmp_path.iterdir()):
+        write_text(path, path.read_text(), checksums) if path.suffix == ".json" else save_tensors(
+            path, load_file(path), checksums
+        )
+    write_manifest(tmp_path, checksums)
+    assert CrossLayerTranscoder.from_pretrained(tmp_path).config.d_model == D
+    damaged = tmp_path / "layer_02.safetensors"
+    damaged.write_bytes(damaged.read_bytes()[:-1] + bytes([damaged.read_bytes()[-1] ^ 1]))
+    with pytest.raises(CheckpointError, match="layer_02"):
+        CrossLayerTranscoder.from_pretrained(tmp_path)
 
 
 def _damage_truncate(folder: Path) -> str:

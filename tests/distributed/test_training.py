@@ -31,6 +31,8 @@ MESHES = {
     "data_zero2": {"layer": 1, "zero_stage": 2},
     "layer_zero1": {"layer": 2, "zero_stage": 1},
 }
+#: A gradient norm that the first step exceeds.
+CLIP = 0.02
 
 
 def _fit(output: Path, mesh: dict[str, int], job: dict[str, Any] | None = None, **batches: Any) -> str:
@@ -50,6 +52,8 @@ def all_cases(root: str) -> dict[str, Tensor]:
         _fit(folder / "whole" / name, mesh)
         errors[f"interrupted {name}"] = _fit(folder / "resumed" / name, mesh, broken_step=4)
         errors[f"resumed {name}"] = _fit(folder / "resumed" / name, mesh)
+        clipped = {"steps": 1, "optimizer": {"learning_rate": 0.01, "gradient_clip": CLIP}}
+        _fit(folder / "clipped" / name, mesh, clipped)
         errors[f"nan {name}"] = _fit(folder / "nan" / name, mesh, nan_steps=(2,))
     for name in ("data_zero1", "layer_zero1"):
         _fit(folder / "curve" / name, MESHES[name], {"steps": 50, "log_every": 1, "checkpoint_every": 50})
@@ -133,6 +137,16 @@ def test_gradient_norm_is_global_under_every_zero_stage(name: str, two_ranks: Pa
     expected = read_metrics(one_rank / "whole" / "metrics.jsonl")[0]
     found = read_metrics(two_ranks / "whole" / name / "metrics.jsonl")[0]
     assert found["gradient_norm"] == pytest.approx(expected["gradient_norm"], rel=1e-4)
+
+
+@pytest.mark.parametrize("name", MESHES)
+def test_gradients_are_clipped_by_their_global_norm(name: str, two_ranks: Path) -> None:
+    norm = read_metrics(two_ranks / "clipped" / name / "metrics.jsonl")[0]["gradient_norm"]
+    assert norm > 2 * CLIP
+    first_moments = [v for key, v in _state(two_ranks / "clipped" / name).items() if "exp_avg." in key]
+    # After one step the first moment is a tenth of the clipped gradient.
+    total = torch.stack([moment.square().sum() for moment in first_moments]).sum().sqrt()
+    assert total.item() == pytest.approx(CLIP / 10, rel=1e-4)
 
 
 @pytest.mark.parametrize("name", MESHES)

@@ -145,7 +145,7 @@ def test_card_states_the_recorded_numbers(variant: str) -> None:
 @pytest.mark.slow
 @pytest.mark.parametrize("variant", VARIANTS)
 def test_training_again_reaches_the_same_accuracy(variant: str, tmp_path: Path) -> None:
-    command = [sys.executable, FOLDER / "train.py", "--variant", variant, "--out", tmp_path]
+    command: list[str | Path] = [sys.executable, FOLDER / "train.py", "--variant", variant, "--out", tmp_path]
     subprocess.run(command, check=True)
     again = json.loads((tmp_path / "train_log.json").read_text())["held_out"]
     for name, score in train_log(variant)["held_out"].items():

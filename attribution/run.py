@@ -1,0 +1,219 @@
+"""The jobs behind `clt attribute` and `clt evaluate`: files in, files out; scripts import the same functions."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import asdict
+from dataclasses import dataclass as plain_dataclass
+from pathlib import Path
+from typing import Literal
+
+from pydantic import Field, model_validator
+from pydantic.dataclasses import dataclass
+
+from clt.attribution.attribute import AttributionSettings, attribute
+from clt.attribution.evaluate import AgreementReport, evaluate_replacement
+from clt.attribution.export import graph_document, write_export
+from clt.attribution.faithfulness import EdgeReport, check_edges
+from clt.attribution.graph import Graph
+from clt.attribution.replacement import require_same_model
+from clt.attribution.scores import Scores, prune, score
+from clt.capture.adapter import ModelAdapter
+from clt.capture.examples import Example, SourceSettings, load_image, open_source
+from clt.capture.loader import iterate_store
+from clt.capture.store import ActivationStore, open_store
+from clt.config import STRICT
+from clt.errors import InputError
+from clt.evaluate import StoreReport, evaluate_store
+from clt.model import CrossLayerTranscoder
+
+GRAPH_FILE = "graph.safetensors"
+
+Dtype = Literal["float32", "bfloat16", "float16", "float64"]
+
+
+@dataclass(frozen=True, kw_only=True, config=STRICT)
+class AttributeConfig:
+    """One graph: a model, its transcoder and a prompt, given as text or as an example of a source."""
+
+    model: str
+    """Folder or hub name of the model."""
+    clt: Path
+    """Folder of the transcoder."""
+    output: Path
+    """Folder for the graph and its page."""
+    prompt: str | None = None
+    """Formatted prompt with one `<image>` per image."""
+    images: tuple[Path, ...] = ()
+    """Image files of `prompt`."""
+    source: SourceSettings | None = None
+    """A source of examples, instead of `prompt`."""
+    index: int = Field(default=0, ge=0)
+    """Which example of the source."""
+    revision: str | None = None
+    """Hub revision of the model."""
+    dtype: Dtype = "float32"
+    """Floating-point type the model runs in."""
+    device: str = "cpu"
+    """Torch device the model runs on."""
+    attribution: AttributionSettings = AttributionSettings()
+    """Targets and limits of the graph."""
+    node_threshold: float = Field(default=0.8, gt=0, le=1)
+    """Share of the influence that the shown nodes hold."""
+    edge_threshold: float = Field(default=0.98, gt=0, le=1)
+    """Share of the edges' influence that the shown edges hold."""
+    max_nodes: int = Field(default=500, gt=0)
+    """Most features, errors and biases on the page."""
+    checked_edges: int = Field(default=200, ge=0)
+    """Edges compared with interventions; 0 checks none."""
+    seed: int = 0
+    """Seed of the choice of checked edges."""
+
+    @model_validator(mode="after")
+    def _has_one_prompt(self) -> AttributeConfig:
+        if (self.prompt is None) == (self.source is None):
+            raise ValueError("give exactly one of prompt and source")
+        if self.images and self.prompt is None:
+            raise ValueError("images go with prompt; a source brings its own")
+        return self
+
+
+@plain_dataclass(frozen=True, kw_only=True)
+class Explanation:
+    """A graph and what was written of it.
+
+    Attributes:
+        graph: the unpruned graph.
+        scores: replacement and completeness score of the unpruned graph.
+        edges: comparison with interventions, None when none was asked for.
+        page: the web page.
+    """
+
+    graph: Graph
+    scores: Scores
+    edges: EdgeReport | None
+    page: Path
+
+
+def explain(config: AttributeConfig) -> Explanation:
+    """Computes, checks and writes the attribution graph of one prompt.
+
+    Args:
+        config: the job.
+
+    Returns:
+        The graph, its scores, and the page in `config.output`.
+
+    Raises:
+        CLTError: the model, transcoder, prompt or image cannot be read, or they do not fit each other.
+    """
+    clt = CrossLayerTranscoder.from_pretrained(config.clt)
+    adapter = ModelAdapter.from_pretrained(config.model, config.revision, config.dtype, config.device)
+    example = _example(config)
+    inputs = adapter.prepare(example.prompt, example.images)
+    graph = attribute(adapter, clt, inputs, config.attribution)
+    edges = None
+    if config.checked_edges:
+        edges = check_edges(adapter, clt, inputs, graph, n_edges=config.checked_edges, seed=config.seed)
+    pruned = prune(graph, config.node_threshold, config.edge_threshold)
+    document = graph_document(
+        graph, pruned, example.images, edge_check=edges, slug=example.example_id, max_nodes=config.max_nodes
+    )
+    page = write_export(document, config.output)
+    graph.save(config.output / GRAPH_FILE)
+    return Explanation(graph=graph, scores=score(graph), edges=edges, page=page)
+
+
+def _example(config: AttributeConfig) -> Example:
+    if config.source is None:
+        assert config.prompt is not None
+        images = tuple(load_image(path) for path in config.images)
+        return Example(example_id="prompt", prompt=config.prompt, images=images)
+    source = open_source(config.source)
+    if config.index >= len(source.texts):
+        raise InputError(f"index={config.index}: the source has {len(source.texts)} examples; choose a lower index")
+    return source.load(config.index)
+
+
+@dataclass(frozen=True, kw_only=True, config=STRICT)
+class EvaluateConfig:
+    """Measures of a transcoder on a held-out store and held-out prompts."""
+
+    model: str
+    """Folder or hub name of the model."""
+    clt: Path
+    """Folder of the transcoder."""
+    store: Path
+    """Store of held-out activations."""
+    source: SourceSettings
+    """Held-out prompts with answers."""
+    output: Path
+    """JSON file for the report."""
+    revision: str | None = None
+    """Hub revision of the model."""
+    dtype: Dtype = "float32"
+    """Floating-point type the model runs in."""
+    device: str = "cpu"
+    """Torch device the model runs on."""
+    batch_tokens: int = Field(default=4096, gt=0)
+    """Stored tokens evaluated at once."""
+    batch_size: int = Field(default=32, gt=0)
+    """Prompts per forward pass."""
+
+
+@plain_dataclass(frozen=True, kw_only=True)
+class EvaluationReport:
+    """What `clt evaluate` measures.
+
+    Attributes:
+        store: reconstruction, sparsity and dead features on held-out tokens.
+        agreement: the replacement model against the model on held-out prompts.
+    """
+
+    store: StoreReport
+    agreement: AgreementReport
+
+
+def evaluate(config: EvaluateConfig) -> EvaluationReport:
+    """Measures a transcoder and writes the report as JSON.
+
+    Args:
+        config: the job.
+
+    Returns:
+        The report, also in `config.output`.
+
+    Raises:
+        CLTError: something cannot be read, or the transcoder, model and store do not belong together.
+    """
+    clt = CrossLayerTranscoder.from_pretrained(config.clt)
+    store = open_store(config.store)
+    require_same_model(clt.provenance.model, store.model)
+    adapter = ModelAdapter.from_pretrained(config.model, config.revision, config.dtype, config.device)
+    source = open_source(config.source)
+    examples = (source.load(index) for index in range(len(source.texts)))
+    inputs = (adapter.prepare(e.prompt, e.images, e.answer) for e in examples)
+    report = EvaluationReport(
+        store=evaluate_on_store(clt, store, config.batch_tokens),
+        agreement=evaluate_replacement(adapter, clt, inputs, config.batch_size),
+    )
+    config.output.parent.mkdir(parents=True, exist_ok=True)
+    config.output.write_text(json.dumps(asdict(report), indent=1) + "\n", encoding="utf-8")
+    return report
+
+
+def evaluate_on_store(clt: CrossLayerTranscoder, store: ActivationStore, batch_tokens: int = 4096) -> StoreReport:
+    """Measures a transcoder on all tokens of a store but the beginning-of-sequence ones.
+
+    Args:
+        clt: a transcoder.
+        store: held-out activations of the same model.
+        batch_tokens: tokens at once.
+
+    Returns:
+        The report.
+    """
+    layers = range(clt.config.n_layers)
+    x_sites = [f"lm.{layer}.{clt.config.read_site}" for layer in layers]
+    y_sites = [f"lm.{layer}.mlp_out" for layer in layers]
+    return evaluate_store(clt, iterate_store(store, x_sites, y_sites, batch_tokens, drop_bos=True))

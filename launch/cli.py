@@ -1,0 +1,135 @@
+"""The `clt` command: each subcommand is the thin face of a function that scripts import.
+
+    clt demo --out runs/demo
+    clt capture --config configs/capture/toy.yaml --set source.toy.n=100
+    clt train --config configs/train/toy.yaml --dry-run
+    clt evaluate --config configs/evaluate/toy.yaml
+    clt attribute --config configs/attribute/toy.yaml --set index=3
+    clt view runs/demo/graph
+
+A user's mistake is one line on standard error and exit code 2. Training on several processes is
+`torchrun launch/train.py CONFIG`.
+"""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+from clt.config import config_to_yaml, load_config
+from clt.launch.logs import set_up_logging
+from clt.launch.script import guarded
+
+app = typer.Typer(add_completion=False, no_args_is_help=True, pretty_exceptions_enable=False, help=__doc__)
+
+#: Where configs/ and examples/ lie: beside launch/ in a checkout.
+CHECKOUT = Path(__file__).resolve().parent.parent
+
+Config = Annotated[Path, typer.Option(help="YAML file of the job.")]
+Overrides = Annotated[
+    list[str] | None, typer.Option("--set", metavar="KEY=VALUE", help="Replaces a value, repeatable.")
+]
+DryRun = Annotated[bool, typer.Option("--dry-run", help="Print the resolved configuration and end.")]
+
+
+def _run(work: Callable[[], Any]) -> None:
+    set_up_logging()
+    raise typer.Exit(guarded(work))
+
+
+@app.command()
+def demo(
+    out: Annotated[Path, typer.Option(help="Folder for everything written.")],
+    config: Config = CHECKOUT / "configs" / "demo" / "toy.yaml",
+    overrides: Overrides = None,
+) -> None:
+    """Runs the whole journey on the toy model and prints its summary."""
+    from clt.launch.demo import DemoConfig, demo, describe
+
+    _run(lambda: describe(demo(load_config(DemoConfig, config, overrides or ()), out)))
+
+
+@app.command()
+def capture(config: Config, overrides: Overrides = None, dry_run: DryRun = False) -> None:
+    """Captures the activations of a model into a store; prints the store's id."""
+    from clt.capture.run import CaptureConfig, capture
+    from clt.launch.capture import describe
+
+    def work() -> str:
+        job = load_config(CaptureConfig, config, overrides or ())
+        return describe(job) if dry_run else capture(job, progress=sys.stderr.isatty())
+
+    _run(work)
+
+
+@app.command()
+def train(config: Config, overrides: Overrides = None, dry_run: DryRun = False) -> None:
+    """Trains a transcoder in one process; prints the folder of its last checkpoint."""
+    from clt.config import TrainConfig
+    from clt.launch.train import train
+
+    def work() -> object:
+        job = load_config(TrainConfig, config, overrides or ())
+        return config_to_yaml(job).rstrip() if dry_run else train(job)
+
+    _run(work)
+
+
+@app.command()
+def evaluate(config: Config, overrides: Overrides = None, dry_run: DryRun = False) -> None:
+    """Measures a transcoder on held-out activations and prompts; prints the report's file."""
+    from clt.attribution.run import EvaluateConfig, evaluate
+
+    def work() -> object:
+        job = load_config(EvaluateConfig, config, overrides or ())
+        if dry_run:
+            return config_to_yaml(job).rstrip()
+        evaluate(job)
+        return job.output
+
+    _run(work)
+
+
+@app.command()
+def attribute(config: Config, overrides: Overrides = None, dry_run: DryRun = False) -> None:
+    """Computes and checks the attribution graph of a prompt; prints the page to open."""
+    from clt.attribution.run import AttributeConfig, explain
+
+    def work() -> object:
+        job = load_config(AttributeConfig, config, overrides or ())
+        return config_to_yaml(job).rstrip() if dry_run else explain(job).page
+
+    _run(work)
+
+
+@app.command()
+def view(
+    graph: Annotated[Path, typer.Argument(help="Folder or page that `clt attribute` wrote.")],
+    port: Annotated[int, typer.Option(help="Port on 127.0.0.1; 0 lets the system choose.")] = 0,
+) -> None:
+    """Serves the page of a graph to a browser on this machine until interrupted."""
+    from clt.attribution.view_server import find_page, page_server
+
+    def work() -> None:
+        with page_server(find_page(graph), port) as server:
+            host, bound = server.server_address[:2]
+            print(f"http://{host!s}:{bound}/  (Ctrl-C ends)", flush=True)
+            try:
+                server.serve_forever()
+            except KeyboardInterrupt:
+                return
+
+    _run(work)
+
+
+def main() -> None:
+    """Entry point of the `clt` command."""
+    app()
+
+
+if __name__ == "__main__":
+    main()

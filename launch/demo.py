@@ -1,0 +1,244 @@
+"""The whole journey in one function: capture, train, evaluate, attribute, check and steer, on the toy model.
+
+Every stage is the one users run: the same stores, `torchrun` with DeepSpeed, safetensors, TensorBoard. What comes out
+is a page with a graph and `summary.json` with the numbers that say whether to believe it.
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+import os
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import asdict, field, replace
+from dataclasses import dataclass as plain_dataclass
+from pathlib import Path
+from typing import Any
+
+from pydantic import Field
+from pydantic.dataclasses import dataclass
+
+from clt.attribution.features.steering import SteeringReport, SteeringSettings, steer
+from clt.attribution.run import AttributeConfig, EvaluateConfig, EvaluationReport, Explanation, evaluate, explain
+from clt.capture.adapter import ModelAdapter
+from clt.capture.examples import SourceSettings, ToySource, open_source
+from clt.capture.run import CaptureConfig, capture
+from clt.config import (
+    STRICT,
+    AuxKSettings,
+    DataSettings,
+    OptimizerSettings,
+    TrainConfig,
+    TranscoderSettings,
+    config_to_yaml,
+)
+from clt.errors import CLTError
+from clt.model import CrossLayerTranscoder
+
+log = logging.getLogger(__name__)
+
+#: Seeds of the drawn boards: what trains, what is held out, and what is asked of the model are different images.
+TRAIN_SEED, HELDOUT_SEED, PROMPT_SEED = 1, 2, 3
+
+
+@dataclass(frozen=True, kw_only=True, config=STRICT)
+class DemoTraining:
+    """The training stage."""
+
+    steps: int = Field(gt=0)
+    """Optimizer steps."""
+    clt: TranscoderSettings
+    """The transcoder."""
+    optimizer: OptimizerSettings = OptimizerSettings()
+    """Adam and schedules."""
+    auxk: AuxKSettings = AuxKSettings()
+    """Auxiliary loss for dead features."""
+    data: DataSettings = DataSettings()
+    """Batching and shuffling."""
+
+
+@dataclass(frozen=True, kw_only=True, config=STRICT)
+class DemoConfig:
+    """Sizes of the demo."""
+
+    model: Path
+    """Folder of the toy model."""
+    train_prompts: int = Field(gt=0)
+    """Prompts captured for training."""
+    heldout_prompts: int = Field(gt=0)
+    """Prompts captured for the held-out measures."""
+    agreement_prompts: int = Field(gt=0)
+    """Prompts on which the replacement model is compared with the model."""
+    training: DemoTraining
+    """The training stage."""
+    steering: SteeringSettings = SteeringSettings()
+    """The steering experiment."""
+    processes: int = Field(default=2, gt=0)
+    """Processes that torchrun starts."""
+    seed: int = 0
+    """Seed of the weights, the read order and the choice of checked edges."""
+
+
+@plain_dataclass(kw_only=True)
+class _Stages:
+    """Seconds of the stages done so far."""
+
+    seconds: dict[str, float] = field(default_factory=dict)
+
+    @contextmanager
+    def time(self, name: str) -> Iterator[None]:
+        log.info("%s ...", name)
+        started = time.perf_counter()
+        yield
+        self.seconds[name] = round(time.perf_counter() - started, 2)
+        log.info("%s: %.1f s", name, self.seconds[name])
+
+
+def demo(config: DemoConfig, out: Path) -> dict[str, Any]:
+    """Runs the journey.
+
+    Args:
+        config: sizes.
+        out: folder for everything written; stages that are complete there are not run again.
+
+    Returns:
+        The summary, also in `out/summary.json`; its keys are explained in docs/demo.md.
+
+    Raises:
+        CLTError: a stage failed; the message is the stage's.
+    """
+    stages = _Stages()
+    with stages.time("capture"):
+        _capture(config, config.train_prompts, TRAIN_SEED, out / "store")
+        _capture(config, config.heldout_prompts, HELDOUT_SEED, out / "heldout")
+    with stages.time("train"):
+        _train(config, out)
+    with stages.time("evaluate"):
+        report = evaluate(
+            EvaluateConfig(
+                model=str(config.model),
+                clt=out / "clt",
+                store=out / "heldout",
+                source=_boards(config.agreement_prompts, PROMPT_SEED),
+                output=out / "evaluation.json",
+            )
+        )
+    with stages.time("attribute"):
+        explanation = explain(
+            AttributeConfig(
+                model=str(config.model),
+                clt=out / "clt",
+                output=out / "graph",
+                source=SourceSettings(toy=ToySource(n=1, seed=PROMPT_SEED, tasks=("odd",))),
+                seed=config.seed,
+            )
+        )
+    with stages.time("steer"):
+        steering = _steer(config, out)
+    summary = _summary(config, report, explanation, steering, stages.seconds)
+    (out / "summary.json").write_text(json.dumps(summary, indent=1) + "\n", encoding="utf-8")
+    return summary
+
+
+def _boards(n: int, seed: int) -> SourceSettings:
+    return SourceSettings(toy=ToySource(n=n, seed=seed))
+
+
+def _capture(config: DemoConfig, n: int, seed: int, output: Path) -> None:
+    job = CaptureConfig(model=str(config.model), output=output, source=_boards(n, seed), seed=config.seed)
+    capture(job, progress=sys.stderr.isatty())
+
+
+def _train(config: DemoConfig, out: Path) -> None:
+    """Runs `torchrun launch/train.py` as a user would, one thread a process."""
+    job = TrainConfig(
+        store=out / "store",
+        output=out / "clt",
+        steps=config.training.steps,
+        seed=config.seed,
+        clt=config.training.clt,
+        optimizer=config.training.optimizer,
+        auxk=config.training.auxk,
+        data=config.training.data,
+    )
+    path = out / "train.yaml"
+    path.write_text(config_to_yaml(job), encoding="utf-8")
+    torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={config.processes}"]
+    command = [*torchrun, "-m", "clt.launch.train", str(path)]
+    result = subprocess.run(command, env={"OMP_NUM_THREADS": "1"} | os.environ, stdout=sys.stderr, check=False)
+    if result.returncode:
+        raise CLTError(f"training ended with code {result.returncode}; its reason stands above")
+
+
+def _steer(config: DemoConfig, out: Path) -> SteeringReport:
+    adapter = ModelAdapter.from_pretrained(str(config.model))
+    clt = CrossLayerTranscoder.from_pretrained(out / "clt")
+    source = open_source(_boards(2 * config.steering.num_prompts, PROMPT_SEED))
+    return steer(adapter, clt, (source.load(i) for i in range(len(source.texts))), config.steering)
+
+
+def _summary(
+    config: DemoConfig,
+    report: EvaluationReport,
+    explanation: Explanation,
+    steering: SteeringReport,
+    seconds: dict[str, float],
+) -> dict[str, Any]:
+    store, agreement, edges = report.store, report.agreement, explanation.edges
+    assert edges is not None
+    return {
+        "fvu": store.mean_fvu,
+        "l0": store.mean_l0,
+        "dead_fraction": store.mean_dead_fraction,
+        "top1_agreement": agreement.top1_agreement,
+        "kl": agreement.kl,
+        "fvu_logits": agreement.fvu_logits,
+        "text_top1_agreement": agreement.text_top1_agreement,
+        "text_kl": agreement.text_kl,
+        "replacement_score": explanation.scores.replacement,
+        "completeness_score": explanation.scores.completeness,
+        "edge_max_rel_error": edges.max_rel_error,
+        "edges": {item.kind.name.lower(): asdict(replace(item)) for item in edges.by_kind},
+        "steering": asdict(steering),
+        "seconds": seconds | {"total": round(sum(seconds.values()), 2)},
+        "layers": {"fvu": store.fvu, "l0": store.l0, "dead_fraction": store.dead_fraction},
+        "heldout_tokens": store.num_tokens,
+        "agreement_prompts": agreement.num_prompts,
+        "page": str(explanation.page),
+        "config": json.loads(json.dumps(asdict(config), default=str)),
+    }
+
+
+def describe(summary: dict[str, Any]) -> str:
+    """The summary as a table for people.
+
+    Args:
+        summary: from `demo`.
+
+    Returns:
+        Lines of text.
+    """
+    rows = [
+        ("fvu", "{:.4f}", "variance of the MLP outputs that the transcoder misses, held-out tokens"),
+        ("l0", "{:.1f}", "active features per token and layer"),
+        ("dead_fraction", "{:.3f}", "features that never fire on the held-out tokens"),
+        ("top1_agreement", "{:.4f}", "answers that survive replacing every MLP, without error terms"),
+        ("kl", "{:.1e}", "nats between the two predictions at the answers"),
+        ("replacement_score", "{:.3f}", "paths of the graph that end at tokens and patches, not at errors"),
+        ("completeness_score", "{:.3f}", "inputs of what matters that are explained, not errors"),
+        ("edge_max_rel_error", "{:.1e}", "largest difference between an edge and its measured intervention"),
+    ]
+    lines = [f"{key:20} {form.format(summary[key]):>9}   {meaning}" for key, form, meaning in rows]
+    for result in summary["steering"]["results"]:
+        ablated, control = result["ablated"], result["control"]
+        meaning = f"answers that flip without the {result['n']} most influential features, {result['mlps']} MLPs"
+        lines.append(
+            f"{'steering':20} {ablated['rate']:9.2f}   {meaning} ({ablated['low']:.2f} to {ablated['high']:.2f}); "
+            f"matched ones {control['rate']:.2f} ({control['low']:.2f} to {control['high']:.2f})"
+        )
+    seconds = ", ".join(f"{name} {value:.0f}" for name, value in summary["seconds"].items())
+    return "\n".join([*lines, f"{'seconds':20} {seconds}", "", f"Open {summary['page']} in a browser."])

@@ -1,0 +1,66 @@
+"""What the scripts in this folder share: one configuration file, `key=value` overrides, `--dry-run`, exit codes.
+
+A `CLTError` is printed as one line and ends with code 2; any other exception is a defect and keeps its traceback.
+"""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from collections.abc import Callable, Sequence
+from typing import Any, TypeVar
+
+from clt.config import load_config
+from clt.errors import CLTError
+from clt.launch.logs import job_rank, set_up_logging
+
+T = TypeVar("T")
+
+
+def run_script(
+    description: str,
+    kind: type[T],
+    describe: Callable[[T], str],
+    work: Callable[[T], Any],
+    arguments: Sequence[str] | None,
+) -> int:
+    """Parses the arguments of a script and does its work.
+
+    Args:
+        description: first paragraph of the help text.
+        kind: settings class of the configuration file.
+        describe: what `--dry-run` prints of a configuration.
+        work: the job; its result is printed by the first rank.
+        arguments: the command line, `sys.argv` by default.
+
+    Returns:
+        The exit code.
+    """
+    parser = argparse.ArgumentParser(description=description)
+    parser.add_argument("config", help="YAML file of the job")
+    parser.add_argument("overrides", nargs="*", metavar="key=value", help="replaces a value of the file, dotted keys")
+    parser.add_argument("--dry-run", action="store_true", help="print the resolved configuration and end")
+    options = parser.parse_args(arguments)
+    set_up_logging()
+
+    def job() -> Any:
+        config = load_config(kind, options.config, options.overrides)
+        return describe(config) if options.dry_run else work(config)
+
+    return guarded(job)
+
+
+def guarded(work: Callable[[], Any]) -> int:
+    """Does work, prints its result, and turns a `CLTError` into one line and exit code 2.
+
+    In a job of several ranks all of them raise the same error; the first one tells it.
+    """
+    try:
+        result = work()
+    except CLTError as error:
+        if job_rank() == 0:
+            print(f"error: {error}", file=sys.stderr)
+        return 2
+    if job_rank() == 0 and result is not None:
+        print(result)
+    return 0
