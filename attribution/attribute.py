@@ -87,7 +87,7 @@ def attribute(
     first_target = sources.n_columns + 1
     rows_to_node = torch.cat([chosen, torch.arange(first_target, first_target + len(targets))])
     seconds = time.perf_counter() - started
-    log.info("%d features, %d rows, %d columns in %.2f s", n_features, *edges.shape, seconds)
+    log.debug("%d features, %d rows, %d columns in %.2f s", n_features, *edges.shape, seconds)
     token_ids = inputs.tokens.token_id[0].long().cpu()
     return Graph(
         nodes=node_table(sources, targets, inputs),

@@ -11,6 +11,7 @@ from __future__ import annotations
 import math
 import os
 import sys
+import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -28,6 +29,9 @@ from clt.parallel import Mesh
 MOMENTS = ("exp_avg", "exp_avg_sq")
 
 _LARGEST_BUCKET = 500_000_000
+
+# DeepSpeed 0.19 calls a collective that torch 2.13 has renamed; users of this project cannot change that.
+warnings.filterwarnings("ignore", message=r".*all_gather_into_tensor. is deprecated", category=FutureWarning)
 
 
 @dataclass(frozen=True, kw_only=True)

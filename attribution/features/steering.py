@@ -17,6 +17,7 @@ Nothing here is random: the same transcoder and examples give the same report.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable
 from dataclasses import dataclass
 
@@ -26,9 +27,8 @@ from pydantic.dataclasses import dataclass as settings_dataclass
 from torch import Tensor
 
 from clt.attribution.attribute import AttributionSettings, attribute
-from clt.attribution.graph import Graph, NodeKind
+from clt.attribution.features.pairs import match_controls, rank_pairs
 from clt.attribution.replacement import Intervention, MlpOutputs, RecordedErrors, ReplacementModel
-from clt.attribution.scores import influence
 from clt.attribution.statistics import Proportion, wilson_interval
 from clt.attribution.targets import LogitTargets
 from clt.capture.adapter import ModelAdapter, PromptInputs
@@ -61,6 +61,9 @@ class SteeringResult:
         n: pairs ablated.
         ablated: prompts whose first answer token flips when the most influential pairs are ablated.
         control: prompts whose first answer token flips when the matched pairs are ablated.
+        ablated_margin: mean share that the ablation leaves of the answer's margin: the logit of its first token minus
+            the largest other one, 1 without ablation, negative where the answer flips.
+        control_margin: the same under the control.
         strength_ratio: what the control pairs write over what the chosen pairs write, summed over prompts; 1 is a
             perfect match.
     """
@@ -69,6 +72,8 @@ class SteeringResult:
     n: int
     ablated: Proportion
     control: Proportion
+    ablated_margin: float
+    control_margin: float
     strength_ratio: float
 
 
@@ -85,23 +90,6 @@ class SteeringReport:
     num_prompts: int
     num_examples: int
     results: tuple[SteeringResult, ...]
-
-
-@dataclass(frozen=True, kw_only=True)
-class FeaturePairs:
-    """The P distinct (layer, feature) pairs that are active in a prompt, most influential first.
-
-    Attributes:
-        layer: [P] int64.
-        feature: [P] int64.
-        influence: [P] float64, summed over positions.
-        strength: [P] float64, decoder norm times activation, summed over positions.
-    """
-
-    layer: Tensor
-    feature: Tensor
-    influence: Tensor
-    strength: Tensor
 
 
 def steer(
@@ -132,10 +120,10 @@ def steer(
     num_prompts = num_examples = 0
     for example in examples:
         num_examples += 1
-        answered = _answered(adapter, example)
-        if answered is None:
+        question = _question(adapter, example)
+        if question is None:
             continue
-        trials += _steer_prompt(model, *answered, settings)
+        trials += _steer_prompt(model, question, settings)
         num_prompts += 1
         if num_prompts == settings.num_prompts:
             break
@@ -151,133 +139,83 @@ def steer(
     )
 
 
-def rank_pairs(graph: Graph, clt: CrossLayerTranscoder) -> FeaturePairs:
-    """The active (layer, feature) pairs of a graph, most influential first; ties by layer, then feature number.
+@dataclass(frozen=True, kw_only=True)
+class _Question:
+    """A prompt without its answer, the answer's first token, and that token's margin in the model's own logits."""
 
-    Args:
-        graph: a graph whose only targets are what the influence is on.
-        clt: its transcoder, folded, so that strengths are in the model's units.
-
-    Returns:
-        The pairs, on the CPU.
-    """
-    nodes, n_features = graph.nodes, clt.config.n_features
-    columns = nodes.is_kind(NodeKind.FEATURE)
-    keys, pair_of_column = torch.unique(
-        nodes.layer[columns].long() * n_features + nodes.feature[columns], return_inverse=True
-    )
-
-    def over_positions(values: Tensor) -> Tensor:
-        return torch.zeros(len(keys), dtype=torch.float64).index_add_(0, pair_of_column, values.double())
-
-    layer, feature = keys // n_features, keys % n_features
-    norm = torch.cat([decoder_norms(clt, source)[feature[layer == source]] for source in layer.unique().tolist()])
-    total = over_positions(influence(graph)[columns])
-    order = total.argsort(descending=True, stable=True)
-    return FeaturePairs(
-        layer=layer[order],
-        feature=feature[order],
-        influence=total[order],
-        strength=(over_positions(nodes.activation[columns]) * norm)[order],
-    )
-
-
-def decoder_norms(clt: CrossLayerTranscoder, source: int) -> Tensor:
-    """[F] float64 on the CPU: length of each feature's decoder vectors, over all targets of its layer together."""
-    squares = torch.zeros(clt.config.n_features, dtype=torch.float64)
-    for target in clt.targets_of(source):
-        W_FD = clt.W_dec[str(target)][source - clt.sources_of(target).start]
-        squares += W_FD.detach().double().square().sum(1).cpu()
-    return squares.sqrt()
-
-
-def match_controls(pairs: FeaturePairs, n: int) -> Tensor | None:
-    """Finds for each of the first n pairs another one of the same layer that writes about as much.
-
-    The strongest pair is served first, for it has the fewest likenesses; each takes the free pair whose strength has
-    the ratio to its own closest to 1.
-
-    Args:
-        pairs: the pairs; the first n are the chosen ones and are no controls.
-        n: how many to match.
-
-    Returns:
-        [n] int64 indices into `pairs`, or None when a layer has too few other pairs.
-    """
-    log_strength = pairs.strength.log()
-    free = torch.arange(len(pairs.layer)) >= n
-    controls = torch.empty(n, dtype=torch.int64)
-    for chosen in log_strength[:n].argsort(descending=True, stable=True).tolist():
-        candidates = (free & (pairs.layer == pairs.layer[chosen])).nonzero()[:, 0]
-        if len(candidates) == 0:
-            return None
-        nearest = candidates[(log_strength[candidates] - log_strength[chosen]).abs().argmin()]
-        controls[chosen] = nearest
-        free[nearest] = False
-    return controls
+    inputs: PromptInputs
+    token: int
+    margin: float
 
 
 @dataclass(frozen=True, kw_only=True)
 class _Trial:
-    """One prompt at one size: whether the answer flipped, and how much the ablated pairs write."""
+    """One prompt, one size, one side: margin left of 1, and what the ablated pairs write."""
 
     mlps: MlpOutputs
     n: int
-    ablated: bool
-    control: bool
-    ablated_strength: float
-    control_strength: float
+    is_control: bool
+    flipped: bool
+    margin: float
+    strength: float
 
 
-def _answered(adapter: ModelAdapter, example: Example) -> tuple[PromptInputs, int] | None:
-    """The prompt without answer and its first answer token, if greedy decoding gives exactly the answer."""
+def _question(adapter: ModelAdapter, example: Example) -> _Question | None:
+    """The example as a question, if greedy decoding gives exactly its answer."""
     if example.answer is None:
         raise InputError(f"example {example.example_id} has no answer; steering needs one")
     whole = adapter.prepare(example.prompt, example.images, example.answer)
-    with torch.no_grad():
-        predicted = adapter.forward(whole)[0].argmax(-1)
     asked = whole.answer_mask[0].nonzero()[:, 0]
-    wanted = whole.tokens.token_id[0, asked + 1]
-    if not torch.equal(predicted[asked], wanted.long()):
+    wanted = whole.tokens.token_id[0, asked + 1].long()
+    with torch.no_grad():
+        logits_PV = adapter.forward(whole)[0, asked]
+    # Teacher forcing: greedy decoding gives the answer if and only if every token of it is the likeliest one.
+    margin = float(_margin(logits_PV[:1], int(wanted[0])))
+    if not torch.equal(logits_PV.argmax(-1), wanted) or margin == 0:
         return None
-    return adapter.prepare(example.prompt, example.images), int(wanted[0])
+    inputs = adapter.prepare(example.prompt, example.images)
+    return _Question(inputs=inputs, token=int(wanted[0]), margin=margin)
 
 
-def _steer_prompt(
-    model: ReplacementModel, inputs: PromptInputs, token: int, settings: SteeringSettings
-) -> list[_Trial]:
+def _margin(logits_NV: Tensor, token: int) -> Tensor:
+    """[N] logit of a token minus the largest other one."""
+    others_NV = logits_NV.index_fill(1, torch.tensor([token], device=logits_NV.device), -torch.inf)
+    return logits_NV[:, token] - others_NV.max(1).values
+
+
+def _steer_prompt(model: ReplacementModel, question: _Question, settings: SteeringSettings) -> list[_Trial]:
     """Ablates the most influential and the matched pairs, every size and side a row of one batch."""
     attribution = AttributionSettings(
-        targets=(LogitTargets(tokens=(token,)),), max_feature_nodes=settings.max_feature_nodes
+        targets=(LogitTargets(tokens=(question.token,)),), max_feature_nodes=settings.max_feature_nodes
     )
-    pairs = rank_pairs(attribute(model.adapter, model.clt, inputs, attribution), model.clt)
-    sides: list[tuple[int, Tensor]] = []
+    pairs = rank_pairs(attribute(model.adapter, model.clt, question.inputs, attribution), model.clt)
+    rows: list[tuple[int, bool, Tensor]] = []
     for n in settings.sizes:
         control = match_controls(pairs, n) if n <= len(pairs.layer) else None
         if control is not None:
-            sides += [(n, torch.arange(n)), (n, control)]
-    if not sides:
+            rows += [(n, False, torch.arange(n)), (n, True, control)]
+    if not rows:
         return []
-    batch = model.adapter.collate([inputs] * len(sides))
+    batch = model.adapter.collate([question.inputs] * len(rows))
     interventions = [
         Intervention(layer=int(pairs.layer[i]), feature=int(pairs.feature[i]), value=0.0, prompt=row)
-        for row, (_, ablated) in enumerate(sides)
+        for row, (_, _, ablated) in enumerate(rows)
         for i in ablated
     ]
-    strength = [float(pairs.strength[ablated].sum()) for _, ablated in sides]
     trials = []
     for mlps in settings.mlps:
-        errors = _repeated(model.record_errors(inputs), len(sides)) if mlps == "replaced" else None
+        errors = _repeated(model.record_errors(question.inputs), len(rows)) if mlps == "replaced" else None
         logits_NSV = model.forward(batch, interventions, errors, mlps=mlps)
-        flipped = (logits_NSV[:, -1].argmax(-1) != token).tolist()
-        for row in range(0, len(sides), 2):
+        margins = _margin(logits_NSV[:, -1], question.token).tolist()
+        flipped = (logits_NSV[:, -1].argmax(-1) != question.token).tolist()
+        for row, (n, is_control, ablated) in enumerate(rows):
             trial = _Trial(
                 mlps=mlps,
-                n=sides[row][0],
-                ablated=flipped[row],
-                control=flipped[row + 1],
-                ablated_strength=strength[row],
-                control_strength=strength[row + 1],
+                n=n,
+                is_control=is_control,
+                flipped=flipped[row],
+                margin=margins[row] / question.margin,
+                strength=float(pairs.strength[ablated].sum()),
             )
             trials.append(trial)
     return trials
@@ -290,11 +228,16 @@ def _repeated(errors: RecordedErrors, times: int) -> RecordedErrors:
 
 def _summarise(mlps: MlpOutputs, n: int, trials: list[_Trial]) -> SteeringResult:
     trials = [trial for trial in trials if (trial.mlps, trial.n) == (mlps, n)]
-    written = sum(trial.ablated_strength for trial in trials)
+    sides = [[trial for trial in trials if trial.is_control == is_control] for is_control in (False, True)]
+    rates = [wilson_interval(sum(trial.flipped for trial in side), len(side)) for side in sides]
+    margins = [sum(trial.margin for trial in side) / len(side) if side else math.nan for side in sides]
+    strengths = [sum(trial.strength for trial in side) for side in sides]
     return SteeringResult(
         mlps=mlps,
         n=n,
-        ablated=wilson_interval(sum(trial.ablated for trial in trials), len(trials)),
-        control=wilson_interval(sum(trial.control for trial in trials), len(trials)),
-        strength_ratio=sum(trial.control_strength for trial in trials) / written if written else float("nan"),
+        ablated=rates[0],
+        control=rates[1],
+        ablated_margin=margins[0],
+        control_margin=margins[1],
+        strength_ratio=strengths[1] / strengths[0] if strengths[0] else math.nan,
     )

@@ -10,14 +10,8 @@ from hypothesis import strategies as st
 from pydantic import ValidationError
 
 from clt.attribution.attribute import AttributionSettings, attribute
-from clt.attribution.features.steering import (
-    FeaturePairs,
-    SteeringSettings,
-    decoder_norms,
-    match_controls,
-    rank_pairs,
-    steer,
-)
+from clt.attribution.features.pairs import FeaturePairs, decoder_norms, match_controls, rank_pairs
+from clt.attribution.features.steering import SteeringSettings, steer
 from clt.attribution.graph import NodeKind
 from clt.attribution.replacement import Intervention, ReplacementModel
 from clt.attribution.scores import influence
@@ -152,6 +146,8 @@ def test_ablating_the_feature_that_holds_the_answer_flips_it_and_the_control_doe
     for result in report.results:
         assert (result.ablated.successes, result.ablated.trials) == (3, 3)
         assert (result.control.successes, result.control.trials) == (0, 3)
+        assert result.ablated_margin < 0
+        assert result.control_margin == pytest.approx(1, abs=0.05)
         # Nothing else writes as much, and the report says so.
         assert result.strength_ratio < 0.01
 
@@ -161,10 +157,15 @@ def test_report_equals_ablations_run_one_by_one(toy_adapter):
     examples = correct_examples(toy_adapter, 4)
     settings = SteeringSettings(num_prompts=4, sizes=(1, 4), max_feature_nodes=40)
     model = ReplacementModel(toy_adapter, clt)
-    flips = defaultdict(list)
+    flips, margins = defaultdict(list), defaultdict(list)
+
+    def margin_of(logits, token):
+        return float(logits[token] - max(value for i, value in enumerate(logits.tolist()) if i != token))
+
     for example in examples:
         inputs = toy_adapter.prepare(example.prompt, example.images)
-        token = int(toy_adapter.forward(inputs)[0, -1].argmax())
+        plain = toy_adapter.forward(inputs)[0, -1]
+        token = int(plain.argmax())
         graph = attribute(
             toy_adapter,
             clt,
@@ -181,11 +182,15 @@ def test_report_equals_ablations_run_one_by_one(toy_adapter):
                     errors = model.record_errors(inputs) if mlps == "replaced" else None
                     logits = model.forward(inputs, changes, errors, mlps=mlps)
                     flips[mlps, n, side].append(int(logits[0, -1].argmax()) != token)
+                    margins[mlps, n, side].append(margin_of(logits[0, -1], token) / margin_of(plain, token))
     report = steer(toy_adapter, clt, examples, settings)
     assert len(report.results) == 4
     for result in report.results:
         assert result.ablated.successes == sum(flips[result.mlps, result.n, "ablated"])
         assert result.control.successes == sum(flips[result.mlps, result.n, "control"])
+        for side, found in (("ablated", result.ablated_margin), ("control", result.control_margin)):
+            # Batching changes float32 logits in their last digits.
+            assert found == pytest.approx(sum(margins[result.mlps, result.n, side]) / 4, rel=1e-3, abs=1e-3)
     assert any(any(flipped) for flipped in flips.values())
     assert steer(toy_adapter, clt, examples, settings) == report
 
