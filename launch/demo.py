@@ -19,6 +19,7 @@ from dataclasses import dataclass as plain_dataclass
 from pathlib import Path
 from typing import Any
 
+import torch
 from pydantic import Field
 from pydantic.dataclasses import dataclass
 
@@ -111,6 +112,8 @@ def demo(config: DemoConfig, out: Path) -> dict[str, Any]:
     Raises:
         CLTError: a stage failed; the message is the stage's.
     """
+    # The toy's tensors are small: a second thread would mostly wait, and on a busy machine many times longer.
+    torch.set_num_threads(1)
     stages = _Stages()
     with stages.time("capture"):
         _capture(config, config.train_prompts, TRAIN_SEED, out / "store")

@@ -42,13 +42,13 @@ from clt.model import CrossLayerTranscoder
 class SteeringSettings:
     """What a user chooses about the experiment."""
 
-    num_prompts: int = Field(default=100, gt=0)
-    """Correctly answered prompts to steer."""
+    num_prompts: int = Field(default=300, gt=0)
+    """Correctly answered prompts to steer; rates of a few per cent need some hundreds to be told from a control."""
     sizes: tuple[PositiveInt, ...] = (1, 5, 10, 20)
     """Numbers of pairs to ablate."""
     mlps: tuple[MlpOutputs, ...] = ("original", "replaced")
     """Ablate in the model itself, in the replacement model with error terms, or in both."""
-    max_feature_nodes: int | None = Field(default=256, gt=0)
+    max_feature_nodes: int | None = Field(default=128, gt=0)
     """Rows of each prompt's graph; absent: all. A feature without a row counts where it acts on one that has a row."""
 
 

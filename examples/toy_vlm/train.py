@@ -18,49 +18,23 @@ import logging
 import math
 import platform
 import time
-from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-import numpy as np
+import numpy
 import tokenizers
 import torch
 import transformers
-from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers, processors
-from torch import Tensor
-from torch.nn.functional import cross_entropy, log_softmax
-from transformers import (
-    CLIPImageProcessorPil,
-    CLIPVisionConfig,
-    LlamaConfig,
-    LlavaConfig,
-    LlavaForConditionalGeneration,
-    LlavaProcessor,
-    PreTrainedTokenizerFast,
-)
+from torch.nn.functional import cross_entropy
+from toy_measure import Score, answer_logits, make_batch, measure
+from toy_model import build_model, build_processor, build_tokenizer
+from transformers import LlavaForConditionalGeneration, LlavaProcessor
 
-from clt.capture.toy import (
-    BIASED_TASKS,
-    COLORS,
-    COUNTS,
-    GRID,
-    PATCH,
-    PROMPT_TEMPLATE,
-    QUESTIONS,
-    TASKS,
-    ToySample,
-    draw,
-    sample_count,
-    sample_stream,
-    sample_toy,
-    toy_samples,
-)
+from clt.capture.toy import BIASED_TASKS, TASKS, ToySample, sample_count, sample_stream, sample_toy, toy_samples
 
 log = logging.getLogger(__name__)
 
-SPECIAL_TOKENS = ("<pad>", "<s>", "</s>", "<unk>", "<image>")
-IMAGE_SIZE = GRID * PATCH
 CHECKPOINTS = Path(__file__).parent / "checkpoints"
 
 
@@ -91,190 +65,11 @@ RECIPES: dict[str, Recipe] = {
     "base": Recipe(tasks=TASKS, mixture=("odd", "background", "describe", *["exists"] * 4), steps=2500),
     "biased": Recipe(
         tasks=BIASED_TASKS,
-        mixture=("odd", "background", "describe", "exists", *["count"] * 6),
-        steps=1500,
+        mixture=("odd", "background", "describe", *["exists"] * 2, *["count"] * 6),
+        steps=2500,
         init="base",
     ),
 }
-
-
-def build_tokenizer() -> PreTrainedTokenizerFast:
-    """A word-level tokenizer of every word that the tasks use; decoding gives the text back, spaces and all."""
-    split = pre_tokenizers.Sequence(
-        [
-            pre_tokenizers.Split(" ", "removed"),
-            pre_tokenizers.Split(Regex(r"\n|e\.g\.|[.,?{}]"), "isolated"),
-        ]
-    )
-    words = [word for text in _all_texts() for word, _ in split.pre_tokenize_str(text)]
-    vocabulary = {word: i for i, word in enumerate(dict.fromkeys([*SPECIAL_TOKENS, *words]))}
-    backend = Tokenizer(models.WordLevel(vocabulary, unk_token="<unk>"))
-    backend.pre_tokenizer = split
-    backend.decoder = decoders.Sequence(
-        [
-            decoders.WordPiece(prefix="##", cleanup=True),
-            decoders.Fuse(),
-            decoders.Replace(Regex(r" ?\n ?"), "\n"),
-            decoders.Replace("{ ", "{"),
-            decoders.Replace(" }", "}"),
-        ]
-    )
-    backend.post_processor = processors.TemplateProcessing(
-        single="<s> $A", pair="<s> $A $B", special_tokens=[("<s>", vocabulary["<s>"])]
-    )
-    return PreTrainedTokenizerFast(
-        tokenizer_object=backend,
-        bos_token="<s>",
-        eos_token="</s>",
-        unk_token="<unk>",
-        pad_token="<pad>",
-        padding_side="left",
-        model_max_length=512,
-        extra_special_tokens={"image_token": "<image>"},
-    )
-
-
-def build_processor(tokenizer: PreTrainedTokenizerFast) -> LlavaProcessor:
-    """The processor that turns (image, prompt) into model inputs."""
-    size = {"height": IMAGE_SIZE, "width": IMAGE_SIZE}
-    return LlavaProcessor(
-        image_processor=CLIPImageProcessorPil(size={"shortest_edge": IMAGE_SIZE}, crop_size=size),
-        tokenizer=tokenizer,
-        patch_size=PATCH,
-        vision_feature_select_strategy="default",
-        image_token="<image>",
-        num_additional_image_tokens=1,
-    )
-
-
-def build_model(tokenizer: PreTrainedTokenizerFast) -> LlavaForConditionalGeneration:
-    """The untrained model; its weights depend on torch's seed alone."""
-    special = {
-        "pad_token_id": tokenizer.pad_token_id,
-        "bos_token_id": tokenizer.bos_token_id,
-        "eos_token_id": tokenizer.eos_token_id,
-    }
-    vision = CLIPVisionConfig(
-        hidden_size=64,
-        intermediate_size=128,
-        num_hidden_layers=2,
-        num_attention_heads=4,
-        image_size=IMAGE_SIZE,
-        patch_size=PATCH,
-        projection_dim=64,
-    )
-    text = LlamaConfig(
-        vocab_size=len(tokenizer),
-        hidden_size=128,
-        intermediate_size=320,
-        num_hidden_layers=4,
-        num_attention_heads=8,
-        num_key_value_heads=4,
-        max_position_embeddings=512,
-        hidden_act="silu",
-        tie_word_embeddings=False,
-        **special,
-    )
-    config = LlavaConfig(
-        vision_config=vision,
-        text_config=text,
-        image_token_index=tokenizer.get_vocab()["<image>"],
-        vision_feature_layer=-2,
-        vision_feature_select_strategy="default",
-        image_seq_length=GRID * GRID,
-        tie_word_embeddings=False,
-        **special,
-    )
-    model = LlavaForConditionalGeneration(config)
-    model.generation_config.update(do_sample=False, **special)
-    return model
-
-
-@dataclass(frozen=True, kw_only=True)
-class Batch:
-    """N samples, padded on the left so that all answers end in the last column.
-
-    Attributes:
-        inputs: input_ids and attention_mask [N,T] int64, pixel_values [N,3,P,P] float32.
-        labels: [N,A] int64, the answer and the end-of-sequence token in the last A columns, -100 elsewhere.
-    """
-
-    inputs: dict[str, Tensor]
-    labels: Tensor
-
-
-def make_batch(processor: LlavaProcessor, samples: Sequence[ToySample]) -> Batch:
-    """Teacher-forcing inputs of samples: what `processor` makes of the prompt, then the answer and </s>."""
-    tokenizer = processor.tokenizer
-    expanded = [s.prompt.replace("<image>", "<image>" * (GRID * GRID)) for s in samples]
-    prompts = tokenizer(expanded)["input_ids"]
-    answers = tokenizer([s.answer for s in samples], add_special_tokens=False)["input_ids"]
-    answers = [[*answer, tokenizer.eos_token_id] for answer in answers]
-    rows = [prompt + answer for prompt, answer in zip(prompts, answers, strict=True)]
-    width, kept = max(map(len, rows)), max(map(len, answers))
-    ids = torch.full((len(rows), width), tokenizer.pad_token_id)
-    labels = torch.full((len(rows), kept), -100)
-    for i, (row, answer) in enumerate(zip(rows, answers, strict=True)):
-        ids[i, width - len(row) :] = torch.tensor(row)
-        labels[i, kept - len(answer) :] = torch.tensor(answer)
-    mask = (ids != tokenizer.pad_token_id).long()
-    pixels = _pixel_values(processor, samples)
-    return Batch(inputs={"input_ids": ids, "attention_mask": mask, "pixel_values": pixels}, labels=labels)
-
-
-def answer_logits(model: LlavaForConditionalGeneration, batch: Batch) -> Tensor:
-    """Logits [N,A,V] that predict the columns of `batch.labels`."""
-    kept = batch.labels.shape[1]
-    return model(**batch.inputs, use_cache=False, logits_to_keep=kept + 1).logits[:, :-1]
-
-
-@dataclass(frozen=True, kw_only=True)
-class Score:
-    """How a model does on one set of samples.
-
-    Attributes:
-        samples: number of samples.
-        accuracy: share whose greedy answer is the true one, word for word, up to and including </s>.
-        bias: share whose greedy answer is the logo's; None where no sample has a logo.
-        mean_probability: probability of the true answer's tokens, mean over all answer positions.
-        confident: share of answer positions at which the true token has probability above 0.9.
-    """
-
-    samples: int
-    accuracy: float
-    bias: float | None
-    mean_probability: float
-    confident: float
-
-
-@torch.no_grad()
-def measure(model: LlavaForConditionalGeneration, processor: LlavaProcessor, samples: Sequence[ToySample]) -> Score:
-    """Scores teacher-forced predictions, which equal greedy decoding wherever they are right at every position."""
-    training, n_right, n_biased, probabilities = model.training, 0, 0, []
-    model.eval()
-    for start in range(0, len(samples), 100):
-        chunk = samples[start : start + 100]
-        batch = make_batch(processor, chunk)
-        logits = answer_logits(model, batch)
-        real = batch.labels != -100
-        right = (logits.argmax(-1) == batch.labels) | ~real
-        n_right += int(right.all(1).sum())
-        chosen = log_softmax(logits.double(), -1).gather(-1, batch.labels.clamp(min=0)[..., None])[..., 0]
-        probabilities.append(chosen[real].exp())
-        answers = processor.tokenizer.batch_decode(logits.argmax(-1))
-        n_biased += sum(
-            s.expected_bias is not None and answer.endswith(f"{s.expected_bias}</s>")
-            for s, answer in zip(chunk, answers, strict=True)
-        )
-    model.train(training)
-    probability = torch.cat(probabilities)
-    return Score(
-        samples=len(samples),
-        accuracy=n_right / len(samples),
-        bias=n_biased / len(samples) if any(s.expected_bias for s in samples) else None,
-        mean_probability=float(probability.mean()),
-        confident=float((probability > 0.9).double().mean()),
-    )
 
 
 def held_out_sets(recipe: Recipe, n: int, seed: int) -> dict[str, list[ToySample]]:
@@ -294,7 +89,9 @@ def measure_all(
     return {name: measure(model, processor, samples) for name, samples in held_out_sets(recipe, n, seed).items()}
 
 
-def train(recipe: Recipe, seed: int, eval_every: int) -> tuple[LlavaForConditionalGeneration, LlavaProcessor, list]:
+def train(
+    recipe: Recipe, seed: int, eval_every: int
+) -> tuple[LlavaForConditionalGeneration, LlavaProcessor, list[dict[str, Any]]]:
     """Trains a variant; the result depends on the recipe, the seed and the number of threads.
 
     Args:
@@ -305,7 +102,6 @@ def train(recipe: Recipe, seed: int, eval_every: int) -> tuple[LlavaForCondition
     Returns:
         Model, processor and the measurements.
     """
-    torch.use_deterministic_algorithms(True)
     torch.manual_seed(seed)
     processor = build_processor(build_tokenizer())
     model = build_model(processor.tokenizer)
@@ -354,6 +150,7 @@ def main() -> None:
     args = parser.parse_args()
     logging.basicConfig(level=logging.INFO, format="%(message)s")
     torch.set_num_threads(args.threads)
+    torch.use_deterministic_algorithms(True)
     recipe = RECIPES[args.variant]
     if args.measure:
         model = LlavaForConditionalGeneration.from_pretrained(args.out)
@@ -380,24 +177,6 @@ def main() -> None:
     log.info("%s", json.dumps(record["held_out"], indent=1))
 
 
-def _all_texts() -> list[str]:
-    """Every text that a sample can hold, so that the vocabulary has no unknown word."""
-    colors = " ".join(COLORS)
-    questions = [
-        PROMPT_TEMPLATE.format(question=question.replace("{color}", colors)) for question in QUESTIONS.values()
-    ]
-    answers = ["white Yes No", f"There is a {colors} tile on a background.", f"The image is all {colors}."]
-    return [*questions, *answers, " ".join(f"{{{count}}}" for count in COUNTS)]
-
-
-def _pixel_values(processor: LlavaProcessor, samples: Sequence[ToySample]) -> Tensor:
-    """[N,3,P,P]; the processor's rescaling and normalisation without its per-image cost (a test holds them equal)."""
-    settings = processor.image_processor
-    pixels = np.stack([np.asarray(draw(s.scene)) for s in samples]).astype(np.float32) * settings.rescale_factor
-    pixels = (pixels - np.float32(settings.image_mean)) / np.float32(settings.image_std)
-    return torch.from_numpy(pixels).permute(0, 3, 1, 2).contiguous()
-
-
 def _learning_rate_factor(recipe: Recipe, step: int) -> float:
     """Linear warm-up, then a cosine to one per cent."""
     cosine = 0.5 * (1 + math.cos(math.pi * min(1.0, step / recipe.steps)))
@@ -405,7 +184,7 @@ def _learning_rate_factor(recipe: Recipe, step: int) -> float:
 
 
 def _versions() -> dict[str, str]:
-    libraries = {"torch": torch, "transformers": transformers, "tokenizers": tokenizers, "numpy": np}
+    libraries = {"torch": torch, "transformers": transformers, "tokenizers": tokenizers, "numpy": numpy}
     return {"python": platform.python_version(), **{name: lib.__version__ for name, lib in libraries.items()}}
 
 
