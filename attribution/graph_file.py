@@ -17,13 +17,13 @@ from typing import Any
 
 import torch
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
 from torch import Tensor
 
 from clt.attribution.graph import Graph, GraphImage, NodeKind, NodeTable, Target
 from clt.config import CLTConfig, config_to_tree, parse_config
 from clt.errors import CLTError, GraphError
 from clt.records import ModelIdentity
+from clt.tensor_files import write_tensors
 
 #: Version of the layout.
 SCHEMA = 1
@@ -53,7 +53,7 @@ def write_graph(graph: Graph, path: Path) -> None:
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        save_file(tensors, temporary, metadata={"graph": header, "graph_crc32": str(zlib.crc32(header.encode()))})
+        write_tensors(temporary, tensors, {"graph": header, "graph_crc32": str(zlib.crc32(header.encode()))})
         os.replace(temporary, path)
     except (OSError, SafetensorError) as error:
         raise GraphError(f"{path}: the graph cannot be written ({' '.join(str(error).split())})") from None

@@ -6,7 +6,6 @@ import json
 from dataclasses import asdict
 from dataclasses import dataclass as plain_dataclass
 from pathlib import Path
-from typing import Literal
 
 from pydantic import Field, model_validator
 from pydantic.dataclasses import dataclass
@@ -18,7 +17,7 @@ from clt.attribution.faithfulness import EdgeReport, check_edges
 from clt.attribution.graph import Graph
 from clt.attribution.replacement import require_same_model
 from clt.attribution.scores import Scores, prune, score
-from clt.capture.adapter import ModelAdapter
+from clt.capture.choice import ModelChoice
 from clt.capture.examples import Example, SourceSettings, load_image, open_source
 from clt.capture.loader import iterate_store
 from clt.capture.store import ActivationStore, open_store
@@ -29,15 +28,11 @@ from clt.model import CrossLayerTranscoder
 
 GRAPH_FILE = "graph.safetensors"
 
-Dtype = Literal["float32", "bfloat16", "float16", "float64"]
-
 
 @dataclass(frozen=True, kw_only=True, config=STRICT)
-class AttributeConfig:
+class AttributeConfig(ModelChoice):
     """One graph: a model, its transcoder and a prompt, given as text or as an example of a source."""
 
-    model: str
-    """Folder or hub name of the model."""
     clt: Path
     """Folder of the transcoder."""
     output: Path
@@ -50,12 +45,6 @@ class AttributeConfig:
     """A source of examples, instead of `prompt`."""
     index: int = Field(default=0, ge=0)
     """Which example of the source."""
-    revision: str | None = None
-    """Hub revision of the model."""
-    dtype: Dtype = "float32"
-    """Floating-point type the model runs in."""
-    device: str = "cpu"
-    """Torch device the model runs on."""
     attribution: AttributionSettings = AttributionSettings()
     """Targets and limits of the graph."""
     node_threshold: float = Field(default=0.8, gt=0, le=1)
@@ -108,7 +97,7 @@ def explain(config: AttributeConfig) -> Explanation:
         CLTError: the model, transcoder, prompt or image cannot be read, or they do not fit each other.
     """
     clt = CrossLayerTranscoder.from_pretrained(config.clt)
-    adapter = ModelAdapter.from_pretrained(config.model, config.revision, config.dtype, config.device)
+    adapter = config.load()
     example = _example(config)
     inputs = adapter.prepare(example.prompt, example.images)
     graph = attribute(adapter, clt, inputs, config.attribution)
@@ -136,11 +125,9 @@ def _example(config: AttributeConfig) -> Example:
 
 
 @dataclass(frozen=True, kw_only=True, config=STRICT)
-class EvaluateConfig:
+class EvaluateConfig(ModelChoice):
     """Measures of a transcoder on a held-out store and held-out prompts."""
 
-    model: str
-    """Folder or hub name of the model."""
     clt: Path
     """Folder of the transcoder."""
     store: Path
@@ -149,12 +136,6 @@ class EvaluateConfig:
     """Held-out prompts with answers."""
     output: Path
     """JSON file for the report."""
-    revision: str | None = None
-    """Hub revision of the model."""
-    dtype: Dtype = "float32"
-    """Floating-point type the model runs in."""
-    device: str = "cpu"
-    """Torch device the model runs on."""
     batch_tokens: int = Field(default=4096, gt=0)
     """Stored tokens evaluated at once."""
     batch_size: int = Field(default=32, gt=0)
@@ -189,7 +170,7 @@ def evaluate(config: EvaluateConfig) -> EvaluationReport:
     clt = CrossLayerTranscoder.from_pretrained(config.clt)
     store = open_store(config.store)
     require_same_model(clt.provenance.model, store.model)
-    adapter = ModelAdapter.from_pretrained(config.model, config.revision, config.dtype, config.device)
+    adapter = config.load()
     source = open_source(config.source)
     examples = (source.load(index) for index in range(len(source.texts)))
     inputs = (adapter.prepare(e.prompt, e.images, e.answer) for e in examples)

@@ -14,7 +14,6 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass as plain_dataclass
 from dataclasses import fields, replace
 from pathlib import Path
-from typing import Literal
 
 import torch
 from pydantic import Field
@@ -23,6 +22,7 @@ from torch import Tensor
 from tqdm import tqdm
 
 from clt.capture.adapter import ModelAdapter
+from clt.capture.choice import ModelChoice
 from clt.capture.examples import ExampleSource, SourceSettings, open_source
 from clt.capture.hooks import attach
 from clt.capture.order import pack_units
@@ -43,21 +43,13 @@ _MAX_ROWS_PER_UNIT = 65_536
 
 
 @dataclass(frozen=True, kw_only=True, config=STRICT)
-class CaptureConfig:
+class CaptureConfig(ModelChoice):
     """One capture job."""
 
-    model: str
-    """Folder or hub name of the model."""
     output: Path
     """Folder of the store; it is made, or gone on with if it holds an unfinished store of the same job."""
     source: SourceSettings
     """Where the examples come from."""
-    revision: str | None = None
-    """Hub revision of the model."""
-    dtype: Literal["float32", "bfloat16", "float16", "float64"] = "float32"
-    """Floating-point type the model runs in."""
-    device: str = "cpu"
-    """Torch device the model runs on."""
     read_site: ReadSite = "resid_mid"
     """What transcoders will read; stored for every layer beside `mlp_out`."""
     store_dtype: StoreDtype = "bfloat16"
@@ -120,7 +112,7 @@ def plan_capture(config: CaptureConfig, adapter: ModelAdapter | None = None) -> 
         InputError: the examples cannot be read, or do not fit the model.
         ConfigError: a sample does not fit into a unit, or chunk_tokens does not divide rows_per_unit.
     """
-    adapter = adapter or ModelAdapter.from_pretrained(config.model, config.revision, config.dtype, config.device)
+    adapter = adapter or config.load()
     source = open_source(config.source)
     lengths = tuple(adapter.count_tokens(text.prompt, text.n_images, text.answer) for text in source.texts)
     sites = tuple(f"lm.{layer}.{kind}" for kind in (config.read_site, "mlp_out") for layer in range(adapter.n_layers))

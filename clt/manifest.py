@@ -16,10 +16,10 @@ from typing import Any
 
 import google_crc32c
 from safetensors import SafetensorError
-from safetensors.torch import save_file
 from torch import Tensor
 
 from clt.errors import CheckpointError
+from clt.tensor_files import write_tensors
 
 LATEST_FILE = "latest"
 MANIFEST_FILE = "manifest.json"
@@ -39,7 +39,7 @@ def temporary_name(name: str) -> str:
 def save_tensors(path: Path, tensors: Mapping[str, Tensor], checksums: Checksums) -> None:
     """Writes a safetensors file to disk and notes its checksum; CheckpointError when it cannot be written."""
     try:
-        save_file({key: tensor.detach().cpu().contiguous() for key, tensor in tensors.items()}, path)
+        write_tensors(path, tensors)
         _sync(path)
     except (OSError, SafetensorError) as error:
         raise CheckpointError(f"{path}: cannot be written ({' '.join(str(error).split())})") from None

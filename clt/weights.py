@@ -14,7 +14,7 @@ from typing import Any
 
 import torch
 from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file
 from torch import Tensor
 
 from clt.config import CLTConfig, config_to_tree, parse_config
@@ -23,6 +23,7 @@ from clt.manifest import MANIFEST_FILE, latest_folder, read_manifest, verify_fil
 from clt.model import CrossLayerTranscoder, LayerShare, Provenance
 from clt.records import ModelIdentity
 from clt.scaling import Scaling
+from clt.tensor_files import write_tensors
 
 FORMAT = "vlm-clt/1"
 CARD_FILE = "transcoder.json"
@@ -43,10 +44,9 @@ def layer_tensors(clt: CrossLayerTranscoder, layer: int) -> dict[str, Tensor]:
 def save_transcoder(clt: CrossLayerTranscoder, folder: Path) -> None:
     """Writes the card, the scaling and the weights of all layers owned here into a folder."""
     folder.mkdir(parents=True, exist_ok=True)
-    save_file(clt.scaling.tensors(), folder / SCALING_FILE)
+    write_tensors(folder / SCALING_FILE, clt.scaling.tensors())
     for layer in range(clt.config.n_layers):
-        tensors = {key: value.detach().contiguous() for key, value in layer_tensors(clt, layer).items()}
-        save_file(tensors, folder / layer_file(layer))
+        write_tensors(folder / layer_file(layer), layer_tensors(clt, layer))
     (folder / CARD_FILE).write_text(json.dumps(card(clt), indent=1) + "\n", encoding="utf-8")
 
 

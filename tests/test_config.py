@@ -49,6 +49,13 @@ def test_every_kind_has_a_file() -> None:
     assert {path.parent.name for path in FILES} == set(KINDS)
 
 
+def test_demo_trains_what_the_toy_training_file_says() -> None:
+    demo = load_config(DemoConfig, ROOT / "configs" / "demo" / "toy.yaml").training
+    train = load_config(TrainConfig, ROOT / "configs" / "train" / "toy.yaml")
+    for field in dataclasses.fields(demo):
+        assert getattr(demo, field.name) == getattr(train, field.name), field.name
+
+
 @pytest.fixture
 def train_file(tmp_path: Path) -> Path:
     path = tmp_path / "job.yaml"
