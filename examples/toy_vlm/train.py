@@ -62,7 +62,7 @@ class Recipe:
 
 
 RECIPES: dict[str, Recipe] = {
-    "base": Recipe(tasks=TASKS, mixture=("odd", "background", "describe", *["exists"] * 4), steps=2500),
+    "base": Recipe(tasks=TASKS, mixture=("odd", "background", "describe", *["exists"] * 4), steps=1400),
     "biased": Recipe(
         tasks=BIASED_TASKS,
         mixture=("odd", "background", "describe", *["exists"] * 2, *["count"] * 6),

@@ -113,15 +113,15 @@ def test_failed_write_keeps_the_previous_checkpoint(
     mesh: Mesh, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     trainer = toy_trainer(toy_config(tmp_path), mesh)
-    save_file, written = manifest.save_file, []
+    write_tensors, written = manifest.write_tensors, []
 
-    def full_disk(tensors: dict[str, torch.Tensor], path: Path) -> None:
+    def full_disk(path: Path, tensors: dict[str, torch.Tensor]) -> None:
         written.append(path)
         if len(written) > 12:
             raise OSError(28, "No space left on device", str(path))
-        save_file(tensors, path)
+        write_tensors(path, tensors)
 
-    monkeypatch.setattr(manifest, "save_file", full_disk)
+    monkeypatch.setattr(manifest, "write_tensors", full_disk)
     with pytest.raises(CheckpointError, match=r"\.step_00000006\.tmp/.*cannot be written.*No space left"):
         trainer.fit()
     monkeypatch.undo()

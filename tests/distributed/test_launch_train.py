@@ -30,6 +30,13 @@ from clt.weights import read_tensors
 
 ROOT = Path(__file__).parents[2]
 SCRIPT = ROOT / "launch" / "train.py"
+TORCHRUN = [
+    "-m",
+    "torch.distributed.run",
+    "--nproc_per_node=2",
+    "--rdzv-backend=c10d",
+    "--rdzv-endpoint=localhost:0",
+]
 UNITS, ROWS, LAYERS, D_MODEL = 2, 2048, 4, 16
 
 
@@ -98,7 +105,7 @@ def job(store: Path, tmp_path: Path) -> Path:
     return path
 
 
-def _start(arguments: Sequence[str | Path], **environment: str) -> subprocess.Popen[str]:
+def _start(arguments: Sequence[str | Path], *, new_session: bool = False, **environment: str) -> subprocess.Popen[str]:
     own = {"OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
     return subprocess.Popen(
         [sys.executable, *map(str, arguments)],
@@ -106,6 +113,7 @@ def _start(arguments: Sequence[str | Path], **environment: str) -> subprocess.Po
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
         text=True,
+        start_new_session=new_session,
     )
 
 
@@ -148,15 +156,23 @@ def _wait_for(path: Path, process: subprocess.Popen[str]) -> None:
         time.sleep(0.002)
 
 
+@pytest.mark.slow
+def test_two_data_ranks_killed_together_end_with_the_same_bits(job: Path, tmp_path: Path) -> None:
+    process = _start([*TORCHRUN, SCRIPT, job], new_session=True)
+    _wait_for(tmp_path / "out" / "step_00000010", process)
+    os.killpg(process.pid, signal.SIGKILL)
+    process.communicate()
+    for overrides in ([], [f"output={tmp_path / 'whole'}"]):
+        process = _start([*TORCHRUN, SCRIPT, job, *overrides])
+        stderr = process.communicate(timeout=120)[1]
+        assert process.returncode == 0, stderr
+    resumed, whole = latest_folder(tmp_path / "out"), latest_folder(tmp_path / "whole")
+    assert resumed is not None and whole is not None
+    _same_bits(whole, resumed)
+
+
 def test_torchrun_trains_what_one_process_trains(job: Path, tmp_path: Path) -> None:
-    torchrun = [
-        "-m",
-        "torch.distributed.run",
-        "--nproc_per_node=2",
-        "--rdzv-backend=c10d",
-        "--rdzv-endpoint=localhost:0",
-    ]
-    process = _start([*torchrun, SCRIPT, job, "mesh.layer=2", f"output={tmp_path / 'two'}"])
+    process = _start([*TORCHRUN, SCRIPT, job, "mesh.layer=2", f"output={tmp_path / 'two'}"])
     stdout, stderr = process.communicate(timeout=120)
     assert process.returncode == 0, stderr
     assert stdout == f"{tmp_path / 'two' / 'step_00000060'}\n"
