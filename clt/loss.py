@@ -32,11 +32,13 @@ class LossTerms:
         total: scalar to differentiate: this rank's share of the loss; the sum over the layer axis is the loss.
         error_M: [M_own] mean squared error per target over tokens and channels, detached.
         auxk: scalar auxiliary error before its coefficient, detached.
+        revival: scalar revival term before its weight, detached; negative.
     """
 
     total: Tensor
     error_M: Tensor
     auxk: Tensor
+    revival: Tensor
 
 
 def squared_error(y_hat_MBD: Tensor, y_MBD: Tensor) -> Tensor:
@@ -113,8 +115,8 @@ def combine(
         This rank's terms; summed over the layer axis they are the loss.
     """
     total = error_M.sum() / n_targets
-    auxk = torch.zeros_like(total)
+    auxk = lift = torch.zeros_like(total)
     if auxk_M is not None and revival is not None:
-        auxk = auxk_M.sum() / n_targets
-        total = total + settings.coefficient * auxk + settings.revival * revival
-    return LossTerms(total=total, error_M=error_M.detach(), auxk=auxk.detach())
+        auxk, lift = auxk_M.sum() / n_targets, revival
+        total = total + settings.coefficient * auxk + settings.revival * lift
+    return LossTerms(total=total, error_M=error_M.detach(), auxk=auxk.detach(), revival=lift.detach())

@@ -34,13 +34,15 @@ class Observations:
 
     Attributes:
         error_M: [M_own] squared error per target over the store's variance.
-        auxk: scalar, this rank's share of the auxiliary loss before its coefficient.
+        auxk: scalar, this rank's share of the auxiliary error before its coefficient.
+        revival: scalar, this rank's share of the revival term before its weight.
         l0_L: [L_own] active features per token of every source.
         fired_LF: [L_own,F] bool, features active in any token.
     """
 
     error_M: Tensor
     auxk: Tensor
+    revival: Tensor
     l0_L: Tensor
     fired_LF: Tensor
 
@@ -50,8 +52,9 @@ class WindowAverages:
     """Averages over the steps taken since the last report; without any, all but the dead fraction are NaN.
 
     Attributes:
-        loss: mean over targets of fvu, plus the weighted auxiliary loss.
-        auxk: auxiliary loss before its coefficient.
+        loss: mean over targets of fvu, plus the weighted terms of dead features.
+        auxk: auxiliary error before its coefficient.
+        revival: revival term before its weight.
         fvu: by target layer.
         l0: by source layer.
         dead_fraction: by source layer, at the end of the window.
@@ -60,6 +63,7 @@ class WindowAverages:
 
     loss: float
     auxk: float
+    revival: float
     fvu: Mapping[int, float]
     l0: Mapping[int, float]
     dead_fraction: Mapping[int, float]
@@ -95,6 +99,7 @@ class TrainingMetrics:
             "tokens": self.tokens,
             "loss": seen.loss,
             "auxk": seen.auxk,
+            "revival": seen.revival,
             "learning_rate": self.learning_rate,
             "k": self.k,
             "gradient_norm": self.gradient_norm,
@@ -119,7 +124,7 @@ class MetricsWindow:
     def __init__(self, config: CLTConfig, share: LayerShare, device: torch.device) -> None:
         self._all_targets, self._all_sources = target_layers(config), source_layers(config)
         self._targets, self._sources = list(share.targets), list(share.sources)
-        self._sums = torch.zeros(4, config.n_layers, dtype=torch.float64, device=device)
+        self._sums = torch.zeros(5, config.n_layers, dtype=torch.float64, device=device)
         self._loss, self._steps, self._tokens, self._start = 0.0, 0, 0, time.perf_counter()
 
     def add(self, seen: Observations, loss: float) -> None:
@@ -127,6 +132,7 @@ class MetricsWindow:
         self._sums[0, self._targets] += seen.error_M
         self._sums[1, self._sources] += seen.l0_L
         self._sums[2, 0] += seen.auxk
+        self._sums[3, 0] += seen.revival
         self._loss += loss
         self._steps += 1
 
@@ -142,12 +148,13 @@ class MetricsWindow:
             mesh: the processes.
         """
         means = self._sums / max(1, self._steps)
-        means[3, self._sources] = dead_L.to(means)
-        fvu, l0, auxk, dead = mesh.all_reduce(means / mesh.data_size, "world").tolist()
+        means[4, self._sources] = dead_L.to(means)
+        fvu, l0, auxk, revival, dead = mesh.all_reduce(means / mesh.data_size, "world").tolist()
         unknown = 0.0 if self._steps else math.nan
         averages = WindowAverages(
             loss=self._loss / max(1, self._steps) + unknown,
             auxk=auxk[0] + unknown,
+            revival=revival[0] + unknown,
             fvu={layer: fvu[layer] + unknown for layer in self._all_targets},
             l0={layer: l0[layer] + unknown for layer in self._all_sources},
             dead_fraction={layer: dead[layer] for layer in self._all_sources},

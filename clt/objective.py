@@ -62,6 +62,7 @@ class Objective(nn.Module):
         return terms.total, Observations(
             error_M=terms.error_M,
             auxk=terms.auxk,
+            revival=terms.revival,
             l0_L=(own_codes.values.detach() > 0).sum(dim=(1, 2)) / x_LBD.shape[1],
             fired_LF=fired_features(own_codes),
         )

@@ -6,7 +6,6 @@ That every edge is its intervention's effect is in test_faithfulness.py; here: r
 import copy
 import logging
 from dataclasses import replace
-from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
@@ -21,7 +20,7 @@ from clt.attribution.nodes import seen_box
 from clt.attribution.scores import influence, score
 from clt.attribution.targets import FeatureTarget, LogitDifference, LogitTargets
 from clt.capture.adapter import ModelAdapter
-from clt.config import load_config, parse_config
+from clt.config import parse_config
 from clt.errors import CheckpointError, ConfigError, GraphError
 from clt.model import Provenance
 from clt.records import Modality
@@ -239,7 +238,7 @@ def test_an_embedding_column_carries_the_length_of_its_vector(adapter, inputs, g
 
 
 def test_the_time_is_logged(adapter, inputs, make_random_clt, caplog):
-    with caplog.at_level(logging.INFO, logger="clt.attribution.attribute"):
+    with caplog.at_level(logging.DEBUG, logger="clt.attribution.attribute"):
         attribute(adapter, make_random_clt(adapter), inputs, AttributionSettings(max_feature_nodes=0))
     assert "features" in caplog.text and " s" in caplog.text
 
@@ -269,9 +268,7 @@ def test_two_prompts_are_refused(adapter, inputs, make_random_clt):
         attribute(adapter, make_random_clt(adapter), adapter.collate([inputs, inputs]))
 
 
-def test_the_committed_settings_load_and_every_kind_of_target_can_be_written():
-    root = Path(__file__).parents[2]
-    assert load_config(AttributionSettings, root / "configs/attribute/toy.yaml") == AttributionSettings()
+def test_every_kind_of_target_can_be_written():
     tree = {
         "targets": [
             {"tokens": ["yes", 3], "position": -2},

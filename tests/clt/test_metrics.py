@@ -32,6 +32,7 @@ def _observations(errors: list[float], l0: list[float]) -> Observations:
     return Observations(
         error_M=torch.tensor(errors),
         auxk=torch.tensor(sum(errors) / 10),
+        revival=torch.tensor(-sum(errors)),
         l0_L=torch.tensor(l0),
         fired_LF=torch.zeros(2, 8, dtype=torch.bool),
     )
@@ -39,7 +40,7 @@ def _observations(errors: list[float], l0: list[float]) -> Observations:
 
 def _report(step: int, loss: float = 0.5) -> TrainingMetrics:
     averages = WindowAverages(
-        loss=loss, auxk=0.0, fvu={1: 0.25, 2: 0.75}, l0={0: 2.0, 1: 1.0}, dead_fraction={0: 0.5, 1: 0.0},
+        loss=loss, auxk=0.0, revival=0.0, fvu={1: 0.25, 2: 0.75}, l0={0: 2.0, 1: 1.0}, dead_fraction={0: 0.5, 1: 0.0},
         tokens_per_second=10.0,
     )  # fmt: skip
     return TrainingMetrics(
@@ -55,6 +56,7 @@ def test_window_averages_over_its_steps(mesh: Mesh) -> None:
     averages = window.close(torch.tensor([0.5, 0.25]), mesh)
     assert averages.loss == pytest.approx(0.45)
     assert averages.auxk == pytest.approx((0.06 + 0.12) / 2)
+    assert averages.revival == pytest.approx(-(0.6 + 1.2) / 2)
     assert averages.fvu == {1: pytest.approx(0.3), 2: pytest.approx(0.6)}
     assert averages.l0 == {0: 2.0, 1: 1.5}
     assert averages.dead_fraction == {0: 0.5, 1: 0.25}

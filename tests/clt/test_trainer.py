@@ -48,13 +48,22 @@ def test_training_learns_and_reports_every_scalar(mesh: Mesh, tmp_path: Path) ->
     assert last["fvu/mean"] < reports[0]["fvu/mean"] / 1.5
     assert last["l0/mean"] == 4.0
     assert last["k"] == 4
-    for name in ("loss", "auxk", "learning_rate", "gradient_norm", "tokens_per_second", "dead_fraction/mean"):
+    for name in (
+        "loss",
+        "auxk",
+        "revival",
+        "learning_rate",
+        "gradient_norm",
+        "tokens_per_second",
+        "dead_fraction/mean",
+    ):
         assert name in last
     layers = [f"{name}/layer_{layer:02d}" for name in ("fvu", "l0", "dead_fraction") for layer in range(4)]
     assert all(name in last for name in layers)
     assert list((tmp_path / "tensorboard").glob("events.*"))
-    # The loss is the mean of the targets' FVU plus the weighted auxiliary loss.
-    assert last["loss"] == pytest.approx(last["fvu/mean"] + last["auxk"] / 32, rel=1e-5)
+    # The loss is the mean of the targets' FVU plus the weighted terms of dead features, at the default weights.
+    dead_terms = last["auxk"] / 32 + 1e-3 * last["revival"]
+    assert last["loss"] == pytest.approx(last["fvu/mean"] + dead_terms, rel=1e-5)
 
 
 def test_auxiliary_loss_starts_when_a_feature_can_be_dead(mesh: Mesh, tmp_path: Path) -> None:
