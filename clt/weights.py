@@ -1,6 +1,6 @@
 """Transcoder weights on disk: one safetensors file per layer, so that any mesh can read any share.
 
-transcoder.json              format, architecture, model identity, store id
+transcoder.json              format, architecture, model identity, store id, code version
 scaling.safetensors          mean_x, rms_x, mean_y, rms_y
 layer_00.safetensors ...     W_enc, b_enc of source 0; W_dec, b_dec (W_skip) of target 0
 """
@@ -24,6 +24,7 @@ from clt.model import CrossLayerTranscoder, LayerShare, Provenance
 from clt.records import ModelIdentity
 from clt.scaling import Scaling
 from clt.tensor_files import write_tensors
+from clt.version import code_version
 
 FORMAT = "vlm-clt/1"
 CARD_FILE = "transcoder.json"
@@ -58,6 +59,7 @@ def card(clt: CrossLayerTranscoder) -> dict[str, Any]:
         "config": config_to_tree(clt.config),
         "model": None if model is None else asdict(model),
         "store": clt.provenance.store_id,
+        "created_by": code_version(),
     }
 
 

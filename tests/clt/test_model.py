@@ -14,6 +14,7 @@ from clt.manifest import Checksums, save_tensors, write_manifest, write_text
 from clt.model import CrossLayerTranscoder, LayerShare, Provenance, source_layers, sources_of, target_layers, targets_of
 from clt.records import ModelIdentity
 from clt.scaling import Scaling
+from clt.version import code_version
 
 L, D, F, K, B = 4, 6, 20, 3, 9
 IDENTITY = ModelIdentity(name="toy", revision="local", architecture="X", n_layers=L, d_model=D, fingerprint="ab12")
@@ -106,6 +107,7 @@ def test_save_and_load_reproduce_outputs_and_provenance(tmp_path: Path, variant:
     x = torch.randn(L, B, D)
     assert torch.equal(loaded(x), clt(x))
     assert loaded.provenance == clt.provenance and loaded.config == clt.config
+    assert json.loads((tmp_path / "transcoder.json").read_text())["created_by"] == code_version()
 
 
 def test_a_flipped_bit_in_a_checkpoint_with_manifest_is_refused(tmp_path: Path) -> None:
