@@ -22,7 +22,7 @@ $(READY): pyproject.toml constraints.txt
 		$(RUN)/pip install -q -c constraints.txt "torch==$(TORCH)"; \
 	else \
 		$(RUN)/pip install -q -c constraints.txt "torch==$(TORCH)+cpu" 2>/dev/null || \
-		$(RUN)/pip install -q -c constraints.txt --index-url $(TORCH_CPU_INDEX) "torch==$(TORCH)+cpu"; \
+		$(RUN)/pip install -q -c constraints.txt --extra-index-url $(TORCH_CPU_INDEX) "torch==$(TORCH)+cpu"; \
 	fi
 	DS_BUILD_OPS=0 $(RUN)/pip install -q -c constraints.txt -e '.[dev]'
 	touch $(READY)

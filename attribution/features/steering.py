@@ -42,8 +42,8 @@ from clt.model import CrossLayerTranscoder
 class SteeringSettings:
     """What a user chooses about the experiment."""
 
-    num_prompts: int = Field(default=300, gt=0)
-    """Correctly answered prompts to steer; rates of a few per cent need some hundreds to be told from a control."""
+    num_prompts: int = Field(default=200, gt=0)
+    """Correctly answered prompts to steer; low rates need many to be told from a control."""
     sizes: tuple[PositiveInt, ...] = (1, 5, 10, 20)
     """Numbers of pairs to ablate."""
     mlps: tuple[MlpOutputs, ...] = ("original", "replaced")
