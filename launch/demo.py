@@ -20,7 +20,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from pydantic import Field
+from pydantic import DirectoryPath, Field
 from pydantic.dataclasses import dataclass
 
 from clt.attribution.features.steering import SteeringReport, SteeringSettings, steer
@@ -66,7 +66,7 @@ class DemoTraining:
 class DemoConfig:
     """Sizes of the demo."""
 
-    model: Path
+    model: DirectoryPath
     """Folder of the toy model."""
     train_prompts: int = Field(gt=0)
     """Prompts captured for training."""
