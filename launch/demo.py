@@ -236,12 +236,13 @@ def describe(summary: dict[str, Any]) -> str:
         ("edge_max_rel_error", "{:.1e}", "largest difference between an edge and its measured intervention"),
     ]
     lines = [f"{key:20} {form.format(summary[key]):>9}   {meaning}" for key, form, meaning in rows]
+    lines.append(
+        f"{'steering':20} {'':9}   answers that flip without the n most influential features [95 %], then without"
+    )
+    lines.append(f"{'':20} {'':9}   n others that write as much, in the model and in the replacement model")
     for result in summary["steering"]["results"]:
-        ablated, control = result["ablated"], result["control"]
-        meaning = f"answers that flip without the {result['n']} most influential features, {result['mlps']} MLPs"
-        lines.append(
-            f"{'steering':20} {ablated['rate']:9.2f}   {meaning} ({ablated['low']:.2f} to {ablated['high']:.2f}); "
-            f"matched ones {control['rate']:.2f} ({control['low']:.2f} to {control['high']:.2f})"
-        )
+        shares = [f"{s['rate']:.2f} [{s['low']:.2f}, {s['high']:.2f}]" for s in (result["ablated"], result["control"])]
+        name = f"  n={result['n']}, {result['mlps']}"
+        lines.append(f"{name:20} {result['ablated']['rate']:9.2f}   {shares[0]}, others {shares[1]}")
     seconds = ", ".join(f"{name} {value:.0f}" for name, value in summary["seconds"].items())
     return "\n".join([*lines, f"{'seconds':20} {seconds}", "", f"Open {summary['page']} in a browser."])
