@@ -237,12 +237,12 @@ def describe(summary: dict[str, Any]) -> str:
     ]
     lines = [f"{key:20} {form.format(summary[key]):>9}   {meaning}" for key, form, meaning in rows]
     lines.append(
-        f"{'steering':20} {'':9}   answers that flip without the n most influential features [95 %], then without"
+        "steering: answers that flip without the n most influential features [95 % interval], and without n others"
     )
-    lines.append(f"{'':20} {'':9}   n others that write as much, in the model and in the replacement model")
+    lines.append("of the same layers that come closest in what they write; in the model and in the replacement model")
     for result in summary["steering"]["results"]:
         shares = [f"{s['rate']:.2f} [{s['low']:.2f}, {s['high']:.2f}]" for s in (result["ablated"], result["control"])]
         name = f"  n={result['n']}, {result['mlps']}"
-        lines.append(f"{name:20} {result['ablated']['rate']:9.2f}   {shares[0]}, others {shares[1]}")
+        lines.append(f"{name:20} {shares[0]:>18}   others {shares[1]}")
     seconds = ", ".join(f"{name} {value:.0f}" for name, value in summary["seconds"].items())
     return "\n".join([*lines, f"{'seconds':20} {seconds}", "", f"Open {summary['page']} in a browser."])
