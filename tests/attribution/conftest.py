@@ -13,6 +13,8 @@ from clt.model import CrossLayerTranscoder, Provenance
 from clt.records import ModelIdentity
 from clt.scaling import Scaling
 
+#: Label, token and probability of the targets.
+LOGITS = (("red", 11, 0.9), ("blue", 23, 0.1))
 WORDS = ("<s>", "USER", ":", *["<image>"] * 64, "\n", "which", "tile", "is", "odd", "?", "ASSISTANT", ":")
 
 
@@ -42,21 +44,7 @@ def build_graph(
     n_positions = len(words)
     patches = [position for position, word in enumerate(words) if word == "<image>"]
     side = math.isqrt(len(patches)) or 1
-    nodes: list[tuple[int, ...]] = []
-    # Feature numbers below n_layers at layer 0 are those whose ids an error node bears in other systems.
-    places = torch.randperm(n_layers * n_positions * 7, generator=random)[:n_features].sort().values.tolist()
-    for place in places:
-        layer, rest = divmod(place, n_positions * 7)
-        position, feature = divmod(rest, 7)
-        nodes.append((NodeKind.FEATURE, layer, position, feature))
-    nodes += [(NodeKind.ERROR, layer, position, -1) for layer in range(n_layers) for position in range(n_positions)]
-    nodes += [
-        (NodeKind.IMAGE if position in patches else NodeKind.TEXT, -1, position, position + 5)
-        for position in range(n_positions)
-    ]
-    nodes += [(NodeKind.BIAS, layer, -1, BiasKind.DECODER) for layer in range(n_layers)]
-    nodes += [(NodeKind.BIAS, -1, -1, BiasKind.TARGET)]
-    nodes += [(NodeKind.LOGIT, n_layers, n_positions - 1, token) for token in (11, 23)]
+    nodes = _node_rows(n_features, n_layers, n_positions, patches, random)
     kind, layer, position, feature = torch.tensor(nodes).T
     rank = torch.where(kind == NodeKind.LOGIT, n_layers, layer)
     rows = torch.cat([torch.arange(n_features), torch.tensor([len(nodes) - 2, len(nodes) - 1])])
@@ -82,25 +70,17 @@ def build_graph(
         rows_to_node=rows,
         edges=edges,
         row_values=edges.sum(1),
-        targets=(
+        targets=tuple(
             Target(
                 kind="logit",
-                label="red",
+                label=label,
                 position=n_positions - 1,
-                token_id=11,
+                token_id=token,
                 layer=n_layers,
-                probability=0.9,
-                weight=0.9,
-            ),
-            Target(
-                kind="logit",
-                label="blue",
-                position=n_positions - 1,
-                token_id=23,
-                layer=n_layers,
-                probability=0.1,
-                weight=0.1,
-            ),
+                probability=probability,
+                weight=probability,
+            )
+            for label, token, probability in LOGITS
         ),
         token_ids=torch.arange(n_positions) + 5,
         token_strings=words,
@@ -112,6 +92,28 @@ def build_graph(
         clt=CLTConfig(n_features=7, k=2, n_layers=n_layers, d_model=16),
         clt_fingerprint="cd" * 32,
     )
+
+
+def _node_rows(
+    n_features: int, n_layers: int, n_positions: int, patches: list[int], random: torch.Generator
+) -> list[tuple[int, ...]]:
+    """Kind, layer, position and feature number of every node, in the order of columns."""
+    nodes: list[tuple[int, ...]] = []
+    # Feature numbers below n_layers at layer 0 are those whose ids an error node bears in other systems.
+    places = torch.randperm(n_layers * n_positions * 7, generator=random)[:n_features].sort().values.tolist()
+    for place in places:
+        layer, rest = divmod(place, n_positions * 7)
+        position, feature = divmod(rest, 7)
+        nodes.append((NodeKind.FEATURE, layer, position, feature))
+    nodes += [(NodeKind.ERROR, layer, position, -1) for layer in range(n_layers) for position in range(n_positions)]
+    nodes += [
+        (NodeKind.IMAGE if position in patches else NodeKind.TEXT, -1, position, position + 5)
+        for position in range(n_positions)
+    ]
+    nodes += [(NodeKind.BIAS, layer, -1, BiasKind.DECODER) for layer in range(n_layers)]
+    nodes += [(NodeKind.BIAS, -1, -1, BiasKind.TARGET)]
+    nodes += [(NodeKind.LOGIT, n_layers, n_positions - 1, token) for _, token, _ in LOGITS]
+    return nodes
 
 
 def _tiles() -> torch.Tensor:
