@@ -14,7 +14,7 @@ import sys
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import asdict, field, replace
+from dataclasses import asdict, field
 from dataclasses import dataclass as plain_dataclass
 from pathlib import Path
 from typing import Any
@@ -205,7 +205,7 @@ def _summary(
         "replacement_score": explanation.scores.replacement,
         "completeness_score": explanation.scores.completeness,
         "edge_max_rel_error": edges.max_rel_error,
-        "edges": {item.kind.name.lower(): asdict(replace(item)) for item in edges.by_kind},
+        "edges": {item.kind.name.lower(): asdict(item) for item in edges.by_kind},
         "steering": asdict(steering),
         "seconds": seconds | {"total": round(sum(seconds.values()), 2)},
         "layers": {"fvu": store.fvu, "l0": store.l0, "dead_fraction": store.dead_fraction},
