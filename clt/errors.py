@@ -35,3 +35,7 @@ class CheckpointError(CLTError, RuntimeError):
 
 class GraphError(CLTError, ValueError):
     """An attribution target, graph or graph file is not valid."""
+
+
+class HubError(CLTError, RuntimeError):
+    """A repository of the hub cannot be reached, or does not match the folder on this side."""
