@@ -19,6 +19,7 @@ from clt.attribution.replacement import require_same_model
 from clt.attribution.scores import Scores, prune, score
 from clt.capture.choice import ModelChoice
 from clt.capture.examples import Example, SourceSettings, load_image, open_source
+from clt.capture.filters import TokenFilter
 from clt.capture.loader import iterate_store
 from clt.capture.store import ActivationStore, open_store
 from clt.config import STRICT
@@ -130,7 +131,7 @@ class EvaluateConfig(ModelChoice):
 
     clt: Path
     """Folder of the transcoder."""
-    store: Path
+    store: str
     """Store of held-out activations."""
     source: SourceSettings
     """Held-out prompts with answers."""
@@ -197,4 +198,4 @@ def evaluate_on_store(clt: CrossLayerTranscoder, store: ActivationStore, batch_t
     layers = range(clt.config.n_layers)
     x_sites = [f"lm.{layer}.{clt.config.read_site}" for layer in layers]
     y_sites = [f"lm.{layer}.mlp_out" for layer in layers]
-    return evaluate_store(clt, iterate_store(store, x_sites, y_sites, batch_tokens, drop_bos=True))
+    return evaluate_store(clt, iterate_store(store, x_sites, y_sites, batch_tokens, where=TokenFilter(drop_bos=True)))

@@ -1,16 +1,14 @@
-"""Files that appear whole or not at all, survive a power cut, and are recognised by size and crc32c."""
+"""What a store remembers of each of its files, and how a file is compared with it."""
 
 from __future__ import annotations
 
-import os
-from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
-from pathlib import Path, PurePosixPath
-from typing import Any
 
-import google_crc32c
-
+from clt.capture.checksum import crc32c
+from clt.capture.storage_base import Storage
 from clt.errors import StoreError
+
+_PIECE = 8 << 20
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -18,7 +16,7 @@ class FileRecord:
     """A finished file.
 
     Attributes:
-        path: relative to the store, with forward slashes.
+        path: key relative to the store, with forward slashes.
         bytes: size.
         crc32c: checksum of the whole file.
     """
@@ -28,86 +26,63 @@ class FileRecord:
     crc32c: int
 
 
-def seal(root: Path, paths: Sequence[str]) -> tuple[FileRecord, ...]:
-    """Forces finished files and their names to disk and takes their sizes and checksums.
-
-    Args:
-        root: the store.
-        paths: relative to it.
-
-    Returns:
-        What a commit record says about the files.
-    """
-    records = []
-    for path in paths:
-        with open(root / path, "rb") as file:
-            os.fsync(file.fileno())
-            checksum, size = _checksum(file)
-        records.append(FileRecord(path=path, bytes=size, crc32c=checksum))
-    sync_folders({root / folder for path in paths for folder in _folders_with_new_names(path)})
-    return tuple(records)
+def record_of(path: str, contents: bytes) -> FileRecord:
+    """Record of a small file from its contents."""
+    return FileRecord(path=path, bytes=len(contents), crc32c=crc32c(contents))
 
 
-def _folders_with_new_names(path: str) -> list[PurePosixPath]:
-    """The folders of a new shard up to `c`, which `create_arrays` made; of any other file, its own folder."""
-    folders = list(PurePosixPath(path).parents)
-    names = [folder.name for folder in folders]
-    return folders[: names.index("c") + 1] if "c" in names else folders[:1]
-
-
-def _checksum(file: Any) -> tuple[int, int]:
-    checksum, size = 0, 0
-    while piece := file.read(1 << 20):
-        checksum, size = google_crc32c.extend(checksum, piece), size + len(piece)
-    return checksum, size
-
-
-def sync_folders(folders: Iterable[Path]) -> None:
-    """Forces the names in folders to disk."""
-    for folder in folders:
-        descriptor = os.open(folder, os.O_RDONLY)
-        try:
-            os.fsync(descriptor)
-        finally:
-            os.close(descriptor)
-
-
-def check_file(root: Path, record: FileRecord, *, contents: bool = False) -> None:
-    """Compares a file with its record.
-
-    Args:
-        root: the store.
-        record: what the file was when it was committed.
-        contents: also compare the checksum, which reads the whole file.
+def record_file(storage: Storage, path: str) -> FileRecord:
+    """Record of a file that is there, read in pieces.
 
     Raises:
-        StoreError: the file is missing, has another size, or other contents.
+        StoreError: it is missing or cannot be read.
     """
-    path = root / record.path
-    try:
-        size = path.stat().st_size
-    except OSError:
-        raise StoreError(f"{path}: missing from the store; restore it or capture again") from None
-    if size != record.bytes:
-        raise StoreError(f"{path}: has {size} bytes, expected {record.bytes}; restore it or capture again")
-    if contents:
-        with open(path, "rb") as file:
-            if _checksum(file)[0] != record.crc32c:
-                raise StoreError(f"{path}: checksum does not match; the file is damaged, restore it or capture again")
+    size = storage.size(path)
+    if size is None:
+        raise StoreError(f"{storage.name(path)}: missing from the store; restore it or run 'clt store repair'")
+    checksum, buffer = 0, memoryview(bytearray(min(size, _PIECE)))
+    for start in range(0, size, _PIECE):
+        piece = buffer[: min(_PIECE, size - start)]
+        storage.read_into(path, start, [piece])
+        checksum = crc32c(piece, checksum)
+    return FileRecord(path=path, bytes=size, crc32c=checksum)
 
 
-def write_atomic(path: Path, contents: bytes) -> None:
-    """Writes a file that appears whole or not at all, and stays after a power cut.
+def check_size(storage: Storage, record: FileRecord, size: int | None) -> None:
+    """Compares the size of a file with its record.
 
     Args:
-        path: the file; its folder is made if need be.
-        contents: its bytes.
+        storage: the store's files.
+        record: what the file was when it was committed.
+        size: what it is now; None if it is missing.
+
+    Raises:
+        StoreError: the file is missing or has another size.
     """
-    path.parent.mkdir(parents=True, exist_ok=True)
-    partial = path.with_name(f".{path.name}.partial")
-    with open(partial, "wb") as file:
-        file.write(contents)
-        file.flush()
-        os.fsync(file.fileno())
-    os.replace(partial, path)
-    sync_folders([path.parent])
+    name = storage.name(record.path)
+    if size is None:
+        raise StoreError(f"{name}: missing from the store; restore it or run 'clt store repair'")
+    if size != record.bytes:
+        raise StoreError(f"{name}: has {size} bytes, expected {record.bytes}; restore it or run 'clt store repair'")
+
+
+def check_contents(storage: Storage, record: FileRecord) -> None:
+    """Compares size and checksum of a file with its record; raises StoreError as `check_size` does."""
+    check_size(storage, record, storage.size(record.path))
+    if record_file(storage, record.path) != record:
+        raise StoreError(
+            f"{storage.name(record.path)}: checksum does not match; the file is damaged, restore it or run "
+            f"'clt store repair'"
+        )
+
+
+def read_checked(storage: Storage, record: FileRecord) -> bytes:
+    """Contents of a small file, compared with its record; raises StoreError as `check_contents` does."""
+    check_size(storage, record, storage.size(record.path))
+    contents = storage.read(record.path)
+    if crc32c(contents) != record.crc32c:
+        raise StoreError(
+            f"{storage.name(record.path)}: checksum does not match; the file is damaged, restore it or run "
+            f"'clt store repair'"
+        )
+    return contents

@@ -1,38 +1,46 @@
 """Reads a store for training: a shuffled, resumable stream of batches, the same for every number of ranks.
 
-The order is `clt.capture.order.ReadOrder`; this module turns it into tensors. Each virtual stream keeps one shuffled
-window in memory in the stored type; a batch is assembled from slices of them and widened to float32 once. One
-background thread works a few batches ahead; what goes wrong there is raised where the batches are consumed.
+The order is `clt.capture.order.ReadOrder`; `clt.capture.pool` reads its windows ahead and gathers batches from them;
+this module joins the two, for one rank. One background thread works a few batches ahead; what goes wrong there is
+raised where the batches are consumed.
 """
 
 from __future__ import annotations
 
 import logging
-import queue
-import threading
-from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from collections.abc import Generator, Iterator, Sequence
+from contextlib import closing
+from dataclasses import replace
+from functools import partial
 
 import numpy as np
 import torch
-from torch import Tensor
+from numpy.typing import NDArray
 
-from clt.capture.blocks import BlockReader, Part, join, unpack_tokens
-from clt.capture.order import ReadOrder, Window
+from clt.capture.ahead import ahead
+from clt.capture.blocks import BlockSource, StoreBlocks
+from clt.capture.filters import ALL_TOKENS, TokenFilter
+from clt.capture.order import ReadOrder, Visit
+from clt.capture.pool import Reading, Rows, WindowPool, pool_bytes
+from clt.capture.slots import Slots, SlotSizes
 from clt.capture.store import ActivationStore
-from clt.errors import CheckpointError
+from clt.errors import CheckpointError, ConfigError
 from clt.records import ActivationBatch
 
 log = logging.getLogger(__name__)
 
-_READ_AHEAD = 4
+#: Batches in use besides those made ahead: the one that is consumed, and the one before until it is let go.
+_BATCHES_IN_USE = 2
+#: Spare slots double the windows as long as all slots take no more than this, else there are a quarter as many.
+_SMALL_POOL_BYTES = 2**30
 
 
 class ActivationLoader:
     """Shuffled batches of a store, epoch after epoch, without end.
 
     The ranks' batches of a step, joined in rank order, are the batch that a single rank would read. Every token comes
-    once in an epoch, but for the (tokens mod batch_tokens) that are left out, other ones each epoch.
+    once in an epoch, but for the (tokens mod batch_tokens) that are left out, other ones each epoch. Threads and memory
+    belong to iterators: a loader that is not being iterated can be pickled and forked.
 
     Args:
         store: the store.
@@ -44,11 +52,21 @@ class ActivationLoader:
         seed: seed of the order.
         data_rank: this rank on the data axis.
         data_world: ranks on the data axis, a divisor of gcd(batch_tokens, 64).
-        drop_bos: leave out beginning-of-sequence tokens.
+        where: which tokens are read.
+        device: where `x` and `y` shall be; tokens stay on the host.
+        as_stored: hand out bfloat16 as it is stored and not as float32; int8 always becomes float32.
+        reader_threads: threads that read; more help only where a read waits, as over a network.
+        read_ahead: batches that are made before they are asked for.
+
+    Attributes:
+        steps_per_epoch: steps of an epoch.
+        dropped_tokens: tokens that pass `where` and are left out of an epoch.
+        memory_bytes: what an iterator takes: (streams + spare) slots of (window + chunk_tokens) tokens as stored, one
+            batch as stored, and read_ahead + 2 batches; and the token columns that the loader keeps of a small store.
 
     Raises:
         StoreError: a site is not stored, or token tables cannot be read.
-        ConfigError: the store holds fewer tokens than a batch, or the ranks cannot share it.
+        ConfigError: fewer tokens pass than a batch has, or the ranks cannot share it.
     """
 
     def __init__(
@@ -62,32 +80,64 @@ class ActivationLoader:
         seed: int,
         data_rank: int = 0,
         data_world: int = 1,
-        drop_bos: bool = False,
+        where: TokenFilter = ALL_TOKENS,
+        device: torch.device | str = "cpu",
+        as_stored: bool = False,
+        reader_threads: int = 2,
+        read_ahead: int = 2,
     ) -> None:
-        self._blocks = BlockReader(store, x_sites, y_sites, drop_bos)
-        self._store_id, self._n_x = store.id, len(x_sites)
+        self._blocks = StoreBlocks(store, x_sites, y_sites, where)
+        self._store_id, self._n_x, self._where = store.id, len(x_sites), where
         self._seed, self._batch_tokens, self._window_tokens = seed, batch_tokens, window_tokens
-        self._rank, self._world, self._drop_bos = data_rank, data_world, drop_bos
+        self._device, self._reader_threads, self._read_ahead = torch.device(device), reader_threads, read_ahead
         self._epoch = self._step = 0
+        passing = int(self._blocks.rows.sum())
+        if passing == 0:
+            raise ConfigError(f"{store.location}: no token passes the filter ({where}); loosen it")
         order = self._order(0)
-        order.streams_of(data_rank, data_world)
+        self._streams, self._share = order.streams_of(data_rank, data_world), order.share
         self.steps_per_epoch: int = order.steps
         self.dropped_tokens: int = order.dropped_rows
+        sizes = SlotSizes(
+            slots=len(self._streams),
+            slot_rows=order.window_rows + self._blocks.chunk_tokens,
+            batch_rows=batch_tokens // data_world,
+            batches=read_ahead + _BATCHES_IN_USE,
+            widen=not as_stored,
+        )
+        self._sizes = _with_spare(sizes, self._blocks)
+        self.memory_bytes: int = pool_bytes(self._blocks, self._sizes) + self._blocks.kept_bytes
         log.info(
-            "%s: %d tokens, %d steps of %d an epoch, %d tokens left out, %d streams",
-            store.path,
-            order.num_rows,
+            "%s: %d of %d tokens pass (%s), %d steps of %d an epoch, %d tokens left out, %d of %d streams, %.1f GB",
+            store.location,
+            passing,
+            store.num_tokens,
+            where,
             order.steps,
             batch_tokens,
             order.dropped_rows,
+            len(self._streams),
             order.streams,
+            self.memory_bytes / 1e9,
         )
 
     def __iter__(self) -> Iterator[ActivationBatch]:
-        for epoch, step, batch in _ahead(self._produce(self._epoch, self._step)):
-            last = step + 1 == self.steps_per_epoch
-            self._epoch, self._step = (epoch + 1, 0) if last else (epoch, step + 1)
-            yield batch
+        with closing(self._ahead(self._epoch, self._step)) as stream:
+            for epoch, step, rows in stream:
+                last = step + 1 == self.steps_per_epoch
+                self._epoch, self._step = (epoch + 1, 0) if last else (epoch, step + 1)
+                yield self._batch(rows)
+
+    def epoch(self, number: int, first_step: int = 0) -> Iterator[ActivationBatch]:
+        """Batches of one epoch; what `state_dict` says does not move.
+
+        Args:
+            number: of the epoch.
+            first_step: step to start at.
+        """
+        with closing(self._ahead(number, first_step, number + 1)) as stream:
+            for _, _, rows in stream:
+                yield self._batch(rows)
 
     def state_dict(self) -> dict[str, int | str]:
         """Where the stream stands: the next batch is step `step` of epoch `epoch`; the rest guards against misuse."""
@@ -115,7 +165,7 @@ class ActivationLoader:
             "seed": self._seed,
             "batch_tokens": self._batch_tokens,
             "window_tokens": self._window_tokens,
-            "drop_bos": int(self._drop_bos),
+            "where": str(self._where),
         }
 
     def _order(self, epoch: int) -> ReadOrder:
@@ -127,33 +177,37 @@ class ActivationLoader:
             window_rows=self._window_tokens,
         )
 
-    def _produce(self, epoch: int, step: int) -> Iterator[tuple[int, int, ActivationBatch]]:
-        while True:
+    def _readings(self, epoch: int, step: int, stop: int | None) -> Iterator[Reading]:
+        """What the batches from a step on need."""
+        while epoch != stop:
             order = self._order(epoch)
-            windows: dict[int, _Held] = {}
-            for now in range(step, order.steps):
-                parts = []
-                for stream in order.streams_of(self._rank, self._world):
-                    parts += self._take(order, windows, stream, now * order.share, (now + 1) * order.share)
-                yield epoch, now, _batch(parts, self._n_x)
+            for visit in order.visits(self._streams, step):
+                yield Reading(
+                    stream=visit.stream,
+                    segments=order.window_segments(visit.stream, visit.window),
+                    picks=partial(_picks, order, visit),
+                )
             epoch, step = epoch + 1, 0
 
-    def _take(self, order: ReadOrder, windows: dict[int, _Held], stream: int, position: int, stop: int) -> list[Part]:
-        """Rows of a stream; a window is read when the stream enters it, and replaces the one before."""
-        parts = []
-        while position < stop:
-            held = windows.get(stream)
-            if held is None or not held.window.start <= position < held.window.stop:
-                windows.pop(stream, None)
-                window = order.window_at(stream, position)
-                rows = torch.from_numpy(order.window_permutation(stream, window))
-                acts, tokens = join([self._blocks.read(*part) for part in order.window_segments(stream, window)])
-                held = windows[stream] = _Held(window, acts.index_select(0, rows), tokens.index_select(0, rows))
-            until = min(stop, held.window.stop)
-            rows_now = slice(position - held.window.start, until - held.window.start)
-            parts.append((held.acts[rows_now], held.tokens[rows_now]))
-            position = until
-        return parts
+    def _ahead(self, epoch: int, step: int, stop: int | None = None) -> Generator[tuple[int, int, Rows]]:
+        return ahead(partial(self._batches, epoch, step, stop), self._read_ahead, "activation-loader")
+
+    def _batches(self, epoch: int, step: int, stop: int | None) -> Generator[tuple[int, int, Rows]]:
+        """Batches with their epoch and step, up to an epoch or without end."""
+        slots = _slots(self._blocks, self._sizes, self._device)
+        readings = self._readings(epoch, step, stop)
+        with closing(WindowPool(self._blocks, self._sizes, readings, self._reader_threads, slots)) as pool:
+            while epoch != stop:
+                for now in range(step, self.steps_per_epoch):
+                    yield epoch, now, pool.batch((stream, self._share) for stream in self._streams)
+                epoch, step = epoch + 1, 0
+
+    def _batch(self, rows: Rows) -> ActivationBatch:
+        if rows.ready is not None:
+            stream = torch.cuda.current_stream(self._device)
+            stream.wait_event(rows.ready)
+            rows.acts.record_stream(stream)
+        return ActivationBatch(x=rows.acts[: self._n_x], y=rows.acts[self._n_x :], tokens=rows.tokens)
 
 
 def iterate_store(
@@ -161,7 +215,7 @@ def iterate_store(
     x_sites: Sequence[str],
     y_sites: Sequence[str],
     batch_tokens: int,
-    drop_bos: bool = False,
+    where: TokenFilter = ALL_TOKENS,
     max_tokens: int | None = None,
 ) -> Iterator[ActivationBatch]:
     """Goes through a store once, in the order of storage, for evaluation.
@@ -171,7 +225,7 @@ def iterate_store(
         x_sites: sites that become `ActivationBatch.x`.
         y_sites: sites that become `ActivationBatch.y`.
         batch_tokens: tokens of a batch; the last one may have fewer.
-        drop_bos: leave out beginning-of-sequence tokens.
+        where: which tokens are read.
         max_tokens: stop after so many tokens; absent: all.
 
     Yields:
@@ -180,70 +234,37 @@ def iterate_store(
     Raises:
         StoreError: a site is not stored, or a shard is missing, truncated or damaged.
     """
-    blocks = BlockReader(store, x_sites, y_sites, drop_bos)
-    ends = np.cumsum(blocks.rows)
-    total = int(ends[-1]) if max_tokens is None else min(max_tokens, int(ends[-1]))
-    held: tuple[int, Part] | None = None
-    for first in range(0, total, batch_tokens):
-        position, stop = first, min(first + batch_tokens, total)
-        parts = []
-        while position < stop:
-            block = int(np.searchsorted(ends, position, side="right"))
-            if held is None or held[0] != block:
-                held = block, blocks.read(block, 0, int(blocks.rows[block]))
-            base = int(ends[block] - blocks.rows[block])
-            rows = slice(position - base, min(stop, int(ends[block])) - base)
-            parts.append((held[1][0][rows], held[1][1][rows]))
-            position = base + rows.stop
-        yield _batch(parts, len(x_sites))
+    source = StoreBlocks(store, x_sites, y_sites, where)
+    total = int(source.rows.sum())
+    total = total if max_tokens is None else min(max_tokens, total)
+    most = min(batch_tokens, total)
+    readings = (
+        Reading(stream=0, segments=[(block, 0, rows)], picks=partial(np.arange, rows))
+        for block, rows in enumerate(source.rows.tolist())
+        if rows
+    )
+    sizes = SlotSizes(slots=3, slot_rows=source.chunk_tokens, batch_rows=most, batches=_BATCHES_IN_USE, widen=True)
+    with closing(WindowPool(source, sizes, readings, reader_threads=1)) as pool:
+        for first in range(0, total, batch_tokens):
+            rows = pool.batch([(0, min(batch_tokens, total - first))])
+            yield ActivationBatch(x=rows.acts[: len(x_sites)], y=rows.acts[len(x_sites) :], tokens=rows.tokens)
 
 
-@dataclass(frozen=True)
-class _Held:
-    """A window in memory, its rows shuffled."""
-
-    window: Window
-    acts: Tensor
-    tokens: Tensor
+def _picks(order: ReadOrder, visit: Visit) -> NDArray[np.int64]:
+    return order.window_permutation(visit.stream, visit.window)[visit.first : visit.stop]
 
 
-def _batch(parts: Sequence[Part], n_x: int) -> ActivationBatch:
-    """Joins rows [B, sites, D] and turns them into layer-first float32."""
-    acts, tokens = join(parts)
-    wide = torch.empty(acts.shape[1], acts.shape[0], acts.shape[2])
-    wide.copy_(acts.transpose(0, 1))
-    return ActivationBatch(x=wide[:n_x], y=wide[n_x:], tokens=unpack_tokens(tokens))
+def _with_spare(sizes: SlotSizes, source: BlockSource) -> SlotSizes:
+    """Adds slots that are filled ahead: all windows of an epoch end at once, and the next epoch needs as many."""
+    slot_bytes = pool_bytes(source, replace(sizes, slots=1, batch_rows=0))
+    spare = min(sizes.slots, _SMALL_POOL_BYTES // slot_bytes - sizes.slots)
+    return replace(sizes, slots=sizes.slots + max(1, sizes.slots // 4, spare))
 
 
-def _ahead(source: Iterator[tuple[int, int, ActivationBatch]]) -> Iterator[tuple[int, int, ActivationBatch]]:
-    """Runs an endless iterator a few items ahead in one thread; its exception is raised in its turn."""
-    items: queue.Queue[tuple[int, int, ActivationBatch] | BaseException] = queue.Queue(_READ_AHEAD)
-    stop = threading.Event()
+def _slots(source: BlockSource, sizes: SlotSizes, device: torch.device) -> Slots | None:
+    """Memory for batches of a device; None for the host's."""
+    if device.type == "cpu":
+        return None
+    from clt.capture.cuda_slots import cuda_slots
 
-    def put(item: tuple[int, int, ActivationBatch] | BaseException) -> None:
-        while not stop.is_set():
-            try:
-                return items.put(item, timeout=0.1)
-            except queue.Full:
-                continue
-
-    def run() -> None:
-        try:
-            for item in source:
-                put(item)
-                if stop.is_set():
-                    return
-        except BaseException as error:  # handed over, raised by the consumer
-            put(error)
-
-    thread = threading.Thread(target=run, name="activation-loader", daemon=True)
-    thread.start()
-    try:
-        while True:
-            item = items.get()
-            if isinstance(item, BaseException):
-                raise item
-            yield item
-    finally:
-        stop.set()
-        thread.join()
+    return cuda_slots(source, sizes, device)

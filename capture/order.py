@@ -4,13 +4,15 @@ Nothing here touches a disk, so every property that a training run relies on can
 once in an epoch, the same global batch for every number of ranks, and random access to any step.
 
 Words: a *unit* is a run of samples written together; a *block* is a run of rows of one unit that is read together; a
-*stream* is one of V virtual readers, dealt to the ranks; a *window* is a run of blocks of a stream, shuffled in memory.
+*stream* is one of V virtual readers, dealt to the ranks; a *window* is a run of blocks of a stream, shuffled in memory;
+a *visit* is what a stream takes of a window in one go.
 """
 
 from __future__ import annotations
 
+import heapq
 import math
-from collections.abc import Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -34,12 +36,16 @@ def permutation(n: int, seed: int, stream: tuple[int, int, int, int]) -> NDArray
         stream: four numbers that name the purpose; different names give independent orders.
 
     Returns:
-        [n] int64, each of 0..n-1 once: the ranks of raw Philox words (numpy guarantees those, not `permutation`).
+        [n] int64, each of 0..n-1 once, in the order of raw Philox words (numpy guarantees those, not `permutation`).
     """
     kind, *counter = stream
     key, start = np.array([seed & _MASK, kind], np.uint64), np.array([0, *counter], np.uint64)
-    bits = np.random.Philox(key=key, counter=start).random_raw(n)
-    return np.argsort(bits, kind="stable")
+    words = np.random.Philox(key=key, counter=start).random_raw(n)
+    # Sorting numbers is several times faster than sorting places: each word carries its place in its lowest bits.
+    places = np.uint64((1 << n.bit_length()) - 1)
+    words = (words & ~places) | np.arange(n, dtype=np.uint64)
+    words.sort()
+    return (words & places).astype(np.int64)
 
 
 def unit_permutation(n_rows: int, seed: int, unit: int) -> NDArray[np.int64]:
@@ -78,8 +84,8 @@ class Window:
     """A run of blocks of a stream that is shuffled in memory.
 
     Attributes:
-        number: its number within the stream and the epoch.
-        start: its first row, counted from the start of the stream.
+        number: names it within the stream and the epoch; numbers ascend, but some may be missing.
+        start: its first row, counted from the start of the stream's part.
         stop: one past its last row.
     """
 
@@ -88,21 +94,49 @@ class Window:
     stop: int
 
 
+@dataclass(frozen=True)
+class Visit:
+    """Neighbouring rows of a shuffled window that a stream takes one after the other.
+
+    Attributes:
+        stream: number of the stream.
+        window: the window.
+        first: first row, counted in the window's shuffled order.
+        stop: one past the last row.
+    """
+
+    stream: int
+    window: Window
+    first: int
+    stop: int
+
+
 class ReadOrder:
     """Order in which the rows of a store are read in one epoch; a pure function of its arguments.
 
-    All blocks are permuted and laid end to end; V streams cut that line of N rows into V equal parts. A stream goes
-    through its part window by window, each window's rows shuffled. Step t takes rows [t B/V, (t+1) B/V) of every
-    stream, streams in order; rank r of W has the streams [r V/W, (r+1) V/W), so the ranks' batches joined in rank
-    order are the batch of a single rank. V is the largest power of two up to 64 that divides B. An epoch has
-    floor(N/B) steps; the N mod B rows left over differ from epoch to epoch.
+    All blocks are permuted and laid end to end; V streams cut that line of N rows into V equal parts. A part is cut
+    into windows of whole blocks, about w rows each, whose rows are shuffled: window k of stream v holds the blocks that
+    begin at the rows [k w - v w/V, (k+1) w - v w/V) of the part. A stream goes through its windows in order. One whose
+    part begins with a whole block enters it v/V of its rows late and takes those rows at the end of the epoch; so, even
+    where all blocks are equal, streams come to new windows at different steps and the disk is kept busy evenly.
+
+    Step t takes B/V rows of every stream, streams in order; rank r of W has the streams [r V/W, (r+1) V/W), so the
+    ranks' batches joined in rank order are the batch of a single rank. V is the largest power of two up to 64 that
+    divides B. An epoch has floor(N/B) steps; the N mod B rows left over differ from epoch to epoch.
 
     Args:
         block_rows: [blocks] rows of each block, >= 0.
         seed: seed of the order.
         epoch: number of the epoch.
         batch_rows: B, rows of a step over all ranks.
-        window_rows: rows that are shuffled together, over all streams; at least one block per stream is.
+        window_rows: V w, rows that are shuffled together over all streams; w is at least the largest block.
+
+    Attributes:
+        num_rows: N.
+        streams: V.
+        share: B/V, rows of a step of one stream.
+        steps: steps of the epoch.
+        window_rows: w; all blocks of a window but the last together have fewer rows.
 
     Raises:
         ConfigError: the store has fewer rows than a batch.
@@ -119,11 +153,13 @@ class ReadOrder:
         self.streams = math.gcd(batch_rows, MAX_STREAMS)
         self.share = batch_rows // self.streams
         self.steps = self.num_rows // batch_rows
-        self._blocks = permutation(len(rows), seed, (_BLOCKS, epoch, 0, 0))
-        self._ends = np.cumsum(rows[self._blocks])
-        self._stream_rows = self.num_rows // self.streams
         largest = int(rows.max())
-        self._window_blocks = max(1, window_rows // (self.streams * largest))
+        self.window_rows = max(window_rows // self.streams, largest)
+        self._blocks = permutation(len(rows), seed, (_BLOCKS, epoch, 0, 0))
+        edges = np.concatenate([np.zeros(1, np.int64), np.cumsum(rows[self._blocks])])
+        self._starts, self._ends = edges[:-1], edges[1:]
+        self._part_rows = self.num_rows // self.streams
+        self._entries = [self._entry(stream) for stream in range(self.streams)]
 
     @property
     def dropped_rows(self) -> int:
@@ -144,27 +180,41 @@ class ReadOrder:
         share = self.streams // world
         return range(rank * share, (rank + 1) * share)
 
-    def window_at(self, stream: int, position: int) -> Window:
-        """The window that holds a row of a stream, counted from the stream's start; found in O(log blocks)."""
-        base = stream * self._stream_rows
-        first_block = self._block_at(base)
-        number = (self._block_at(base + position) - first_block) // self._window_blocks
-        block = first_block + number * self._window_blocks
-        last_block = min(block + self._window_blocks, len(self._ends)) - 1
-        stop = min(int(self._ends[last_block]) - base, self._stream_rows)
-        return Window(number, max(self._start(block) - base, 0), stop)
+    def visits(self, streams: Iterable[int], step: int = 0) -> Iterator[Visit]:
+        """What is read from a step to the end of the epoch, in the order in which it is needed.
+
+        Args:
+            streams: numbers of the streams that are read.
+            step: first step.
+
+        Yields:
+            Visits in the order of a reader that goes step by step and, in a step, stream by stream.
+        """
+        heap = [(step, stream, step * self.share) for stream in streams if step < self.steps]
+        heapq.heapify(heap)
+        while heap:
+            _, stream, taken = heap[0]
+            visit = self._visit(stream, taken)
+            taken += visit.stop - visit.first
+            if taken < self.steps * self.share:
+                heapq.heapreplace(heap, (taken // self.share, stream, taken))
+            else:
+                heapq.heappop(heap)
+            yield visit
+
+    def window_at(self, stream: int, row: int) -> Window:
+        """The window that holds a row of a stream's part; found in O(log blocks)."""
+        base = stream * self._part_rows
+        first = max(int(self._starts[self._block_at(base + row)]) - base, 0)
+        number = (first + self._phase(stream)) // self.window_rows
+        return Window(number, self._window_start(stream, number), self._window_start(stream, number + 1))
 
     def window_segments(self, stream: int, window: Window) -> list[tuple[int, int, int]]:
         """Segments (block, first row, one past last row) that make up a window, in unshuffled order."""
-        low, high = (stream * self._stream_rows + row for row in (window.start, window.stop))
-        segments = []
-        index = self._block_at(low)
-        while index < len(self._ends) and self._start(index) < high:
-            begin, end = self._start(index), int(self._ends[index])
-            if begin < end:
-                segments.append((int(self._blocks[index]), max(begin, low) - begin, min(end, high) - begin))
-            index += 1
-        return segments
+        low, high = (stream * self._part_rows + row for row in (window.start, window.stop))
+        run = slice(self._block_at(low), self._block_at(high - 1) + 1)
+        blocks = zip(self._blocks[run].tolist(), self._starts[run].tolist(), self._ends[run].tolist(), strict=True)
+        return [(block, max(start, low) - start, min(end, high) - start) for block, start, end in blocks if start < end]
 
     def window_permutation(self, stream: int, window: Window) -> NDArray[np.int64]:
         """Shuffled order of a window's rows: its i-th row is row `result[i]` of its segments laid end to end."""
@@ -183,19 +233,43 @@ class ReadOrder:
         """
         parts = []
         for stream in self.streams_of(rank, world):
-            position, stop = step * self.share, (step + 1) * self.share
-            while position < stop:
-                window = self.window_at(stream, position)
-                line = [(block, row) for block, a, b in self.window_segments(stream, window) for row in range(a, b)]
-                shuffled = np.array(line)[self.window_permutation(stream, window)]
-                until = min(stop, window.stop)
-                parts.append(shuffled[position - window.start : until - window.start])
-                position = until
+            taken, stop = step * self.share, (step + 1) * self.share
+            while taken < stop:
+                visit = self._visit(stream, taken)
+                segments = self.window_segments(stream, visit.window)
+                line = np.array([(block, row) for block, first, last in segments for row in range(first, last)])
+                shuffled = line[self.window_permutation(stream, visit.window)]
+                parts.append(shuffled[visit.first : visit.stop][: stop - taken])
+                taken += len(parts[-1])
         return np.concatenate(parts)
 
-    def _start(self, index: int) -> int:
-        return int(self._ends[index - 1]) if index else 0
+    def _phase(self, stream: int) -> int:
+        return stream * self.window_rows // self.streams
+
+    def _entry(self, stream: int) -> int:
+        """Row of its part at which a stream starts."""
+        base = stream * self._part_rows
+        block = self._block_at(base)
+        if self._starts[block] < base:
+            return 0
+        return min(int(self._ends[block]) - base, self._part_rows) * stream // self.streams
+
+    def _visit(self, stream: int, taken: int) -> Visit:
+        """What a stream takes after so many rows, to the end of the window, the part or the epoch."""
+        row = (self._entries[stream] + taken) % self._part_rows
+        window = self.window_at(stream, row)
+        stop = min(window.stop, row + self.steps * self.share - taken)
+        return Visit(stream, window, row - window.start, stop - window.start)
+
+    def _window_start(self, stream: int, number: int) -> int:
+        """First row, within the stream's part, of the first block that window `number` may hold."""
+        base, row = stream * self._part_rows, number * self.window_rows - self._phase(stream)
+        if row <= 0:
+            return 0
+        index = int(self._starts.searchsorted(base + row))
+        line_row = int(self._starts[index]) if index < len(self._starts) else self.num_rows
+        return min(line_row - base, self._part_rows)
 
     def _block_at(self, row: int) -> int:
         """Position, in the permuted line, of the block that holds a row; empty blocks are passed over."""
-        return int(np.searchsorted(self._ends, row, side="right"))
+        return int(self._ends.searchsorted(row, side="right"))

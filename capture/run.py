@@ -2,7 +2,8 @@
 
 `capture` is what `clt capture` and `launch/capture.py` call. Samples are packed into units by their token counts before
 the first forward pass; a unit is run in batches of similar length, padded on the left, and padding is never stored.
-A capture that is started again goes on with the units that are not committed.
+A capture that is started again goes on with the units that are not committed, and any number of workers may be started
+on the same store: each takes the next free unit, and whoever finds all of them committed completes the store.
 """
 
 from __future__ import annotations
@@ -10,28 +11,32 @@ from __future__ import annotations
 import itertools
 import logging
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import closing
 from dataclasses import dataclass as plain_dataclass
 from dataclasses import fields, replace
-from pathlib import Path
 
 import torch
+import transformers
 from pydantic import Field
 from pydantic.dataclasses import dataclass
 from torch import Tensor
 from tqdm import tqdm
 
 from clt.capture.adapter import ModelAdapter
+from clt.capture.arrays import Compression
 from clt.capture.choice import ModelChoice
 from clt.capture.examples import ExampleSource, SourceSettings, open_source
 from clt.capture.hooks import attach
 from clt.capture.order import pack_units
-from clt.capture.schema import SCHEMA_VERSION, CapturePlan, StoreSpec
-from clt.capture.shard import StoreDtype, to_stored
+from clt.capture.rows import TORCH_DTYPES
+from clt.capture.schema import SCHEMA_VERSION, CapturePlan, SiteGroup, StoreDtype, StoreSpec
+from clt.capture.workers import Schedule, assigned_units
 from clt.capture.writer import StoreWriter, UnitData
 from clt.config import STRICT, ReadSite
 from clt.errors import ConfigError, NonFiniteError
 from clt.records import TokenTable
+from clt.version import code_version
 
 log = logging.getLogger(__name__)
 
@@ -40,20 +45,24 @@ _BLOCK_BYTES = 8 << 20
 _UNIT_BYTES = 2 << 30
 _CHUNK_TOKENS = (32, 1024)
 _MAX_ROWS_PER_UNIT = 65_536
+#: An int8 store standardises channels by the moments of so many tokens, or of unit 0 if it has fewer.
+_CALIBRATION_TOKENS = 8192
 
 
 @dataclass(frozen=True, kw_only=True, config=STRICT)
 class CaptureConfig(ModelChoice):
     """One capture job."""
 
-    output: Path
-    """Folder of the store; it is made, or gone on with if it holds an unfinished store of the same job."""
+    output: str
+    """Folder or URL of the store; it is made, or gone on with if it holds an unfinished store of the same job."""
     source: SourceSettings
     """Where the examples come from."""
     read_site: ReadSite = "resid_mid"
     """What transcoders will read; stored for every layer beside `mlp_out`."""
     store_dtype: StoreDtype = "bfloat16"
-    """Type of the stored values."""
+    """Type of the stored values; int8 halves bfloat16, the error it makes is in the manifest."""
+    compression: Compression = "none"
+    """Lossless compression of the stored values; zstd saves a fifth of bfloat16 and reads several times slower."""
     batch_size: int = Field(default=32, gt=0)
     """Prompts per forward pass."""
     rows_per_unit: int | None = Field(default=None, gt=0)
@@ -62,6 +71,8 @@ class CaptureConfig(ModelChoice):
     """Tokens that are read together; must divide rows_per_unit; absent: a power of two that makes up to 8 MiB."""
     seed: int = 0
     """Seed of the order of tokens within units."""
+    workers: Schedule = Schedule()
+    """Which units this process takes."""
 
 
 @plain_dataclass(frozen=True, kw_only=True)
@@ -84,8 +95,17 @@ class CaptureJob:
 
     @property
     def bytes_per_token(self) -> int:
-        """Bytes of activations per token."""
-        return _bytes_per_token(self.spec.sites, self.spec.model.d_model, self.spec.store_dtype)
+        """Bytes of stored activations per token."""
+        return self.spec.bytes_per_token
+
+    @property
+    def memory_bytes(self) -> int:
+        """Most memory that a unit takes: its activations as captured and, where they differ, as stored."""
+        rows = min(self.spec.rows_per_unit, max(self.plan.unit_tokens))
+        values = rows * sum(len(group.sites) * group.width for group in self.spec.groups)
+        captured = _captured_dtype(self.adapter).itemsize
+        stored = TORCH_DTYPES[self.spec.store_dtype]
+        return values * (captured + (stored.itemsize if stored != _captured_dtype(self.adapter) else 0))
 
     def summary(self) -> str:
         """What the job will write, in one line."""
@@ -116,7 +136,8 @@ def plan_capture(config: CaptureConfig, adapter: ModelAdapter | None = None) -> 
     source = open_source(config.source)
     lengths = tuple(adapter.count_tokens(text.prompt, text.n_images, text.answer) for text in source.texts)
     sites = tuple(f"lm.{layer}.{kind}" for kind in (config.read_site, "mlp_out") for layer in range(adapter.n_layers))
-    rows, chunk = _sizes(config, _bytes_per_token(sites, adapter.d_model, config.store_dtype))
+    group = SiteGroup(name="lm", sites=sites, width=adapter.d_model)
+    rows, chunk = _sizes(config, len(sites) * adapter.d_model * TORCH_DTYPES[config.store_dtype].itemsize)
     starts = pack_units(lengths, rows)
     plan = CapturePlan(
         sample_starts=starts,
@@ -124,10 +145,12 @@ def plan_capture(config: CaptureConfig, adapter: ModelAdapter | None = None) -> 
     )
     spec = StoreSpec(
         schema_version=SCHEMA_VERSION,
+        created_by=f"clt {code_version()}, torch {torch.__version__}, transformers {transformers.__version__}",
         model=adapter.identity,
         model_dtype=str(adapter.dtype).removeprefix("torch."),
-        sites=sites,
+        groups=(group,),
         store_dtype=config.store_dtype,
+        compression=config.compression,
         rows_per_unit=rows,
         chunk_tokens=chunk,
         batch_size=config.batch_size,
@@ -137,8 +160,8 @@ def plan_capture(config: CaptureConfig, adapter: ModelAdapter | None = None) -> 
     return CaptureJob(adapter=adapter, source=source, lengths=lengths, spec=spec, plan=plan)
 
 
-def capture(config: CaptureConfig, *, adapter: ModelAdapter | None = None, progress: bool = False) -> str:
-    """Runs a capture to its end, going on where an earlier run of the same job stopped.
+def capture(config: CaptureConfig, *, adapter: ModelAdapter | None = None, progress: bool = False) -> str | None:
+    """Runs a capture, going on where earlier runs of the same job stopped and beside others that run now.
 
     Args:
         config: the job.
@@ -146,7 +169,7 @@ def capture(config: CaptureConfig, *, adapter: ModelAdapter | None = None, progr
         progress: show a progress bar over samples.
 
     Returns:
-        The id of the complete store at `config.output`.
+        The id of the complete store at `config.output`; None if units are left that a static schedule gives to others.
 
     Raises:
         ModelError: the model cannot be loaded.
@@ -159,30 +182,56 @@ def capture(config: CaptureConfig, *, adapter: ModelAdapter | None = None, progr
     writer = StoreWriter(config.output, job.spec, job.plan)
     pending = writer.pending()
     log.info("%s: %s; %d units to go", config.output, job.summary(), len(pending))
+    if pending and not writer.calibrated:
+        writer.calibrate(first_tokens(job))
     with tqdm(total=len(job.lengths), unit="sample", disable=not progress) as bar:
         bar.update(len(job.lengths) - sum(len(job.plan.samples(unit)) for unit in pending))
-        for unit in pending:
-            writer.commit(unit, _run_unit(job, unit, bar))
-    return writer.finalize()
+        with closing(assigned_units(writer, config.workers)) as units:
+            for unit in units:
+                writer.commit(unit, capture_samples(job, unit, job.plan.samples(unit), bar.update))
+    return None if writer.pending() else writer.finalize()
 
 
-def _run_unit(job: CaptureJob, unit: int, bar: tqdm) -> UnitData:
-    """Activations and tokens of a unit, its samples laid end to end."""
-    samples = job.plan.samples(unit)
+def first_tokens(job: CaptureJob) -> dict[str, Tensor]:
+    """Activations by which an int8 store is calibrated, whichever worker does: some thousand tokens of unit 0."""
+    samples = job.plan.samples(0)
+    ends = itertools.accumulate(job.lengths[sample] for sample in samples)
+    n = next((i + 1 for i, end in enumerate(ends) if end >= _CALIBRATION_TOKENS), len(samples))
+    return dict(capture_samples(job, 0, samples[:n]).acts)
+
+
+def capture_samples(
+    job: CaptureJob, unit: int, samples: range, done: Callable[[int], object] = lambda n: None
+) -> UnitData:
+    """Runs the model over samples of a unit.
+
+    Args:
+        job: the capture.
+        unit: number of the unit, for error messages.
+        samples: all samples of the unit or, for calibration, the first.
+        done: called with the number of samples of each batch.
+
+    Returns:
+        Their activations and tokens, laid end to end.
+
+    Raises:
+        InputError: an example or an image cannot be read.
+        NonFiniteError: an activation is NaN or infinite.
+    """
     lengths = torch.tensor([job.lengths[sample] for sample in samples])
     first_row = torch.cumsum(lengths, 0) - lengths
-    shape = (job.plan.unit_tokens[unit], len(job.spec.sites), job.spec.model.d_model)
-    acts = to_stored(torch.zeros(shape), job.spec.store_dtype)
+    (group,) = job.spec.groups
+    acts = torch.zeros(int(lengths.sum()), len(group.sites), group.width, dtype=_captured_dtype(job.adapter))
     rows, tables = [], []
     for batch in _batches(samples, job.lengths, job.spec.batch_size):
         values, tokens = _run_batch(job, unit, batch)
         rows.append(torch.cat([first_row[s - samples.start] + torch.arange(job.lengths[s]) for s in batch]))
         acts[rows[-1]] = values
         tables.append(tokens)
-        bar.update(len(batch))
+        done(len(batch))
     joined = {f.name: torch.cat([getattr(table, f.name) for table in tables]) for f in fields(TokenTable)}
     return UnitData(
-        acts=acts,
+        acts={group.name: acts},
         tokens=TokenTable(**joined).select(torch.argsort(torch.cat(rows))),
         sample_ids=tuple(job.source.texts[sample].example_id for sample in samples),
         sample_tokens=tuple(lengths.tolist()),
@@ -190,7 +239,7 @@ def _run_unit(job: CaptureJob, unit: int, bar: tqdm) -> UnitData:
 
 
 def _run_batch(job: CaptureJob, unit: int, batch: Sequence[int]) -> tuple[Tensor, TokenTable]:
-    """Stored values [n, sites, D] and tokens [n] of some samples, sample by sample, without padding."""
+    """Activations [n, sites, D] and tokens [n] of some samples, sample by sample, without padding."""
     examples = [job.source.load(sample) for sample in batch]
     adapter = job.adapter
     inputs = adapter.collate([adapter.prepare(e.prompt, e.images, e.answer) for e in examples])
@@ -199,13 +248,15 @@ def _run_batch(job: CaptureJob, unit: int, batch: Sequence[int]) -> tuple[Tensor
     with torch.no_grad(), attach(adapter, read=job.spec.sites) as recorded:
         # No logits are needed, and with a large vocabulary they would cost more than the layers.
         adapter.model(**inputs.model_inputs, use_cache=False, logits_to_keep=1)
-    kept = [to_stored(recorded[site][inputs.real_mask], job.spec.store_dtype).cpu() for site in job.spec.sites]
+    dtype = _captured_dtype(adapter)
+    kept = [recorded[site][inputs.real_mask].to(dtype).cpu() for site in job.spec.sites]
     tokens = TokenTable(**{n: value[inputs.real_mask].cpu() for n, value in vars(inputs.tokens).items()})
     tokens = replace(tokens, sample=torch.tensor(batch).repeat_interleave(lengths))
     for site, values in zip(job.spec.sites, kept, strict=True):
-        if not bool(values.isfinite().all()):
+        rounded = values.bfloat16() if job.spec.store_dtype == "bfloat16" else values
+        if not bool(rounded.isfinite().all()):
             # The first bad row says which sample it is, not which token: attention spreads NaN over its whole sample.
-            sample = int(tokens.sample[int((~values.isfinite()).any(1).nonzero()[0])])
+            sample = int(tokens.sample[int((~rounded.isfinite()).any(1).nonzero()[0])])
             raise NonFiniteError(
                 f"unit {unit}: {site} is not finite in sample {sample} ('{job.source.texts[sample].example_id}'); the "
                 f"unit is not committed, remove the sample or use a wider dtype"
@@ -220,8 +271,9 @@ def _batches(samples: range, lengths: Sequence[int], batch_size: int) -> Iterato
         yield by_length[start : start + batch_size]
 
 
-def _bytes_per_token(sites: Sequence[str], d_model: int, store_dtype: StoreDtype) -> int:
-    return len(sites) * d_model * (2 if store_dtype == "bfloat16" else 4)
+def _captured_dtype(adapter: ModelAdapter) -> torch.dtype:
+    """Type in which activations wait to be stored: the model's, so that what storing rounds off can be measured."""
+    return torch.float32 if adapter.dtype == torch.float64 else adapter.dtype
 
 
 def _sizes(config: CaptureConfig, bytes_per_token: int) -> tuple[int, int]:

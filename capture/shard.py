@@ -1,243 +1,199 @@
-"""Arrays of a store on disk: the only place that writes and reads Zarr data.
+"""Writes and reads shards: the files of a Zarr v3 array with the `sharding_indexed` codec.
 
-Activations are one Zarr v3 array `[token, site, channel]` with sharding: one shard file per unit, inner chunks
-of (chunk_tokens, 1, d_model), no compression, crc32c on every inner chunk and on the shard's index. bfloat16 has no
-Zarr data type that every reader knows, so its 16 bits are stored as uint16 with the attribute `logical_dtype`. What is
-known about each token lies beside it in one-dimensional arrays. Unit u owns rows [u R, (u+1) R); the rows that it does
-not fill are never read.
+A shard is written as a stream, chunk after chunk, its index last, so that no more than a chunk is held in memory and a
+torn file has no index. It is read with one scatter read per run of chunks, straight into the caller's arrays. Checksums
+are always verified. zarr-python, zarrs and tensorstore open the same files.
 """
 
 from __future__ import annotations
 
-import shutil
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Sequence
 from functools import cached_property
-from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import numpy as np
-import torch
-import zarr
 from numpy.typing import NDArray
-from torch import Tensor
-from zarr.codecs import Crc32cCodec
 
-from clt.capture.files import FileRecord, check_file, sync_folders
+from clt.capture.arrays import ZSTD_LEVEL, ArraySpec
+from clt.capture.checksum import crc32c, crc32c_joined
+from clt.capture.files import FileRecord
+from clt.capture.storage_base import Storage
 from clt.errors import StoreError
 
-StoreDtype = Literal["bfloat16", "float32"]
-
-DATA = "data.zarr"
-ACTS = f"{DATA}/acts/lm"
-TOKENS = f"{DATA}/tokens"
-#: Token arrays and their types; all but `natural_index` are fields of `TokenTable`.
-TOKEN_DTYPES = {
-    "sample": "int64",
-    "position": "int32",
-    "token_id": "int32",
-    "modality": "uint8",
-    "patch_row": "int16",
-    "patch_col": "int16",
-    "image": "int16",
-    "natural_index": "uint32",
-}
+_MISSING = 2**64 - 1
+_TRAILER = 4
 
 
-@dataclass(frozen=True, kw_only=True)
-class ArrayLayout:
-    """Shapes and types of a store's arrays.
-
-    Attributes:
-        sites: site names, in the order of the site axis.
-        d_model: channels of every site.
-        store_dtype: type of the stored values.
-        n_units: units of the plan.
-        rows_per_unit: rows that a unit owns, a multiple of `chunk_tokens`.
-        chunk_tokens: rows of an inner chunk.
-    """
-
-    sites: tuple[str, ...]
-    d_model: int
-    store_dtype: StoreDtype
-    n_units: int
-    rows_per_unit: int
-    chunk_tokens: int
-
-
-def to_stored(values: Tensor, store_dtype: StoreDtype) -> Tensor:
-    """Rounds values to the type a store keeps, to the nearest, ties to even."""
-    return values.to(torch.bfloat16 if store_dtype == "bfloat16" else torch.float32)
-
-
-def _bits(values: Tensor) -> NDArray[Any]:
-    return (values.view(torch.uint16) if values.dtype == torch.bfloat16 else values).numpy()
-
-
-def _values(bits: NDArray[Any], store_dtype: StoreDtype) -> Tensor:
-    """Stored bits as a tensor of their logical type; the one place that knows about bfloat16 in uint16."""
-    stored = torch.from_numpy(bits)
-    return stored.view(torch.bfloat16) if store_dtype == "bfloat16" else stored
-
-
-def create_arrays(root: Path, layout: ArrayLayout) -> None:
-    """Writes the metadata of all arrays; those already there are left alone.
+class ShardWriter:
+    """Writes one shard; what is published is whole, durable and never replaced.
 
     Args:
-        root: the store.
-        layout: shapes and types.
-    """
-    rows = layout.n_units * layout.rows_per_unit
-    n_sites = len(layout.sites)
-    for leftover in (root / DATA).rglob("zarr.*.partial"):
-        leftover.unlink()
-    for group in ("", "acts", "tokens"):
-        if not (root / DATA / group / "zarr.json").is_file():
-            zarr.create_group(root / DATA, path=group)
-    if not (root / ACTS / "zarr.json").is_file():
-        zarr.create_array(
-            root / ACTS,
-            shape=(rows, n_sites, layout.d_model),
-            shards=(layout.rows_per_unit, n_sites, layout.d_model),
-            chunks=(layout.chunk_tokens, 1, layout.d_model),
-            dtype="uint16" if layout.store_dtype == "bfloat16" else "float32",
-            compressors=[Crc32cCodec()],
-            filters=None,
-            fill_value=0,
-            dimension_names=("token", "site", "channel"),
-            attributes={"logical_dtype": layout.store_dtype, "sites": list(layout.sites)},
-        )
-    for name, dtype in TOKEN_DTYPES.items():
-        if not (root / TOKENS / name / "zarr.json").is_file():
-            zarr.create_array(
-                root / TOKENS / name,
-                shape=(rows,),
-                shards=(layout.rows_per_unit,),
-                chunks=(layout.rows_per_unit,),
-                dtype=dtype,
-                compressors=[Crc32cCodec()],
-                filters=None,
-                fill_value=0,
-                dimension_names=("token",),
-            )
-    shards = [root / array / "c" for array in (ACTS, *(f"{TOKENS}/{name}" for name in TOKEN_DTYPES))]
-    for folder in shards:
-        folder.mkdir(exist_ok=True)
-    sync_folders({parent for folder in shards for parent in folder.parents if parent.is_relative_to(root)})
-
-
-def metadata_files() -> tuple[str, ...]:
-    """Paths of the Zarr metadata files, relative to the store."""
-    groups = [f"{DATA}/zarr.json", f"{DATA}/acts/zarr.json", f"{TOKENS}/zarr.json"]
-    return (*groups, f"{ACTS}/zarr.json", *(f"{TOKENS}/{name}/zarr.json" for name in TOKEN_DTYPES))
-
-
-def unit_files(unit: int) -> tuple[str, ...]:
-    """Paths of a unit's shards, relative to the store: activations first."""
-    return (f"{ACTS}/c/{unit}/0/0", *(f"{TOKENS}/{name}/c/{unit}" for name in TOKEN_DTYPES))
-
-
-def write_unit(root: Path, layout: ArrayLayout, unit: int, acts: Tensor, tokens: Mapping[str, NDArray[Any]]) -> None:
-    """Writes the shards of one unit.
-
-    Args:
-        root: the store.
-        layout: its shapes and types.
-        unit: number of the unit.
-        acts: [n, sites, d_model] from `to_stored`, n <= rows_per_unit, in the order of storage.
-        tokens: arrays [n] named as in `TOKEN_DTYPES`.
-
-    Raises:
-        StoreError: all activations are zero.
-    """
-    n = acts.shape[0]
-    first = unit * layout.rows_per_unit
-    whole = slice(first, first + layout.rows_per_unit)
-
-    def padded(values: NDArray[Any]) -> NDArray[Any]:
-        return np.pad(values, [(0, layout.rows_per_unit - n)] + [(0, 0)] * (values.ndim - 1))
-
-    # Whole shards only: writing a part of one would read it back first.
-    zarr.open_array(root / ACTS, mode="r+")[whole] = padded(_bits(acts))
-    if not (root / unit_files(unit)[0]).is_file():
-        raise StoreError(f"{root}: all activations of unit {unit} are zero; check that the model's weights are loaded")
-    # A text store's modality is all zero: without this setting its shards would be left out.
-    with zarr.config.set({"array.write_empty_chunks": True}):
-        for name, dtype in TOKEN_DTYPES.items():
-            zarr.open_array(root / TOKENS / name, mode="r+")[whole] = padded(tokens[name].astype(dtype))
-
-
-def discard_unit(root: Path, unit: int) -> None:
-    """Removes what an uncommitted unit left behind, half-written files included."""
-    shutil.rmtree(root / ACTS / "c" / str(unit), ignore_errors=True)
-    for name in TOKEN_DTYPES:
-        for path in [root / TOKENS / name / "c" / str(unit), *(root / TOKENS / name / "c").glob(f"{unit}.*")]:
-            path.unlink(missing_ok=True)
-
-
-class ArrayReader:
-    """Reads blocks of a store's arrays; checksums are verified on the way.
-
-    Args:
-        root: the store.
-        layout: its shapes and types.
-        files: records of all committed files by path.
+        storage: the store's files.
+        array: the array.
+        unit: whose rows these are.
     """
 
-    def __init__(self, root: Path, layout: ArrayLayout, files: Mapping[str, FileRecord]) -> None:
-        self._root, self._layout, self._files = root, layout, files
+    def __init__(self, storage: Storage, array: ArraySpec, unit: int) -> None:
+        self._array, self._key = array, array.shard(unit)
+        self._index = np.full((array.chunks, 2), _MISSING, dtype="<u8")
+        self._next = self._size = self._crc = 0
+        self._upload = storage.create(self._key)
 
-    @cached_property
-    def _acts(self) -> Any:
-        return zarr.open_array(self._root / ACTS, mode="r")
-
-    @cached_property
-    def _tokens(self) -> dict[str, Any]:
-        return {name: zarr.open_array(self._root / TOKENS / name, mode="r") for name in TOKEN_DTYPES}
-
-    def acts(self, unit: int, start: int, stop: int, sites: Sequence[int]) -> Tensor:
-        """Activations of rows [start, stop) of a unit.
+    def append(self, chunk: NDArray[Any]) -> None:
+        """Writes the next chunk, in lexicographic order; those never written are missing and read as zeros.
 
         Args:
-            unit: a committed unit.
-            start: first row within the unit.
-            stop: one past the last row.
-            sites: numbers on the site axis, in the order wanted.
+            chunk: contiguous, of the array's chunk shape and type.
+        """
+        array = self._array
+        assert chunk.shape == array.chunk and chunk.dtype == array.dtype and chunk.flags.c_contiguous
+        payload = _zstd().encode(chunk) if array.compression == "zstd" else memoryview(chunk).cast("B")
+        checksum = crc32c(payload)
+        trailer = checksum.to_bytes(_TRAILER, "little")
+        self._upload.write([payload, trailer])
+        size = len(payload) + _TRAILER
+        self._index[self._next] = self._size, size
+        self._crc = crc32c_joined(self._crc, crc32c(trailer, checksum), size)
+        self._next, self._size = self._next + 1, self._size + size
+
+    def publish(self) -> FileRecord | None:
+        """Writes the index and puts the shard under its name.
 
         Returns:
-            [stop - start, len(sites), d_model] in the stored type.
+            Size and checksum of the file; None if the name is taken, and what stands there stays.
+        """
+        index = self._index.tobytes()
+        index += crc32c(index).to_bytes(_TRAILER, "little")
+        self._upload.write([index])
+        if not self._upload.publish():
+            return None
+        crc = crc32c(index, self._crc)
+        return FileRecord(path=self._key, bytes=self._size + len(index), crc32c=crc)
+
+    def __enter__(self) -> ShardWriter:
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        self._upload.abort()
+
+
+class ShardReader:
+    """Reads one shard.
+
+    Args:
+        storage: the store's files.
+        array: the array.
+        unit: whose rows these are.
+        n_bytes: size of the file.
+    """
+
+    __slots__ = ("__dict__", "_array", "_key", "_n_bytes", "_storage")
+
+    def __init__(self, storage: Storage, array: ArraySpec, unit: int, n_bytes: int) -> None:
+        self._storage, self._array, self._key, self._n_bytes = storage, array, array.shard(unit), n_bytes
+
+    def read_into(self, first: int, outs: Sequence[NDArray[Any]]) -> None:
+        """Reads neighbouring chunks, checksums verified.
+
+        Args:
+            first: number of the first chunk.
+            outs: one array of the chunk's shape and type per chunk, each contiguous; missing chunks give zeros.
 
         Raises:
             StoreError: the shard is missing, truncated or damaged; names the file.
         """
-        base = unit * self._layout.rows_per_unit
-        rows = slice(base + start, base + stop)
-        path = unit_files(unit)[0]
-        parts = [self._read(path, self._acts, (rows, run)) for run in _runs(sites)]
-        return _values(parts[0] if len(parts) == 1 else np.concatenate(parts, axis=1), self._layout.store_dtype)
-
-    def tokens(self, unit: int, n_rows: int, name: str) -> NDArray[Any]:
-        """One token array of the first `n_rows` rows of a unit; raises StoreError as `acts` does."""
-        base = unit * self._layout.rows_per_unit
-        path = unit_files(unit)[1 + list(TOKEN_DTYPES).index(name)]
-        return self._read(path, self._tokens[name], slice(base, base + n_rows))
-
-    def _read(self, path: str, array: Any, selection: Any) -> NDArray[Any]:
-        # A missing shard would read as zeros.
-        check_file(self._root, self._files[path])
-        try:
-            return array[selection]
-        except (ValueError, OSError) as error:
-            reason = " ".join(str(error).split())
-            raise StoreError(f"{self._root / path}: cannot be read ({reason}); restore it or capture again") from error
-
-
-def _runs(sites: Sequence[int]) -> list[slice]:
-    """Ascending runs of neighbouring sites, so that each is read as one slice."""
-    runs: list[slice] = []
-    for site in sites:
-        if runs and runs[-1].stop == site:
-            runs[-1] = slice(runs[-1].start, site + 1)
+        present = max(0, min(len(outs), self._present - first))
+        for out in outs[present:]:
+            out[...] = 0
+        if present == 0:
+            return
+        if self._array.compression == "zstd":
+            self._read_compressed(first, outs[:present])
         else:
-            runs.append(slice(site, site + 1))
-    return runs
+            self._read_raw(first, outs[:present])
+
+    def verify(self) -> None:
+        """Reads the index and every chunk.
+
+        Raises:
+            StoreError: the shard is missing, truncated or damaged; names the file.
+        """
+        scratch = np.empty(self._array.chunk, self._array.dtype)
+        for chunk in range(self._present):
+            self.read_into(chunk, [scratch])
+
+    def check_index(self) -> int:
+        """Number of chunks in the shard; raises StoreError if the index is damaged or does not fit the file."""
+        return self._present
+
+    @property
+    def _chunk_bytes(self) -> int:
+        return int(np.prod(self._array.chunk)) * np.dtype(self._array.dtype).itemsize + _TRAILER
+
+    @cached_property
+    def _ends(self) -> NDArray[np.uint64] | int:
+        """Where chunks end in the file; for chunks of equal size, which need no table, how many there are."""
+        size = self._array.chunks * 16 + _TRAILER
+        raw = bytearray(size)
+        name = self._storage.name(self._key)
+        if self._n_bytes < size:
+            raise StoreError(f"{name}: too short for its index; the file is damaged, run 'clt store repair'")
+        self._storage.read_into(self._key, self._n_bytes - size, [raw])
+        if crc32c(memoryview(raw)[:-_TRAILER]).to_bytes(_TRAILER, "little") != raw[-_TRAILER:]:
+            raise StoreError(f"{name}: index does not match its checksum; run 'clt store repair'")
+        index = np.frombuffer(raw[:-_TRAILER], dtype="<u8").reshape(-1, 2)
+        present = int((index[:, 0] != _MISSING).sum())
+        ends = np.cumsum(index[:present, 1])
+        starts = ends - index[:present, 1]
+        total = int(ends[-1]) if present else 0
+        in_order = (index[present:] == _MISSING).all() and (index[:present, 0] == starts).all()
+        if not in_order or total + size != self._n_bytes:
+            raise StoreError(f"{name}: index does not fit the file; run 'clt store repair'")
+        if self._array.compression == "zstd":
+            return ends
+        if total != present * self._chunk_bytes:
+            raise StoreError(f"{name}: chunks have another size than the array's; run 'clt store repair'")
+        return present
+
+    @property
+    def _present(self) -> int:
+        ends = self._ends
+        return ends if isinstance(ends, int) else len(ends)
+
+    def _read_raw(self, first: int, outs: Sequence[NDArray[Any]]) -> None:
+        trailers = bytearray(_TRAILER * len(outs))
+        view = memoryview(trailers)
+        payloads = [memoryview(out).cast("B") for out in outs]
+        buffers: list[memoryview] = []
+        for i, payload in enumerate(payloads):
+            buffers += (payload, view[_TRAILER * i : _TRAILER * (i + 1)])
+        self._storage.read_into(self._key, first * self._chunk_bytes, buffers)
+        for i, payload in enumerate(payloads):
+            self._check(first + i, payload, view[_TRAILER * i : _TRAILER * (i + 1)])
+
+    def _read_compressed(self, first: int, outs: Sequence[NDArray[Any]]) -> None:
+        ends = self._ends
+        assert not isinstance(ends, int)
+        start = int(ends[first - 1]) if first else 0
+        raw = memoryview(bytearray(int(ends[first + len(outs) - 1]) - start))
+        self._storage.read_into(self._key, start, [raw])
+        begin = 0
+        for i, out in enumerate(outs):
+            end = int(ends[first + i]) - start
+            payload = raw[begin : end - _TRAILER]
+            self._check(first + i, payload, raw[end - _TRAILER : end])
+            _zstd().decode(payload, out=out)
+            begin = end
+
+    def _check(self, chunk: int, payload: memoryview, trailer: memoryview) -> None:
+        if crc32c(payload) != int.from_bytes(trailer, "little"):
+            raise StoreError(
+                f"{self._storage.name(self._key)}: chunk {chunk} does not match its checksum; the file is damaged, "
+                f"run 'clt store repair'"
+            )
+
+
+def _zstd() -> Any:
+    from numcodecs import Zstd
+
+    return Zstd(level=ZSTD_LEVEL)

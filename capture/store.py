@@ -3,37 +3,76 @@
     <store>/
       store.json                  what is captured: model, sites, types, sizes, seed, source (schema_version first)
       plan.json                   which samples each unit holds; decided once, before the first forward pass
-      data.zarr/                  the arrays, see `clt.capture.shard`
+      quantisation.safetensors    int8 stores: the moments that standardise the channels
+      data.zarr/                  a Zarr v3 hierarchy, see `clt.capture.arrays`
+        acts/<group>              [token, site, channel] activations
+        scales/<group>            [token, site] int8 stores: what one step is worth
+        norms/<group>             [token, site] Euclidean norms
+        tokens/<name>             [token] where each token comes from
+        stats/<group>/<name>      moments of the whole store by class of token
       units/stats/000042.safetensors   float64 moments of unit 42
       units/commits/000042.json   unit 42 exists: its samples, and size and crc32c of each of its files; written last
-      manifest.json               the store is complete: all of the above in one file; its hash is the store's id
+      units/leases/               who is capturing what; only while a capture runs
+      manifest.json               the store is complete: every file with its size and crc32c; its hash is the store's id
 
 Only a store with a manifest is opened. `clt.capture.writer` makes stores, `clt.capture.loader` reads them for training.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import fields
+import itertools
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, fields
 from functools import cached_property
 from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
+import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
 
-from clt.capture.files import check_file
-from clt.capture.moments import Moments
-from clt.capture.schema import Manifest, layout_of, parse, read_json, stats_path, store_id
-from clt.capture.shard import ArrayReader
+from clt.capture.arrays import DATA, TOKEN_DTYPES, ArraySpec
+from clt.capture.files import FileRecord, check_contents, check_size, read_checked, record_file
+from clt.capture.finalize import committed_units, merged_moments, read_commit, stats_arrays, unit_entry
+from clt.capture.moments import Moments, measure
+from clt.capture.quantise import Standardiser, unpack_standardisers
+from clt.capture.rows import TORCH_DTYPES, read_rows, values_of
+from clt.capture.schema import (
+    MANIFEST,
+    PLAN,
+    QUANTISATION,
+    SPEC,
+    TOKEN_CLASSES,
+    CapturePlan,
+    Manifest,
+    SiteGroup,
+    StoreArrays,
+    StoreSpec,
+    UnitRecord,
+    commit_path,
+    manifest_text,
+    parse,
+    read_manifest,
+    store_digest,
+)
+from clt.capture.shard import ShardReader
+from clt.capture.storage import LocalStorage, open_storage
+from clt.capture.storage_base import Storage
 from clt.errors import StoreError
 from clt.records import ModelIdentity, SiteStats, TokenTable
 
+if TYPE_CHECKING:
+    import zarr
 
-def open_store(path: str | Path) -> ActivationStore:
+    from clt.capture.filters import TokenFilter
+
+
+def open_store(location: str | Path | Storage) -> ActivationStore:
     """Opens a complete store for reading.
 
     Args:
-        path: folder that `capture` wrote.
+        location: folder or URL that `capture` wrote, or its files.
 
     Returns:
         The store; existence and size of every file are checked, contents are checked when they are read.
@@ -41,41 +80,89 @@ def open_store(path: str | Path) -> ActivationStore:
     Raises:
         StoreError: there is no store, its capture has not finished, or a file is missing, truncated or damaged.
     """
-    root = Path(path)
-    if not (root / "store.json").is_file():
-        raise StoreError(f"{root}: no activation store here; check the path or run the capture first")
-    manifest_file = root / "manifest.json"
-    if not manifest_file.is_file():
-        raise StoreError(f"{root}: the capture has not finished (no manifest.json); run the same capture again")
-    tree = read_json(manifest_file)
-    manifest = parse(Manifest, tree, manifest_file)
-    if tree.get("id") != store_id(manifest):
-        raise StoreError(f"{manifest_file}: contents do not match the store's id; restore it or capture again")
-    for record in manifest.metadata:
-        check_file(root, record, contents=True)
-    for unit in manifest.units:
-        for record in unit.files:
-            check_file(root, record)
-    return ActivationStore(root, manifest)
+    storage = location if isinstance(location, Storage) else open_storage(location)
+    if storage.size(MANIFEST) is None:
+        if storage.size(SPEC) is None:
+            raise StoreError(f"{storage.url}: no activation store here; check the path or run the capture first")
+        raise StoreError(f"{storage.url}: the capture has not finished (no {MANIFEST}); run the same capture again")
+    store_id, manifest = read_manifest(storage)
+    sizes = {entry.key: entry.bytes for entry in storage.list("")}
+    for record in itertools.chain(manifest.files, *(unit.files for unit in manifest.units)):
+        check_size(storage, record, sizes.get(record.path))
+    return ActivationStore(storage, store_id, manifest)
+
+
+def open_committed(location: str | Path | Storage, units: Sequence[int] | None = None) -> ActivationStore:
+    """Opens units of a store whose capture need not have finished, as they stand now.
+
+    Args:
+        location: folder or URL of the store, or its files.
+        units: numbers of committed units; absent: all that are committed.
+
+    Returns:
+        A store of these units in ascending order; its id is the hash of what they consist of.
+
+    Raises:
+        StoreError: there is no store, a unit is not committed, or a file is missing, truncated or damaged.
+    """
+    storage = location if isinstance(location, Storage) else open_storage(location)
+    if storage.size(SPEC) is None:
+        raise StoreError(f"{storage.url}: no activation store here; check the path or run the capture first")
+    spec = parse(StoreSpec, storage.read(SPEC), storage.name(SPEC))
+    plan = parse(CapturePlan, storage.read(PLAN), storage.name(PLAN))
+    digest = store_digest(spec, plan)
+    numbers = sorted(committed_units(storage) if units is None else units)
+    entries = tuple(unit_entry(*read_commit(storage, unit, digest)) for unit in numbers)
+    if not entries:
+        raise StoreError(f"{storage.url}: no unit is committed yet; wait for the capture or start it")
+    for record in itertools.chain(*(entry.files for entry in entries)):
+        check_size(storage, record, storage.size(record.path))
+    files = (record_file(storage, QUANTISATION),) if spec.store_dtype == "int8" else ()
+    manifest = Manifest(spec=spec, units=entries, files=files, quantisation={})
+    return ActivationStore(storage, manifest_text(manifest)[0], manifest)
+
+
+@dataclass(frozen=True, kw_only=True)
+class SampleView:
+    """Activations of one sample, its tokens in the order of the prompt.
+
+    Attributes:
+        sample: its number.
+        example_id: its name in the source.
+        acts: [s,T,D] at the sites asked for; float32 for int8 stores, else the stored type.
+        tokens: [T] what its tokens are.
+    """
+
+    sample: int
+    example_id: str
+    acts: Tensor
+    tokens: TokenTable
 
 
 class ActivationStore:
-    """A complete store, read only; made by `open_store`.
+    """A store to read from; made by `open_store`. It can be used by threads, forked and pickled.
 
     Attributes:
-        path: its folder.
+        location: its folder or URL.
+        storage: its files.
         id: hash of its contents.
+        manifest: what it consists of.
         spec: what it holds.
-        units: its units in order.
+        units: its units, ascending; those of `open_committed` need not begin at 0 or be neighbours.
     """
 
-    def __init__(self, path: Path, manifest: Manifest) -> None:
-        self.path = path
-        self.id = store_id(manifest)
-        self.spec = manifest.spec
-        self.units = manifest.units
-        self._files = {record.path: record for unit in manifest.units for record in unit.files}
-        self._reader = ArrayReader(path, layout_of(manifest.spec, len(manifest.units)), self._files)
+    def __init__(self, storage: Storage, store_id: str, manifest: Manifest) -> None:
+        self.storage, self.id, self.manifest = storage, store_id, manifest
+        self.location, self.spec, self.units = storage.url, manifest.spec, manifest.units
+        self._arrays = StoreArrays(manifest.spec, len(manifest.units))
+        self._acts = {group.name: self._arrays.acts(group) for group in self.spec.groups}
+        self._tokens = {name: self._arrays.token(name) for name in TOKEN_DTYPES}
+        self._files: dict[str, FileRecord] = {
+            record.path: record for record in itertools.chain(manifest.files, *(unit.files for unit in manifest.units))
+        }
+        self._n_tokens = {entry.unit: entry.n_tokens for entry in self.units}
+        self._readers: dict[str, ShardReader] = {}
+        self._moments: dict[str, Moments] = {}
 
     @property
     def model(self) -> ModelIdentity:
@@ -94,30 +181,76 @@ class ActivationStore:
 
     @property
     def d_model(self) -> int:
-        """Channels of every site."""
+        """Width of the model's residual stream."""
         return self.spec.model.d_model
+
+    @property
+    def stored_dtype(self) -> torch.dtype:
+        """Type of the stored values."""
+        return TORCH_DTYPES[self.spec.store_dtype]
 
     @cached_property
     def num_tokens(self) -> int:
         """Tokens in the store; padding was never stored."""
         return sum(unit.n_tokens for unit in self.units)
 
-    def site_index(self, sites: Sequence[str]) -> list[int]:
-        """Positions of sites on the site axis.
+    def n_tokens(self, unit: int) -> int:
+        """Rows of a unit."""
+        return self._n_tokens[unit]
+
+    def place(self, sites: Sequence[str]) -> tuple[str, list[int]]:
+        """Where sites are stored.
 
         Args:
-            sites: names.
+            sites: names, all of the same group.
 
         Returns:
-            One number per name.
+            The group, and the positions on its site axis.
 
         Raises:
-            StoreError: a site is not stored.
+            StoreError: a site is not stored, or they are of different groups.
         """
         missing = [site for site in sites if site not in self.sites]
         if missing:
-            raise StoreError(f"{self.path}: site '{missing[0]}' is not stored; it holds {', '.join(self.sites)}")
-        return [self.sites.index(site) for site in sites]
+            raise StoreError(f"{self.location}: site '{missing[0]}' is not stored; it holds {', '.join(self.sites)}")
+        homes = {site: group for group in self.spec.groups for site in group.sites}
+        groups = {homes[site].name: homes[site] for site in sites} or {g.name: g for g in self.spec.groups[:1]}
+        if len(groups) > 1:
+            raise StoreError(
+                f"{self.location}: sites of groups {' and '.join(groups)} differ in width; read them apart"
+            )
+        ((name, group),) = groups.items()
+        return name, [group.sites.index(site) for site in sites]
+
+    def read_block_into(self, unit: int, block: int, group: str, sites: Sequence[int], out: NDArray[Any]) -> None:
+        """Reads chunk_tokens rows of some sites, checksums verified, neighbouring sites in one piece.
+
+        Args:
+            unit: number of the unit.
+            block: the rows [block C, (block + 1) C) of the unit, in the order of storage.
+            group: name of the group of sites.
+            sites: positions on its site axis, in the order wanted.
+            out: [len(sites), C, width] stored bits, bfloat16 as uint16; rows past the unit's last become zero.
+
+        Raises:
+            StoreError: the shard is missing, truncated or damaged; names the file.
+        """
+        array = self._acts[group]
+        reader = self._reader(array, unit)
+        begin = 0
+        for end in range(1, len(sites) + 1):
+            if end == len(sites) or sites[end] != sites[end - 1] + 1:
+                first = block * array.chunks_per_row + sites[begin]
+                reader.read_into(first, [out[i, :, None] for i in range(begin, end)])
+                begin = end
+
+    def read_scales_into(self, unit: int, block: int, group: str, out: NDArray[Any]) -> None:
+        """Reads the scales [C, S] float32 of a block of an int8 store; raises StoreError as `read_block_into` does."""
+        self._reader(self._arrays.scales(self._group(group)), unit).read_into(block, [out])
+
+    def standardiser(self, group: str) -> Standardiser:
+        """Fixed moments of an int8 store's group of sites."""
+        return self._standardisers[group]
 
     def read(self, unit: int, start: int, stop: int, sites: Sequence[str]) -> Tensor:
         """Activations of neighbouring rows of a unit.
@@ -126,50 +259,194 @@ class ActivationStore:
             unit: number of the unit.
             start: first row within the unit, in the order of storage.
             stop: one past the last row.
-            sites: names.
+            sites: names, of one group.
 
         Returns:
-            [stop - start, len(sites), d_model] in the stored type; token first, as on disk.
+            [stop - start, len(sites), width] float32 for int8 stores, else in the stored type; token first.
 
         Raises:
             StoreError: a site is not stored, or the shard is missing, truncated or damaged.
         """
-        return self._reader.acts(unit, start, stop, self.site_index(sites))
+        name, index = self.place(sites)
+        array, size = self._acts[name], self.spec.chunk_tokens
+        blocks = range(start // size, -(-stop // size))
+        raw = np.empty((len(blocks), len(index), size, self._group(name).width), array.dtype)
+        for i, block in enumerate(blocks):
+            self.read_block_into(unit, block, name, index, raw[i])
+        window = slice(start - blocks.start * size, stop - blocks.start * size)
+        rows = np.moveaxis(raw, 1, 2).reshape(-1, len(index), raw.shape[-1])[window]
+        values = values_of(rows, self.spec.store_dtype)
+        if self.spec.store_dtype != "int8":
+            return values
+        scales = np.empty((len(blocks), size, len(self._group(name).sites)), np.float32)
+        for i, block in enumerate(blocks):
+            self.read_scales_into(unit, block, name, scales[i])
+        mine = torch.from_numpy(scales.reshape(-1, scales.shape[-1])[window][:, index])
+        return self.standardiser(name).restore(values, mine, index)
+
+    def read_unit(self, unit: int, sites: Sequence[str]) -> Tensor:
+        """All rows of a unit [n_tokens, len(sites), width] in natural order, its samples laid end to end."""
+        stored = self.read(unit, 0, self._n_tokens[unit], sites)
+        return torch.empty_like(stored).index_copy_(0, self.natural_index(unit), stored)
+
+    def token_block(self, unit: int, block: int) -> dict[str, NDArray[Any]]:
+        """Token columns, named as in `TOKEN_DTYPES`, of the rows of a block that are filled."""
+        size = self.spec.chunk_tokens
+        filled = min(size, self._n_tokens[unit] - block * size)
+        columns = {name: np.empty(size, dtype) for name, dtype in TOKEN_DTYPES.items()}
+        for name, column in columns.items():
+            self._reader(self._tokens[name], unit).read_into(block, [column])
+        return {name: column[:filled] for name, column in columns.items()}
 
     def tokens(self, unit: int) -> TokenTable:
         """Where the tokens of a unit come from, [n_tokens] in the order of storage."""
-        return TokenTable(**{f.name: self._token_array(unit, f.name) for f in fields(TokenTable)})
+        return TokenTable(**{f.name: torch.from_numpy(self._column(unit, f.name)) for f in fields(TokenTable)})
 
     def modality(self, unit: int) -> Tensor:
-        """[n_tokens] uint8: what the tokens of a unit are, a `Modality`."""
-        return self._token_array(unit, "modality")
+        """[n_tokens] uint8: what the tokens of a unit are, a `Modality`, in the order of storage."""
+        return torch.from_numpy(self._column(unit, "modality"))
 
     def natural_index(self, unit: int) -> Tensor:
         """[n_tokens] int64: row of each stored token when the unit's samples are laid end to end."""
-        return self._token_array(unit, "natural_index").long()
+        return torch.from_numpy(self._column(unit, "natural_index").astype(np.int64))
 
-    def _token_array(self, unit: int, name: str) -> Tensor:
-        return torch.from_numpy(self._reader.tokens(unit, self.units[unit].n_tokens, name))
+    def norms(self, unit: int, group: str) -> Tensor:
+        """[n_tokens, S] float32: Euclidean norm of each token at each site of a group, in the order of storage."""
+        array = self._arrays.norms(self._group(group))
+        return torch.from_numpy(read_rows(self._reader(array, unit), array, self._n_tokens[unit]))
 
-    def stats(self, sites: Sequence[str], drop_bos: bool) -> SiteStats:
-        """Moments of sites over all tokens of the store.
+    def commit(self, unit: int) -> UnitRecord:
+        """Commit record of a unit, with the names and lengths of its samples."""
+        path = commit_path(unit)
+        return parse(UnitRecord, read_checked(self.storage, self._files[path]), self.storage.name(path))
+
+    def samples(self, unit: int, sites: Sequence[str]) -> Iterator[SampleView]:
+        """All samples of a unit in order, read at once.
 
         Args:
-            sites: names.
-            drop_bos: leave out the beginning-of-sequence tokens.
+            unit: number of the unit.
+            sites: names, of one group.
 
-        Returns:
-            Count, mean and rms; the units' float64 moments merged in unit order, so always the same bits.
+        Yields:
+            One view per sample.
 
         Raises:
-            StoreError: a site is not stored, or a statistics file is damaged.
+            StoreError: a site is not stored, or a file is missing or damaged.
         """
-        index = self.site_index(sites)
-        total: Moments | None = None
+        record = self.commit(unit)
+        acts = self.read_unit(unit, sites)
+        tokens = self.tokens(unit).select(torch.argsort(self.natural_index(unit)))
+        ends = list(itertools.accumulate(record.sample_tokens))
+        for i, (stop, length) in enumerate(zip(ends, record.sample_tokens, strict=True)):
+            rows = slice(stop - length, stop)
+            yield SampleView(
+                sample=record.sample_start + i,
+                example_id=record.sample_ids[i],
+                acts=acts[rows].transpose(0, 1),
+                tokens=tokens.select(rows),
+            )
+
+    def sample(self, sample: int | str, sites: Sequence[str]) -> SampleView:
+        """One sample; its unit is read as a whole, because rows are permuted within units.
+
+        Args:
+            sample: its number, or its `example_id`, for which commit records are searched in order.
+            sites: names, of one group.
+
+        Raises:
+            StoreError: there is no such sample.
+        """
         for unit in self.units:
-            record = self._files[stats_path(unit.unit)]
-            check_file(self.path, record, contents=True)
-            part = Moments.load(self.path / record.path, drop_bos).select(index)
-            total = part if total is None else total.merge(part)
-        assert total is not None, "a store has at least one unit"
-        return total.summary()
+            known = (
+                self.commit(unit.unit).sample_ids
+                if isinstance(sample, str)
+                else range(unit.sample_start, unit.sample_start + unit.n_samples)
+            )
+            if sample in known:
+                views = self.samples(unit.unit, sites)
+                return next(view for view in views if sample in (view.sample, view.example_id))
+        raise StoreError(f"{self.location}: holds no sample {sample!r}; samples are numbered from 0")
+
+    def moments(self, group: str) -> Moments:
+        """Moments of all sites of a group over the whole store, by class of token."""
+        if group not in self._moments:
+            arrays = stats_arrays(self._group(group))
+            if all(array.shard(0) in self._files for array in arrays.values()):
+                parts = {name: read_rows(self._reader(a, 0), a, len(TOKEN_CLASSES)) for name, a in arrays.items()}
+                self._moments[group] = Moments(**{name: torch.from_numpy(part) for name, part in parts.items()})
+            else:
+                self._moments |= merged_moments(self.storage, self.units, self.spec.groups)
+        return self._moments[group]
+
+    def mean_norms(self, group: str) -> Tensor:
+        """[S] float64: mean norm at each site over all tokens but beginning-of-sequence tokens."""
+        total = self.moments(group).over([c for c, name in enumerate(TOKEN_CLASSES) if name != "bos"])
+        return total.norm[0] / total.count.clamp_min(1)
+
+    def stats(self, sites: Sequence[str], where: TokenFilter | None = None) -> SiteStats:
+        """Moments of sites over the tokens that pass a filter.
+
+        Args:
+            sites: names, of one group.
+            where: which tokens count; absent: all. A norm cap costs a pass over the store.
+
+        Returns:
+            Count, mean and rms in float64, merged in unit order and so always the same bits.
+
+        Raises:
+            StoreError: a site is not stored, or a file is missing or damaged.
+        """
+        name, index = self.place(sites)
+        if where is not None and where.norm_cap is not None:
+            return self._capped_moments(sites, where).stats([0])
+        classes = range(len(TOKEN_CLASSES)) if where is None else where.classes
+        return self.moments(name).select(index).stats(classes)
+
+    @property
+    def zarr(self) -> zarr.Group:
+        """The store as a group of zarr-python, read only; its metadata is checked first."""
+        import zarr
+
+        for record in self.manifest.files:
+            if record.path.endswith("zarr.json"):
+                check_contents(self.storage, record)
+        if isinstance(self.storage, LocalStorage):
+            return zarr.open_group(self.storage.name(DATA), mode="r")
+        from clt.capture.object_storage import ObjectStorage
+
+        assert isinstance(self.storage, ObjectStorage)
+        return zarr.open_group(zarr.storage.ObjectStore(self.storage.store, read_only=True), path=DATA, mode="r")
+
+    def _capped_moments(self, sites: Sequence[str], where: TokenFilter) -> Moments:
+        name, index = self.place(sites)
+        total = Moments.zeros(len(index), self._group(name).width)
+        size = self.spec.chunk_tokens
+        for unit in self.units:
+            keep = where.keep(self, unit.unit)
+            for start in range(0, unit.n_tokens, size):
+                stop = min(start + size, unit.n_tokens)
+                values = self.read(unit.unit, start, stop, sites)
+                rows = values if keep is None else values[torch.from_numpy(keep[start:stop])]
+                one_class = torch.zeros(len(rows), dtype=torch.uint8)
+                part, _ = measure(rows.shape, one_class, lambda site, some, rows=rows: (rows[some, site], None))
+                total = total.merge(part)
+        return total
+
+    @cached_property
+    def _standardisers(self) -> dict[str, Standardiser]:
+        contents = read_checked(self.storage, self._files[QUANTISATION])
+        return unpack_standardisers(contents, self.storage.name(QUANTISATION))
+
+    def _column(self, unit: int, name: str) -> NDArray[Any]:
+        array = self._tokens[name]
+        return read_rows(self._reader(array, unit), array, self._n_tokens[unit])
+
+    def _group(self, name: str) -> SiteGroup:
+        return next(group for group in self.spec.groups if group.name == name)
+
+    def _reader(self, array: ArraySpec, unit: int) -> ShardReader:
+        key = array.shard(unit)
+        reader = self._readers.get(key)
+        if reader is None:
+            reader = self._readers[key] = ShardReader(self.storage, array, unit, self._files[key].bytes)
+        return reader

@@ -1,40 +1,54 @@
-"""Makes stores: one unit at a time, each committed as a whole or not at all.
+"""Makes stores: one unit at a time, each committed as a whole or not at all, by any number of workers.
 
-A unit's shards and statistics are written first, forced to disk and checksummed; only then does its commit record
-appear under its name. What has no commit record does not exist, and the next run removes it and captures that unit
-again. The manifest comes last, when every unit of the plan is committed. A capture that was killed therefore ends with
-the same bytes as one that was not.
+Every name is written once. A unit's shards and statistics come first, durable before they get their names; only then
+does its commit record appear. What has no commit record does not exist. A worker that was killed leaves partial files
+and complete files without a record; the next one who captures that unit keeps the complete ones: it reads the
+activations under the name back and commits those. Two owners of a unit therefore agree on every file whichever was
+first, and a capture that was killed ends with the same bytes as one that was not. The manifest comes last.
 """
 
 from __future__ import annotations
 
-import json
-from dataclasses import asdict, dataclass, fields
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, fields, replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
 
-from clt.capture.files import check_file, seal, write_atomic
-from clt.capture.moments import Moments
+from clt.capture.arrays import TOKEN_DTYPES, ArraySpec, group_metadata
+from clt.capture.files import FileRecord, record_file
+from clt.capture.finalize import build_manifest, committed_units
+from clt.capture.moments import Moments, measure, pack_moments
 from clt.capture.order import unit_permutation
+from clt.capture.quantise import Standardiser, pack_standardisers, unpack_standardisers
+from clt.capture.rows import TORCH_DTYPES, bits_of, read_rows, values_of, write_rows
 from clt.capture.schema import (
+    MANIFEST,
+    PLAN,
+    QUANTISATION,
+    SPEC,
     CapturePlan,
-    Manifest,
+    SiteGroup,
+    StoreArrays,
     StoreSpec,
     UnitRecord,
     commit_path,
-    layout_of,
+    manifest_text,
     parse,
-    read_json,
+    read_manifest,
     stats_path,
-    store_id,
+    store_digest,
     to_json,
 )
-from clt.capture.shard import create_arrays, discard_unit, metadata_files, unit_files, write_unit
+from clt.capture.shard import ShardReader
+from clt.capture.storage import open_storage
+from clt.capture.storage_base import Storage
 from clt.errors import StoreError
-from clt.records import Modality, TokenTable
+from clt.records import TokenTable
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -42,13 +56,13 @@ class UnitData:
     """A unit's tokens, its samples laid end to end.
 
     Attributes:
-        acts: [n, sites, d_model] in the stored type.
+        acts: [n, sites, width] by group; rounded to the stored type where they are not yet.
         tokens: [n] where they come from.
         sample_ids: `example_id` of each sample.
         sample_tokens: tokens of each sample; they add up to n.
     """
 
-    acts: Tensor
+    acts: Mapping[str, Tensor]
     tokens: TokenTable
     sample_ids: tuple[str, ...]
     sample_tokens: tuple[int, ...]
@@ -58,76 +72,84 @@ class StoreWriter:
     """Writes a store; opening one that was begun with the same spec and plan goes on with it.
 
     Args:
-        root: folder of the store; made if it does not exist.
+        location: folder or URL of the store, or its files.
         spec: what the store holds.
         plan: which samples each unit holds.
 
     Raises:
-        StoreError: the folder holds something else, or a store of another model, source or plan.
+        StoreError: the place holds something else, or a store of another model, source or plan.
     """
 
-    def __init__(self, root: Path, spec: StoreSpec, plan: CapturePlan) -> None:
-        self.root, self.spec, self.plan = root, spec, plan
-        self._layout = layout_of(spec, plan.n_units)
-        root.mkdir(parents=True, exist_ok=True)
-        if (root / "store.json").is_file():
-            self._require_same(parse(StoreSpec, read_json(root / "store.json"), root / "store.json"))
-        elif any(not path.name.endswith(".partial") for path in root.iterdir()):
-            raise StoreError(f"{root}: the folder is not empty and holds no store; choose another output")
-        else:
-            write_atomic(root / "store.json", to_json(spec).encode())
-        if (root / "plan.json").is_file():
-            if parse(CapturePlan, read_json(root / "plan.json"), root / "plan.json") != plan:
-                raise StoreError(f"{root}: holds a store with another plan of units; choose another output")
-        else:
-            write_atomic(root / "plan.json", to_json(plan).encode())
-        create_arrays(root, self._layout)
+    def __init__(self, location: str | Path | Storage, spec: StoreSpec, plan: CapturePlan) -> None:
+        self.storage = location if isinstance(location, Storage) else open_storage(location)
+        self.spec, self.plan = self._settle(spec, plan), plan
+        self.arrays = StoreArrays(self.spec, plan.n_units)
+        self.digest = store_digest(self.spec, plan)
+        for key, contents in metadata_files(self.arrays).items():
+            self._put_same(key, contents)
+
+    def committed(self) -> set[int]:
+        """Units that have a commit record."""
+        return committed_units(self.storage)
 
     def pending(self) -> list[int]:
         """Units of the plan that are not committed."""
-        return [unit for unit in range(self.plan.n_units) if not (self.root / commit_path(unit)).is_file()]
+        return sorted(set(range(self.plan.n_units)) - self.committed())
 
-    def commit(self, unit: int, data: UnitData) -> None:
+    def calibrate(self, acts: Mapping[str, Tensor]) -> None:
+        """Fixes the moments by which an int8 store standardises its channels; the first call for a store counts.
+
+        Args:
+            acts: [n, sites, width] by group, the first tokens of unit 0.
+        """
+        groups = {name: Standardiser.of(values) for name, values in acts.items()}
+        self.storage.put(QUANTISATION, pack_standardisers(groups))
+
+    @property
+    def calibrated(self) -> bool:
+        """Whether units can be committed: true unless the store holds int8 values and `calibrate` was never called."""
+        return self.spec.store_dtype != "int8" or self.storage.size(QUANTISATION) is not None
+
+    def commit(self, unit: int, data: UnitData) -> bool:
         """Writes a unit.
 
         Args:
-            unit: number of a pending unit.
+            unit: its number.
             data: its tokens in natural order; they are stored in the order of `unit_permutation`.
 
+        Returns:
+            False if another owner of the unit has committed it meanwhile; the unit is then what that one wrote.
+
         Raises:
-            StoreError: all activations are zero.
+            StoreError: a file of this unit is already there and does not belong to it.
         """
-        order = unit_permutation(len(data.acts), self.spec.seed, unit)
-        rows = torch.from_numpy(order)
-        acts = data.acts[rows]
-        tokens = {f.name: getattr(data.tokens, f.name)[rows].numpy() for f in fields(TokenTable)}
-        keep = data.tokens.modality[rows] != Modality.BOS
-        statistics = Moments.pack(Moments.of(acts), Moments.of(acts[keep]))
-        self.discard(unit)
-        try:
-            write_unit(self.root, self._layout, unit, acts, {**tokens, "natural_index": order.astype(np.uint32)})
-            write_atomic(self.root / stats_path(unit), statistics)
-            files = seal(self.root, (*unit_files(unit), stats_path(unit)))
-        except BaseException:
-            self.discard(unit)
-            raise
+        n = len(data.tokens.sample)
+        assert n == self.plan.unit_tokens[unit] == sum(data.sample_tokens)
+        order = torch.from_numpy(unit_permutation(n, self.spec.seed, unit))
+        files: list[FileRecord] = []
+        moments: dict[str, Moments] = {}
+        for group in self.spec.groups:
+            records, moments[group.name] = self._write_group(unit, group, data, order)
+            files += records
+        columns = {f.name: getattr(data.tokens, f.name)[order].numpy() for f in fields(TokenTable)}
+        columns["natural_index"] = order.numpy()
+        for name, dtype in TOKEN_DTYPES.items():
+            files.append(self._write_same(self.arrays.token(name), unit, columns[name].astype(dtype)))
+        self.storage.put(stats_path(unit), pack_moments(moments))
+        files.append(record_file(self.storage, stats_path(unit)))
         record = UnitRecord(
+            store=self.digest,
             unit=unit,
-            n_tokens=len(acts),
+            n_tokens=n,
             sample_start=self.plan.sample_starts[unit],
             sample_ids=data.sample_ids,
             sample_tokens=data.sample_tokens,
-            files=files,
+            files=tuple(files),
         )
-        write_atomic(self.root / commit_path(unit), to_json(record).encode())
-
-    def discard(self, unit: int) -> None:
-        """Removes what an uncommitted unit left on disk."""
-        discard_unit(self.root, unit)
-        (self.root / stats_path(unit)).unlink(missing_ok=True)
+        return self.storage.put(commit_path(unit), to_json(record))
 
     def finalize(self) -> str:
-        """Completes the store.
+        """Completes the store; any worker may, once all units are committed.
 
         Returns:
             The store's id.
@@ -136,30 +158,104 @@ class StoreWriter:
             StoreError: a unit is not committed, or a committed file is missing or truncated.
         """
         if pending := self.pending():
-            raise StoreError(f"{self.root}: {len(pending)} units are not captured, first {pending[0]}; capture them")
-        units = tuple(self._read_commit(unit) for unit in range(self.plan.n_units))
-        manifest = Manifest(spec=self.spec, units=units, metadata=seal(self.root, metadata_files()))
-        tree = {"id": store_id(manifest), **asdict(manifest)}
-        write_atomic(self.root / "manifest.json", json.dumps(tree, indent=1).encode())
-        return tree["id"]
+            raise StoreError(
+                f"{self.storage.url}: {len(pending)} units are not captured, first {pending[0]}; capture them"
+            )
+        _, text = manifest_text(build_manifest(self.storage, self.arrays, self.plan, self.digest))
+        self.storage.put(MANIFEST, text)
+        return read_manifest(self.storage)[0]
 
-    def _read_commit(self, unit: int) -> UnitRecord:
-        path = self.root / commit_path(unit)
-        record = parse(UnitRecord, read_json(path), path)
-        try:
-            for file in record.files:
-                check_file(self.root, file)
-        except StoreError as error:
-            raise StoreError(f"{error}; to capture unit {unit} again, delete {path} first") from None
+    def _write_group(
+        self, unit: int, group: SiteGroup, data: UnitData, order: Tensor
+    ) -> tuple[list[FileRecord], Moments]:
+        """Shards of a group of sites and its moments, both of what now stands in the store."""
+        acts = data.acts[group.name]
+        assert acts.shape[1:] == (len(group.sites), group.width)
+        files: list[FileRecord] = []
+        scales: Tensor | None = None
+        standardiser: Standardiser | None = None
+        if self.spec.store_dtype == "int8":
+            standardiser = self._standardisers()[group.name]
+            mine = standardiser.scales(acts)[order]
+            record, theirs = self._write_or_adopt(self.arrays.scales(group), unit, mine.numpy())
+            files.append(record)
+            stored_scales = mine if theirs is None else torch.from_numpy(theirs)
+            scales = torch.empty_like(stored_scales)
+            scales[order] = stored_scales
+            stored = standardiser.quantise(acts, scales)
+        else:
+            stored = acts.to(TORCH_DTYPES[self.spec.store_dtype])
+        record, found = self._write_or_adopt(self.arrays.acts(group), unit, bits_of(stored), order.numpy())
+        files.append(record)
+        if found is not None:
+            adopted = values_of(found, self.spec.store_dtype)
+            stored = torch.empty_like(adopted)
+            stored[order] = adopted
+        lossless = stored.dtype == acts.dtype
+
+        def values(site: int, rows: Tensor) -> tuple[Tensor, Tensor | None]:
+            found = stored[rows, site]
+            if standardiser is not None and scales is not None:
+                found = standardiser.restore(found[:, None], scales[rows, site, None], [site])[:, 0]
+            return found, None if lossless else acts[rows, site]
+
+        moments, norms = measure(acts.shape, data.tokens.modality, values)
+        files.append(self._write_or_adopt(self.arrays.norms(group), unit, norms[order].numpy())[0])
+        return files, moments
+
+    def _write_or_adopt(
+        self, array: ArraySpec, unit: int, rows: NDArray[Any], order: NDArray[Any] | None = None
+    ) -> tuple[FileRecord, NDArray[Any] | None]:
+        """Writes a shard; if its name is taken, gives what stands there, in stored order."""
+        record = write_rows(self.storage, array, unit, rows, order)
+        if record is not None:
+            return record, None
+        record = record_file(self.storage, array.shard(unit))
+        reader = ShardReader(self.storage, array, unit, record.bytes)
+        return record, read_rows(reader, array, len(rows))
+
+    def _write_same(self, array: ArraySpec, unit: int, rows: NDArray[Any]) -> FileRecord:
+        """Writes a shard whose contents follow from the plan; what stands under its name must be the same."""
+        record, found = self._write_or_adopt(array, unit, rows)
+        if found is not None and not np.array_equal(found, rows):
+            raise StoreError(
+                f"{self.storage.name(record.path)}: belongs to another capture; run 'clt store gc' and capture again"
+            )
         return record
 
-    def _require_same(self, found: StoreSpec) -> None:
-        # The path to the model may differ between machines; its fingerprint may not.
-        mine, theirs = ({**asdict(spec), **asdict(spec.model)} for spec in (self.spec, found))
-        for key in mine:
-            if key not in ("model", "name", "revision") and mine[key] != theirs[key]:
-                raise StoreError(
-                    f"{self.root}: holds a store with {key}={theirs[key]!r}, this capture has {mine[key]!r}; "
-                    f"choose another output or the same settings"
-                )
-        self.spec = found
+    def _standardisers(self) -> dict[str, Standardiser]:
+        return unpack_standardisers(self.storage.read(QUANTISATION), self.storage.name(QUANTISATION))
+
+    def _settle(self, spec: StoreSpec, plan: CapturePlan) -> StoreSpec:
+        """Begins a store, or makes sure that the one that is there is the same."""
+        url = self.storage.url
+        if self.storage.size(SPEC) is None and any(not e.key.endswith(".partial") for e in self.storage.list("")):
+            raise StoreError(f"{url}: is not empty and holds no store; choose another output")
+        self.storage.put(SPEC, to_json(spec))
+        found = parse(StoreSpec, self.storage.read(SPEC), self.storage.name(SPEC))
+        _require_same(spec, found, url)
+        self.storage.put(PLAN, to_json(plan))
+        if parse(CapturePlan, self.storage.read(PLAN), self.storage.name(PLAN)) != plan:
+            raise StoreError(f"{url}: holds a store with another plan of units; choose another output")
+        return found
+
+    def _put_same(self, key: str, contents: bytes) -> None:
+        if not self.storage.put(key, contents) and self.storage.read(key) != contents:
+            raise StoreError(f"{self.storage.name(key)}: is not what this store needs; delete the file, run again")
+
+
+def metadata_files(arrays: StoreArrays) -> dict[str, bytes]:
+    """Zarr metadata of all groups and of all arrays that units share, by key."""
+    files = {f"{folder}/zarr.json": group_metadata() for folder in arrays.folders()}
+    return files | {f"{array.key}/zarr.json": array.metadata() for array in arrays.per_unit()}
+
+
+def _require_same(mine: StoreSpec, found: StoreSpec, url: str) -> None:
+    # The path to the model and the software may differ between machines; the weights may not.
+    one, other = ({**asdict(replace(s, created_by="")), **asdict(s.model)} for s in (mine, found))
+    for key in one:
+        if key not in ("model", "name", "revision") and one[key] != other[key]:
+            raise StoreError(
+                f"{url}: holds a store with {key}={other[key]!r}, this capture has {one[key]!r}; "
+                f"choose another output or the same settings"
+            )

@@ -113,6 +113,22 @@ class DataSettings:
     """Tokens of a step, over all ranks."""
     window_tokens: int = Field(default=65_536, gt=0)
     """Tokens shuffled together in memory."""
+    modalities: tuple[Literal["text", "image", "image_special", "bos"], ...] | None = None
+    """Kinds of tokens to train on; absent: all. `clt.drop_bos` leaves out the last kind in any case."""
+    norm_cap: float | None = Field(default=None, gt=0)
+    """Leaves out tokens whose norm at any site exceeds so many times the site's mean; absent: none."""
+
+
+@dataclass(frozen=True, kw_only=True, config=STRICT)
+class StreamingSettings:
+    """Training straight from the running model, without a store that holds all activations."""
+
+    capture: Path
+    """YAML file of the capture job; its `output` is not used."""
+    ring: str
+    """Where the activations in use lie: a folder that all ranks reach (/dev/shm/... is memory), or memory://NAME."""
+    units: int = Field(default=8, gt=0)
+    """Units of rows_per_unit tokens that are shuffled together; up to three times as many exist at a time."""
 
 
 @dataclass(frozen=True, kw_only=True, config=STRICT)
@@ -129,8 +145,10 @@ class MeshSettings:
 class TrainConfig:
     """One training job."""
 
-    store: Path
-    """Activation store to train on."""
+    store: str | None = None
+    """Folder or URL of the activation store to train on; absent if `streaming` is given."""
+    streaming: StreamingSettings | None = None
+    """Trains from the running model instead of a store."""
     output: Path
     """Folder for checkpoints, TensorBoard logs and metrics."""
     clt: TranscoderSettings
@@ -153,6 +171,12 @@ class TrainConfig:
     """Steps between checkpoints; the last step always writes one."""
     keep_checkpoints: int = Field(default=2, gt=0)
     """Newest checkpoints kept on disk."""
+
+    @model_validator(mode="after")
+    def _has_one_source(self) -> TrainConfig:
+        if (self.store is None) == (self.streaming is None):
+            raise ValueError("give either store or streaming")
+        return self
 
 
 def load_config(cls: type[T], path: Path | str, overrides: Sequence[str] = ()) -> T:

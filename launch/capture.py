@@ -15,6 +15,8 @@ from clt.capture.run import CaptureConfig, capture, plan_capture
 from clt.config import config_to_yaml
 from clt.launch.script import run_script
 
+LEFT_TO_OTHERS = "done; units are left to other workers, the last of which completes the store"
+
 
 def describe(config: CaptureConfig) -> str:
     """The resolved configuration and what the job would write."""
@@ -27,7 +29,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         "Captures the activations of a model into a store.",
         CaptureConfig,
         describe,
-        lambda config: capture(config, progress=sys.stderr.isatty()),
+        lambda config: capture(config, progress=sys.stderr.isatty()) or LEFT_TO_OTHERS,
         arguments,
     )
 

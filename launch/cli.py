@@ -23,8 +23,10 @@ import typer
 from clt.config import config_to_yaml, load_config
 from clt.launch.logs import set_up_logging
 from clt.launch.script import guarded
+from clt.launch.store import store_app
 
 app = typer.Typer(add_completion=False, no_args_is_help=True, pretty_exceptions_enable=False, help=__doc__)
+app.add_typer(store_app, name="store")
 
 #: Where configs/ and examples/ lie: beside launch/ in a checkout.
 CHECKOUT = Path(__file__).resolve().parent.parent
@@ -57,11 +59,11 @@ def demo(
 def capture(config: Config, overrides: Overrides = None, dry_run: DryRun = False) -> None:
     """Captures the activations of a model into a store; prints the store's id."""
     from clt.capture.run import CaptureConfig, capture
-    from clt.launch.capture import describe
+    from clt.launch.capture import LEFT_TO_OTHERS, describe
 
     def work() -> str:
         job = load_config(CaptureConfig, config, overrides or ())
-        return describe(job) if dry_run else capture(job, progress=sys.stderr.isatty())
+        return describe(job) if dry_run else capture(job, progress=sys.stderr.isatty()) or LEFT_TO_OTHERS
 
     _run(work)
 

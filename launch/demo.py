@@ -125,7 +125,7 @@ def demo(config: DemoConfig, out: Path) -> dict[str, Any]:
             EvaluateConfig(
                 model=str(config.model),
                 clt=out / "clt",
-                store=out / "heldout",
+                store=str(out / "heldout"),
                 source=_boards(config.agreement_prompts, PROMPT_SEED),
                 output=out / "evaluation.json",
             )
@@ -152,14 +152,14 @@ def _boards(n: int, seed: int) -> SourceSettings:
 
 
 def _capture(config: DemoConfig, n: int, seed: int, output: Path) -> None:
-    job = CaptureConfig(model=str(config.model), output=output, source=_boards(n, seed), seed=config.seed)
+    job = CaptureConfig(model=str(config.model), output=str(output), source=_boards(n, seed), seed=config.seed)
     capture(job, progress=sys.stderr.isatty())
 
 
 def _train(config: DemoConfig, out: Path) -> None:
     """Runs `torchrun launch/train.py` as a user would, one thread a process."""
     job = TrainConfig(
-        store=out / "store",
+        store=str(out / "store"),
         output=out / "clt",
         steps=config.training.steps,
         seed=config.seed,

@@ -11,6 +11,11 @@ def job_rank() -> int:
     return int(os.environ.get("RANK", "0"))
 
 
+def job_world() -> int:
+    """Processes of the job that torchrun started, 1 without torchrun."""
+    return int(os.environ.get("WORLD_SIZE", "1"))
+
+
 def set_up_logging() -> None:
     """Sends the project's log to standard error, one line a record."""
     handler = logging.StreamHandler()

@@ -12,10 +12,10 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-from clt.capture.loader import ActivationLoader
-from clt.capture.store import open_store
+from clt.capture.filters import TokenFilter
 from clt.config import CLTConfig, TrainConfig, config_to_yaml
 from clt.engine import joined_job
+from clt.launch.activations import open_activations
 from clt.launch.script import run_script
 from clt.model import CrossLayerTranscoder, Provenance
 from clt.parallel import Mesh, deal_layers, input_layers
@@ -36,30 +36,28 @@ def train(config: TrainConfig, progress_bar: bool | None = None) -> Path:
     Raises:
         CLTError: what a user can cause; the same on all ranks.
     """
-    store = open_store(config.store)
-    architecture = CLTConfig.resolve(config.clt, store.n_layers, store.d_model)
+    activations = open_activations(config)
+    model = activations.model
+    architecture = CLTConfig.resolve(config.clt, model.n_layers, model.d_model)
     layers = range(architecture.n_layers)
     x_sites = [f"lm.{layer}.{architecture.read_site}" for layer in layers]
     y_sites = [f"lm.{layer}.mlp_out" for layer in layers]
-    scaling = Scaling.from_stats(
-        store.stats(x_sites, drop_bos=architecture.drop_bos), store.stats(y_sites, drop_bos=architecture.drop_bos)
+    where = TokenFilter(
+        modalities=config.data.modalities, drop_bos=architecture.drop_bos, norm_cap=config.data.norm_cap
     )
+    scaling = Scaling.from_stats(activations.stats(x_sites, where), activations.stats(y_sites, where))
     with joined_job():
         mesh = Mesh.create(config.mesh.layer)
         share = deal_layers(architecture, mesh.layer_size)[mesh.layer_rank]
-        batches = ActivationLoader(
-            store,
-            x_sites=[x_sites[layer] for layer in input_layers(architecture, share)],
-            y_sites=[y_sites[layer] for layer in share.targets],
-            batch_tokens=config.data.batch_tokens,
-            window_tokens=config.data.window_tokens,
-            seed=config.seed,
-            data_rank=mesh.data_rank,
-            data_world=mesh.data_size,
-            drop_bos=architecture.drop_bos,
+        batches = activations.batches(
+            [x_sites[layer] for layer in input_layers(architecture, share)],
+            [y_sites[layer] for layer in share.targets],
+            where,
+            mesh.data_rank,
+            mesh.data_size,
         )
         transcoder = CrossLayerTranscoder(
-            architecture, scaling, share, config.seed, Provenance(model=store.model, store_id=store.id)
+            architecture, scaling, share, config.seed, Provenance(model=model, store_id=activations.id)
         )
         return Trainer(config, transcoder, batches, mesh, progress_bar).fit()
 

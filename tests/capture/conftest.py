@@ -23,8 +23,7 @@ from transformers import (
 
 from clt.capture.adapter import ModelAdapter
 from clt.capture.order import pack_units
-from clt.capture.schema import SCHEMA_VERSION, CapturePlan, StoreSpec
-from clt.capture.shard import to_stored
+from clt.capture.schema import SCHEMA_VERSION, CapturePlan, SiteGroup, StoreSpec
 from clt.capture.store import ActivationStore, open_store
 from clt.capture.writer import StoreWriter, UnitData
 from clt.records import Modality, ModelIdentity, TokenTable
@@ -163,6 +162,9 @@ def llava_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
+SITES = ("lm.0.resid_mid", "lm.1.resid_mid", "lm.0.mlp_out", "lm.1.mlp_out")
+
+
 def identity(n_layers: int = 2, d_model: int = 4, fingerprint: str = "f" * 64) -> ModelIdentity:
     return ModelIdentity(
         name="random",
@@ -178,10 +180,12 @@ def make_spec(**changes: Any) -> StoreSpec:
     """Two layers of width 4, units of 64 rows in chunks of 16, float32."""
     settings: dict[str, Any] = {
         "schema_version": SCHEMA_VERSION,
+        "created_by": "tests",
         "model": identity(),
         "model_dtype": "float32",
-        "sites": ("lm.0.resid_mid", "lm.1.resid_mid", "lm.0.mlp_out", "lm.1.mlp_out"),
+        "groups": (SiteGroup(name="lm", sites=SITES, width=4),),
         "store_dtype": "float32",
+        "compression": "none",
         "rows_per_unit": 64,
         "chunk_tokens": 16,
         "batch_size": 1,
@@ -202,11 +206,14 @@ def unit_data(lengths: Sequence[int], samples: range, spec: StoreSpec) -> UnitDa
     """Activations that say where they come from: channels hold sample + 1, position, site and a random number."""
     sample = torch.cat([torch.full((lengths[s],), s) for s in samples])
     position = torch.cat([torch.arange(lengths[s]) for s in samples])
-    n, sites = len(sample), len(spec.sites)
-    acts = torch.empty(n, sites, spec.model.d_model)
-    acts[..., 0], acts[..., 1] = sample[:, None] + 1, position[:, None]
-    acts[..., 2] = torch.arange(sites)
-    acts[..., 3:] = torch.randn(n, sites, 1, generator=torch.Generator().manual_seed(int(sample[0])))
+    n = len(sample)
+    acts = {}
+    for group in spec.groups:
+        values = torch.empty(n, len(group.sites), group.width)
+        values[..., 0], values[..., 1] = sample[:, None] + 1, position[:, None]
+        values[..., 2] = torch.arange(len(group.sites))
+        values[..., 3:] = torch.randn(n, len(group.sites), 1, generator=torch.Generator().manual_seed(int(sample[0])))
+        acts[group.name] = values
     bos = position == 0
     tokens = TokenTable(
         sample=sample,
@@ -218,18 +225,20 @@ def unit_data(lengths: Sequence[int], samples: range, spec: StoreSpec) -> UnitDa
         image=torch.full((n,), -1, dtype=torch.int16),
     )
     return UnitData(
-        acts=to_stored(acts, spec.store_dtype),
+        acts=acts,
         tokens=tokens,
         sample_ids=tuple(f"sample-{s}" for s in samples),
         sample_tokens=tuple(lengths[s] for s in samples),
     )
 
 
-def make_store(path: Path, lengths: Sequence[int], **changes: Any) -> ActivationStore:
+def make_store(path: Path | str, lengths: Sequence[int], **changes: Any) -> ActivationStore:
     """A complete store of samples of the given lengths; see `unit_data` for what it holds."""
     spec = make_spec(**changes)
     plan = make_plan(lengths, spec.rows_per_unit)
     writer = StoreWriter(path, spec, plan)
+    if not writer.calibrated:
+        writer.calibrate(unit_data(lengths, plan.samples(0), spec).acts)
     for unit in writer.pending():
         writer.commit(unit, unit_data(lengths, plan.samples(unit), spec))
     writer.finalize()

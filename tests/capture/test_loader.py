@@ -1,28 +1,30 @@
-"""The read order: each row once, the same batches for every number of ranks, and resumable at any step."""
+"""Training reads each token once an epoch, the same batches on any number of ranks, and can go on from anywhere."""
 
 from __future__ import annotations
 
 import json
+import pickle
+import subprocess
+import sys
 import threading
 from collections.abc import Iterator
-from itertools import islice, pairwise
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
 import torch
-from hypothesis import given, settings
-from hypothesis import strategies as st
+from torch.utils.data import DataLoader, IterableDataset
 
+from clt.capture.filters import TokenFilter
 from clt.capture.loader import ActivationLoader, iterate_store
-from clt.capture.order import ReadOrder, pack_units, permutation
-from clt.capture.shard import unit_files
+from clt.capture.schema import SiteGroup
 from clt.capture.store import ActivationStore
 from clt.errors import CheckpointError, ConfigError, StoreError
 from clt.records import ActivationBatch, Modality
 
-from .conftest import make_store
+from .conftest import SITES, make_store
 
 X, Y = ("lm.0.resid_mid", "lm.1.resid_mid"), ("lm.0.mlp_out", "lm.1.mlp_out")
 LENGTHS = [int(n) for n in np.random.RandomState(0).randint(3, 40, size=40)]
@@ -41,80 +43,6 @@ def loader(store: ActivationStore, **changes: Any) -> ActivationLoader:
 
 def keys(batch: ActivationBatch) -> list[tuple[int, int]]:
     return list(zip(batch.tokens.sample.tolist(), batch.tokens.position.tolist(), strict=True))
-
-
-def test_the_order_is_the_same_on_every_machine() -> None:
-    # Written down once: a change here breaks the resume of every training run.
-    assert permutation(8, seed=7, stream=(1, 2, 3, 4)).tolist() == [0, 1, 3, 7, 4, 6, 5, 2]
-    assert sorted(permutation(1000, 0, (0, 0, 0, 0))) == list(range(1000))
-    assert not np.array_equal(permutation(50, 0, (0, 1, 0, 0)), permutation(50, 0, (0, 0, 0, 1)))
-    assert not np.array_equal(permutation(50, -1, (0, 0, 0, 0)), permutation(50, 1, (0, 0, 0, 0)))
-
-
-@given(st.lists(st.integers(1, 30), min_size=1, max_size=60), st.integers(30, 90))
-def test_packing_covers_all_samples_in_order_and_fills_units(lengths: list[int], rows: int) -> None:
-    starts = pack_units(lengths, rows)
-    assert (starts[0], starts[-1]) == (0, len(lengths))
-    for first, stop in pairwise(starts):
-        assert 0 < sum(lengths[first:stop]) <= rows
-        if stop < len(lengths):
-            assert sum(lengths[first : stop + 1]) > rows, "the next sample would not have fitted"
-
-
-def test_sample_longer_than_a_unit_is_an_error() -> None:
-    with pytest.raises(ConfigError, match="sample 1 has 31 tokens, rows_per_unit=30; raise"):
-        pack_units([5, 31], 30)
-
-
-@st.composite
-def orders(draw: st.DrawFn) -> ReadOrder:
-    blocks = draw(st.lists(st.integers(0, 20), min_size=1, max_size=40))
-    total = sum(blocks)
-    batch = draw(st.sampled_from([1, 4, 8, 12, 64, 192]).filter(lambda b: b <= max(total, 1)))
-    blocks[0] += max(0, batch - total)
-    return ReadOrder(
-        blocks, seed=draw(st.integers(0, 5)), epoch=draw(st.integers(0, 3)), batch_rows=batch,
-        window_rows=draw(st.integers(1, 300)),
-    )  # fmt: skip
-
-
-@settings(deadline=None)
-@given(orders())
-def test_each_row_comes_at_most_once_and_few_are_left_out(order: ReadOrder) -> None:
-    seen = np.concatenate([order.rows(step) for step in range(order.steps)])
-    assert len(seen) == order.steps * order.batch_rows == order.num_rows - order.dropped_rows
-    assert len(np.unique(seen, axis=0)) == len(seen)
-    assert order.dropped_rows < order.batch_rows
-
-
-@settings(deadline=None)
-@given(orders(), st.data())
-def test_ranks_joined_in_order_read_the_batch_of_one_rank(order: ReadOrder, data: st.DataObject) -> None:
-    step = data.draw(st.integers(0, order.steps - 1))
-    for world in (1, 2, 4):
-        if order.streams % world == 0:
-            joined = np.concatenate([order.rows(step, rank, world) for rank in range(world)])
-            assert np.array_equal(joined, order.rows(step))
-
-
-def test_orders_of_epochs_and_seeds_differ() -> None:
-    def first(seed: int, epoch: int) -> np.ndarray:
-        return ReadOrder([16] * 50, seed=seed, epoch=epoch, batch_rows=64, window_rows=256).rows(0)
-
-    assert np.array_equal(first(1, 0), first(1, 0))
-    assert not np.array_equal(first(1, 0), first(1, 1))
-    assert not np.array_equal(first(1, 0), first(2, 0))
-
-
-def test_a_batch_mixes_the_whole_window() -> None:
-    order = ReadOrder([64] * 500, seed=0, epoch=0, batch_rows=256, window_rows=64 * 64)
-    blocks = np.unique(order.rows(order.steps // 2)[:, 0])
-    assert len(blocks) >= 64, "one block at least for each of 64 streams"
-
-
-def test_million_blocks_are_planned_at_once_and_reached_anywhere() -> None:
-    order = ReadOrder(np.full(1_000_000, 512), seed=0, epoch=0, batch_rows=8192, window_rows=65_536)
-    assert order.rows(order.steps - 1, 3, 8).shape == (1024, 2)
 
 
 def test_impossible_batches_and_worlds_are_errors(store: ActivationStore) -> None:
@@ -163,7 +91,7 @@ def test_global_batches_do_not_depend_on_the_number_of_ranks(store: ActivationSt
 
 
 def test_drop_bos_leaves_out_bos_and_nothing_else(store: ActivationStore) -> None:
-    one = loader(store, drop_bos=True, batch_tokens=8)
+    one = loader(store, where=TokenFilter(drop_bos=True), batch_tokens=8)
     seen = [key for batch in islice(one, one.steps_per_epoch) for key in keys(batch)]
     assert all(position > 0 for _, position in seen)
     assert len(set(seen)) == len(seen)
@@ -194,7 +122,7 @@ def test_state_of_another_job_is_an_error(store: ActivationStore, tmp_path: Path
     for change, key in (
         ({"seed": 4}, "seed"),
         ({"batch_tokens": 64}, "batch_tokens"),
-        ({"drop_bos": True}, "drop_bos"),
+        ({"where": TokenFilter(drop_bos=True)}, "where"),
     ):
         with pytest.raises(CheckpointError, match=f"loader state: {key} was"):
             loader(store, **change).load_state_dict(state)
@@ -209,22 +137,128 @@ def test_only_the_sites_asked_for_are_read(store: ActivationStore) -> None:
     assert (batch.x[0, :, 2] == 1).all()
 
 
-def test_error_in_the_background_is_raised_where_batches_are_taken(tmp_path: Path) -> None:
-    store = make_store(tmp_path / "store", LENGTHS, rows_per_unit=1024)
+def acts_shard(store: ActivationStore, unit: int) -> Path:
+    return Path(store.location) / f"data.zarr/acts/lm/c/{unit}/0/0"
+
+
+def loader_threads() -> list[str]:
+    return [t.name for t in threading.enumerate() if t.name.startswith("activation-")]
+
+
+@pytest.mark.parametrize("damage", ["missing", "flipped bit", "truncated"])
+def test_damage_is_raised_where_batches_are_taken_and_never_skipped(tmp_path: Path, damage: str) -> None:
+    store = make_store(tmp_path / "store", LENGTHS, rows_per_unit=256)
     one = loader(store)
-    for unit in store.units:
-        (store.path / unit_files(unit.unit)[0]).unlink()
-    with pytest.raises(StoreError, match="missing from the store"):
-        next(iter(one))
-    assert not [t for t in threading.enumerate() if t.name == "activation-loader"]
+    shard = acts_shard(store, 1)
+    if damage == "missing":
+        shard.unlink()
+    else:
+        contents = bytearray(shard.read_bytes())
+        contents[100] ^= 1
+        shard.write_bytes(contents[: 100 if damage == "truncated" else None])
+    with pytest.raises(StoreError, match=str(shard)):
+        list(one.epoch(0))
+    assert not loader_threads()
 
 
-def test_background_thread_ends_with_the_iterator(store: ActivationStore) -> None:
-    stream: Iterator[ActivationBatch] = iter(loader(store))
+def test_threads_end_with_the_iterator(store: ActivationStore) -> None:
+    one = loader(store)
+    assert not loader_threads(), "a loader that is not iterated has none"
+    stream: Iterator[ActivationBatch] = iter(one)
     next(stream)
-    assert [t for t in threading.enumerate() if t.name == "activation-loader"]
+    assert loader_threads()
     stream.close()  # type: ignore[attr-defined]
-    assert not [t for t in threading.enumerate() if t.name == "activation-loader"]
+    assert not loader_threads()
+
+
+def test_iterators_of_one_loader_do_not_disturb_each_other(store: ActivationStore) -> None:
+    one = loader(store)
+    first, second = one.epoch(0), one.epoch(0)
+    for a, b in zip(first, second, strict=True):
+        assert torch.equal(a.x, b.x) and keys(a) == keys(b)
+
+
+def test_a_single_epoch_is_the_same_batches_and_moves_nothing(store: ActivationStore) -> None:
+    one = loader(store)
+    steps = one.steps_per_epoch
+    endless = [keys(batch) for batch in islice(loader(store), 2 * steps)]
+    assert [keys(batch) for batch in one.epoch(1)] == endless[steps:]
+    assert [keys(batch) for batch in one.epoch(0, first_step=5)] == endless[5:steps]
+    assert one.state_dict()["step"] == one.state_dict()["epoch"] == 0
+
+
+class Batches(IterableDataset):  # type: ignore[type-arg]
+    """A loader as a worker process of torch's DataLoader sees it."""
+
+    def __init__(self, loader: ActivationLoader) -> None:
+        self.loader = loader
+
+    def __iter__(self) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
+        for batch in islice(self.loader, 10):
+            yield batch.x, batch.tokens.sample
+
+
+@pytest.mark.parametrize("start", ["fork", "spawn"])
+def test_workers_of_a_data_loader_read_the_same_batches(store: ActivationStore, start: str) -> None:
+    one = loader(store)
+    expected = list(islice(one, 10))
+    one = pickle.loads(pickle.dumps(loader(store)))
+    next(iter(one))  # files are open, threads have run and ended
+    one.load_state_dict(loader(store).state_dict())
+    workers = DataLoader(Batches(one), batch_size=None, num_workers=1, multiprocessing_context=start)
+    for (x, sample), batch in zip(workers, expected, strict=True):
+        assert torch.equal(x, batch.x) and torch.equal(sample, batch.tokens.sample)
+
+
+def test_batches_that_are_kept_are_never_written_again(store: ActivationStore) -> None:
+    one = loader(store, batch_tokens=8)
+    kept = [(batch, batch.x.clone(), batch.y.clone()) for batch in islice(one, 200)]
+    for batch, x, y in kept:
+        assert torch.equal(batch.x, x) and torch.equal(batch.y, y)
+    assert len({batch.x.data_ptr() for batch, _, _ in kept}) == 200
+
+
+def test_batches_that_are_let_go_lend_their_memory(store: ActivationStore) -> None:
+    places = {batch.x.data_ptr() for batch in islice(loader(store, batch_tokens=8, read_ahead=2), 200)}
+    assert len(places) <= 2 + 2
+
+
+@pytest.mark.parametrize(
+    "where",
+    [
+        TokenFilter(modalities=("text",)),
+        TokenFilter(modalities=("bos",)),
+        TokenFilter(modalities=("text", "bos"), drop_bos=True),
+        TokenFilter(norm_cap=1.2),
+        TokenFilter(drop_bos=True, norm_cap=0.9),
+    ],
+)
+def test_a_filter_lets_through_what_it_says_and_nothing_else(store: ActivationStore, where: TokenFilter) -> None:
+    cap = None if where.norm_cap is None else where.norm_cap * store.mean_norms("lm")
+    expected = set()
+    for unit in store.units:
+        norms, tokens = store.norms(unit.unit, "lm"), store.tokens(unit.unit)
+        for row, (sample, position) in enumerate(zip(tokens.sample.tolist(), tokens.position.tolist(), strict=True)):
+            of_class = "bos" if position == 0 else "text"
+            if of_class not in (where.modalities or ("text", "bos")) or (where.drop_bos and of_class == "bos"):
+                continue
+            if cap is None or not (norms[row] > cap).any():
+                expected.add((sample, position))
+    assert 0 < len(expected) < TOTAL
+    one = loader(store, where=where, batch_tokens=8)
+    seen = [key for batch in one.epoch(0) for key in keys(batch)]
+    assert len(set(seen)) == len(seen) == len(expected) - one.dropped_tokens
+    assert set(seen) <= expected
+    assert {key for batch in iterate_store(store, X, Y, 100, where=where) for key in keys(batch)} == expected
+
+
+def test_filters_that_pass_nothing_are_errors(store: ActivationStore) -> None:
+    with pytest.raises(ConfigError, match=r"no token passes the filter \(image\); loosen it"):
+        loader(store, where=TokenFilter(modalities=("image",)))
+    with pytest.raises(ConfigError, match="'images' is no class of tokens; take some of text, image"):
+        TokenFilter(modalities=("images",))  # type: ignore[arg-type]
+    with pytest.raises(ConfigError, match="norm_cap=0 lets no token pass"):
+        TokenFilter(norm_cap=0)
 
 
 @pytest.mark.parametrize("drop_bos", [False, True])
@@ -238,17 +272,98 @@ def test_iterate_store_goes_through_everything_in_stored_order(
         for s, p in zip(store.tokens(unit.unit).sample, store.tokens(unit.unit).position, strict=True)
         if not (drop_bos and p == 0)
     ]
-    batches = list(iterate_store(store, X, Y, batch_tokens, drop_bos=drop_bos))
+    batches = list(iterate_store(store, X, Y, batch_tokens, where=TokenFilter(drop_bos=drop_bos)))
     assert [key for batch in batches for key in keys(batch)] == expected
     assert all(len(keys(batch)) == batch_tokens for batch in batches[:-1])
     for batch in batches:
         assert torch.equal(batch.y[1, :, 0], batch.tokens.sample + 1.0)
         assert not (drop_bos and (batch.tokens.modality == Modality.BOS).any())
-    some = list(iterate_store(store, X, Y, batch_tokens, drop_bos=drop_bos, max_tokens=50))
+    some = list(iterate_store(store, X, Y, batch_tokens, where=TokenFilter(drop_bos=drop_bos), max_tokens=50))
     assert [key for batch in some for key in keys(batch)] == expected[:50]
 
 
 def test_bfloat16_store_reads_as_the_rounded_values(tmp_path: Path) -> None:
     exact = next(iter(loader(make_store(tmp_path / "exact", LENGTHS, rows_per_unit=1024))))
-    rounded = next(iter(loader(make_store(tmp_path / "rounded", LENGTHS, rows_per_unit=1024, store_dtype="bfloat16"))))
+    store = make_store(tmp_path / "rounded", LENGTHS, rows_per_unit=1024, store_dtype="bfloat16")
+    rounded, stored = next(iter(loader(store))), next(iter(loader(store, as_stored=True)))
     assert torch.equal(rounded.x, exact.x.bfloat16().float())
+    assert stored.x.dtype == torch.bfloat16 and torch.equal(stored.x, exact.x.bfloat16())
+
+
+@pytest.mark.parametrize("changes", [{"store_dtype": "int8"}, {"store_dtype": "bfloat16", "compression": "zstd"}])
+def test_capacity_stores_are_delivered_as_the_store_reads_them(tmp_path: Path, changes: dict[str, str]) -> None:
+    store = make_store(tmp_path / "store", LENGTHS, rows_per_unit=256, **changes)
+    known: dict[tuple[int, int], torch.Tensor] = {}
+    for unit in store.units:
+        values, tokens = store.read(unit.unit, 0, unit.n_tokens, X + Y).float(), store.tokens(unit.unit)
+        known.update(zip(zip(tokens.sample.tolist(), tokens.position.tolist(), strict=True), values, strict=True))
+    for batch in loader(store, where=TokenFilter(drop_bos=True)).epoch(0):
+        expected = torch.stack([known[key] for key in keys(batch)], dim=1)
+        assert torch.equal(torch.cat([batch.x, batch.y]), expected)
+
+
+def test_sites_of_two_groups_are_read_together_if_their_widths_agree(tmp_path: Path) -> None:
+    def store(name: str, width: int) -> ActivationStore:
+        groups = (SiteGroup(name="in", sites=SITES[:2], width=4), SiteGroup(name="out", sites=SITES[2:], width=width))
+        return make_store(tmp_path / name, LENGTHS, rows_per_unit=256, groups=groups)
+
+    for batch in loader(store("equal", 4), y_sites=SITES[:1:-1]).epoch(0):
+        for sites, tensor in (((0, 1), batch.x), ((1, 0), batch.y)):
+            for row, site in enumerate(sites):
+                assert torch.equal(tensor[row, :, 0], batch.tokens.sample + 1.0)
+                assert (tensor[row, :, 2] == site).all()
+    with pytest.raises(StoreError, match="sites of groups in and out have no common width"):
+        loader(store("unequal", 6))
+
+
+MEASURED = """
+import sys
+from clt.capture.loader import ActivationLoader
+from clt.capture.store import open_store
+
+def resident(peak):
+    with open("/proc/self/status") as status:
+        return next(int(line.split()[1]) << 10 for line in status if line.startswith("VmHWM" if peak else "VmRSS"))
+
+store = open_store(sys.argv[1])
+loader = ActivationLoader(
+    store, x_sites=store.sites[:2], y_sites=store.sites[2:], batch_tokens=1024, window_tokens=4096, seed=0
+)
+before = resident(peak=False)
+for _ in loader.epoch(0):
+    pass
+print(resident(peak=True) - before, loader.memory_bytes)
+"""
+
+
+def test_an_iterator_stays_within_the_memory_that_it_states(tmp_path: Path) -> None:
+    lengths = [100] * 600
+    store = make_store(
+        tmp_path / "store", lengths, rows_per_unit=6400, chunk_tokens=64, store_dtype="bfloat16",
+        groups=(SiteGroup(name="lm", sites=SITES, width=256),),
+    )  # fmt: skip
+    result = subprocess.run(
+        [sys.executable, "-c", MEASURED, str(store.location)], capture_output=True, text=True, check=True
+    )
+    grown, stated = map(int, result.stdout.split())
+    # Threads' stacks and the interpreter's own memory are not counted.
+    assert grown <= stated + 16 * 2**20
+    assert stated + 16 * 2**20 < sum(lengths) * store.spec.bytes_per_token, "the store would not have fitted"
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("store_dtype", ["float32", "bfloat16", "int8"])
+@pytest.mark.parametrize("on_host", [False, True])
+def test_batches_on_a_gpu_are_those_on_the_cpu(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, store_dtype: str, on_host: bool
+) -> None:
+    if on_host:
+        monkeypatch.setattr("clt.capture.cuda_slots._MEMORY_SHARE", 0.0)
+    store = make_store(tmp_path / "store", LENGTHS, rows_per_unit=256, store_dtype=store_dtype)
+    for as_stored in (False, True):
+        settings = {"as_stored": as_stored, "where": TokenFilter(drop_bos=True)}
+        pairs = zip(loader(store, **settings), loader(store, device="cuda", **settings), strict=True)
+        for cpu, gpu in islice(pairs, 100):
+            assert gpu.x.device.type == gpu.y.device.type == "cuda"
+            assert torch.equal(gpu.x.cpu(), cpu.x) and torch.equal(gpu.y.cpu(), cpu.y)
+            assert keys(gpu) == keys(cpu)

@@ -17,8 +17,7 @@ import torch
 import yaml
 from toy_job import global_batch
 
-from clt.capture.schema import SCHEMA_VERSION, CapturePlan, StoreSpec
-from clt.capture.shard import to_stored
+from clt.capture.schema import SCHEMA_VERSION, CapturePlan, SiteGroup, StoreSpec
 from clt.capture.writer import StoreWriter, UnitData
 from clt.config import TrainConfig, parse_config
 from clt.launch.train import main, train
@@ -51,8 +50,10 @@ def store(tmp_path_factory: pytest.TempPathFactory) -> Path:
             name="teacher", revision="local", architecture="T", n_layers=LAYERS, d_model=D_MODEL, fingerprint="ab"
         ),
         model_dtype="float32",
-        sites=sites,
+        created_by="tests",
+        groups=(SiteGroup(name="lm", sites=sites, width=D_MODEL),),
         store_dtype="bfloat16",
+        compression="none",
         rows_per_unit=ROWS,
         chunk_tokens=64,
         batch_size=1,
@@ -64,7 +65,7 @@ def store(tmp_path_factory: pytest.TempPathFactory) -> Path:
     for unit in range(UNITS):
         x, y = global_batch(unit, tokens=ROWS)
         acts = torch.stack([x, y], dim=1).flatten(0, 1).transpose(0, 1)
-        writer.commit(unit, UnitData(acts=to_stored(acts, "bfloat16"), tokens=_tokens(unit), **_samples(unit)))
+        writer.commit(unit, UnitData(acts={"lm": acts}, tokens=_tokens(unit), **_samples(unit)))
     writer.finalize()
     return folder
 

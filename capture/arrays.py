@@ -1,0 +1,119 @@
+"""Shapes, types and names of a store's Zarr arrays, and their Zarr v3 metadata.
+
+Every array is cut along its first axis, the tokens: unit u owns the rows [u R, (u+1) R), which lie in one shard file.
+Inside it, chunks of C rows lie in lexicographic order, each followed by its crc32c, and the index at the end
+(`sharding_indexed`). The metadata is written from here, so that the same store has the same bytes for every release
+of zarr-python. bfloat16 has no Zarr data type that every reader knows: its bits are uint16, and an attribute says so.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any, Literal
+
+Compression = Literal["none", "zstd"]
+
+DATA = "data.zarr"
+TOKENS = f"{DATA}/tokens"
+#: Token arrays and their types; all but `natural_index` are fields of `TokenTable`.
+TOKEN_DTYPES = {
+    "sample": "int64",
+    "position": "int32",
+    "token_id": "int32",
+    "modality": "uint8",
+    "patch_row": "int16",
+    "patch_col": "int16",
+    "image": "int16",
+    "natural_index": "uint32",
+}
+#: Plain zstd at its lowest level: on bfloat16 no shuffle and no higher level gains more than a few percent.
+ZSTD_LEVEL = 1
+
+
+@dataclass(frozen=True, kw_only=True)
+class ArraySpec:
+    """One array of a store.
+
+    Attributes:
+        key: its folder, relative to the store.
+        units: units of the plan.
+        rows_per_unit: R, rows of a shard.
+        chunk_rows: C, rows of a chunk, a divisor of R.
+        shape: sizes of the axes after the first.
+        chunk_shape: sizes of a chunk along them.
+        dtype: numpy name of the stored type.
+        dimensions: names of all axes.
+        compression: of the chunks.
+        attributes: of the array.
+    """
+
+    key: str
+    units: int
+    rows_per_unit: int
+    chunk_rows: int
+    shape: tuple[int, ...]
+    chunk_shape: tuple[int, ...]
+    dtype: str
+    dimensions: tuple[str, ...]
+    compression: Compression = "none"
+    attributes: Mapping[str, Any] = field(default_factory=dict)
+
+    @property
+    def chunk(self) -> tuple[int, ...]:
+        """Shape of a chunk."""
+        return (self.chunk_rows, *self.chunk_shape)
+
+    @property
+    def chunks_per_row(self) -> int:
+        """Chunks that hold the same rows, neighbours in the file."""
+        return math.prod(size // part for size, part in zip(self.shape, self.chunk_shape, strict=True))
+
+    @property
+    def chunks(self) -> int:
+        """Chunks of a shard, missing ones included."""
+        return self.rows_per_unit // self.chunk_rows * self.chunks_per_row
+
+    def shard(self, unit: int) -> str:
+        """Key of a unit's shard."""
+        return f"{self.key}/c/{unit}" + "/0" * len(self.shape)
+
+    def metadata(self) -> bytes:
+        """Contents of the array's zarr.json."""
+        tail = list(self.shape)
+        endian = {} if self.dtype in ("uint8", "int8") else {"configuration": {"endian": "little"}}
+        zstd = {"name": "zstd", "configuration": {"level": ZSTD_LEVEL, "checksum": False}}
+        codecs = [{"name": "bytes", **endian}, *([zstd] if self.compression == "zstd" else []), {"name": "crc32c"}]
+        sharding = {
+            "chunk_shape": list(self.chunk),
+            "codecs": codecs,
+            "index_codecs": [{"name": "bytes", "configuration": {"endian": "little"}}, {"name": "crc32c"}],
+            "index_location": "end",
+        }
+        grid = {"name": "regular", "configuration": {"chunk_shape": [self.rows_per_unit, *tail]}}
+        return _json(
+            {
+                "zarr_format": 3,
+                "node_type": "array",
+                "shape": [self.units * self.rows_per_unit, *tail],
+                "data_type": self.dtype,
+                "chunk_grid": grid,
+                "chunk_key_encoding": {"name": "default", "configuration": {"separator": "/"}},
+                "fill_value": 0.0 if self.dtype.startswith("float") else 0,
+                "codecs": [{"name": "sharding_indexed", "configuration": sharding}],
+                "attributes": dict(self.attributes),
+                "dimension_names": list(self.dimensions),
+                "storage_transformers": [],
+            }
+        )
+
+
+def group_metadata() -> bytes:
+    """Contents of a group's zarr.json."""
+    return _json({"zarr_format": 3, "node_type": "group", "attributes": {}})
+
+
+def _json(tree: dict[str, Any]) -> bytes:
+    return json.dumps(tree, indent=1).encode()

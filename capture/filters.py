@@ -1,0 +1,82 @@
+"""Which tokens of a store are used, decided from what is known about them without reading activations."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Literal
+
+import numpy as np
+from numpy.typing import NDArray
+
+from clt.capture.schema import TOKEN_CLASSES
+from clt.errors import ConfigError
+
+if TYPE_CHECKING:
+    from clt.capture.store import ActivationStore
+
+TokenClass = Literal["text", "image", "image_special", "bos"]
+
+
+@dataclass(frozen=True, kw_only=True)
+class TokenFilter:
+    """Which tokens pass; by default all do.
+
+    Attributes:
+        modalities: classes of tokens that pass; absent: all.
+        drop_bos: leave out beginning-of-sequence tokens.
+        norm_cap: leave out a token whose norm at any stored site exceeds so many times that site's mean norm, which is
+            taken over all tokens but beginning-of-sequence tokens; absent: no cap.
+    """
+
+    modalities: tuple[TokenClass, ...] | None = None
+    drop_bos: bool = False
+    norm_cap: float | None = None
+
+    def __post_init__(self) -> None:
+        for name in self.modalities or ():
+            if name not in TOKEN_CLASSES:
+                raise ConfigError(
+                    f"modalities: '{name}' is no class of tokens; take some of {', '.join(TOKEN_CLASSES)}"
+                )
+        if self.norm_cap is not None and not self.norm_cap > 0:
+            raise ConfigError(f"norm_cap={self.norm_cap} lets no token pass; take a number above 1, or leave it out")
+
+    @property
+    def classes(self) -> tuple[int, ...]:
+        """Numbers, in `TOKEN_CLASSES`, of the classes whose tokens pass but for the norm cap."""
+        chosen = TOKEN_CLASSES if self.modalities is None else self.modalities
+        return tuple(
+            number
+            for number, name in enumerate(TOKEN_CLASSES)
+            if name in chosen and not (self.drop_bos and name == "bos")
+        )
+
+    def keep(self, store: ActivationStore, unit: int) -> NDArray[np.bool_] | None:
+        """Which tokens of a unit pass.
+
+        Args:
+            store: the store.
+            unit: number of the unit.
+
+        Returns:
+            [n_tokens] bool in the order of storage, or None if all pass.
+
+        Raises:
+            StoreError: a shard is missing, truncated or damaged.
+        """
+        passes = np.ones(store.n_tokens(unit), dtype=np.bool_)
+        if len(self.classes) < len(TOKEN_CLASSES):
+            passes &= np.isin(store.modality(unit).numpy(), self.classes)
+        if self.norm_cap is not None:
+            for group in store.spec.groups:
+                cap = self.norm_cap * store.mean_norms(group.name).numpy()
+                passes &= ~(store.norms(unit, group.name).numpy() > cap).any(axis=1)
+        return None if passes.all() else passes
+
+    def __str__(self) -> str:
+        classes = ",".join(TOKEN_CLASSES[number] for number in self.classes)
+        return classes if self.norm_cap is None else f"{classes} norm_cap={self.norm_cap!r}"
+
+
+#: Lets every token pass.
+ALL_TOKENS = TokenFilter()

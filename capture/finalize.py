@@ -1,0 +1,175 @@
+"""Joins the committed units of a store into its manifest.
+
+Everything here follows from the committed files alone and always in unit order, so that every worker that finalizes
+writes the same bytes.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import fields
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from clt.capture.arrays import DATA, ArraySpec
+from clt.capture.files import FileRecord, check_size, read_checked, record_file, record_of
+from clt.capture.moments import Moments, unpack_moments
+from clt.capture.rows import write_rows
+from clt.capture.schema import (
+    PLAN,
+    QUANTISATION,
+    SPEC,
+    TOKEN_CLASSES,
+    CapturePlan,
+    Manifest,
+    QuantisationError,
+    SiteGroup,
+    StoreArrays,
+    UnitEntry,
+    UnitRecord,
+    commit_path,
+    parse,
+    stats_path,
+)
+from clt.capture.storage_base import Storage
+from clt.errors import StoreError
+
+_BOS = TOKEN_CLASSES.index("bos")
+
+
+def build_manifest(storage: Storage, arrays: StoreArrays, plan: CapturePlan, digest: str) -> Manifest:
+    """Checks all commit records, merges the statistics and writes them as Zarr arrays.
+
+    Args:
+        storage: the store's files.
+        arrays: its arrays.
+        plan: its plan; all units are committed.
+        digest: `store_digest`, which all records carry.
+
+    Returns:
+        The manifest, not yet written.
+
+    Raises:
+        StoreError: a record does not belong to this store, or a committed file is missing or truncated.
+    """
+    sizes = {entry.key: entry.bytes for entry in storage.list("")}
+    units: list[UnitEntry] = []
+    for unit in range(plan.n_units):
+        commit, record = read_commit(storage, unit, digest)
+        if record.n_tokens != plan.unit_tokens[unit]:
+            raise StoreError(
+                f"{storage.name(commit.path)}: has {record.n_tokens} tokens, the plan says {plan.unit_tokens[unit]}; "
+                f"run 'clt store repair'"
+            )
+        for file in record.files:
+            check_size(storage, file, sizes.get(file.path))
+        units.append(unit_entry(commit, record))
+    total = merged_moments(storage, units, arrays.spec.groups)
+    common = [SPEC, PLAN, *([QUANTISATION] if arrays.spec.store_dtype == "int8" else []), *metadata_keys(arrays)]
+    stats = [file for group in arrays.spec.groups for file in _write_stats(storage, group, total[group.name])]
+    return Manifest(
+        spec=arrays.spec,
+        units=tuple(units),
+        files=(*(record_file(storage, key) for key in common), *stats),
+        quantisation=dict(_quantisation(arrays.spec.groups, total)),
+    )
+
+
+def read_commit(storage: Storage, unit: int, digest: str) -> tuple[FileRecord, UnitRecord]:
+    """Commit record of a unit, and the record of that file.
+
+    Raises:
+        StoreError: it is missing or damaged, or belongs to another store or unit.
+    """
+    path = commit_path(unit)
+    contents = storage.read(path)
+    record = parse(UnitRecord, contents, storage.name(path))
+    if record.store != digest or record.unit != unit:
+        raise StoreError(f"{storage.name(path)}: belongs to another store or unit; run 'clt store repair'")
+    return record_of(path, contents), record
+
+
+def committed_units(storage: Storage) -> set[int]:
+    """Numbers of the units that have a commit record."""
+    names = [entry.key.rpartition("/")[2] for entry in storage.list("units/commits/")]
+    return {int(name.removesuffix(".json")) for name in names if name.endswith(".json") and name[0] != "."}
+
+
+def unit_entry(commit: FileRecord, record: UnitRecord) -> UnitEntry:
+    """What the manifest says of a unit."""
+    return UnitEntry(
+        unit=record.unit,
+        n_tokens=record.n_tokens,
+        sample_start=record.sample_start,
+        n_samples=len(record.sample_ids),
+        files=(commit, *record.files),
+    )
+
+
+def unit_moments(
+    storage: Storage, record: UnitRecord | UnitEntry, groups: tuple[SiteGroup, ...]
+) -> dict[str, Moments]:
+    """Moments of a committed unit by group; raises StoreError if the file is missing or damaged."""
+    path = stats_path(record.unit)
+    file = next(file for file in record.files if file.path == path)
+    return unpack_moments(read_checked(storage, file), [group.name for group in groups], storage.name(path))
+
+
+def merged_moments(
+    storage: Storage, units: Sequence[UnitEntry], groups: tuple[SiteGroup, ...]
+) -> dict[str, Moments]:
+    """Moments over units by group, merged in their order; raises StoreError as `unit_moments` does."""
+    total = {group.name: Moments.zeros(len(group.sites), group.width) for group in groups}
+    for unit in units:
+        for name, moments in unit_moments(storage, unit, groups).items():
+            total[name] = total[name].merge(moments)
+    return total
+
+
+def metadata_keys(arrays: StoreArrays) -> list[str]:
+    """Keys of the Zarr metadata of all groups and of all arrays that units share."""
+    return [f"{folder}/zarr.json" for folder in (*arrays.folders(), *(array.key for array in arrays.per_unit()))]
+
+
+def stats_arrays(group: SiteGroup) -> dict[str, ArraySpec]:
+    """Arrays of the merged moments of a group, by field of `Moments`."""
+    empty = Moments.zeros(len(group.sites), group.width)
+    specs = {}
+    for name in (f.name for f in fields(Moments)):
+        tensor: Tensor = getattr(empty, name)
+        specs[name] = ArraySpec(
+            key=f"{DATA}/stats/{group.name}/{name}",
+            units=1,
+            rows_per_unit=len(TOKEN_CLASSES),
+            chunk_rows=len(TOKEN_CLASSES),
+            shape=tuple(tensor.shape[1:]),
+            chunk_shape=tuple(tensor.shape[1:]),
+            dtype=str(tensor.dtype).removeprefix("torch."),
+            dimensions=("token_class", "site", "channel")[: tensor.ndim],
+            attributes={"token_classes": list(TOKEN_CLASSES)},
+        )
+    return specs
+
+
+def _write_stats(storage: Storage, group: SiteGroup, moments: Moments) -> Iterator[FileRecord]:
+    for name, array in stats_arrays(group).items():
+        storage.put(f"{array.key}/zarr.json", array.metadata())
+        yield record_file(storage, f"{array.key}/zarr.json")
+        write_rows(storage, array, 0, getattr(moments, name).numpy())
+        yield record_file(storage, array.shard(0))
+
+
+def _quantisation(
+    groups: tuple[SiteGroup, ...], total: Mapping[str, Moments]
+) -> Iterator[tuple[str, QuantisationError]]:
+    for group in groups:
+        # Beginning-of-sequence tokens would hide the error: their variance exceeds that of all others together.
+        moments = total[group.name].over([c for c in range(len(TOKEN_CLASSES)) if c != _BOS])
+        error, m2 = moments.error[0], moments.m2[0]
+        by_channel = torch.where(error > 0, error / m2.clamp_min(1e-300), torch.zeros_like(error))
+        pooled = error.sum(1) / m2.sum(1).clamp_min(1e-300)
+        for site, name in enumerate(group.sites):
+            worst = float(np.quantile(by_channel[site].numpy(), 0.99))
+            yield name, QuantisationError(fvu=float(pooled[site]), fvu_p99=worst)

@@ -1,0 +1,196 @@
+"""How fast this machine captures, writes and reads: measured on a little of a job, in a place that is deleted again."""
+
+from __future__ import annotations
+
+import os
+import tempfile
+import time
+import uuid
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+import numpy as np
+import torch
+
+from clt.capture.capacity import existing_folder, local_folder
+from clt.capture.rows import TORCH_DTYPES, bits_of, write_rows
+from clt.capture.run import CaptureJob, capture_samples
+from clt.capture.schema import CapturePlan, StoreArrays, StoreSpec
+from clt.capture.storage import LocalStorage, Storage, open_storage
+from clt.capture.store import ActivationStore, open_store
+from clt.capture.writer import StoreWriter, UnitData
+from clt.errors import StoreError
+
+_PROBE_BYTES = 64 << 20
+_ROUNDS = 2
+_MOST_UNITS = 8
+_CALIBRATION_ROWS = 1024
+
+
+@dataclass(frozen=True, kw_only=True)
+class Speeds:
+    """Speeds of this machine, each the best of two rounds; activations in tokens and bytes before compression.
+
+    Attributes:
+        model: tokens per second that the model reads, its inputs prepared and its activations recorded.
+        commit: tokens per second that are committed: moments, permutation, checksums, fsync.
+        write: bytes per second of a shard written and forced to disk, without the rest of a commit.
+        read: bytes per second that one thread reads from disk, checksums verified, the page cache emptied if it can be.
+        read_cached: the same from the page cache.
+        stored_fraction: bytes on disk per byte of activations.
+    """
+
+    model: float
+    commit: float
+    write: float
+    read: float
+    read_cached: float
+    stored_fraction: float
+
+
+def measure_speeds(job: CaptureJob, output: str | Path) -> Speeds:
+    """Runs the model over two batches of a job, and writes and reads a store of some 64 MiB made of what they gave.
+
+    Args:
+        job: the capture.
+        output: folder or URL of its store; the probe lies beside the folder, or below the URL.
+
+    Returns:
+        The speeds.
+
+    Raises:
+        InputError: an example or an image cannot be read.
+        NonFiniteError: an activation is NaN or infinite.
+        StoreError: nothing can be written there.
+    """
+    samples = job.plan.samples(0)[: 2 * job.spec.batch_size]
+    model, data = 0.0, None
+    for _ in range(_ROUNDS):
+        started = time.perf_counter()
+        data = capture_samples(job, 0, samples)
+        model = max(model, len(data.tokens.sample) / (time.perf_counter() - started))
+    assert data is not None
+    spec, unit = _probe_unit(job.spec, data)
+    n = len(unit.tokens.sample)
+    nbytes = n * spec.bytes_per_token
+    with _probe(output, "commit") as storage:
+        commit_s = _commit(storage, spec, unit)
+        store = open_store(storage)
+        stored = sum(file.bytes for u in store.units for file in u.files if "/acts/" in file.path)
+        read_s = min(_read(store, forget=True) for _ in range(_ROUNDS))
+        cached_s = min(_read(store, forget=False) for _ in range(_ROUNDS))
+        units = len(store.units)
+    with _probe(output, "write") as storage:
+        write_s = min(_write(storage, spec, unit, number) for number in range(units))
+    values = units * n * sum(len(g.sites) * g.width for g in spec.groups) * TORCH_DTYPES[spec.store_dtype].itemsize
+    return Speeds(
+        model=model,
+        commit=n / commit_s,
+        write=nbytes / write_s,
+        read=units * nbytes / read_s,
+        read_cached=units * nbytes / cached_s,
+        stored_fraction=stored / values,
+    )
+
+
+def _probe_unit(spec: StoreSpec, data: UnitData) -> tuple[StoreSpec, UnitData]:
+    """A unit of the probe, at most 64 MiB, and what a store of such units holds.
+
+    The rows are those that were captured, over and over, each time with other last bits, so that compression finds no
+    repetition that a real capture would not have.
+    """
+    chunk = spec.chunk_tokens
+    rows = chunk * max(1, min(spec.rows_per_unit, _PROBE_BYTES // spec.bytes_per_token) // chunk)
+    pick = torch.arange(rows) % len(data.tokens.sample)
+    noise = 1 + 0.1 * torch.rand(rows, 1, 1, generator=torch.Generator().manual_seed(0))
+    acts = {name: (values[pick] * noise).to(values.dtype) for name, values in data.acts.items()}
+    unit = UnitData(acts=acts, tokens=data.tokens.select(pick), sample_ids=("probe",), sample_tokens=(rows,))
+    return replace(spec, rows_per_unit=rows), unit
+
+
+def _commit(storage: Storage, spec: StoreSpec, unit: UnitData) -> float:
+    """Makes a store of copies of a unit; seconds of the fastest commit."""
+    n = len(unit.tokens.sample)
+    units = max(_ROUNDS, min(_MOST_UNITS, _PROBE_BYTES // (n * spec.bytes_per_token)))
+    plan = CapturePlan(sample_starts=tuple(range(units + 1)), unit_tokens=(n,) * units)
+    writer = StoreWriter(storage, spec, plan)
+    if not writer.calibrated:
+        writer.calibrate({name: values[:_CALIBRATION_ROWS] for name, values in unit.acts.items()})
+    seconds = []
+    for number in range(units):
+        started = time.perf_counter()
+        writer.commit(number, unit)
+        seconds.append(time.perf_counter() - started)
+    writer.finalize()
+    return min(seconds)
+
+
+def _write(storage: Storage, spec: StoreSpec, unit: UnitData, number: int) -> float:
+    """Seconds to write a unit's activations and nothing else, forced to disk."""
+    arrays = [(StoreArrays(spec, number + 1).acts(group), group.name) for group in spec.groups]
+    stored = TORCH_DTYPES[spec.store_dtype]
+    bits = {name: bits_of(values.to(stored)) for name, values in unit.acts.items()}
+    started = time.perf_counter()
+    for array, name in arrays:
+        write_rows(storage, array, number, bits[name])
+    return time.perf_counter() - started
+
+
+def _read(store: ActivationStore, forget: bool) -> float:
+    """Seconds to read all activations of a store block by block into the same buffer."""
+    if forget:
+        _forget(store)
+    seconds = 0.0
+    size = store.spec.chunk_tokens
+    dtype = {"bfloat16": np.uint16, "float32": np.float32, "int8": np.int8}[store.spec.store_dtype]
+    for group in store.spec.groups:
+        sites = range(len(group.sites))
+        out = np.zeros((len(sites), size, group.width), dtype)
+        started = time.perf_counter()
+        for unit in store.units:
+            for block in range(-(-unit.n_tokens // size)):
+                store.read_block_into(unit.unit, block, group.name, sites, out)
+        seconds += time.perf_counter() - started
+    return seconds
+
+
+def _forget(store: ActivationStore) -> None:
+    """Asks the system to drop a store's files from its page cache; they are on disk already."""
+    if not isinstance(store.storage, LocalStorage) or not hasattr(os, "posix_fadvise"):
+        return
+    for unit in store.units:
+        for file in unit.files:
+            descriptor = os.open(store.storage.name(file.path), os.O_RDONLY)
+            try:
+                os.posix_fadvise(descriptor, 0, 0, os.POSIX_FADV_DONTNEED)
+            finally:
+                os.close(descriptor)
+
+
+@contextmanager
+def _probe(output: str | Path, purpose: str) -> Iterator[Storage]:
+    """An empty place on the output's disk, removed afterwards."""
+    folder = local_folder(output)
+    if folder is not None:
+        place = _beside(folder.absolute())
+        try:
+            probe = tempfile.TemporaryDirectory(prefix=f".clt-plan-{purpose}-", dir=place)
+        except OSError as error:
+            raise StoreError(f"{place}: cannot be written ({error.strerror}); choose another output") from None
+        with probe as name:
+            yield open_storage(Path(name))
+        return
+    storage = open_storage(f"{str(output).rstrip('/')}/.clt-plan-{purpose}-{uuid.uuid4().hex}")
+    try:
+        yield storage
+    finally:
+        for entry in storage.list(""):
+            storage.delete(entry.key)
+
+
+def _beside(folder: Path) -> Path:
+    """The nearest folder above one that is there, or that one itself if it is the root of its disk."""
+    above = existing_folder(folder.parent)
+    return folder if folder.is_dir() and folder.stat().st_dev != above.stat().st_dev else above

@@ -1,0 +1,96 @@
+"""Where a training job gets its activations: from a store, or from the running model."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
+
+from clt.capture.filters import TokenFilter
+from clt.capture.loader import ActivationLoader
+from clt.capture.run import CaptureConfig, plan_capture
+from clt.capture.store import open_store
+from clt.capture.streaming import CaptureRing, StreamingLoader
+from clt.capture.workers import Schedule
+from clt.config import DataSettings, StreamingSettings, TrainConfig, load_config
+from clt.errors import ConfigError
+from clt.launch.logs import job_rank, job_world
+from clt.records import ModelIdentity, SiteStats
+from clt.trainer import BatchSource
+
+
+@dataclass(frozen=True, kw_only=True)
+class Activations:
+    """What training needs to know of its activations, wherever they come from.
+
+    Attributes:
+        model: whose they are.
+        id: hash of what they are, for checkpoints.
+        stats: moments of sites over the tokens that pass a filter.
+        batches: makes the batches of a rank from (x sites, y sites, filter, data rank, data ranks).
+    """
+
+    model: ModelIdentity
+    id: str
+    stats: Callable[[Sequence[str], TokenFilter], SiteStats]
+    batches: Callable[[Sequence[str], Sequence[str], TokenFilter, int, int], BatchSource]
+
+
+def open_activations(config: TrainConfig) -> Activations:
+    """Opens the store of a job, or loads the model that it streams from.
+
+    Args:
+        config: the job.
+
+    Returns:
+        Its activations.
+
+    Raises:
+        StoreError: the store is missing or damaged, or the ring's place holds something else.
+        ModelError: the model cannot be loaded.
+        ConfigError: the capture's file is wrong, or the ring cannot be shared by the job's processes.
+    """
+    if config.streaming is not None:
+        return _from_model(config.streaming, config.data, config.seed)
+    assert config.store is not None, "checked by TrainConfig"
+    store = open_store(config.store)
+
+    def batches(x: Sequence[str], y: Sequence[str], where: TokenFilter, rank: int, world: int) -> BatchSource:
+        return ActivationLoader(
+            store,
+            x_sites=x,
+            y_sites=y,
+            batch_tokens=config.data.batch_tokens,
+            window_tokens=config.data.window_tokens,
+            seed=config.seed,
+            data_rank=rank,
+            data_world=world,
+            where=where,
+        )
+
+    return Activations(model=store.model, id=store.id, stats=store.stats, batches=batches)
+
+
+def _from_model(settings: StreamingSettings, data: DataSettings, seed: int) -> Activations:
+    if settings.ring.startswith("memory://") and job_world() > 1:
+        raise ConfigError(
+            f"streaming.ring={settings.ring}: {job_world()} processes cannot share the memory of one; use a folder, "
+            f"/dev/shm/ring for instance"
+        )
+    job = plan_capture(replace(load_config(CaptureConfig, settings.capture), output=settings.ring))
+    ring = CaptureRing(job, settings.ring, settings.units, seed, Schedule())
+
+    def batches(x: Sequence[str], y: Sequence[str], where: TokenFilter, rank: int, world: int) -> BatchSource:
+        return StreamingLoader(
+            ring,
+            x_sites=x,
+            y_sites=y,
+            batch_tokens=data.batch_tokens,
+            window_tokens=data.window_tokens,
+            seed=seed,
+            data_rank=rank,
+            data_world=world,
+            where=where,
+            removes=job_rank() == 0,
+        )
+
+    return Activations(model=job.spec.model, id=f"streamed:{ring.digest}", stats=ring.stats, batches=batches)

@@ -1,0 +1,1 @@
+"""Benchmarks: the tables of benchmarks/ are what these modules print."""

@@ -1,0 +1,190 @@
+"""Shuffled batches of all sites: the last question of the store's benchmark, and the one that training asks.
+
+Ours is `ActivationLoader`. The rivals get the same algorithm, a shuffle within windows, with threads that read blocks
+into one window while batches are gathered from another; only who reads the blocks differs. On both sides the memory of
+batches is used again, and the memory of windows is allocated once a round.
+"""
+
+from __future__ import annotations
+
+import queue
+import threading
+from collections.abc import Callable, Generator, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import ExitStack, closing
+from dataclasses import dataclass, replace
+from functools import partial
+from itertools import cycle, islice
+from typing import cast
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+from clt.capture.loader import ActivationLoader
+from clt.launch.bench.report import Table
+from clt.launch.bench.store_data import BenchStore, Bits, Layout, ReadBlock
+from clt.launch.bench.store_files import Reader, make_table
+from clt.launch.bench.timing import Rival, interleave
+from clt.records import ActivationBatch
+
+#: Activations of some sites each, [s,B,d], which together are all sites.
+Batch = tuple[Tensor, ...]
+
+LOADER = "clt loader"
+#: Threads that read blocks of a rival; with two cores, more of them made none faster.
+READER_THREADS = 2
+#: Epochs of a round, so that the first window, for which everyone waits, does not decide.
+EPOCHS = 4
+_SEED = 3
+
+
+@dataclass(frozen=True, kw_only=True)
+class Delivery:
+    """What is asked of everyone.
+
+    Attributes:
+        batch_tokens: B, tokens of a batch.
+        window_tokens: tokens that are shuffled together, a multiple of B and of the chunk.
+        dtype: of the batches, bfloat16 (as stored) or float32.
+    """
+
+    batch_tokens: int
+    window_tokens: int
+    dtype: torch.dtype
+
+
+def delivery_table(
+    key: str, title: str, store: BenchStore, everyone: Sequence[Reader], delivery: Delivery, rounds: int
+) -> Table:
+    """Delivers all tokens of a store in shuffled batches, one epoch a round, from the page cache.
+
+    Args:
+        key: of the table.
+        title: of the table.
+        store: the store.
+        everyone: whose reads the rivals' windows are filled with.
+        delivery: what is asked.
+        rounds: rounds.
+
+    Returns:
+        The table.
+    """
+    layout = store.layout
+    expected = np.sort(_fingerprints(torch.from_numpy(store.expected).view(torch.bfloat16)))
+    with ExitStack() as stack:
+        rivals: dict[str, Callable[[int], Iterator[Batch]]] = {LOADER: _loader(store, delivery)}
+        for reader in everyone:
+            if reader.open is not None:
+                read = stack.enter_context(reader.open())
+                rivals[reader.name] = partial(window_batches, read, layout, delivery)
+        for name, batches in rivals.items():
+            _check(name, batches(1), delivery, expected)
+        timings = interleave([Rival(name=name, run=partial(_drain, run)) for name, run in rivals.items()], rounds)
+    checksums = {LOADER: True} | {reader.name: reader.checksums for reader in everyone}
+    return make_table(key, title, replace(layout, tokens=EPOCHS * layout.tokens), rounds, checksums, timings)
+
+
+def window_batches(read: ReadBlock, layout: Layout, delivery: Delivery, epochs: int) -> Iterator[Batch]:
+    """Delivers every token of a store once an epoch, in an order shuffled within windows of random blocks.
+
+    Args:
+        read: reads a block; called by several threads.
+        layout: what it reads from.
+        delivery: what is asked.
+        epochs: epochs.
+
+    Yields:
+        All sites of B tokens; the memory is used again after two more batches.
+    """
+    per_window = delivery.window_tokens // layout.chunk_tokens
+    random = np.random.default_rng(_SEED)
+    chosen = [w for _ in range(epochs) for w in random.permutation(layout.blocks).reshape(-1, per_window).tolist()]
+    # Two windows: one is read while batches are gathered from the other.
+    free: queue.Queue[Bits] = queue.Queue()
+    full: queue.Queue[Bits | BaseException] = queue.Queue()
+    for _ in range(2):
+        free.put(np.empty((per_window, *layout.block_shape), np.uint16))
+
+    def fill(pool: ThreadPoolExecutor) -> None:
+        try:
+            for blocks in chosen:
+                window = free.get()
+                list(pool.map(read, blocks, window))
+                full.put(window)
+        except BaseException as error:  # raised by the consumer
+            full.put(error)
+
+    batch_shape = (layout.sites, delivery.batch_tokens, layout.width)
+    batches = cycle([torch.empty(batch_shape, dtype=delivery.dtype) for _ in range(3)])
+    with ThreadPoolExecutor(READER_THREADS) as pool:
+        threading.Thread(target=fill, args=(pool,), daemon=True).start()
+        for _ in chosen:
+            window = full.get()
+            if isinstance(window, BaseException):
+                raise window
+            values = torch.from_numpy(window).view(torch.bfloat16)
+            tokens = torch.from_numpy(random.permutation(delivery.window_tokens))
+            for part in tokens.split(delivery.batch_tokens):
+                batch = next(batches)
+                _gather(values, part, batch)
+                yield (batch,)
+            free.put(window)
+
+
+def _loader(store: BenchStore, delivery: Delivery) -> Callable[[int], Iterator[Batch]]:
+    opened = store.open()
+    half = len(opened.sites) // 2
+    loader = ActivationLoader(
+        opened,
+        x_sites=opened.sites[:half],
+        y_sites=opened.sites[half:],
+        batch_tokens=delivery.batch_tokens,
+        window_tokens=delivery.window_tokens,
+        seed=_SEED,
+        as_stored=delivery.dtype == torch.bfloat16,
+        reader_threads=READER_THREADS,
+    )
+
+    def batches(epochs: int) -> Iterator[Batch]:
+        with closing(cast(Generator[ActivationBatch], iter(loader))) as stream:
+            for batch in islice(stream, epochs * loader.steps_per_epoch):
+                yield batch.x, batch.y
+
+    return batches
+
+
+def _gather(window: Tensor, tokens: Tensor, batch: Tensor) -> None:
+    """Tokens [B] of a window [blocks,S,C,d] into a batch [S,B,d]."""
+    _, sites, size, width = window.shape
+    rows = window.view(-1, width)
+    first = tokens // size * (sites * size) + tokens % size
+    for site, out in enumerate(batch):
+        index = first + site * size
+        if out.dtype == rows.dtype:
+            torch.index_select(rows, 0, index, out=out)
+        else:
+            out.copy_(rows.index_select(0, index))
+
+
+def _drain(batches: Callable[[int], Iterator[Batch]]) -> None:
+    for _ in batches(EPOCHS):
+        pass
+
+
+def _fingerprints(tokens: Tensor) -> NDArray[np.int64]:
+    """A number per token [T,S,d] that depends on each of its bits and on where they stand."""
+    words = tokens.contiguous().view(torch.int64).flatten(1).numpy()
+    weights = np.random.default_rng(_SEED).integers(1, 2**62, words.shape[1]) | 1
+    return words @ weights
+
+
+def _check(name: str, batches: Iterator[Batch], delivery: Delivery, expected: NDArray[np.int64]) -> None:
+    """Every token must come exactly once, with the right values at all sites."""
+    found = []
+    for parts in batches:
+        batch = torch.cat(parts)
+        assert batch.dtype == delivery.dtype and batch.shape[1] == delivery.batch_tokens, f"{name}: {batch.shape}"
+        found.append(_fingerprints(batch.to(torch.bfloat16).transpose(0, 1)))
+    assert np.array_equal(np.sort(np.concatenate(found)), expected), f"{name} does not deliver every token once"

@@ -1,0 +1,233 @@
+"""Text of the `clt store` commands: reports of other rooms as tables for people."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+
+from clt.capture.capacity import GB, GIB, NVME, PCIE, Capacity, StoreSize
+from clt.capture.export_pt import ExportReport
+from clt.capture.maintain import GcReport, RepairReport, StoreStatus
+from clt.capture.store_stats import ClassStats
+from clt.capture.verify import VerifyReport
+
+_MOST_PROBLEMS = 20
+
+
+def capacity_text(report: Capacity) -> str:
+    """What `clt store plan` prints."""
+    blocks = [_size_lines(report.size, report.output), _space_lines(report)]
+    if report.speeds is not None:
+        blocks.append(_capture_lines(report))
+    blocks.append(_reading_lines(report))
+    blocks.append(_model_table(report))
+    return "\n\n".join(blocks)
+
+
+def stats_text(rows: Sequence[ClassStats]) -> str:
+    """What `clt store stats` prints."""
+    head = ("site", "tokens of class", "tokens", "mean norm", "rms", "absmax", "fvu", "fvu p99")
+    body = [
+        (
+            row.site if i == 0 or rows[i - 1].site != row.site else "",
+            row.token_class,
+            f"{row.tokens:,}",
+            f"{row.mean_norm:.4g}",
+            f"{row.rms:.4g}",
+            f"{row.absmax:.4g}",
+            "-" if row.fvu is None else f"{row.fvu:.1e}",
+            "-" if row.fvu_p99 is None else f"{row.fvu_p99:.1e}",
+        )
+        for i, row in enumerate(rows)
+    ]
+    return table([head, *body], left=2)
+
+
+def status_text(report: StoreStatus) -> str:
+    """What `clt store status` prints."""
+    share = f"{report.committed:,} of {report.units:,}"
+    rows = [
+        ("store", report.location),
+        ("state", f"complete, id {report.store_id}" if report.complete else "unfinished"),
+        ("units", f"{share} committed, {len(report.leases):,} being captured, {report.pending:,} pending"),
+        ("tokens", f"{report.tokens:,} of {report.planned_tokens:,}"),
+        ("size", size_text(report.bytes)),
+    ]
+    for lease in report.leases:
+        rows.append((f"unit {lease.unit}", f"captured by process {lease.process} on {lease.host.split()[0]}"))
+    if report.garbage_files:
+        garbage = f"{report.garbage_files:,} files, {size_text(report.garbage_bytes)}"
+        rows.append(("garbage", f"{garbage}; 'clt store gc' deletes them when nobody is capturing"))
+    if report.quarantine_bytes:
+        aside = f"{size_text(report.quarantine_bytes)} moved aside by a repair"
+        rows.append(("quarantine", f"{aside}; 'clt store gc --quarantine' deletes them"))
+    return table(rows, left=2)
+
+
+def verified_text(report: VerifyReport) -> str:
+    """What `clt store verify` prints of a store without a problem."""
+    state = f"store {report.store_id}" if report.complete else f"unfinished store, {report.committed} units committed"
+    looked = f"{report.checked} of {report.units} units, {report.files:,} files, {size_text(report.bytes)}"
+    return (
+        f"{report.location}: {state}\n"
+        f"nothing wrong at level {report.level}: {looked} compared in {report.seconds:.1f} s"
+    )
+
+
+def problems_text(report: VerifyReport) -> str:
+    """What `clt store verify` prints of a damaged store, a line per problem."""
+    lines = [problem.message for problem in report.problems[:_MOST_PROBLEMS]]
+    if len(report.problems) > _MOST_PROBLEMS:
+        lines.append(f"... and {len(report.problems) - _MOST_PROBLEMS:,} more; --json FILE holds all")
+    return "\n".join(lines)
+
+
+def repair_text(report: RepairReport) -> str:
+    """What `clt store repair` prints."""
+    if not report.problems and report.previous_id == report.store_id:
+        return f"{report.location}: nothing to repair"
+    folders = sorted({"/".join(to.split("/")[:2]) for _, to in report.moved})
+    lines = [f"moved {len(report.moved):,} files to {folder}" for folder in folders]
+    lines += [f"made again: {key}" for key in report.rebuilt]
+    if report.store_id is not None:
+        same = "as before" if report.store_id == report.previous_id else f"before {report.previous_id}"
+        return "\n".join([*lines, f"{report.location}: complete, id {report.store_id} ({same})"])
+    again = f", units to capture again: {', '.join(map(str, report.recapture))}" if report.recapture else ""
+    return "\n".join([*lines, f"{report.location}: unfinished{again}; run the same capture"])
+
+
+def gc_text(report: GcReport) -> str:
+    """What `clt store gc` prints."""
+    lines = [f"{entry.key}  {size_text(entry.bytes)}" for entry in report.files if report.dry_run]
+    verb = "would be deleted" if report.dry_run else "deleted"
+    return "\n".join([*lines, f"{report.location}: {len(report.files):,} files, {size_text(report.bytes)} {verb}"])
+
+
+def export_text(report: ExportReport, out: str) -> str:
+    """What `clt store export-pt` prints."""
+    files = f"{report.files:,} files ({report.written:,} of them new)"
+    return f"{out}: {report.samples:,} samples in {files}, {size_text(report.bytes)}"
+
+
+def table(rows: Sequence[Sequence[str]], left: int = 1) -> str:
+    """Rows of cells as aligned text; the first `left` columns flush left, the others flush right."""
+    widths = [max(len(row[i]) for row in rows) for i in range(len(rows[0]))]
+    lines = []
+    for row in rows:
+        cells = [c.ljust(w) if i < left else c.rjust(w) for i, (c, w) in enumerate(zip(row, widths, strict=True))]
+        lines.append("  ".join(cells).rstrip())
+    return "\n".join(lines)
+
+
+def size_text(n_bytes: float) -> str:
+    """Bytes with a binary unit."""
+    for unit, name in ((1 << 40, "TiB"), (GIB, "GiB"), (1 << 20, "MiB"), (1 << 10, "KiB")):
+        if n_bytes >= unit:
+            return f"{n_bytes / unit:.2f} {name}"
+    return f"{n_bytes:.0f} bytes"
+
+
+def count_text(value: float) -> str:
+    """A number with three significant digits, with k, M or G."""
+    for unit, letter in ((1e9, " G"), (1e6, " M"), (1e3, " k")):
+        if value >= unit:
+            return f"{_three(value / unit)}{letter}"
+    return _three(value)
+
+
+def duration_text(seconds: float) -> str:
+    """Seconds, minutes, hours or days, whichever reads best."""
+    for unit, name in ((172_800, "days"), (7200, "hours"), (120, "minutes")):
+        if seconds >= unit:
+            return f"{seconds / {'days': 86_400, 'hours': 3600, 'minutes': 60}[name]:.1f} {name}"
+    return f"{seconds:.0f} seconds"
+
+
+def _three(value: float) -> str:
+    digits = 2 - math.floor(math.log10(value)) if value > 0 else 0
+    return f"{value:.{min(max(digits, 0), 6)}f}"
+
+
+def _size_lines(size: StoreSize, output: str) -> str:
+    words = f"{size.shortest} to {size.longest} tokens each" if size.shortest < size.longest else f"{size.longest} each"
+    packed = "" if size.compression == "none" else f", {size.compression}"
+    rows = [
+        ("output", output),
+        ("samples", f"{size.samples:,}, {words}"),
+        ("tokens", f"{size.tokens:,}"),
+        ("units", f"{size.units:,} of up to {size.rows_per_unit:,} tokens, read {size.chunk_tokens:,} at a time"),
+        ("values", f"{size.sites} sites, {size.store_dtype}{packed}"),
+        ("bytes per token", f"{size.bytes_per_token:,} of activations, {size.total_bytes / size.tokens:,.0f} in all"),
+        ("memory of a unit", size_text(size.memory_bytes)),
+        ("total size", f"{size_text(size.total_bytes)}{', before compression' if packed else ''}"),
+    ]
+    return table([(key, value) for key, value in rows], left=2)
+
+
+def _space_lines(report: Capacity) -> str:
+    rows = []
+    if report.committed_tokens:
+        done = f"{report.committed_tokens:,} tokens, {size_text(report.needed_bytes)} to go"
+        rows.append(("committed already", done))
+    if report.free_bytes is None:
+        rows.append(("free space", "not known: an object store"))
+    else:
+        rows.append(("free space", size_text(report.free_bytes)))
+    text = table(rows, left=2)
+    if not report.fits:
+        assert report.free_bytes is not None
+        missing = size_text(report.needed_bytes - report.free_bytes)
+        text += f"\nwarning: {missing} too little; free some, choose another output, or store int8 or fewer samples"
+    return text
+
+
+def _capture_lines(report: Capacity) -> str:
+    speeds, size = report.speeds, report.size
+    assert speeds is not None and report.capture_tokens_per_s is not None and report.capture_s is not None
+    cost = size.bytes_per_token
+    measured = [
+        ("model, activations recorded", speeds.model * cost),
+        ("commit: moments, checksums, fsync", speeds.commit * cost),
+        ("write and fsync alone", speeds.write),
+        ("read, this disk, one thread", speeds.read),
+        ("read, page cache, one thread", speeds.read_cached),
+    ]
+    rows = [(name, count_text(speed / cost), f"{speed / GB:.3f}") for name, speed in measured]
+    lines = [table([("measured here", "tokens/s", "GB/s"), *rows])]
+    if size.compression != "none":
+        stored = speeds.stored_fraction
+        lines.append(f"compression keeps {stored:.0%}: about {size_text(size.total_bytes * stored)} in all")
+    lines.append(
+        f"capture: {count_text(report.capture_tokens_per_s)} tokens/s with one worker, about "
+        f"{duration_text(report.capture_s)}; {report.limited_by} takes most of it"
+    )
+    return "\n".join(lines)
+
+
+def _reading_lines(report: Capacity) -> str:
+    rows = [("training on all sites, limited by", "GB/s", "tokens/s")]
+    rows += [(item.source, _three(item.bytes_per_s / GB), count_text(item.tokens_per_s)) for item in report.readings]
+    return table(rows)
+
+
+def _model_table(report: Capacity) -> str:
+    head = (
+        "model",
+        "bytes/token",
+        "GB/s at 1 M tokens/s",
+        f"at {NVME / GB:g} GB/s",
+        f"at {PCIE / GB:g} GB/s",
+        "100 M tokens",
+    )
+    rows = [
+        (
+            model.model,
+            f"{model.bytes_per_token:,}",
+            _three(model.bytes_per_s / GB),
+            f"{count_text(model.nvme_tokens_per_s)}/s",
+            f"{count_text(model.pcie_tokens_per_s)}/s",
+            f"{_three(model.terabytes)} TB",
+        )
+        for model in report.models
+    ]
+    return table([head, *rows])
