@@ -168,8 +168,9 @@ def _quantisation(
         # Beginning-of-sequence tokens would hide the error: their variance exceeds that of all others together.
         moments = total[group.name].over([c for c in range(len(TOKEN_CLASSES)) if c != _BOS])
         error, m2 = moments.error[0], moments.m2[0]
-        by_channel = torch.where(error > 0, error / m2.clamp_min(1e-300), torch.zeros_like(error))
-        pooled = error.sum(1) / m2.sum(1).clamp_min(1e-300)
+        # A channel that never varies has no variance to be a fraction of.
+        by_channel = torch.where(m2 > 0, error / m2, 0.0)
+        pooled = torch.where(m2 > 0, error, 0.0).sum(1) / m2.sum(1)
         for site, name in enumerate(group.sites):
             worst = float(np.quantile(by_channel[site].numpy(), 0.99))
-            yield name, QuantisationError(fvu=float(pooled[site]), fvu_p99=worst)
+            yield name, QuantisationError(fvu=float(pooled[site].nan_to_num()), fvu_p99=worst)

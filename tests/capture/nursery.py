@@ -8,6 +8,7 @@ import signal
 import subprocess
 import sys
 import threading
+from contextlib import suppress
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -60,9 +61,14 @@ class Nursery:
         assert code in (0, TOLD_THAT_ANOTHER_WON) or code < 0, self.log.read_text()[-4000:]
         return found, code
 
-    def kill_all(self) -> None:
-        for process in self.alive:
+    def kill(self, process: int) -> None:
+        """Kills a worker, unless it has just been waited for."""
+        with suppress(ProcessLookupError):
             os.kill(process, signal.SIGKILL)
+
+    def kill_all(self) -> None:
+        for process in list(self.alive):
+            self.kill(process)
 
     def close(self) -> None:
         self.kill_all()

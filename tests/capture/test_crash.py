@@ -96,7 +96,7 @@ def storm(nursery: Nursery, root: Path, store_dtype: StoreDtype, dooms: list[Doo
             rank = min(set(range(WORKERS)) - {rank for rank, *_ in running.values()})
             named = {"point": doom.point, "arrival": doom.arrival} if doom and doom.point in POINTS else {}
             process, trace = nursery.start(root, store_dtype, rank=rank, **named)
-            timer = threading.Timer(doom.delay if doom else 0, os.kill, (process, signal.SIGKILL))
+            timer = threading.Timer(doom.delay if doom else 0, nursery.kill, (process,))
             if doom and not named:
                 timer.start()
             running[process] = rank, doom, trace, timer
