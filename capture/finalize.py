@@ -16,7 +16,7 @@ from torch import Tensor
 from clt.capture.arrays import DATA, ArraySpec
 from clt.capture.files import FileRecord, check_size, read_checked, record_file, record_of
 from clt.capture.moments import Moments, unpack_moments
-from clt.capture.rows import write_rows
+from clt.capture.rows import read_rows, write_rows
 from clt.capture.schema import (
     PLAN,
     QUANTISATION,
@@ -33,6 +33,7 @@ from clt.capture.schema import (
     parse,
     stats_path,
 )
+from clt.capture.shard import ShardReader
 from clt.capture.storage_base import Storage
 from clt.errors import StoreError
 
@@ -157,8 +158,17 @@ def _write_stats(storage: Storage, group: SiteGroup, moments: Moments) -> Iterat
     for name, array in stats_arrays(group).items():
         storage.put(f"{array.key}/zarr.json", array.metadata())
         yield record_file(storage, f"{array.key}/zarr.json")
-        write_rows(storage, array, 0, getattr(moments, name).numpy())
-        yield record_file(storage, array.shard(0))
+        rows = getattr(moments, name).numpy()
+        written = write_rows(storage, array, 0, rows)
+        if written is None:
+            written = record_file(storage, array.shard(0))
+            found = read_rows(ShardReader(storage, array, 0, written.bytes), array, len(rows))
+            # Merging has no sums whose order could differ between machines.
+            if not np.array_equal(found, rows, equal_nan=True):
+                raise StoreError(
+                    f"{storage.name(written.path)}: is not of the units that are committed; delete it and run again"
+                )
+        yield written
 
 
 def _quantisation(

@@ -22,7 +22,7 @@ from torch import Tensor
 from clt.capture.arrays import TOKEN_DTYPES, ArraySpec, group_metadata
 from clt.capture.files import FileRecord, record_file
 from clt.capture.finalize import build_manifest, committed_units
-from clt.capture.moments import Moments, measure, pack_moments
+from clt.capture.moments import Moments, measure, pack_moments, unpack_moments
 from clt.capture.order import unit_permutation
 from clt.capture.quantise import Standardiser, pack_standardisers, unpack_standardisers
 from clt.capture.rows import TORCH_DTYPES, bits_of, read_rows, values_of, write_rows
@@ -46,7 +46,7 @@ from clt.capture.schema import (
 )
 from clt.capture.shard import ShardReader
 from clt.capture.storage import open_storage
-from clt.capture.storage_base import Storage
+from clt.capture.storage_base import PARTIAL_SUFFIX, Storage
 from clt.errors import StoreError
 from clt.records import TokenTable
 
@@ -135,8 +135,7 @@ class StoreWriter:
         columns["natural_index"] = order.numpy()
         for name, dtype in TOKEN_DTYPES.items():
             files.append(self._write_same(self.arrays.token(name), unit, columns[name].astype(dtype)))
-        self.storage.put(stats_path(unit), pack_moments(moments))
-        files.append(record_file(self.storage, stats_path(unit)))
+        files.append(self._write_stats(unit, moments))
         record = UnitRecord(
             store=self.digest,
             unit=unit,
@@ -157,12 +156,13 @@ class StoreWriter:
         Raises:
             StoreError: a unit is not committed, or a committed file is missing or truncated.
         """
-        if pending := self.pending():
-            raise StoreError(
-                f"{self.storage.url}: {len(pending)} units are not captured, first {pending[0]}; capture them"
-            )
-        _, text = manifest_text(build_manifest(self.storage, self.arrays, self.plan, self.digest))
-        self.storage.put(MANIFEST, text)
+        if self.storage.size(MANIFEST) is None:
+            if pending := self.pending():
+                raise StoreError(
+                    f"{self.storage.url}: {len(pending)} units are not captured, first {pending[0]}; capture them"
+                )
+            manifest = build_manifest(self.storage, self.arrays, self.plan, self.digest)
+            self.storage.put(MANIFEST, manifest_text(manifest)[1])
         return read_manifest(self.storage)[0]
 
     def _write_group(
@@ -200,7 +200,7 @@ class StoreWriter:
             return found, None if lossless else acts[rows, site]
 
         moments, norms = measure(acts.shape, data.tokens.modality, values)
-        files.append(self._write_or_adopt(self.arrays.norms(group), unit, norms[order].numpy())[0])
+        files.append(self._write_same(self.arrays.norms(group), unit, norms[order].numpy()))
         return files, moments
 
     def _write_or_adopt(
@@ -212,16 +212,33 @@ class StoreWriter:
             return record, None
         record = record_file(self.storage, array.shard(unit))
         reader = ShardReader(self.storage, array, unit, record.bytes)
+        if reader.check_index() != -(-len(rows) // array.chunk_rows) * array.chunks_per_row:
+            raise self._leftover(record.path)
         return record, read_rows(reader, array, len(rows))
 
     def _write_same(self, array: ArraySpec, unit: int, rows: NDArray[Any]) -> FileRecord:
-        """Writes a shard whose contents follow from the plan; what stands under its name must be the same."""
+        """Writes a shard whose contents follow from others; what stands under its name must be the same."""
         record, found = self._write_or_adopt(array, unit, rows)
-        if found is not None and not np.array_equal(found, rows):
-            raise StoreError(
-                f"{self.storage.name(record.path)}: belongs to another capture; run 'clt store gc' and capture again"
-            )
+        # Norms are sums, in an order that depends on the machine; all else is whole numbers.
+        tolerance = 1e-5 if rows.dtype == np.float32 else 0.0
+        if found is not None and not np.allclose(found, rows, rtol=tolerance, atol=0.0, equal_nan=True):
+            raise self._leftover(record.path)
         return record
+
+    def _write_stats(self, unit: int, moments: dict[str, Moments]) -> FileRecord:
+        """Writes a unit's statistics, or keeps those that stand there, which must be of the same values."""
+        path = stats_path(unit)
+        if not self.storage.put(path, pack_moments(moments)):
+            found = unpack_moments(self.storage.read(path), list(moments), self.storage.name(path))
+            for group, mine in moments.items():
+                # The largest values are the same on every machine, whatever the order.
+                if not torch.allclose(mine.absmax, found[group].absmax, rtol=0.0, atol=0.0, equal_nan=True):
+                    raise self._leftover(path)
+        return record_file(self.storage, path)
+
+    def _leftover(self, path: str) -> StoreError:
+        name = self.storage.name(path)
+        return StoreError(f"{name}: belongs to another capture; run 'clt store gc' and capture again")
 
     def _standardisers(self) -> dict[str, Standardiser]:
         return unpack_standardisers(self.storage.read(QUANTISATION), self.storage.name(QUANTISATION))
@@ -229,7 +246,12 @@ class StoreWriter:
     def _settle(self, spec: StoreSpec, plan: CapturePlan) -> StoreSpec:
         """Begins a store, or makes sure that the one that is there is the same."""
         url = self.storage.url
-        if self.storage.size(SPEC) is None and any(not e.key.endswith(".partial") for e in self.storage.list("")):
+        # The spec comes before every other file: another worker that began a moment ago has put it by the second look.
+        if (
+            self.storage.size(SPEC) is None
+            and any(not entry.key.endswith(PARTIAL_SUFFIX) for entry in self.storage.list(""))
+            and self.storage.size(SPEC) is None
+        ):
             raise StoreError(f"{url}: is not empty and holds no store; choose another output")
         self.storage.put(SPEC, to_json(spec))
         found = parse(StoreSpec, self.storage.read(SPEC), self.storage.name(SPEC))

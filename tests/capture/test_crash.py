@@ -9,7 +9,7 @@ import threading
 import time
 from collections import Counter
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import pytest
@@ -56,6 +56,10 @@ class Doom:
     point: str
     arrival: int = 1
     delay: float = 0.0
+
+    def sooner(self) -> Doom:
+        """One that is likelier to come in time."""
+        return replace(self, arrival=(self.arrival + 1) // 2, delay=self.delay / 2)
 
 
 def draw_dooms(named: Mapping[str, int], at_random: int, rng: random.Random) -> list[Doom]:
@@ -185,8 +189,8 @@ def run_storms(
         total.kills += outcome.kills
         total.steps += outcome.steps
         total.twice += outcome.twice
-        # Those that came too late come first in the next store.
-        total.unspent = outcome.unspent + total.unspent[per_store:]
+        # Those that came too late come first in the next store, and sooner.
+        total.unspent = [doom.sooner() for doom in outcome.unspent] + total.unspent[per_store:]
         stores += 1
     print(f"\n{total.kills.total()} kills in {stores} stores, {total.twice} units captured twice")
     print("\n".join(f"{count:5} {point}" for point, count in sorted(total.kills.items())))
