@@ -15,8 +15,8 @@ from urllib.parse import unquote, urlsplit
 import numpy as np
 
 from clt.capture.arrays import ArraySpec
+from clt.capture.layout import StoreArrays
 from clt.capture.moments import Moments
-from clt.capture.schema import StoreArrays
 from clt.capture.storage import open_storage
 
 if TYPE_CHECKING:

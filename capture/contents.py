@@ -15,11 +15,12 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from clt.capture.arrays import TOKEN_DTYPES, ArraySpec
+from clt.capture.layout import StoreArrays, stats_path
 from clt.capture.moments import Moments, measure
 from clt.capture.order import unit_permutation
 from clt.capture.quantise import Standardiser
 from clt.capture.rows import read_rows, values_of
-from clt.capture.schema import SiteGroup, StoreArrays, UnitRecord, stats_path
+from clt.capture.schema import SiteGroup, UnitRecord
 from clt.capture.shard import ShardReader
 from clt.capture.storage import Storage
 from clt.records import Modality

@@ -37,7 +37,7 @@ from torch import Tensor
 from clt.capture.capacity import GIB, free_bytes
 from clt.capture.checksum import crc32c
 from clt.capture.storage import PARTIAL_SUFFIX, Storage, open_storage
-from clt.capture.store import ActivationStore, SampleView
+from clt.capture.activation_store import ActivationStore, SampleView
 from clt.errors import CheckpointError, ConfigError, NonFiniteError, StoreError
 from clt.model import CrossLayerTranscoder, source_layers
 from clt.records import Modality

@@ -18,7 +18,8 @@ class FileRecord:
     Attributes:
         path: key relative to the store, with forward slashes.
         bytes: size.
-        crc32c: checksum of the whole file.
+        crc32c: checksum of the file; of a shard, of its chunks and its index without the checksums that follow them,
+            because data followed by its own checksum has the same checksum whatever it is.
     """
 
     path: str
@@ -29,6 +30,16 @@ class FileRecord:
 def record_of(path: str, contents: bytes) -> FileRecord:
     """Record of a small file from its contents."""
     return FileRecord(path=path, bytes=len(contents), crc32c=crc32c(contents))
+
+
+def put_same(storage: Storage, key: str, contents: bytes) -> None:
+    """Writes a file whose contents follow from the store's spec; if it is there, it must be the same.
+
+    Raises:
+        StoreError: it is another.
+    """
+    if not storage.put(key, contents) and storage.read(key) != contents:
+        raise StoreError(f"{storage.name(key)}: is not what this store needs; delete the file, run again")
 
 
 def record_file(storage: Storage, path: str) -> FileRecord:

@@ -2,17 +2,21 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Literal
 
 import numpy as np
+import torch
 from numpy.typing import NDArray
+from torch import Tensor
 
+from clt.capture.moments import Moments, measure
 from clt.capture.schema import TOKEN_CLASSES
 from clt.errors import ConfigError
 
 if TYPE_CHECKING:
-    from clt.capture.store import ActivationStore
+    from clt.capture.activation_store import ActivationStore
 
 TokenClass = Literal["text", "image", "image_special", "bos"]
 
@@ -38,6 +42,8 @@ class TokenFilter:
                 raise ConfigError(
                     f"modalities: '{name}' is no class of tokens; take some of {', '.join(TOKEN_CLASSES)}"
                 )
+        if not self.classes:
+            raise ConfigError("modalities: only 'bos', and drop_bos is true: no token passes; add a class of tokens")
         if self.norm_cap is not None and not self.norm_cap > 0:
             raise ConfigError(f"norm_cap={self.norm_cap} lets no token pass; take a number above 1, or leave it out")
 
@@ -80,3 +86,32 @@ class TokenFilter:
 
 #: Lets every token pass.
 ALL_TOKENS = TokenFilter()
+
+
+def filtered_moments(store: ActivationStore, sites: Sequence[str], where: TokenFilter) -> Moments:
+    """Moments of sites over the tokens that pass a filter, all counted as the first class; reads the store once.
+
+    Args:
+        store: the store.
+        sites: names, of one group.
+        where: which tokens count.
+
+    Raises:
+        StoreError: a site is not stored, or a file is missing or damaged.
+    """
+    total: Moments | None = None
+    size = store.spec.chunk_tokens
+    for unit in store.units:
+        keep = where.keep(store, unit.unit)
+        for start in range(0, unit.n_tokens, size):
+            stop = min(start + size, unit.n_tokens)
+            values = store.read(unit.unit, start, stop, sites)
+            part = _moments_of(values if keep is None else values[torch.from_numpy(keep[start:stop])])
+            total = part if total is None else total.merge(part)
+    assert total is not None, "a store has at least one unit"
+    return total
+
+
+def _moments_of(rows: Tensor) -> Moments:
+    one_class = torch.zeros(len(rows), dtype=torch.uint8)
+    return measure(rows.shape, one_class, lambda site, some: (rows[some, site], None))[0]

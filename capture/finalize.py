@@ -6,6 +6,7 @@ writes the same bytes.
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import fields
 
@@ -14,7 +15,9 @@ import torch
 from torch import Tensor
 
 from clt.capture.arrays import DATA, ArraySpec
-from clt.capture.files import FileRecord, check_size, read_checked, record_file, record_of
+from clt.capture.files import FileRecord, check_size, put_same, read_checked, record_file, record_of
+from clt.capture.json_files import unsealed
+from clt.capture.layout import StoreArrays, commit_path, stats_path
 from clt.capture.moments import Moments, unpack_moments
 from clt.capture.rows import read_rows, write_rows
 from clt.capture.schema import (
@@ -26,14 +29,10 @@ from clt.capture.schema import (
     Manifest,
     QuantisationError,
     SiteGroup,
-    StoreArrays,
     UnitEntry,
     UnitRecord,
-    commit_path,
-    parse,
-    stats_path,
 )
-from clt.capture.shard import ShardReader
+from clt.capture.shard import standing_shard
 from clt.capture.storage_base import Storage
 from clt.errors import StoreError
 
@@ -86,7 +85,7 @@ def read_commit(storage: Storage, unit: int, digest: str) -> tuple[FileRecord, U
     """
     path = commit_path(unit)
     contents = storage.read(path)
-    record = parse(UnitRecord, contents, storage.name(path))
+    _, record = unsealed(UnitRecord, contents, storage.name(path))
     if record.store != digest or record.unit != unit:
         raise StoreError(f"{storage.name(path)}: belongs to another store or unit; run 'clt store repair'")
     return record_of(path, contents), record
@@ -95,7 +94,7 @@ def read_commit(storage: Storage, unit: int, digest: str) -> tuple[FileRecord, U
 def committed_units(storage: Storage) -> set[int]:
     """Numbers of the units that have a commit record."""
     names = [entry.key.rpartition("/")[2] for entry in storage.list("units/commits/")]
-    return {int(name.removesuffix(".json")) for name in names if name.endswith(".json") and name[0] != "."}
+    return {int(name.removesuffix(".json")) for name in names if re.fullmatch(r"[0-9]+\.json", name)}
 
 
 def unit_entry(commit: FileRecord, record: UnitRecord) -> UnitEntry:
@@ -109,18 +108,14 @@ def unit_entry(commit: FileRecord, record: UnitRecord) -> UnitEntry:
     )
 
 
-def unit_moments(
-    storage: Storage, record: UnitRecord | UnitEntry, groups: tuple[SiteGroup, ...]
-) -> dict[str, Moments]:
+def unit_moments(storage: Storage, record: UnitRecord | UnitEntry, groups: tuple[SiteGroup, ...]) -> dict[str, Moments]:
     """Moments of a committed unit by group; raises StoreError if the file is missing or damaged."""
     path = stats_path(record.unit)
     file = next(file for file in record.files if file.path == path)
     return unpack_moments(read_checked(storage, file), [group.name for group in groups], storage.name(path))
 
 
-def merged_moments(
-    storage: Storage, units: Sequence[UnitEntry], groups: tuple[SiteGroup, ...]
-) -> dict[str, Moments]:
+def merged_moments(storage: Storage, units: Sequence[UnitEntry], groups: tuple[SiteGroup, ...]) -> dict[str, Moments]:
     """Moments over units by group, merged in their order; raises StoreError as `unit_moments` does."""
     total = {group.name: Moments.zeros(len(group.sites), group.width) for group in groups}
     for unit in units:
@@ -156,13 +151,13 @@ def stats_arrays(group: SiteGroup) -> dict[str, ArraySpec]:
 
 def _write_stats(storage: Storage, group: SiteGroup, moments: Moments) -> Iterator[FileRecord]:
     for name, array in stats_arrays(group).items():
-        storage.put(f"{array.key}/zarr.json", array.metadata())
-        yield record_file(storage, f"{array.key}/zarr.json")
+        put_same(storage, f"{array.key}/zarr.json", array.metadata())
+        yield record_of(f"{array.key}/zarr.json", array.metadata())
         rows = getattr(moments, name).numpy()
         written = write_rows(storage, array, 0, rows)
         if written is None:
-            written = record_file(storage, array.shard(0))
-            found = read_rows(ShardReader(storage, array, 0, written.bytes), array, len(rows))
+            reader = standing_shard(storage, array, 0)
+            written, found = reader.record(), read_rows(reader, array, len(rows))
             # Merging has no sums whose order could differ between machines.
             if not np.array_equal(found, rows, equal_nan=True):
                 raise StoreError(

@@ -14,23 +14,10 @@ from typing import TypeVar
 
 from clt.capture.files import FileRecord
 from clt.capture.finalize import metadata_keys, stats_arrays
+from clt.capture.json_files import check_version, parse, read_manifest, store_digest
+from clt.capture.layout import StoreArrays, commit_path, stats_path
 from clt.capture.leases import LEASES
-from clt.capture.schema import (
-    MANIFEST,
-    PLAN,
-    QUANTISATION,
-    SPEC,
-    CapturePlan,
-    Manifest,
-    StoreArrays,
-    StoreSpec,
-    _check_version,
-    commit_path,
-    parse,
-    read_manifest,
-    stats_path,
-    store_digest,
-)
+from clt.capture.schema import MANIFEST, PLAN, QUANTISATION, SPEC, CapturePlan, Manifest, StoreSpec
 from clt.capture.storage_base import PARTIAL_SUFFIX, Entry, Storage
 from clt.errors import StoreError
 
@@ -213,7 +200,7 @@ def _require_version(storage: Storage, keys: list[str]) -> None:
     errors: list[StoreError] = []
     for key in keys:
         try:
-            _check_version(storage.read(key), storage.name(key))
+            check_version(storage.read(key), storage.name(key))
         except StoreError as error:
             errors.append(error)
     if errors and len(errors) == len(keys):

@@ -23,7 +23,7 @@ from pathlib import Path
 from types import TracebackType
 from typing import Self
 
-from clt.capture.schema import parse, to_json
+from clt.capture.json_files import parse, to_json
 from clt.capture.storage_base import Storage
 from clt.errors import StoreError
 

@@ -47,8 +47,8 @@ class ActivationLoader:
         x_sites: sites that become `ActivationBatch.x`; only these and `y_sites` are read.
         y_sites: sites that become `ActivationBatch.y`.
         batch_tokens: tokens of a step over all ranks.
-        window_tokens: tokens shuffled together in memory, over all ranks; at least one block of chunk_tokens for each
-            of gcd(batch_tokens, 64) streams is.
+        window_tokens: most tokens shuffled together in memory, over all ranks; at least one block of chunk_tokens for
+            each of gcd(batch_tokens, 64) streams is.
         seed: seed of the order.
         data_rank: this rank on the data axis.
         data_world: ranks on the data axis, a divisor of gcd(batch_tokens, 64).
@@ -61,8 +61,8 @@ class ActivationLoader:
     Attributes:
         steps_per_epoch: steps of an epoch.
         dropped_tokens: tokens that pass `where` and are left out of an epoch.
-        memory_bytes: what an iterator takes: (streams + spare) slots of (window + chunk_tokens) tokens as stored, one
-            batch as stored, and read_ahead + 2 batches; and the token columns that the loader keeps of a small store.
+        memory_bytes: what an iterator takes: window_tokens as stored, twice up to 1 GiB and else 1.25 times, one batch
+            as stored, and read_ahead + 2 batches; and the token columns that the loader keeps of a small store.
 
     Raises:
         StoreError: a site is not stored, or token tables cannot be read.
@@ -100,7 +100,7 @@ class ActivationLoader:
         self.dropped_tokens: int = order.dropped_rows
         sizes = SlotSizes(
             slots=len(self._streams),
-            slot_rows=order.window_rows + self._blocks.chunk_tokens,
+            slot_rows=order.window_rows - 1 + self._blocks.chunk_tokens,
             batch_rows=batch_tokens // data_world,
             batches=read_ahead + _BATCHES_IN_USE,
             widen=not as_stored,

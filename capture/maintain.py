@@ -15,8 +15,10 @@ from pathlib import Path
 
 from clt.capture.files import record_of
 from clt.capture.inventory import QUARANTINE, Inventory, Problem, take_inventory
+from clt.capture.json_files import to_json
+from clt.capture.layout import commit_path
 from clt.capture.leases import LEASES, Lease, Leases
-from clt.capture.schema import MANIFEST, PLAN, QUANTISATION, SPEC, commit_path, to_json
+from clt.capture.schema import MANIFEST, PLAN, QUANTISATION, SPEC
 from clt.capture.storage import Entry, Storage, open_storage
 from clt.capture.verify import verify_store
 from clt.capture.verify_unit import Level

@@ -115,10 +115,11 @@ class ReadOrder:
     """Order in which the rows of a store are read in one epoch; a pure function of its arguments.
 
     All blocks are permuted and laid end to end; V streams cut that line of N rows into V equal parts. A part is cut
-    into windows of whole blocks, about w rows each, whose rows are shuffled: window k of stream v holds the blocks that
-    begin at the rows [k w - v w/V, (k+1) w - v w/V) of the part. A stream goes through its windows in order. One whose
-    part begins with a whole block enters it v/V of its rows late and takes those rows at the end of the epoch; so, even
-    where all blocks are equal, streams come to new windows at different steps and the disk is kept busy evenly.
+    into windows of whole blocks whose rows are shuffled: window k of stream v holds the blocks that begin at the rows
+    [k w - v w/V, (k+1) w - v w/V) of the part, so it has fewer than w rows and one block more. A stream goes through
+    its windows in order. One whose part begins with a whole block enters it v/V of its rows late and takes those rows
+    at the end of the epoch; so, even where all blocks are equal, streams come to new windows at different steps and
+    the disk is kept busy evenly.
 
     Step t takes B/V rows of every stream, streams in order; rank r of W has the streams [r V/W, (r+1) V/W), so the
     ranks' batches joined in rank order are the batch of a single rank. V is the largest power of two up to 64 that
@@ -129,7 +130,8 @@ class ReadOrder:
         seed: seed of the order.
         epoch: number of the epoch.
         batch_rows: B, rows of a step over all ranks.
-        window_rows: V w, rows that are shuffled together over all streams; w is at least the largest block.
+        window_rows: most rows of the windows of all streams together, from which w follows; a block per window is
+            the least.
 
     Attributes:
         num_rows: N.
@@ -154,7 +156,7 @@ class ReadOrder:
         self.share = batch_rows // self.streams
         self.steps = self.num_rows // batch_rows
         largest = int(rows.max())
-        self.window_rows = max(window_rows // self.streams, largest)
+        self.window_rows = max(1, window_rows // self.streams - largest + 1)
         self._blocks = permutation(len(rows), seed, (_BLOCKS, epoch, 0, 0))
         edges = np.concatenate([np.zeros(1, np.int64), np.cumsum(rows[self._blocks])])
         self._starts, self._ends = edges[:-1], edges[1:]

@@ -17,7 +17,7 @@ from numpy.typing import NDArray
 from clt.capture.arrays import ZSTD_LEVEL, ArraySpec
 from clt.capture.checksum import crc32c, crc32c_joined
 from clt.capture.files import FileRecord
-from clt.capture.storage_base import Storage
+from clt.capture.storage_base import Storage, missing
 from clt.errors import StoreError
 
 _MISSING = 2**64 - 1
@@ -47,13 +47,12 @@ class ShardWriter:
         """
         array = self._array
         assert chunk.shape == array.chunk and chunk.dtype == array.dtype and chunk.flags.c_contiguous
-        payload = _zstd().encode(chunk) if array.compression == "zstd" else memoryview(chunk).cast("B")
+        payload = _zstd().encode(chunk) if array.compression == "zstd" else chunk.data.cast("B")
         checksum = crc32c(payload)
-        trailer = checksum.to_bytes(_TRAILER, "little")
-        self._upload.write([payload, trailer])
+        self._upload.write([payload, checksum.to_bytes(_TRAILER, "little")])
         size = len(payload) + _TRAILER
         self._index[self._next] = self._size, size
-        self._crc = crc32c_joined(self._crc, crc32c(trailer, checksum), size)
+        self._crc = crc32c_joined(self._crc, checksum, len(payload))
         self._next, self._size = self._next + 1, self._size + size
 
     def publish(self) -> FileRecord | None:
@@ -63,12 +62,10 @@ class ShardWriter:
             Size and checksum of the file; None if the name is taken, and what stands there stays.
         """
         index = self._index.tobytes()
-        index += crc32c(index).to_bytes(_TRAILER, "little")
-        self._upload.write([index])
+        self._upload.write([index, crc32c(index).to_bytes(_TRAILER, "little")])
         if not self._upload.publish():
             return None
-        crc = crc32c(index, self._crc)
-        return FileRecord(path=self._key, bytes=self._size + len(index), crc32c=crc)
+        return FileRecord(path=self._key, bytes=self._size + len(index) + _TRAILER, crc32c=crc32c(index, self._crc))
 
     def __enter__(self) -> ShardWriter:
         return self
@@ -112,15 +109,25 @@ class ShardReader:
         else:
             self._read_raw(first, outs[:present])
 
-    def verify(self) -> None:
-        """Reads the index and every chunk.
+    def record(self) -> FileRecord:
+        """Record of the shard as it stands; reads every byte once.
 
         Raises:
-            StoreError: the shard is missing, truncated or damaged; names the file.
+            StoreError: the shard is missing, truncated or damaged; names the file, and the chunk if it is one.
         """
-        scratch = np.empty(self._array.chunk, self._array.dtype)
-        for chunk in range(self._present):
-            self.read_into(chunk, [scratch])
+        present, checksum, start = self._present, 0, 0
+        index = bytearray(self._array.chunks * 16)
+        self._storage.read_into(self._key, self._n_bytes - len(index) - _TRAILER, [index])
+        buffer = memoryview(bytearray())
+        for chunk, size in enumerate(np.frombuffer(index, "<u8")[1 : 2 * present : 2].tolist()):
+            if len(buffer) < size:
+                buffer = memoryview(bytearray(size))
+            payload, trailer = buffer[: size - _TRAILER], buffer[size - _TRAILER : size]
+            self._storage.read_into(self._key, start, [payload, trailer])
+            self._check(chunk, payload, trailer)
+            checksum = crc32c_joined(checksum, int.from_bytes(trailer, "little"), len(payload))
+            start += size
+        return FileRecord(path=self._key, bytes=self._n_bytes, crc32c=crc32c(index, checksum))
 
     def check_index(self) -> int:
         """Number of chunks in the shard; raises StoreError if the index is damaged or does not fit the file."""
@@ -163,7 +170,7 @@ class ShardReader:
     def _read_raw(self, first: int, outs: Sequence[NDArray[Any]]) -> None:
         trailers = bytearray(_TRAILER * len(outs))
         view = memoryview(trailers)
-        payloads = [memoryview(out).cast("B") for out in outs]
+        payloads = [out.data.cast("B") for out in outs]
         buffers: list[memoryview] = []
         for i, payload in enumerate(payloads):
             buffers += (payload, view[_TRAILER * i : _TRAILER * (i + 1)])
@@ -191,6 +198,19 @@ class ShardReader:
                 f"{self._storage.name(self._key)}: chunk {chunk} does not match its checksum; the file is damaged, "
                 f"run 'clt store repair'"
             )
+
+
+def standing_shard(storage: Storage, array: ArraySpec, unit: int) -> ShardReader:
+    """Reader of a shard of which no record is known yet.
+
+    Raises:
+        StoreError: it is missing.
+    """
+    key = array.shard(unit)
+    size = storage.size(key)
+    if size is None:
+        raise missing(storage.name(key))
+    return ShardReader(storage, array, unit, size)
 
 
 def _zstd() -> Any:

@@ -20,11 +20,11 @@ import numpy as np
 
 from clt.capture.filters import ALL_TOKENS, TokenFilter
 from clt.capture.finalize import read_commit
+from clt.capture.layout import commit_path
 from clt.capture.loader import ActivationLoader
 from clt.capture.moments import Moments, pack_moments, unpack_moments
 from clt.capture.order import permutation
 from clt.capture.run import CaptureJob, capture_samples, first_tokens
-from clt.capture.schema import commit_path
 from clt.capture.storage import open_storage
 from clt.capture.store import ActivationStore, open_committed
 from clt.capture.workers import Schedule, assigned_units
@@ -252,4 +252,3 @@ class StreamingLoader:
             "window_tokens": self._window_tokens,
             "where": str(self._where),
         }
-

@@ -16,26 +16,19 @@ from typing import get_args
 
 import torch
 
+from clt.capture.arrays import ArraySpec
 from clt.capture.contents import moments_fault
-from clt.capture.files import read_checked, record_file
+from clt.capture.files import read_checked
 from clt.capture.finalize import merged_moments, stats_arrays
 from clt.capture.inventory import Inventory, Problem, is_scratch, take_inventory
+from clt.capture.json_files import parse
 from clt.capture.moments import Moments
 from clt.capture.quantise import unpack_standardisers
 from clt.capture.rows import read_rows
-from clt.capture.schema import (
-    MANIFEST,
-    PLAN,
-    QUANTISATION,
-    SPEC,
-    TOKEN_CLASSES,
-    CapturePlan,
-    StoreSpec,
-    parse,
-)
-from clt.capture.shard import ShardReader
+from clt.capture.schema import MANIFEST, PLAN, QUANTISATION, SPEC, TOKEN_CLASSES, CapturePlan, StoreSpec
+from clt.capture.shard import ShardReader, standing_shard
 from clt.capture.storage import Storage, open_storage
-from clt.capture.verify_unit import REPAIR, Findings, Level, check_bytes, check_presence, check_unit
+from clt.capture.verify_unit import REPAIR, Findings, Level, check_presence, check_record, check_unit
 from clt.capture.writer import metadata_files
 from clt.errors import ConfigError, StoreError
 
@@ -140,8 +133,6 @@ def _check_common(inventory: Inventory, level: Level) -> Findings:
         _check_unfinished(inventory, found)
     else:
         _check_recorded(inventory, found)
-    if level != "index":
-        _check_merged_shards(inventory, found)
     if level == "full" and inventory.manifest is not None and not found.problems:
         _check_merged_values(inventory, found)
     _check_unknown(inventory, found)
@@ -152,11 +143,15 @@ def _check_recorded(inventory: Inventory, found: Findings) -> None:
     """Files of a complete store that belong to no unit: the manifest knows them."""
     assert inventory.manifest is not None
     storage = inventory.storage
+    merged = {array.shard(0): array for array in _merged_arrays(inventory)}
     for record in inventory.manifest.files:
         with found.about(record.path):
             check_presence(inventory, record)
-            contents = read_checked(storage, record)
             found.bytes += record.bytes
+            if record.path in merged:
+                check_record(storage, ShardReader(storage, merged[record.path], 0, record.bytes).record(), record)
+                continue
+            contents = read_checked(storage, record)
             if record.path == SPEC and parse(StoreSpec, contents, storage.name(SPEC)) != inventory.spec:
                 raise StoreError(f"{storage.name(SPEC)}: describes another store than {MANIFEST}; {REPAIR}")
             if record.path == PLAN and parse(CapturePlan, contents, storage.name(PLAN)) != inventory.plan:
@@ -170,28 +165,24 @@ def _check_recorded(inventory: Inventory, found: Findings) -> None:
 def _check_unfinished(inventory: Inventory, found: Findings) -> None:
     """Files of an unfinished store that belong to no unit: they follow from its spec or are read to see."""
     storage, entries = inventory.storage, inventory.entries
-    expected = metadata_files(inventory.arrays)
-    for group in inventory.spec.groups:
-        expected |= {f"{array.key}/zarr.json": array.metadata() for array in stats_arrays(group).values()}
+    merged = _merged_arrays(inventory)
+    expected = metadata_files(inventory.arrays) | {f"{array.key}/zarr.json": array.metadata() for array in merged}
     for key in sorted(expected.keys() & entries.keys()):
         with found.about(key):
             found.bytes += len(expected[key])
             if storage.read(key) != expected[key]:
                 raise StoreError(f"{storage.name(key)}: is not what this store needs; {REPAIR}")
+    for array in merged:
+        if array.shard(0) in entries:
+            with found.about(array.shard(0)):
+                found.bytes += standing_shard(storage, array, 0).record().bytes
     if inventory.spec.store_dtype == "int8" and (QUANTISATION in entries or inventory.committed):
         with found.about(QUANTISATION):
             unpack_standardisers(storage.read(QUANTISATION), storage.name(QUANTISATION))
 
 
-def _check_merged_shards(inventory: Inventory, found: Findings) -> None:
-    """Chunks of the merged statistics; the smallest files of all, but files of a store that is read as Zarr."""
-    for group in inventory.spec.groups:
-        for array in stats_arrays(group).values():
-            key = array.shard(0)
-            if key in inventory.entries and not any(problem.path == key for problem in found.problems):
-                with found.about(key):
-                    ShardReader(inventory.storage, array, 0, inventory.entries[key].bytes).check_index()
-                    check_bytes(inventory.storage, array, record_file(inventory.storage, key))
+def _merged_arrays(inventory: Inventory) -> list[ArraySpec]:
+    return [array for group in inventory.spec.groups for array in stats_arrays(group).values()]
 
 
 def _check_merged_values(inventory: Inventory, found: Findings) -> None:

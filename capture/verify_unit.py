@@ -7,24 +7,15 @@ from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Literal
 
-import numpy as np
-
-from clt.capture.arrays import ArraySpec
-from clt.capture.checksum import crc32c
 from clt.capture.contents import UnitContents
 from clt.capture.files import FileRecord, check_size, read_checked
 from clt.capture.finalize import unit_entry
 from clt.capture.inventory import Inventory, Problem
+from clt.capture.json_files import unsealed
+from clt.capture.layout import commit_path, stats_path
 from clt.capture.moments import Moments, unpack_moments
 from clt.capture.quantise import unpack_standardisers
-from clt.capture.schema import (
-    MANIFEST,
-    QUANTISATION,
-    UnitRecord,
-    commit_path,
-    parse,
-    stats_path,
-)
+from clt.capture.schema import MANIFEST, QUANTISATION, UnitRecord
 from clt.capture.shard import ShardReader
 from clt.capture.storage import Storage
 from clt.errors import StoreError
@@ -32,7 +23,6 @@ from clt.errors import StoreError
 Level = Literal["index", "chunk", "full"]
 
 REPAIR = "run 'clt store repair'"
-_TRAILER = 4
 
 
 @dataclass
@@ -74,31 +64,10 @@ def check_presence(inventory: Inventory, record: FileRecord) -> None:
     check_size(inventory.storage, record, entry.bytes if entry else inventory.storage.size(record.path))
 
 
-def check_bytes(storage: Storage, array: ArraySpec, record: FileRecord) -> None:
-    """Compares the index, each chunk and the whole of a shard with their checksums; every byte is read once.
-
-    Raises:
-        StoreError: the shard is damaged; names the chunk if one is.
-    """
-    name = storage.name(record.path)
-    raw = bytearray(array.chunks * 16 + _TRAILER)
-    storage.read_into(record.path, record.bytes - len(raw), [raw])
-    sizes = np.frombuffer(raw, "<u8", 2 * array.chunks)[1::2]
-    start = whole = 0
-    buffer = memoryview(bytearray())
-    # The reader of shards has accepted this index: chunks lie in order without gaps, and fill the file.
-    for chunk, size in enumerate(sizes.tolist()):
-        if start == record.bytes - len(raw):
-            break
-        if len(buffer) < size:
-            buffer = memoryview(bytearray(size))
-        piece = buffer[:size]
-        storage.read_into(record.path, start, [piece])
-        if crc32c(piece[:-_TRAILER]) != int.from_bytes(piece[-_TRAILER:], "little"):
-            raise StoreError(f"{name}: chunk {chunk} does not match its checksum; the file is damaged, {REPAIR}")
-        start, whole = start + size, crc32c(piece, whole)
-    if crc32c(raw, whole) != record.crc32c:
-        raise StoreError(f"{name}: checksum does not match; the file is damaged, restore it or {REPAIR}")
+def check_record(storage: Storage, record: FileRecord, recorded: FileRecord) -> None:
+    """Raises StoreError if a shard is not the one that was recorded, although all of its chunks are whole."""
+    if record != recorded:
+        raise StoreError(f"{storage.name(record.path)}: is another file than the one that was committed; {REPAIR}")
 
 
 def check_unit(inventory: Inventory, unit: int, level: Level, look: bool) -> Findings:
@@ -146,7 +115,7 @@ def _read_record(inventory: Inventory, unit: int, found: Findings, known: FileRe
     contents = read_checked(storage, known) if known else storage.read(path)
     found.bytes += len(contents)
     name = storage.name(path)
-    record = parse(UnitRecord, contents, name)
+    _, record = unsealed(UnitRecord, contents, name)
     if record.store != inventory.digest:
         found.strays.append(record.store)
     if record.store != inventory.digest or record.unit != unit:
@@ -173,11 +142,12 @@ def _check_file(inventory: Inventory, unit: int, level: Level, file: FileRecord,
         return unpack_moments(read_checked(storage, file), [group.name for group in inventory.spec.groups], name)
     array = next(array for array in inventory.arrays.per_unit() if array.shard(unit) == file.path)
     blocks = -(-inventory.plan.unit_tokens[unit] // array.chunk_rows)
-    if ShardReader(storage, array, unit, file.bytes).check_index() != blocks * array.chunks_per_row:
+    reader = ShardReader(storage, array, unit, file.bytes)
+    if reader.check_index() != blocks * array.chunks_per_row:
         raise StoreError(f"{name}: holds another number of chunks than its rows need; {REPAIR}")
     if level != "index":
         found.bytes += file.bytes
-        check_bytes(storage, array, file)
+        check_record(storage, reader.record(), file)
     return {}
 
 
@@ -190,7 +160,7 @@ def _check_leftovers(inventory: Inventory, unit: int, level: Level, found: Findi
                 reader = ShardReader(inventory.storage, array, unit, inventory.entries[key].bytes)
                 reader.check_index()
                 if level != "index":
-                    reader.verify()
+                    reader.record()
     if stats_path(unit) in inventory.entries:
         with found.about(stats_path(unit), unit):
             contents = inventory.storage.read(stats_path(unit))

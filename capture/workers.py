@@ -14,8 +14,8 @@ from typing import TYPE_CHECKING, Literal
 from pydantic import Field, model_validator
 from pydantic.dataclasses import dataclass
 
+from clt.capture.layout import commit_path
 from clt.capture.leases import Leases
-from clt.capture.schema import commit_path
 from clt.config import STRICT
 
 if TYPE_CHECKING:

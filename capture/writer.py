@@ -20,31 +20,16 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from clt.capture.arrays import TOKEN_DTYPES, ArraySpec, group_metadata
-from clt.capture.files import FileRecord, record_file
+from clt.capture.files import FileRecord, put_same, record_file
 from clt.capture.finalize import build_manifest, committed_units
+from clt.capture.json_files import parse, read_manifest, sealed, store_digest, to_json
+from clt.capture.layout import StoreArrays, commit_path, stats_path
 from clt.capture.moments import Moments, measure, pack_moments, unpack_moments
 from clt.capture.order import unit_permutation
 from clt.capture.quantise import Standardiser, pack_standardisers, unpack_standardisers
 from clt.capture.rows import TORCH_DTYPES, bits_of, read_rows, values_of, write_rows
-from clt.capture.schema import (
-    MANIFEST,
-    PLAN,
-    QUANTISATION,
-    SPEC,
-    CapturePlan,
-    SiteGroup,
-    StoreArrays,
-    StoreSpec,
-    UnitRecord,
-    commit_path,
-    manifest_text,
-    parse,
-    read_manifest,
-    stats_path,
-    store_digest,
-    to_json,
-)
-from clt.capture.shard import ShardReader
+from clt.capture.schema import MANIFEST, PLAN, QUANTISATION, SPEC, CapturePlan, SiteGroup, StoreSpec, UnitRecord
+from clt.capture.shard import standing_shard
 from clt.capture.storage import open_storage
 from clt.capture.storage_base import PARTIAL_SUFFIX, Storage
 from clt.errors import StoreError
@@ -86,7 +71,7 @@ class StoreWriter:
         self.arrays = StoreArrays(self.spec, plan.n_units)
         self.digest = store_digest(self.spec, plan)
         for key, contents in metadata_files(self.arrays).items():
-            self._put_same(key, contents)
+            put_same(self.storage, key, contents)
 
     def committed(self) -> set[int]:
         """Units that have a commit record."""
@@ -145,7 +130,7 @@ class StoreWriter:
             sample_tokens=data.sample_tokens,
             files=tuple(files),
         )
-        return self.storage.put(commit_path(unit), to_json(record))
+        return self.storage.put(commit_path(unit), sealed(record)[1])
 
     def finalize(self) -> str:
         """Completes the store; any worker may, once all units are committed.
@@ -162,7 +147,7 @@ class StoreWriter:
                     f"{self.storage.url}: {len(pending)} units are not captured, first {pending[0]}; capture them"
                 )
             manifest = build_manifest(self.storage, self.arrays, self.plan, self.digest)
-            self.storage.put(MANIFEST, manifest_text(manifest)[1])
+            self.storage.put(MANIFEST, sealed(manifest)[1])
         return read_manifest(self.storage)[0]
 
     def _write_group(
@@ -210,8 +195,8 @@ class StoreWriter:
         record = write_rows(self.storage, array, unit, rows, order)
         if record is not None:
             return record, None
-        record = record_file(self.storage, array.shard(unit))
-        reader = ShardReader(self.storage, array, unit, record.bytes)
+        reader = standing_shard(self.storage, array, unit)
+        record = reader.record()
         if reader.check_index() != -(-len(rows) // array.chunk_rows) * array.chunks_per_row:
             raise self._leftover(record.path)
         return record, read_rows(reader, array, len(rows))
@@ -260,10 +245,6 @@ class StoreWriter:
         if parse(CapturePlan, self.storage.read(PLAN), self.storage.name(PLAN)) != plan:
             raise StoreError(f"{url}: holds a store with another plan of units; choose another output")
         return found
-
-    def _put_same(self, key: str, contents: bytes) -> None:
-        if not self.storage.put(key, contents) and self.storage.read(key) != contents:
-            raise StoreError(f"{self.storage.name(key)}: is not what this store needs; delete the file, run again")
 
 
 def metadata_files(arrays: StoreArrays) -> dict[str, bytes]:

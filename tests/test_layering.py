@@ -18,7 +18,7 @@ SOURCES = sorted(path for room in ROOMS for path in (ROOT / room).rglob("*.py"))
 DOORS = {
     "deepspeed": ("clt/engine.py",),
     "triton": ("kernels/",),
-    "zarr": ("capture/store.py", "launch/bench/store_peers.py"),
+    "zarr": ("capture/activation_store.py", "launch/bench/store_peers.py"),
     "numcodecs": ("capture/shard.py",),
     "crc32c": ("capture/checksum.py",),
     "obstore": ("capture/object_storage.py",),

@@ -45,12 +45,14 @@ class StoreBenchSettings:
 
     Attributes:
         folder: an existing folder on the disk that is measured; twice `size_mib` are used there for a while.
-        size_mib: MiB of activations that are delivered in shuffled batches; files are a quarter of it.
-        rounds: rounds of every table; reads from the disk have at most three.
+        size_mib: MiB of activations that are delivered in shuffled batches, rounded down to a power of two of tokens;
+            the other tests move a sixteenth of it.
+        rounds: rounds of every table; reads from memory, which are short, have three times as many, and reads from the
+            disk at most three.
     """
 
     folder: Path
-    size_mib: int = 512
+    size_mib: int = 2048
     rounds: int = 7
 
 
@@ -59,32 +61,20 @@ class _Shape:
     """A layout to be compared, before its size is known."""
 
     key: str
-    title: str
     sites: int
     width: int
     chunk_tokens: int
 
     def layout(self, n_bytes: int) -> Layout:
         """Four shards of at least four blocks: a small benchmark has small chunks."""
-        tokens = n_bytes // (self.sites * self.width * 2)
+        tokens = 1 << (n_bytes // (self.sites * self.width * 2)).bit_length() - 1
         chunk = min(self.chunk_tokens, tokens // 16)
         return Layout(tokens=tokens, sites=self.sites, width=self.width, chunk_tokens=chunk, shard_tokens=tokens // 4)
 
 
-_BLOCKS = _Shape(
-    key="blocks",
-    title="8 sites x 256 channels, blocks of 8 chunks of 512 KiB",
-    sites=8,
-    width=256,
-    chunk_tokens=1024,
-)
-_CHUNKS = _Shape(
-    key="chunks",
-    title="1 site x 1024 channels, blocks of one chunk of 1 MiB",
-    sites=1,
-    width=1024,
-    chunk_tokens=512,
-)
+#: What capture chooses for the toy model, chunks of 512 KiB; and plain chunks of 1 MiB, what Zarr libraries prefer.
+_BLOCKS = _Shape(key="blocks", sites=8, width=256, chunk_tokens=1024)
+_CHUNKS = _Shape(key="chunks", sites=1, width=1024, chunk_tokens=512)
 _SHAPES = (_BLOCKS, _CHUNKS)
 _BATCH_TOKENS, _WINDOW_TOKENS = 4096, 65536
 
@@ -114,16 +104,16 @@ def bench_store(settings: StoreBenchSettings, peers: Sequence[Peer] = PEERS) -> 
 
 
 def _file_tables(shape: _Shape, settings: StoreBenchSettings, peers: Sequence[Peer], folder: Path) -> list[Table]:
-    layout, rounds = shape.layout(settings.size_mib * _MIB // 4), settings.rounds
+    layout, rounds = shape.layout(settings.size_mib * _MIB // 16), settings.rounds
     tables = []
     for key, words, durable in (("write", "without fsync", False), ("write+fsync", "with fsync", True)):
-        title = f"Write {words}: {shape.title}."
+        title = f"Write {words}: {_describe(layout)}."
         tables.append(write_table(f"{shape.key}/{key}", title, layout, peers, folder, rounds, durable))
     store = BenchStore.make(folder / shape.key, layout)
     with readers(store, peers, folder) as everyone:
-        title = f"Read random blocks, in memory: {shape.title}."
-        tables.append(read_table(f"{shape.key}/read", title, store, everyone, rounds))
-        title = f"Open and read random blocks, not in memory: {shape.title}."
+        title = f"Read random blocks, in memory: {_describe(layout)}."
+        tables.append(read_table(f"{shape.key}/read", title, store, everyone, 3 * rounds))
+        title = f"Open and read random blocks, not in memory: {_describe(layout)}."
         tables.append(cold_table(f"{shape.key}/cold", title, store, everyone, min(rounds, 3)))
     shutil.rmtree(store.folder)
     return tables
@@ -131,7 +121,7 @@ def _file_tables(shape: _Shape, settings: StoreBenchSettings, peers: Sequence[Pe
 
 def _delivery_tables(settings: StoreBenchSettings, peers: Sequence[Peer], folder: Path) -> list[Table]:
     layout = _BLOCKS.layout(settings.size_mib * _MIB)
-    batch, window = min(_BATCH_TOKENS, layout.tokens // 8), min(_WINDOW_TOKENS, layout.tokens // 2)
+    batch, window = min(_BATCH_TOKENS, layout.tokens // 8), min(_WINDOW_TOKENS, layout.tokens // 4)
     store = BenchStore.make(folder / "delivery", layout)
     chosen = [peer for peer in peers if peer.reads_store or peer.name == MEMMAP]
     tables = []
@@ -139,10 +129,18 @@ def _delivery_tables(settings: StoreBenchSettings, peers: Sequence[Peer], folder
         for dtype in (torch.bfloat16, torch.float32):
             kind = str(dtype).removeprefix("torch.")
             delivery = Delivery(batch_tokens=batch, window_tokens=window, dtype=dtype)
-            title = f"Shuffled batches of {batch} tokens at 8 sites in {kind}, windows of {window} tokens."
-            tables.append(delivery_table(f"delivery/{kind}", title, store, everyone, delivery, settings.rounds))
+            title = f"Shuffled batches of {batch} tokens, all sites, {kind}, windows of {window}: {_describe(layout)}."
+            # Of ours, the loader, and one who reads for the rivals' algorithm.
+            rivals = [reader for reader in everyone if reader.name != OURS]
+            tables.append(delivery_table(f"delivery/{kind}", title, store, rivals, delivery, settings.rounds))
     shutil.rmtree(store.folder)
     return tables
+
+
+def _describe(layout: Layout) -> str:
+    chunks = "1 chunk" if layout.sites == 1 else f"{layout.sites} chunks"
+    size = layout.chunk_tokens * layout.width * 2 / 1024
+    return f"{layout.sites} x {layout.width} channels, blocks of {chunks} of {size:g} KiB"
 
 
 def _claims(tables: dict[str, Table]) -> list[Claim]:

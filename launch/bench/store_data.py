@@ -16,8 +16,9 @@ import torch
 from numpy.typing import NDArray
 
 from clt.capture.arrays import ArraySpec
+from clt.capture.layout import StoreArrays
 from clt.capture.order import unit_permutation
-from clt.capture.schema import SCHEMA_VERSION, CapturePlan, SiteGroup, StoreArrays, StoreSpec
+from clt.capture.schema import SCHEMA_VERSION, CapturePlan, SiteGroup, StoreSpec
 from clt.capture.shard import ShardReader
 from clt.capture.storage import LocalStorage
 from clt.capture.store import ActivationStore, open_store

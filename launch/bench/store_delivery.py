@@ -1,21 +1,21 @@
 """Shuffled batches of all sites: the last question of the store's benchmark, and the one that training asks.
 
 Ours is `ActivationLoader`. The rivals get the same algorithm, a shuffle within windows, with threads that read blocks
-into one window while batches are gathered from another; only who reads the blocks differs. On both sides the memory of
-batches is used again, and the memory of windows is allocated once a round.
+into one window while batches are gathered from another; only who reads the blocks differs. Streams do not end between
+rounds, so that nobody's rounds hold a beginning, and on both sides the memory of windows and batches is used again.
 """
 
 from __future__ import annotations
 
 import queue
 import threading
-from collections.abc import Callable, Generator, Iterator, Sequence
+import time
+from collections.abc import Generator, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack, closing
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from functools import partial
 from itertools import cycle, islice
-from typing import cast
 
 import numpy as np
 import torch
@@ -27,7 +27,6 @@ from clt.launch.bench.report import Table
 from clt.launch.bench.store_data import BenchStore, Bits, Layout, ReadBlock
 from clt.launch.bench.store_files import Reader, make_table
 from clt.launch.bench.timing import Rival, interleave
-from clt.records import ActivationBatch
 
 #: Activations of some sites each, [s,B,d], which together are all sites.
 Batch = tuple[Tensor, ...]
@@ -35,8 +34,8 @@ Batch = tuple[Tensor, ...]
 LOADER = "clt loader"
 #: Threads that read blocks of a rival; with two cores, more of them made none faster.
 READER_THREADS = 2
-#: Epochs of a round, so that the first window, for which everyone waits, does not decide.
-EPOCHS = 4
+#: Seconds before a round, in which the others finish what they read ahead.
+_PAUSE_S = 0.2
 _SEED = 3
 
 
@@ -58,7 +57,7 @@ class Delivery:
 def delivery_table(
     key: str, title: str, store: BenchStore, everyone: Sequence[Reader], delivery: Delivery, rounds: int
 ) -> Table:
-    """Delivers all tokens of a store in shuffled batches, one epoch a round, from the page cache.
+    """Delivers as many tokens as a store has in shuffled batches, from the page cache.
 
     Args:
         key: of the table.
@@ -73,54 +72,60 @@ def delivery_table(
     """
     layout = store.layout
     expected = np.sort(_fingerprints(torch.from_numpy(store.expected).view(torch.bfloat16)))
+    steps = layout.tokens // delivery.batch_tokens
     with ExitStack() as stack:
-        rivals: dict[str, Callable[[int], Iterator[Batch]]] = {LOADER: _loader(store, delivery)}
+        streams = {LOADER: stack.enter_context(closing(_loader_batches(store, delivery)))}
         for reader in everyone:
             if reader.open is not None:
                 read = stack.enter_context(reader.open())
-                rivals[reader.name] = partial(window_batches, read, layout, delivery)
-        for name, batches in rivals.items():
-            _check(name, batches(1), delivery, expected)
-        timings = interleave([Rival(name=name, run=partial(_drain, run)) for name, run in rivals.items()], rounds)
+                streams[reader.name] = stack.enter_context(closing(window_batches(read, layout, delivery)))
+        for name, stream in streams.items():
+            _check_epoch(name, stream, steps, delivery, expected)
+        rivals = [
+            Rival(name=name, run=partial(_drain, stream, steps), before=partial(time.sleep, _PAUSE_S))
+            for name, stream in streams.items()
+        ]
+        timings = interleave(rivals, rounds)
     checksums = {LOADER: True} | {reader.name: reader.checksums for reader in everyone}
-    return make_table(key, title, replace(layout, tokens=EPOCHS * layout.tokens), rounds, checksums, timings)
+    return make_table(key, title, layout, rounds, checksums, timings)
 
 
-def window_batches(read: ReadBlock, layout: Layout, delivery: Delivery, epochs: int) -> Iterator[Batch]:
-    """Delivers every token of a store once an epoch, in an order shuffled within windows of random blocks.
+def window_batches(read: ReadBlock, layout: Layout, delivery: Delivery) -> Generator[Batch]:
+    """Delivers every token of a store once an epoch, epoch after epoch, shuffled within windows of random blocks.
 
     Args:
         read: reads a block; called by several threads.
         layout: what it reads from.
         delivery: what is asked.
-        epochs: epochs.
 
     Yields:
         All sites of B tokens; the memory is used again after two more batches.
     """
-    per_window = delivery.window_tokens // layout.chunk_tokens
-    random = np.random.default_rng(_SEED)
-    chosen = [w for _ in range(epochs) for w in random.permutation(layout.blocks).reshape(-1, per_window).tolist()]
-    # Two windows: one is read while batches are gathered from the other.
-    free: queue.Queue[Bits] = queue.Queue()
+    free: queue.Queue[Bits | None] = queue.Queue()
     full: queue.Queue[Bits | BaseException] = queue.Queue()
+    # Two windows: one is read while batches are gathered from the other.
     for _ in range(2):
-        free.put(np.empty((per_window, *layout.block_shape), np.uint16))
+        free.put(np.empty((delivery.window_tokens // layout.chunk_tokens, *layout.block_shape), np.uint16))
 
-    def fill(pool: ThreadPoolExecutor) -> None:
+    def fill() -> None:
         try:
-            for blocks in chosen:
-                window = free.get()
-                list(pool.map(read, blocks, window))
-                full.put(window)
+            with ThreadPoolExecutor(READER_THREADS) as pool:
+                for blocks in _windows(layout.blocks, delivery.window_tokens // layout.chunk_tokens):
+                    window = free.get()
+                    if window is None:
+                        return
+                    list(pool.map(read, blocks, window))
+                    full.put(window)
         except BaseException as error:  # raised by the consumer
             full.put(error)
 
-    batch_shape = (layout.sites, delivery.batch_tokens, layout.width)
-    batches = cycle([torch.empty(batch_shape, dtype=delivery.dtype) for _ in range(3)])
-    with ThreadPoolExecutor(READER_THREADS) as pool:
-        threading.Thread(target=fill, args=(pool,), daemon=True).start()
-        for _ in chosen:
+    random = np.random.default_rng(_SEED)
+    shape = (layout.sites, delivery.batch_tokens, layout.width)
+    batches = cycle([torch.empty(shape, dtype=delivery.dtype) for _ in range(3)])
+    thread = threading.Thread(target=fill, daemon=True)
+    thread.start()
+    try:
+        while True:
             window = full.get()
             if isinstance(window, BaseException):
                 raise window
@@ -131,9 +136,18 @@ def window_batches(read: ReadBlock, layout: Layout, delivery: Delivery, epochs: 
                 _gather(values, part, batch)
                 yield (batch,)
             free.put(window)
+    finally:
+        free.put(None)
+        thread.join()
 
 
-def _loader(store: BenchStore, delivery: Delivery) -> Callable[[int], Iterator[Batch]]:
+def _windows(n_blocks: int, per_window: int) -> Iterator[list[int]]:
+    random = np.random.default_rng(_SEED)
+    while True:
+        yield from random.permutation(n_blocks).reshape(-1, per_window).tolist()
+
+
+def _loader_batches(store: BenchStore, delivery: Delivery) -> Generator[Batch]:
     opened = store.open()
     half = len(opened.sites) // 2
     loader = ActivationLoader(
@@ -146,13 +160,8 @@ def _loader(store: BenchStore, delivery: Delivery) -> Callable[[int], Iterator[B
         as_stored=delivery.dtype == torch.bfloat16,
         reader_threads=READER_THREADS,
     )
-
-    def batches(epochs: int) -> Iterator[Batch]:
-        with closing(cast(Generator[ActivationBatch], iter(loader))) as stream:
-            for batch in islice(stream, epochs * loader.steps_per_epoch):
-                yield batch.x, batch.y
-
-    return batches
+    for batch in loader:
+        yield batch.x, batch.y
 
 
 def _gather(window: Tensor, tokens: Tensor, batch: Tensor) -> None:
@@ -168,8 +177,8 @@ def _gather(window: Tensor, tokens: Tensor, batch: Tensor) -> None:
             out.copy_(rows.index_select(0, index))
 
 
-def _drain(batches: Callable[[int], Iterator[Batch]]) -> None:
-    for _ in batches(EPOCHS):
+def _drain(stream: Iterator[Batch], steps: int) -> None:
+    for _ in islice(stream, steps):
         pass
 
 
@@ -180,10 +189,12 @@ def _fingerprints(tokens: Tensor) -> NDArray[np.int64]:
     return words @ weights
 
 
-def _check(name: str, batches: Iterator[Batch], delivery: Delivery, expected: NDArray[np.int64]) -> None:
-    """Every token must come exactly once, with the right values at all sites."""
+def _check_epoch(
+    name: str, stream: Iterator[Batch], steps: int, delivery: Delivery, expected: NDArray[np.int64]
+) -> None:
+    """Takes the first epoch, in which every token must come exactly once, with the right values at all sites."""
     found = []
-    for parts in batches:
+    for parts in islice(stream, steps):
         batch = torch.cat(parts)
         assert batch.dtype == delivery.dtype and batch.shape[1] == delivery.batch_tokens, f"{name}: {batch.shape}"
         found.append(_fingerprints(batch.to(torch.bfloat16).transpose(0, 1)))

@@ -199,7 +199,10 @@ class Batches(IterableDataset):  # type: ignore[type-arg]
 
 
 @pytest.mark.parametrize("start", ["fork", "spawn"])
-def test_workers_of_a_data_loader_read_the_same_batches(store: ActivationStore, start: str) -> None:
+def test_workers_of_a_data_loader_read_the_same_batches(
+    store: ActivationStore, start: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.syspath_prepend(str(Path(__file__).parents[2]))  # where a spawned process finds this module
     one = loader(store)
     expected = list(islice(one, 10))
     one = pickle.loads(pickle.dumps(loader(store)))

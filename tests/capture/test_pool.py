@@ -101,7 +101,7 @@ def deliver(
     streams = order.streams_of(rank, world)
     sizes = SlotSizes(
         slots=len(streams) + spare,
-        slot_rows=order.window_rows + source.chunk_tokens,
+        slot_rows=order.window_rows - 1 + source.chunk_tokens,
         batch_rows=order.batch_rows // world,
         batches=3,
         widen=widen,

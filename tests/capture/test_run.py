@@ -41,7 +41,9 @@ def text_config(tmp_path: Path, model: Path, n: int = 24, extra: str | None = No
     file = write_jsonl(tmp_path / "texts.jsonl", records)
     settings: dict[str, Any] = {"store_dtype": "float32", "rows_per_unit": 64, "chunk_tokens": 32, "batch_size": 4}
     source = SourceSettings(jsonl=JsonlSource(file=file))
-    return CaptureConfig(**{"model": str(model), "output": str(tmp_path / "store"), "source": source, **settings, **changes})
+    return CaptureConfig(
+        **{"model": str(model), "output": str(tmp_path / "store"), "source": source, **settings, **changes}
+    )
 
 
 def image_config(tmp_path: Path, model: Path, **changes: Any) -> CaptureConfig:
@@ -57,7 +59,9 @@ def image_config(tmp_path: Path, model: Path, **changes: Any) -> CaptureConfig:
     file = write_jsonl(tmp_path / "images.jsonl", records)
     settings: dict[str, Any] = {"store_dtype": "float32", "rows_per_unit": 32, "batch_size": 3}
     source = SourceSettings(jsonl=JsonlSource(file=file))
-    return CaptureConfig(**{"model": str(model), "output": str(tmp_path / "store"), "source": source, **settings, **changes})
+    return CaptureConfig(
+        **{"model": str(model), "output": str(tmp_path / "store"), "source": source, **settings, **changes}
+    )
 
 
 def natural_rows(store: ActivationStore) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
@@ -128,7 +132,9 @@ def test_read_site_is_a_choice(tmp_path: Path, llama_folder: Path) -> None:
 
 
 def tree(root: Path) -> dict[str, bytes]:
-    return {str(p.relative_to(root)): p.read_bytes() for p in sorted(root.rglob("*")) if p.is_file()}
+    """All files of a store; what a killed process was writing is no part of it."""
+    files = [path for path in sorted(root.rglob("*")) if path.is_file() and path.suffix != ".partial"]
+    return {str(path.relative_to(root)): path.read_bytes() for path in files}
 
 
 def test_capture_killed_midway_ends_with_the_same_bytes(tmp_path: Path, llama_folder: Path) -> None:

@@ -124,9 +124,7 @@ def test_order_depends_on_seed_and_epoch_alone(job: CaptureJob, tmp_path: Path, 
 def test_ranks_share_the_batches_of_one(job: CaptureJob, memory: str, world: int) -> None:
     ring = make_ring(job, memory)
     whole = list(islice(loader(ring, removes=False), 12))
-    parts = [
-        list(islice(loader(ring, data_rank=rank, data_world=world, removes=False), 12)) for rank in range(world)
-    ]
+    parts = [list(islice(loader(ring, data_rank=rank, data_world=world, removes=False), 12)) for rank in range(world)]
     for step, batch in enumerate(whole):
         assert [key for part in parts for key in keys(part[step])] == keys(batch)
 

@@ -36,11 +36,11 @@ def test_same_data_makes_the_same_bytes_and_id(tmp_path: Path, store: Activation
 
 def test_records_hold_size_and_checksum_of_every_file(store: ActivationStore) -> None:
     files = tree(store.location)
-    manifest = json.loads(files.pop("manifest.json"))["manifest"]
+    manifest = json.loads(files.pop("manifest.json"))["record"]
     recorded = [*manifest["files"], *(file for unit in manifest["units"] for file in unit["files"])]
     of_units = []
     for unit in range(3):
-        of_units += json.loads(files[f"units/commits/{unit:06d}.json"])["files"]
+        of_units += json.loads(files[f"units/commits/{unit:06d}.json"])["record"]["files"]
     for file in recorded:
         contents = files[file["path"]]
         data = without_checksums(contents) if "/c/" in file["path"] else contents

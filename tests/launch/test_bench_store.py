@@ -34,7 +34,7 @@ def _peer(name: str) -> Peer:
 def report(tmp_path_factory: pytest.TempPathFactory) -> BenchReport:
     absent = replace(_peer(MEMMAP), name="nobody", module="clt_has_no_such_module")
     folder = tmp_path_factory.mktemp("bench")
-    report = bench_store(StoreBenchSettings(folder=folder, size_mib=4, rounds=1), (*PEERS, absent))
+    report = bench_store(StoreBenchSettings(folder=folder, size_mib=8, rounds=1), (*PEERS, absent))
     assert not list(folder.iterdir()), "the benchmark leaves nothing behind"
     return report
 
@@ -96,7 +96,7 @@ def test_every_rival_has_a_row_with_positive_numbers_in_every_table(report: Benc
         assert table.rows[0].name.startswith("clt") and table.rows[0].checksums
         for row in table.rows:
             if row.absent is None:
-                assert len(row.wall_s) == len(row.cpu_s) == table.rounds == 1
+                assert len(row.wall_s) == len(row.cpu_s) == table.rounds
                 assert row.gb_per_s is not None and row.gb_per_s > 0
                 assert row.cpu_s_per_gb is not None and row.cpu_s_per_gb > 0
     for key in ("blocks/read", "chunks/write"):
@@ -163,4 +163,4 @@ def test_folder_that_is_missing_or_too_small_is_named(tmp_path: Path) -> None:
     with pytest.raises(StoreError, match="--folder"):
         bench_store(StoreBenchSettings(folder=tmp_path / "none"))
     with pytest.raises(StoreError, match="--size"):
-        bench_store(StoreBenchSettings(folder=tmp_path, size_mib=1 << 40))
+        bench_store(StoreBenchSettings(folder=tmp_path, size_mib=2**40))
