@@ -34,10 +34,10 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
-from clt.capture.capacity import GIB, free_bytes
-from clt.capture.checksum import crc32c
-from clt.capture.storage import PARTIAL_SUFFIX, Storage, open_storage
 from clt.capture.activation_store import ActivationStore, SampleView
+from clt.capture.capacity import GIB, free_bytes
+from clt.capture.storage import PARTIAL_SUFFIX, Storage, open_storage
+from clt.checksum import crc32c
 from clt.errors import CheckpointError, ConfigError, NonFiniteError, StoreError
 from clt.model import CrossLayerTranscoder, source_layers
 from clt.records import Modality

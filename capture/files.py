@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from clt.capture.checksum import crc32c
 from clt.capture.storage_base import Storage
+from clt.checksum import crc32c
 from clt.errors import StoreError
 
 _PIECE = 8 << 20

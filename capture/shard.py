@@ -15,9 +15,9 @@ import numpy as np
 from numpy.typing import NDArray
 
 from clt.capture.arrays import ZSTD_LEVEL, ArraySpec
-from clt.capture.checksum import crc32c, crc32c_joined
 from clt.capture.files import FileRecord
 from clt.capture.storage_base import Storage, missing
+from clt.checksum import crc32c, crc32c_joined
 from clt.errors import StoreError
 
 _MISSING = 2**64 - 1
@@ -168,15 +168,11 @@ class ShardReader:
         return ends if isinstance(ends, int) else len(ends)
 
     def _read_raw(self, first: int, outs: Sequence[NDArray[Any]]) -> None:
-        trailers = bytearray(_TRAILER * len(outs))
-        view = memoryview(trailers)
-        payloads = [out.data.cast("B") for out in outs]
-        buffers: list[memoryview] = []
-        for i, payload in enumerate(payloads):
-            buffers += (payload, view[_TRAILER * i : _TRAILER * (i + 1)])
-        self._storage.read_into(self._key, first * self._chunk_bytes, buffers)
-        for i, payload in enumerate(payloads):
-            self._check(first + i, payload, view[_TRAILER * i : _TRAILER * (i + 1)])
+        trailers = memoryview(bytearray(_TRAILER * len(outs)))
+        parts = [(out.data.cast("B"), trailers[_TRAILER * i : _TRAILER * (i + 1)]) for i, out in enumerate(outs)]
+        self._storage.read_into(self._key, first * self._chunk_bytes, [buffer for part in parts for buffer in part])
+        for i, (payload, trailer) in enumerate(parts, first):
+            self._check(i, payload, trailer)
 
     def _read_compressed(self, first: int, outs: Sequence[NDArray[Any]]) -> None:
         ends = self._ends

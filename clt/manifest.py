@@ -14,10 +14,10 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-import google_crc32c
 from safetensors import SafetensorError
 from torch import Tensor
 
+from clt.checksum import crc32c
 from clt.errors import CheckpointError
 from clt.tensor_files import write_tensors
 
@@ -151,11 +151,11 @@ def verify_folder(folder: Path) -> None:
 
 
 def _checksum(path: Path) -> dict[str, Any]:
-    checksum = google_crc32c.Checksum()
+    checksum = 0
     with path.open("rb") as file:
         while chunk := file.read(_CHUNK_BYTES):
-            checksum.update(chunk)
-    return {"bytes": path.stat().st_size, "crc32c": checksum.hexdigest().decode()}
+            checksum = crc32c(chunk, checksum)
+    return {"bytes": path.stat().st_size, "crc32c": f"{checksum:08x}"}
 
 
 def _sync(path: Path) -> None:

@@ -20,7 +20,7 @@ DOORS = {
     "triton": ("kernels/",),
     "zarr": ("capture/activation_store.py", "launch/bench/store_peers.py"),
     "numcodecs": ("capture/shard.py",),
-    "crc32c": ("capture/checksum.py",),
+    "awscrt": ("clt/checksum.py",),
     "obstore": ("capture/object_storage.py",),
     "zarrs": ("launch/bench/store_peers.py",),
     "tensorstore": ("launch/bench/store_peers.py",),

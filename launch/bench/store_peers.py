@@ -4,9 +4,9 @@ All of them deliver blocks, [S, C, d] bits of C tokens at S sites, into arrays o
 at a time. Libraries that know Zarr read the store's own files. The others keep the blocks one after the other, in the
 order in which they are read, so that their reads are as contiguous as ours.
 
-Calls tried and left out because they were slower (November 2026): zarr-python and zarrs one site at a time or without
-`out`; tensorstore's `read` followed by a copy; torch.load without mmap; safetensors' `get_slice` with torch tensors;
-`h5py.Dataset.__getitem__`.
+zarr-python comes twice: indexed as everyone does it, and with its `out` argument. Calls tried and left out because they
+were slower (November 2026): zarr-python and zarrs one site at a time; zarrs without `out`; tensorstore's `read` and a
+copy; torch.load without mmap; safetensors' `get_slice` with torch tensors; `h5py.Dataset.__getitem__`.
 """
 
 from __future__ import annotations
@@ -91,6 +91,21 @@ def _write_zarr(path: Path, array: Bits, layout: Layout, pipeline: str) -> None:
             target[start : start + layout.shard_tokens] = array[start : start + layout.shard_tokens]
 
 
+def _write_zarr_python(path: Path, array: Bits, layout: Layout) -> None:
+    _write_zarr(path, array, layout, _BATCHED)
+
+
+def _write_zarrs(path: Path, array: Bits, layout: Layout) -> None:
+    _write_zarr(path, array, layout, _ZARRS)
+
+
+def _zarr_array(path: Path, pipeline: str) -> Any:
+    import zarr
+
+    with zarr.config.set({"codec_pipeline.path": pipeline}):
+        return zarr.open_array(path, mode="r")
+
+
 def _zarr_buffer(array: Bits) -> Any:
     from zarr.core.buffer.cpu import NDBuffer
 
@@ -99,11 +114,13 @@ def _zarr_buffer(array: Bits) -> Any:
 
 @contextmanager
 def _open_zarr(path: Path, layout: Layout) -> Iterator[ReadBlock]:
-    import zarr
+    source, size = _zarr_array(path, _BATCHED), layout.chunk_tokens
+    yield lambda block, out: np.copyto(out, source[block * size : (block + 1) * size].transpose(1, 0, 2))
 
-    with zarr.config.set({"codec_pipeline.path": _BATCHED}):
-        source = zarr.open_array(path, mode="r")
-    size = layout.chunk_tokens
+
+@contextmanager
+def _open_zarr_out(path: Path, layout: Layout) -> Iterator[ReadBlock]:
+    source, size = _zarr_array(path, _BATCHED), layout.chunk_tokens
 
     def read(block: int, out: Bits) -> None:
         # It fills a view with the axes swapped as fast as one in its own order.
@@ -115,23 +132,19 @@ def _open_zarr(path: Path, layout: Layout) -> Iterator[ReadBlock]:
 
 @contextmanager
 def _open_zarrs(path: Path, layout: Layout) -> Iterator[ReadBlock]:
-    import zarr
+    source, size = _zarr_array(path, _ZARRS), layout.chunk_tokens
 
-    with zarr.config.set({"codec_pipeline.path": _ZARRS}):
-        source = zarr.open_array(path, mode="r")
-        size = layout.chunk_tokens
+    def read(block: int, out: Bits) -> None:
+        rows = slice(block * size, (block + 1) * size)
+        if layout.sites == 1:
+            source.get_basic_selection((rows,), out=_zarr_buffer(out.reshape(size, 1, layout.width)))
+            return
+        # It fills contiguous arrays only, hence in its own order.
+        tokens_first = np.empty((size, layout.sites, layout.width), np.uint16)
+        source.get_basic_selection((rows,), out=_zarr_buffer(tokens_first))
+        np.copyto(out, tokens_first.transpose(1, 0, 2))
 
-        def read(block: int, out: Bits) -> None:
-            rows = slice(block * size, (block + 1) * size)
-            if layout.sites == 1:
-                source.get_basic_selection((rows,), out=_zarr_buffer(out.reshape(size, 1, layout.width)))
-                return
-            # It fills contiguous arrays only, hence in its own order.
-            tokens_first = np.empty((size, layout.sites, layout.width), np.uint16)
-            source.get_basic_selection((rows,), out=_zarr_buffer(tokens_first))
-            np.copyto(out, tokens_first.transpose(1, 0, 2))
-
-        yield read
+    yield read
 
 
 def _tensorstore_spec(path: Path) -> dict[str, Any]:
@@ -186,6 +199,10 @@ def _write_h5(path: Path, array: Bits, chunks: tuple[int, ...] | None) -> None:
         file.create_dataset("acts", data=array, chunks=chunks)
 
 
+def _write_h5_contiguous(path: Path, array: Bits, layout: Layout) -> None:
+    _write_h5(path, array, None)
+
+
 def _write_h5_chunked(path: Path, array: Bits, layout: Layout) -> None:
     blocks_first = array.ndim == 4
     chunk = (layout.chunk_tokens, layout.width)
@@ -199,6 +216,10 @@ def _open_h5(path: Path, layout: Layout) -> Iterator[ReadBlock]:
     with h5py.File(path, "r") as file:
         source = file["acts"]
         yield lambda block, out: source.read_direct(out, np.s_[block])
+
+
+def _write_raw(path: Path, array: Bits, layout: Layout) -> None:
+    array.tofile(path)
 
 
 @contextmanager
@@ -219,6 +240,10 @@ def _open_preadv(path: Path, layout: Layout) -> Iterator[ReadBlock]:
         yield read
     finally:
         os.close(descriptor)
+
+
+def _write_torch(path: Path, array: Bits, layout: Layout) -> None:
+    torch.save(torch.from_numpy(array), path)
 
 
 @contextmanager
@@ -246,50 +271,17 @@ def _open_safetensors(path: Path, layout: Layout) -> Iterator[ReadBlock]:
         yield lambda block, out: np.copyto(out, source[block])
 
 
-ZARR_PYTHON, MEMMAP = "zarr-python", "np.memmap (tofile)"
+ZARR_PYTHON, ZARR_OUT, MEMMAP = "zarr-python", "zarr-python, out=", "np.memmap (tofile)"
+_OF_STORE: dict[str, Any] = {"checksums": True, "reads_store": True}
 PEERS = (
-    Peer(
-        name=ZARR_PYTHON,
-        module="zarr",
-        checksums=True,
-        reads_store=True,
-        write=lambda path, array, layout: _write_zarr(path, array, layout, _BATCHED),
-        open=_open_zarr,
-    ),
-    Peer(
-        name="zarrs",
-        module="zarrs",
-        checksums=True,
-        reads_store=True,
-        write=lambda path, array, layout: _write_zarr(path, array, layout, _ZARRS),
-        open=_open_zarrs,
-    ),
-    Peer(
-        name="tensorstore",
-        module="tensorstore",
-        checksums=True,
-        reads_store=True,
-        write=_write_tensorstore,
-        open=_open_tensorstore,
-    ),
-    Peer(
-        name="h5py, contiguous",
-        module="h5py",
-        write=lambda path, array, layout: _write_h5(path, array, None),
-        open=_open_h5,
-    ),
+    Peer(name=ZARR_PYTHON, module="zarr", write=_write_zarr_python, open=_open_zarr, **_OF_STORE),
+    Peer(name=ZARR_OUT, module="zarr", write=_write_zarr_python, open=_open_zarr_out, writes=False, **_OF_STORE),
+    Peer(name="zarrs", module="zarrs", write=_write_zarrs, open=_open_zarrs, **_OF_STORE),
+    Peer(name="tensorstore", module="tensorstore", write=_write_tensorstore, open=_open_tensorstore, **_OF_STORE),
+    Peer(name="h5py, contiguous", module="h5py", write=_write_h5_contiguous, open=_open_h5),
     Peer(name="h5py, chunked", module="h5py", write=_write_h5_chunked, open=_open_h5),
-    Peer(name=MEMMAP, write=lambda path, array, layout: array.tofile(path), open=_open_memmap),
-    Peer(
-        name="torch.save",
-        write=lambda path, array, layout: torch.save(torch.from_numpy(array), path),
-        open=_open_torch,
-    ),
+    Peer(name=MEMMAP, write=_write_raw, open=_open_memmap),
+    Peer(name="torch.save", write=_write_torch, open=_open_torch),
     Peer(name="safetensors", write=_write_safetensors, open=_open_safetensors),
-    Peer(
-        name="bare preadv",
-        writes=False,
-        write=lambda path, array, layout: array.tofile(path),
-        open=_open_preadv,
-    ),
+    Peer(name="bare preadv", write=_write_raw, open=_open_preadv, writes=False),
 )

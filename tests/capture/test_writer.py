@@ -6,7 +6,7 @@ import json
 from dataclasses import replace
 from pathlib import Path
 
-import google_crc32c
+import google_crc32c  # a second opinion, which zarr needs anyway
 import numpy as np
 import pytest
 import torch
