@@ -8,6 +8,7 @@ raised where the batches are consumed.
 from __future__ import annotations
 
 import logging
+import os
 from collections.abc import Generator, Iterator, Sequence
 from contextlib import closing
 from dataclasses import replace
@@ -31,6 +32,7 @@ log = logging.getLogger(__name__)
 
 #: Batches in use besides those made ahead: the one that is consumed, and the one before until it is let go.
 _BATCHES_IN_USE = 2
+_MOST_READERS = 4
 #: Spare slots double the windows as long as all slots take no more than this, else there are a quarter as many.
 _SMALL_POOL_BYTES = 2**30
 
@@ -55,7 +57,7 @@ class ActivationLoader:
         where: which tokens are read.
         device: where `x` and `y` shall be; tokens stay on the host.
         as_stored: hand out bfloat16 as it is stored and not as float32; int8 always becomes float32.
-        reader_threads: threads that read; more help only where a read waits, as over a network.
+        reader_threads: threads that read; absent: as many as there are cores beside the one that gathers, four at most.
         read_ahead: batches that are made before they are asked for.
 
     Attributes:
@@ -83,13 +85,14 @@ class ActivationLoader:
         where: TokenFilter = ALL_TOKENS,
         device: torch.device | str = "cpu",
         as_stored: bool = False,
-        reader_threads: int = 2,
+        reader_threads: int | None = None,
         read_ahead: int = 2,
     ) -> None:
         self._blocks = StoreBlocks(store, x_sites, y_sites, where)
         self._store_id, self._n_x, self._where = store.id, len(x_sites), where
         self._seed, self._batch_tokens, self._window_tokens = seed, batch_tokens, window_tokens
-        self._device, self._reader_threads, self._read_ahead = torch.device(device), reader_threads, read_ahead
+        self._device, self._read_ahead = torch.device(device), read_ahead
+        self._reader_threads = reader_threads or max(1, min(len(os.sched_getaffinity(0)) - 1, _MOST_READERS))
         self._epoch = self._step = 0
         passing = int(self._blocks.rows.sum())
         if passing == 0:

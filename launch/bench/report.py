@@ -92,7 +92,7 @@ class ModelSpeed:
     Attributes:
         model: its name.
         bytes_per_token: 2 sites x layers x width x 2 bytes.
-        tokens_per_s: by table key, tokens per second at the best measured GB/s of ours.
+        tokens_per_s: by table key, tokens per second at the best measured GB/s of ours, the first row.
     """
 
     model: str

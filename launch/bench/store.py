@@ -28,7 +28,7 @@ from clt.launch.bench.store_peers import MEMMAP, PEERS, ZARR_OUT, ZARR_PYTHON, P
 _MIB = 2**20
 _Measure = Literal["gb_per_s", "cpu_s_per_gb"]
 _WORDS: dict[_Measure, str] = {"gb_per_s": "GB/s", "cpu_s_per_gb": "CPU s/GB"}
-_PACKAGES = ("torch", "numpy", "zarr", "zarrs", "tensorstore", "h5py", "safetensors", "numcodecs", "crc32c")
+_PACKAGES = ("torch", "numpy", "zarr", "zarrs", "tensorstore", "h5py", "safetensors", "awscrt", "google-crc32c")
 #: Decoder layers and width: what a token of a model costs follows from them.
 _MODELS = {
     "toy": (4, 256),
@@ -167,12 +167,12 @@ def _promise(
 
 
 def _models(tables: Sequence[Table]) -> tuple[ModelSpeed, ...]:
-    """What the best of ours in each table means for models."""
-    speeds = {}
-    for table in tables:
-        best = [row.gb_per_s for row in table.rows if row.name in (OURS, OUR_STORE, LOADER) and row.gb_per_s]
-        if best and not table.key.startswith("chunks/"):
-            speeds[table.key] = max(best) * GB
+    """What ours, the first row of each table of whole blocks, means for models."""
+    speeds = {
+        table.key: table.rows[0].gb_per_s * GB
+        for table in tables
+        if table.rows[0].gb_per_s is not None and not table.key.startswith(_CHUNKS.key)
+    }
     models = []
     for name, (n_layers, width) in _MODELS.items():
         cost = 2 * n_layers * width * 2

@@ -158,7 +158,6 @@ def _loader_batches(store: BenchStore, delivery: Delivery) -> Generator[Batch]:
         window_tokens=delivery.window_tokens,
         seed=_SEED,
         as_stored=delivery.dtype == torch.bfloat16,
-        reader_threads=READER_THREADS,
     )
     for batch in loader:
         yield batch.x, batch.y
