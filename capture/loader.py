@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import logging
 import os
-from collections.abc import Generator, Iterator, Sequence
+from collections.abc import Generator, Iterator, Mapping, Sequence
 from contextlib import closing
 from dataclasses import replace
 from functools import partial
@@ -155,11 +155,7 @@ class ActivationLoader:
         Raises:
             CheckpointError: it comes from another store or from other settings.
         """
-        for key, mine in self._settings().items():
-            if state.get(key) != mine:
-                raise CheckpointError(
-                    f"loader state: {key} was {state.get(key)!r} and is now {mine!r}; make them equal"
-                )
+        require_same(state, self._settings())
         self._epoch, self._step = int(state["epoch"]), int(state["step"])
 
     def _settings(self) -> dict[str, int | str]:
@@ -211,6 +207,17 @@ class ActivationLoader:
             stream.wait_event(rows.ready)
             rows.acts.record_stream(stream)
         return ActivationBatch(x=rows.acts[: self._n_x], y=rows.acts[self._n_x :], tokens=rows.tokens)
+
+
+def require_same(state: Mapping[str, int | str], settings: Mapping[str, int | str]) -> None:
+    """Makes sure that a loader's state was saved under the same settings.
+
+    Raises:
+        CheckpointError: one differs; names it.
+    """
+    for key, mine in settings.items():
+        if state.get(key) != mine:
+            raise CheckpointError(f"loader state: {key} was {state.get(key)!r} and is now {mine!r}; make them equal")
 
 
 def iterate_store(

@@ -167,8 +167,10 @@ def collect_garbage(location: str | Path | Storage, *, dry_run: bool = False, qu
     garbage += [entry for key, entry in inventory.entries.items() if quarantine and key.startswith(QUARANTINE)]
     if not dry_run:
         units = sorted({inventory.unit_of[entry.key] for entry in garbage if entry.key in inventory.unit_of})
+        # What follows from other files goes before them: killed here, none may stay for the next owner to find.
+        place = {key: i for unit in units for i, key in enumerate(inventory.unit_keys(unit))}
         with _held(storage, units):
-            for entry in garbage:
+            for entry in sorted(garbage, key=lambda entry: -place.get(entry.key, len(place))):
                 unit = inventory.unit_of.get(entry.key)
                 # A worker may have committed the unit after the listing and before its lease was taken here.
                 if unit is None or inventory.manifest or storage.size(commit_path(unit)) is None:

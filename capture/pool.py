@@ -108,7 +108,8 @@ class WindowPool:
         n_rows = sum(rows for _, rows in takes)
         tokens = {name: np.empty(n_rows, dtype) for name, dtype in _TOKEN_DTYPES.items()}
         self._slots.begin(n_rows)
-        gathered, parts = 0, []
+        gathered = 0
+        parts: list[NDArray[np.int64]] = []
         for stream, rows in takes:
             while rows:
                 window = self._open.get(stream)

@@ -21,7 +21,7 @@ import numpy as np
 from clt.capture.filters import ALL_TOKENS, TokenFilter
 from clt.capture.finalize import read_commit
 from clt.capture.layout import commit_path
-from clt.capture.loader import ActivationLoader
+from clt.capture.loader import ActivationLoader, require_same
 from clt.capture.moments import Moments, pack_moments, unpack_moments
 from clt.capture.order import permutation
 from clt.capture.run import CaptureJob, capture_samples, first_tokens
@@ -29,7 +29,7 @@ from clt.capture.storage import open_storage
 from clt.capture.store import ActivationStore, open_committed
 from clt.capture.workers import Schedule, assigned_units
 from clt.capture.writer import StoreWriter
-from clt.errors import CheckpointError, ConfigError
+from clt.errors import ConfigError
 from clt.records import ActivationBatch, SiteStats
 
 log = logging.getLogger(__name__)
@@ -182,11 +182,7 @@ class StreamingLoader:
         Raises:
             CheckpointError: it comes from another capture or from other settings.
         """
-        for key, mine in self._settings().items():
-            if state.get(key) != mine:
-                raise CheckpointError(
-                    f"loader state: {key} was {state.get(key)!r} and is now {mine!r}; make them equal"
-                )
+        require_same(state, self._settings())
         self._place = _Place(**{key: int(state[key]) for key in vars(_Place())})
 
     def __iter__(self) -> Iterator[ActivationBatch]:

@@ -17,6 +17,7 @@ from typing import Literal
 
 import torch
 
+from clt.capture.capacity import MODELS
 from clt.errors import StoreError
 from clt.launch.bench.machine import this_machine
 from clt.launch.bench.report import GB, BenchReport, Claim, ModelSpeed, Table, claim
@@ -29,14 +30,6 @@ _MIB = 2**20
 _Measure = Literal["gb_per_s", "cpu_s_per_gb"]
 _WORDS: dict[_Measure, str] = {"gb_per_s": "GB/s", "cpu_s_per_gb": "CPU s/GB"}
 _PACKAGES = ("torch", "numpy", "zarr", "zarrs", "tensorstore", "h5py", "safetensors", "awscrt", "google-crc32c")
-#: Decoder layers and width: what a token of a model costs follows from them.
-_MODELS = {
-    "toy": (4, 256),
-    "GPT-2": (12, 768),
-    "Gemma-2-2B": (26, 2304),
-    "Qwen2-VL-7B": (28, 3584),
-    "LLaVA-1.5-7B": (32, 4096),
-}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -174,7 +167,7 @@ def _models(tables: Sequence[Table]) -> tuple[ModelSpeed, ...]:
         if table.rows[0].gb_per_s is not None and not table.key.startswith(_CHUNKS.key)
     }
     models = []
-    for name, (n_layers, width) in _MODELS.items():
+    for name, (n_layers, width) in MODELS.items():
         cost = 2 * n_layers * width * 2
         per_s = {key: speed / cost for key, speed in speeds.items()}
         models.append(ModelSpeed(model=name, bytes_per_token=cost, tokens_per_s=per_s))

@@ -79,7 +79,7 @@ def test_an_epoch_reads_each_token_once(store: ActivationStore) -> None:
     assert batches[0] != batches[one.steps_per_epoch]
 
 
-@pytest.mark.parametrize("world", [2, 4])
+@pytest.mark.parametrize("world", [2, 4, 8])
 def test_global_batches_do_not_depend_on_the_number_of_ranks(store: ActivationStore, world: int) -> None:
     steps = TOTAL // 32 + 3
     single = list(islice(loader(store), steps))
