@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import json
 import os
+import signal
 import subprocess
 import sys
+import time
 from collections.abc import Iterator
 from itertools import islice
 from pathlib import Path
@@ -22,6 +24,7 @@ from clt.capture.store import open_store
 from clt.capture.streaming import CaptureRing, StreamingLoader
 from clt.capture.workers import Schedule
 from clt.errors import CheckpointError, ConfigError, InputError
+from clt.model import CrossLayerTranscoder
 from clt.records import ActivationBatch
 
 X = [f"lm.{layer}.resid_mid" for layer in range(3)]
@@ -199,31 +202,36 @@ def test_error_of_the_capture_is_raised_where_batches_are_taken(tmp_path: Path, 
 
 @pytest.mark.slow
 def test_training_job_streams_and_resumes(config: CaptureConfig, tmp_path: Path) -> None:
-    """Two ranks of torchrun on a shared ring end with the weights of one rank, and resume where they stood."""
+    """Two ranks on a shared ring, killed in the middle and started again, end with the weights of one rank."""
     capture_file = tmp_path / "capture.yaml"
     capture_file.write_text(
         f"model: {config.model}\noutput: unused\nstore_dtype: float32\nrows_per_unit: {ROWS}\nchunk_tokens: 32\n"
         f"batch_size: 4\nsource: {{jsonl: {{file: {tmp_path / 'texts.jsonl'}}}}}\n"
     )
 
-    def run(name: str, ranks: int, steps: int) -> Path:
+    def start(name: str, ranks: int) -> subprocess.Popen[bytes]:
         train_file = tmp_path / f"{name}.yaml"
         train_file.write_text(
             f"streaming: {{capture: {capture_file}, ring: {tmp_path / name}-ring, units: {RING_UNITS}}}\n"
-            f"output: {tmp_path / name}\nsteps: {steps}\nclt: {{n_features: 32, k: 4}}\ncheckpoint_every: 20\n"
+            f"output: {tmp_path / name}\nsteps: 60\nclt: {{n_features: 32, k: 4}}\ncheckpoint_every: 20\n"
             f"data: {{batch_tokens: {BATCH}, window_tokens: 64}}\n"
         )
         launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={ranks}"]
         script = str(Path(__file__).parents[2] / "launch" / "train.py")
         environment = {**os.environ, "OMP_NUM_THREADS": "1"}
-        subprocess.run([*launcher, script, str(train_file)], check=True, env=environment, timeout=300)
-        return tmp_path / name
+        return subprocess.Popen([*launcher, script, str(train_file)], env=environment, start_new_session=True)
 
-    from clt.model import CrossLayerTranscoder
-
-    one = CrossLayerTranscoder.from_pretrained(run("one", 1, 40))
-    run("two", 2, 20)
-    two = CrossLayerTranscoder.from_pretrained(run("two", 2, 40))
+    assert start("one", 1).wait(timeout=300) == 0
+    killed = start("two", 2)
+    deadline = time.monotonic() + 300
+    while not (tmp_path / "two" / "latest").is_file():
+        assert killed.poll() is None and time.monotonic() < deadline
+        time.sleep(0.02)
+    os.killpg(killed.pid, signal.SIGKILL)
+    killed.wait()
+    assert not (tmp_path / "two" / "step_00000060").exists(), "killed midway"
+    assert start("two", 2).wait(timeout=300) == 0
+    one, two = (CrossLayerTranscoder.from_pretrained(tmp_path / name) for name in ("one", "two"))
     for (name, mine), (_, theirs) in zip(one.named_parameters(), two.named_parameters(), strict=True):
         # float32 sums over two ranks instead of one
         torch.testing.assert_close(mine, theirs, atol=1e-4, rtol=1e-3, msg=name)
