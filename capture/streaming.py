@@ -17,6 +17,7 @@ from contextlib import closing
 from dataclasses import dataclass
 
 import numpy as np
+import torch
 
 from clt.capture.filters import ALL_TOKENS, TokenFilter
 from clt.capture.finalize import read_commit
@@ -144,6 +145,7 @@ class StreamingLoader:
         data_rank: this rank on the data axis.
         data_world: ranks on the data axis.
         where: which tokens are used.
+        device: where batches shall be.
         removes: whether this process removes what has been read; exactly one of a job does.
 
     Raises:
@@ -162,6 +164,7 @@ class StreamingLoader:
         data_rank: int = 0,
         data_world: int = 1,
         where: TokenFilter = ALL_TOKENS,
+        device: torch.device | str = "cpu",
         removes: bool = True,
     ) -> None:
         if where.norm_cap is not None:
@@ -169,7 +172,7 @@ class StreamingLoader:
         self._ring, self._removes = ring, removes
         self._x_sites, self._y_sites = tuple(x_sites), tuple(y_sites)
         self._batch_tokens, self._window_tokens, self._seed = batch_tokens, window_tokens, seed
-        self._rank, self._world, self._where = data_rank, data_world, where
+        self._rank, self._world, self._where, self._device = data_rank, data_world, where, device
         self._place = _Place()
 
     def state_dict(self) -> dict[str, int | str]:
@@ -220,6 +223,7 @@ class StreamingLoader:
             data_rank=self._rank,
             data_world=self._world,
             where=self._where,
+            device=self._device,
         )
         log.info("epoch %d, generation %d: %d steps", place.epoch, place.generation, loader.steps_per_epoch)
         for step, batch in enumerate(loader.epoch(place.epoch, place.step), start=place.step):

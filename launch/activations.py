@@ -12,6 +12,7 @@ from clt.capture.store import open_store
 from clt.capture.streaming import CaptureRing, StreamingLoader
 from clt.capture.workers import Schedule
 from clt.config import DataSettings, StreamingSettings, TrainConfig, load_config
+from clt.engine import local_device
 from clt.errors import ConfigError
 from clt.launch.logs import job_rank, job_world
 from clt.records import ModelIdentity, SiteStats
@@ -65,6 +66,7 @@ def open_activations(config: TrainConfig) -> Activations:
             data_rank=rank,
             data_world=world,
             where=where,
+            device=local_device(),
         )
 
     return Activations(model=store.model, id=store.id, stats=store.stats, batches=batches)
@@ -90,6 +92,7 @@ def _from_model(settings: StreamingSettings, data: DataSettings, seed: int) -> A
             data_rank=rank,
             data_world=world,
             where=where,
+            device=local_device(),
             removes=job_rank() == 0,
         )
 

@@ -32,7 +32,7 @@ from clt.launch.bench.timing import Rival, interleave
 Batch = tuple[Tensor, ...]
 
 LOADER = "clt loader"
-#: Threads that read blocks of a rival; with two cores, more of them made none faster.
+#: Threads that read blocks of a rival; on two cores, one to four of them differed by less than two runs do.
 READER_THREADS = 2
 #: Seconds before a round, in which the others finish what they read ahead.
 _PAUSE_S = 0.2

@@ -2,6 +2,10 @@
 
 How fast are random blocks read that the system has in memory, how fast are blocks read that it has not, and how fast
 are shards written, with and without fsync. Everyone moves the same bytes, and whoever reads a wrong one is not timed.
+
+Writing also measures the allocator: zarr-python allocates a shard's buffers anew, glibc gives buffers of that size back
+to the system, and touching fresh pages doubles its cost. With an allocator that keeps memory (MALLOC_MMAP_THRESHOLD_
+and MALLOC_TRIM_THRESHOLD_ above the size of a shard) it writes about twice as fast, and ours as before.
 """
 
 from __future__ import annotations

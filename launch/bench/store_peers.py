@@ -5,8 +5,9 @@ at a time. Libraries that know Zarr read the store's own files. The others keep 
 order in which they are read, so that their reads are as contiguous as ours.
 
 zarr-python comes twice: indexed as everyone does it, and with its `out` argument. Calls tried and left out because they
-were slower (November 2026): zarr-python and zarrs one site at a time; zarrs without `out`; tensorstore's `read` and a
-copy; torch.load without mmap; safetensors' `get_slice` with torch tensors; `h5py.Dataset.__getitem__`.
+were slower (November 2026): zarr-python and zarrs one of several sites at a time; tensorstore's `read` and a copy;
+torch.load without mmap; safetensors' `get_slice` with torch tensors. zarrs without `out` and `h5py.Dataset.__getitem__`
+were a little slower for one layout and a little faster for the other.
 """
 
 from __future__ import annotations
@@ -86,7 +87,7 @@ def _write_zarr(path: Path, array: Bits, layout: Layout, pipeline: str) -> None:
             # Otherwise it compares every chunk with the fill value, which takes as long as the rest.
             config={"write_empty_chunks": True},
         )
-        # Shard by shard, as a capture would; the whole array at once is no faster.
+        # Shard by shard, as a capture would; the whole array at once was faster in some runs and slower in others.
         for start in range(0, layout.tokens, layout.shard_tokens):
             target[start : start + layout.shard_tokens] = array[start : start + layout.shard_tokens]
 
