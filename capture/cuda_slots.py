@@ -16,7 +16,7 @@ from torch import Tensor
 
 from clt.capture.blocks import BlockSource
 from clt.capture.quantise import Standardiser
-from clt.capture.slots import Fill, HostSlots, Slots, SlotSizes, allocate, gather, restore
+from clt.capture.slots import Fill, HostSlots, Slots, SlotSizes, allocate, restore
 
 #: Share of the device's free memory that slots may take.
 _MEMORY_SHARE = 0.25
@@ -117,26 +117,18 @@ class UploadingSlots(HostSlots):
 
     def __init__(self, source: BlockSource, sizes: SlotSizes, device: torch.device) -> None:
         super().__init__(source, sizes)
-        self._device = device
-        self._batch, self._batch_scales = allocate(source, sizes.batch_rows, pin=True)
+        self._device, self._widens = device, True
+        self._scratch, self._scratch_scales = allocate(source, sizes.batch_rows, pin=True)
         self._widen = _Widening(source, sizes, device)
 
     def begin(self, rows: int) -> None:
         """As `Slots.begin`."""
         self._rows = rows
 
-    def add(self, first: int, index: NDArray[np.int64]) -> None:
-        """As `Slots.add`."""
-        part = slice(first, first + len(index))
-        gather(self._acts, index, self._batch[:, part])
-        if self._scales is not None and self._batch_scales is not None:
-            gather(self._scales, index, self._batch_scales[:, part])
-
     def finish(self) -> tuple[Tensor, torch.cuda.Event | None]:
         """As `Slots.finish`."""
         with torch.cuda.stream(self._widen.stream):
-            stored = torch.from_numpy(self._batch).view(self._source.dtype)[:, : self._rows]
-            scales = None if self._batch_scales is None else torch.from_numpy(self._batch_scales)[:, : self._rows]
+            stored, scales = self.stored()
             acts = stored.to(self._device, non_blocking=True)
             batch, ready = self._widen(acts, None if scales is None else scales.to(self._device))
         ready.synchronize()  # the pinned memory is written again by the next batch

@@ -24,8 +24,6 @@ from clt.capture.quantise import Standardiser
 #: Types of arrays that hold the bits of tensors.
 BITS: dict[torch.dtype, Any] = {torch.bfloat16: np.uint16, torch.float32: np.float32, torch.int8: np.int8}
 
-#: Bytes that are gathered before they are widened: they stay in a core's cache.
-_PIECE_BYTES = 256 << 10
 #: Reads a window into [S,rows,D] stored bits and [S,rows] scales (None unless int8); returns the rows that are wanted,
 #: in order, and how many rows it filled.
 Fill = Callable[[NDArray[Any], NDArray[np.float32] | None], tuple[NDArray[np.int64], int]]
@@ -128,9 +126,8 @@ class HostSlots:
         self._source, self._slot_rows = source, sizes.slot_rows
         self._acts, self._scales = allocate(source, sizes.rows)
         self._dtype = sizes.batch_dtype(source.dtype)
-        self._piece = np.empty(
-            (max(1, _PIECE_BYTES // (source.width * source.dtype.itemsize)), source.width), BITS[source.dtype]
-        )
+        self._widens = self._dtype != source.dtype
+        self._scratch, self._scratch_scales = allocate(source, sizes.batch_rows if self._widens else 0)
         self._recycler = Recycler((source.n_sites, sizes.batch_rows, source.width), BITS[self._dtype], sizes.batches)
         self._rows = 0
         self._out: NDArray[Any] | None = None
@@ -148,30 +145,29 @@ class HostSlots:
 
     def add(self, first: int, index: NDArray[np.int64]) -> None:
         """As `Slots.add`."""
-        assert self._out is not None
-        out = self._out[:, first : first + len(index)]
-        if self._dtype == self._source.dtype:
-            gather(self._acts, index, out)
-            return
-        for start in range(0, len(index), len(self._piece)):
-            rows = slice(start, start + len(self._piece))
-            self._add_widened(index[rows], torch.from_numpy(out[:, rows]))
+        part = slice(first, first + len(index))
+        stored = self._scratch if self._widens else self._out
+        assert stored is not None
+        gather(self._acts, index, stored[:, part])
+        if self._scales is not None and self._scratch_scales is not None:
+            gather(self._scales, index, self._scratch_scales[:, part])
 
     def finish(self) -> tuple[Tensor, torch.cuda.Event | None]:
         """As `Slots.finish`."""
         assert self._out is not None
         out = torch.from_numpy(self._out).view(self._dtype)[:, : self._rows]
         self._out = None
+        if self._widens:
+            restore(*self.stored(), self._source.standardiser, out)
         return out, None
 
-    def _add_widened(self, index: NDArray[np.int64], out: Tensor) -> None:
-        """Gathers and widens rows through a piece of memory that stays in the core's cache."""
-        piece = self._piece[: len(index)]
-        stored = torch.from_numpy(piece).view(self._source.dtype)
-        for site, site_out in enumerate(out):
-            np.take(self._acts[site], index, axis=0, out=piece, mode="clip")
-            scales = None if self._scales is None else torch.from_numpy(self._scales[site, index])
-            restore_site(stored, scales, self._source.standardiser, site, site_out)
+    def stored(self) -> tuple[Tensor, Tensor | None]:
+        """The batch [S,B,D] in the stored type, and its scales [S,B] if that is int8."""
+        scales = self._scratch_scales
+        return (
+            torch.from_numpy(self._scratch).view(self._source.dtype)[:, : self._rows],
+            None if scales is None else torch.from_numpy(scales)[:, : self._rows],
+        )
 
 
 def allocate(source: BlockSource, rows: int, pin: bool = False) -> tuple[NDArray[Any], NDArray[np.float32] | None]:
@@ -218,15 +214,8 @@ def restore(stored: Tensor, scales: Tensor | None, moments: Standardiser | None,
         moments: [S,D] of int8 values.
         out: [S,B,D] float32, written.
     """
-    if scales is None:
+    if scales is None or moments is None:
         out.copy_(stored)
         return
     for site, rows in enumerate(out):
-        restore_site(stored[site], scales[site], moments, site, rows)
-
-
-def restore_site(stored: Tensor, scales: Tensor | None, moments: Standardiser | None, site: int, out: Tensor) -> None:
-    """Widens the rows [B,D] of one site, with scales [B], into `out`; else as `restore`."""
-    out.copy_(stored)
-    if scales is not None and moments is not None:
-        out.mul_(scales[:, None]).mul_(moments.std[site]).add_(moments.mean[site])
+        rows.copy_(stored[site]).mul_(scales[site, :, None]).mul_(moments.std[site]).add_(moments.mean[site])
