@@ -44,8 +44,8 @@ Revision = Annotated[str | None, typer.Option(help="Branch; for pull also a tag 
 Repository = Annotated[str, typer.Argument(metavar="REPO", help="Dataset repository, OWNER/NAME.")]
 
 _JOBS = min(8, os.cpu_count() or 1)
-#: What belongs to this machine only.
-_STAYS_HERE = ("units/leases/*", "quarantine/*", "*.partial")
+#: What does not travel: what belongs to this machine only, and the card that people write on the hub.
+_STAYS = ("units/leases/*", "quarantine/*", "*.partial", "README.md")
 
 
 def _run(work: Callable[[], Any]) -> None:
@@ -232,7 +232,7 @@ def push(
             private=private,
             revision=revision,
             last=(MANIFEST,),
-            ignore=_STAYS_HERE,
+            ignore=_STAYS,
             message=summary,
         )
         return f"{repo}: store {store.id} is commit {commit}"
@@ -253,7 +253,7 @@ def pull(
     from clt.launch.store_text import verified_text
 
     def work() -> str:
-        pull_folder(repo, path, revision=revision, last=(MANIFEST,), ignore=_STAYS_HERE)
+        pull_folder(repo, path, revision=revision, last=(MANIFEST,), ignore=_STAYS)
         report = verify_store(path, "chunk", jobs=_JOBS)
         _refuse_damaged(report)
         return verified_text(report)

@@ -24,7 +24,7 @@ from clt.launch.cli import app
 from clt.launch.store_text import capacity_text
 
 from ..capture.conftest import make_plan, make_spec, make_store, unit_data
-from ..hub_stand_in import hub_stand_in
+from ..hub_stand_in import Blob, hub_stand_in
 
 ROOT = Path(__file__).resolve().parent.parent.parent
 LENGTHS = (20, 30, 40, 10, 25)
@@ -217,8 +217,13 @@ def test_push_and_pull_carry_a_store_over_the_hub(tmp_path: Path) -> None:
 
         assert f"alice/acts: store {store.id} is commit" in run("push", store.location, "alice/acts")
         assert not any("leases" in name for name in hub.tree("alice/acts"))
+        # A card that somebody wrote on the hub is no part of the store.
+        card = b"# Activations"
+        hub.repositories["dataset:alice/acts"].add("main", {"README.md": Blob(size=len(card), data=card)})
         assert f"store {store.id}\nnothing wrong at level chunk" in run("pull", "alice/acts", tmp_path / "copy")
+        assert f"store {store.id} is commit" in run("push", store.location, "alice/acts")
     assert open_store(tmp_path / "copy").id == store.id
+    assert not (tmp_path / "copy" / "README.md").exists()
 
 
 def test_push_refuses_what_is_no_complete_folder(tmp_path: Path) -> None:
