@@ -2,14 +2,22 @@
 
 Shape letters: B tokens, S source layers that write to a target, D d_model, F features per layer, K slots per token and
 layer. A slot holds an activation and a feature number; slots ascend by feature number, empty slots (value 0, index 0)
-come last. Ties at the K-th place go to the lowest feature number.
+come last and get no gradient. Ties at the K-th place go to the lowest feature number. Sums run in float32, in float64
+for float64 tensors; results are rounded once.
 """
 
 import torch
 from torch import Tensor
 
+from clt.kernels.csr import FeatureCSR
 
-def select_topk(pre_BF: Tensor, k: int) -> tuple[Tensor, Tensor]:
+
+def accumulator(dtype: torch.dtype) -> torch.dtype:
+    """The dtype in which sums over tensors of a dtype run."""
+    return torch.float64 if dtype == torch.float64 else torch.float32
+
+
+def rank_topk(pre_BF: Tensor, k: int) -> tuple[Tensor, Tensor]:
     """Feature numbers of the k largest positive pre-activations of each token.
 
     Args:
@@ -17,8 +25,8 @@ def select_topk(pre_BF: Tensor, k: int) -> tuple[Tensor, Tensor]:
         k: slots per token, 1 <= k <= F.
 
     Returns:
-        indices [B,K] int64, ascending with empty slots last as 0, and filled [B,K] bool. NaN counts as filled, so that
-        a broken value reaches the loss and is seen there.
+        indices [B,K] int64, ascending with empty slots last as 0, and filled [B,K] bool. NaN ranks above everything and
+        counts as filled, so that a broken value reaches the loss and is seen there.
     """
     order_BK = pre_BF.sort(dim=1, descending=True, stable=True).indices[:, :k]
     return arrange_slots(order_BK, ~(pre_BF.gather(1, order_BK) <= 0), pre_BF.shape[1])
@@ -31,17 +39,166 @@ def arrange_slots(indices_BK: Tensor, filled_BK: Tensor, n_features: int) -> tup
     return torch.where(filled_BK, key_BK, 0), filled_BK
 
 
-def encode_topk(x_BD: Tensor, W_enc_FD: Tensor, b_enc_F: Tensor, k: int) -> tuple[Tensor, Tensor]:
-    """TopK(ReLU(x W_enc^T + b_enc)), as in `clt.kernels.ops.encode_topk`."""
-    pre_BF = torch.addmm(b_enc_F, x_BD, W_enc_FD.T)
-    indices_BK, filled_BK = select_topk(pre_BF.detach(), k)
+def preactivations(x_BD: Tensor, W_enc_FD: Tensor, b_enc_F: Tensor) -> Tensor:
+    """x W_enc^T + b_enc, rounded to the dtype of x once."""
+    wide = accumulator(x_BD.dtype)
+    return torch.addmm(b_enc_F.to(wide), x_BD.to(wide), W_enc_FD.to(wide).T).to(x_BD.dtype)
+
+
+def select_topk(pre_BF: Tensor, k: int) -> tuple[Tensor, Tensor]:
+    """TopK(ReLU(pre)), as in `clt.kernels.ops.select_topk`."""
+    indices_BK, filled_BK = rank_topk(pre_BF, k)
     return torch.where(filled_BK, pre_BF.gather(1, indices_BK), 0), indices_BK.int()
 
 
-def decode(values_SBK: Tensor, indices_SBK: Tensor, W_dec_SFD: Tensor, b_dec_D: Tensor) -> Tensor:
-    """Sum over sources and slots of value times decoder vector, plus bias, as in `clt.kernels.ops.decode`."""
-    y_BD = b_dec_D.expand(values_SBK.shape[1], -1)
+def encode_topk(x_BD: Tensor, W_enc_FD: Tensor, b_enc_F: Tensor, k: int) -> tuple[Tensor, Tensor]:
+    """TopK(ReLU(x W_enc^T + b_enc)), as in `clt.kernels.ops.encode_topk`."""
+    return select_topk(preactivations(x_BD, W_enc_FD, b_enc_F), k)
+
+
+def batch_threshold(pre_BF: Tensor, n: int) -> tuple[Tensor, Tensor]:
+    """The n-th largest positive pre-activation of a batch and how many equal to it are among the n largest.
+
+    Args:
+        pre_BF: [B,F] pre-activations.
+        n: activations wanted, 1 <= n <= B*F.
+
+    Returns:
+        threshold [] of the dtype of pre, 0 when fewer than n are positive, and quota [] int64: entries equal to the
+        threshold to take, lowest (token, feature) first.
+    """
+    ranked = pre_BF.reshape(-1).sort(descending=True).values
+    threshold = torch.where(ranked[n - 1] <= 0, 0, ranked[n - 1])
+    # NaN ranks above everything and equals itself here.
+    above = (pre_BF > threshold) | (pre_BF.isnan() & ~threshold.isnan())
+    return threshold, torch.where(threshold == 0, 0, n - above.sum())
+
+
+def select_above(pre_BF: Tensor, threshold: Tensor, quota: Tensor, capacity: int) -> tuple[Tensor, Tensor, Tensor]:
+    """Positive pre-activations above a threshold, and the first `quota` equal to it in (token, feature) order.
+
+    Args:
+        pre_BF: [B,F] pre-activations.
+        threshold: [] as from `batch_threshold`.
+        quota: [] int64.
+        capacity: slots per token, C.
+
+    Returns:
+        values [B,C] and indices [B,C] int32 in canonical order, and counts [B] int32 of all selected; where a count
+        exceeds C the lowest feature numbers were kept.
+    """
+    tied_BF = (pre_BF == threshold) | (pre_BF.isnan() & threshold.isnan())
+    rank = tied_BF.reshape(-1).cumsum(0).view_as(tied_BF)
+    above_BF = (pre_BF > threshold) | (pre_BF.isnan() & ~threshold.isnan())
+    keep_BF = (above_BF | (tied_BF & (rank <= quota))) & ~(pre_BF <= 0)
+    key_BF = torch.where(keep_BF, torch.arange(pre_BF.shape[1], device=pre_BF.device), pre_BF.shape[1])
+    indices_BC, filled_BC = arrange_slots(
+        key_BF.sort(dim=1).values[:, :capacity], torch.ones((), dtype=torch.bool), pre_BF.shape[1]
+    )
+    values_BC = torch.where(filled_BC, pre_BF.gather(1, indices_BC), 0)
+    return values_BC, indices_BC.int(), keep_BF.sum(dim=1).int()
+
+
+def _reconstruct(
+    values_SBK: Tensor, indices_SBK: Tensor, W_dec_SFD: Tensor, b_dec_D: Tensor, skip_BD: Tensor | None
+) -> Tensor:
+    """The sum of `decode` before it is rounded."""
+    wide = accumulator(W_dec_SFD.dtype)
+    y_BD = b_dec_D.to(wide).expand(values_SBK.shape[1], -1)
+    if skip_BD is not None:
+        y_BD = y_BD + skip_BD.to(wide)
     for values_BK, indices_BK, W_FD in zip(values_SBK, indices_SBK, W_dec_SFD, strict=True):
-        live_BK = torch.where(values_BK == 0, torch.zeros_like(values_BK), values_BK)
-        y_BD = y_BD + torch.einsum("bk,bkd->bd", live_BK, W_FD[indices_BK.long()])
+        live_BK = torch.where(values_BK == 0, torch.zeros_like(values_BK), values_BK).to(wide)
+        y_BD = y_BD + torch.einsum("bk,bkd->bd", live_BK, W_FD[indices_BK.long()].to(wide))
     return y_BD
+
+
+def decode(
+    values_SBK: Tensor, indices_SBK: Tensor, W_dec_SFD: Tensor, b_dec_D: Tensor, skip_BD: Tensor | None
+) -> Tensor:
+    """Sum over sources and slots of value times decoder vector, plus bias and skip, as in `clt.kernels.ops.decode`."""
+    return _reconstruct(values_SBK, indices_SBK, W_dec_SFD, b_dec_D, skip_BD).to(W_dec_SFD.dtype)
+
+
+def decode_loss(
+    values_SBK: Tensor,
+    indices_SBK: Tensor,
+    W_dec_SFD: Tensor,
+    b_dec_D: Tensor,
+    y_BD: Tensor,
+    weights_B: Tensor | None,
+    skip_BD: Tensor | None,
+) -> tuple[Tensor, Tensor]:
+    """Weighted squared error of a reconstruction and its residual, as in `clt.kernels.ops.decode_loss`."""
+    residual_BD = _reconstruct(values_SBK, indices_SBK, W_dec_SFD, b_dec_D, skip_BD) - y_BD
+    error_B = residual_BD.square().mean(dim=1)
+    error = error_B.mean() if weights_B is None else (error_B * weights_B).sum()
+    return error, residual_BD.detach().to(W_dec_SFD.dtype)
+
+
+def decoder_grad(
+    grad_BD: Tensor,
+    values_SBK: Tensor,
+    indices_SBK: Tensor,
+    W_dec_SFD: Tensor,
+    csr: FeatureCSR,
+    weights_B: Tensor | None,
+    scale: Tensor | None,
+) -> tuple[Tensor, Tensor]:
+    """Gradients of `decode` with respect to the activations and the decoders.
+
+    Args:
+        grad_BD: [B,D] gradient of the reconstruction, up to the two factors below.
+        values_SBK: [S,B,K] activations.
+        indices_SBK: [S,B,K] int32 feature numbers.
+        W_dec_SFD: [S,F,D] decoders.
+        csr: grouping of the S layers' slots.
+        weights_B: [B] factor per token, or None for 1.
+        scale: [] factor, or None for 1.
+
+    Returns:
+        grad_values [S,B,K] in the accumulator's dtype, 0 in empty slots, and grad_W [S,F,D] in the dtype of W_dec.
+    """
+    wide = accumulator(W_dec_SFD.dtype)
+    grad_BD = grad_BD.to(wide)
+    if weights_B is not None:
+        grad_BD = grad_BD * weights_B[:, None]
+    if scale is not None:
+        grad_BD = grad_BD * scale
+    grad_values, grad_W = torch.empty_like(values_SBK, dtype=wide), torch.zeros_like(W_dec_SFD)
+    for source, (values_BK, indices_BK) in enumerate(zip(values_SBK, indices_SBK.long(), strict=True)):
+        rows_BKD = W_dec_SFD[source][indices_BK].to(wide)
+        product_BK = torch.einsum("bd,bkd->bk", grad_BD, rows_BKD)
+        grad_values[source] = torch.where(values_BK == 0, 0, product_BK)
+        grad_W[source] = _sum_rows(values_BK.to(wide), indices_BK, grad_BD, len(W_dec_SFD[source])).to(W_dec_SFD.dtype)
+    return grad_values, grad_W
+
+
+def encoder_grad(
+    grad_values_BK: Tensor, values_BK: Tensor, indices_BK: Tensor, x_BD: Tensor, n_features: int, csr: FeatureCSR
+) -> tuple[Tensor, Tensor]:
+    """Gradients of `encode_topk` with respect to its weights and bias.
+
+    Args:
+        grad_values_BK: [B,K] gradient of the activations; ignored in empty slots.
+        values_BK: [B,K] activations.
+        indices_BK: [B,K] int32 feature numbers.
+        x_BD: [B,D] encoder inputs.
+        n_features: F.
+        csr: grouping of this one layer's slots.
+
+    Returns:
+        grad_W [F,D] and grad_b [F] in the dtype of x.
+    """
+    wide = accumulator(x_BD.dtype)
+    live_BK = torch.where(values_BK == 0, 0, grad_values_BK.to(wide))
+    grad_W = _sum_rows(live_BK, indices_BK.long(), x_BD.to(wide), n_features)
+    grad_b = live_BK.new_zeros(n_features).index_add_(0, indices_BK.reshape(-1).long(), live_BK.reshape(-1))
+    return grad_W.to(x_BD.dtype), grad_b.to(x_BD.dtype)
+
+
+def _sum_rows(weights_BK: Tensor, indices_BK: Tensor, rows_BD: Tensor, n_features: int) -> Tensor:
+    """[F,D]: for every feature the weighted sum of the rows of the tokens that hold it."""
+    contributions_BKD = weights_BK[:, :, None] * rows_BD[:, None]
+    total_FD = rows_BD.new_zeros(n_features, rows_BD.shape[1])
+    return total_FD.index_add_(0, indices_BK.reshape(-1), contributions_BKD.flatten(0, 1))

@@ -1,0 +1,45 @@
+"""Kernel tests run on the GPU where there is one, else in Triton's interpreter, with all new memory poisoned."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator
+
+import pytest
+import torch
+
+# Before any kernel module is imported: Triton decides at the decorator.
+if not torch.cuda.is_available():
+    os.environ["TRITON_INTERPRET"] = "1"
+
+
+@pytest.fixture
+def device() -> str:
+    """Where the kernels run: "cuda", or "cpu" for the interpreter, which needs Triton 3.9 (older ones fail with numpy 2.4)."""
+    if torch.cuda.is_available():
+        return "cuda"
+    pytest.importorskip("triton", minversion="3.9")
+    return "cpu"
+
+
+@pytest.fixture(autouse=True)
+def _poisoned_memory() -> Iterator[None]:
+    """torch.empty gives NaN (or the largest integer), so that an element nobody wrote is seen."""
+    torch.use_deterministic_algorithms(True)
+    torch.utils.deterministic.fill_uninitialized_memory = True
+    yield
+    torch.use_deterministic_algorithms(False)
+
+
+def random_codes(
+    sources: int, tokens: int, k: int, n_features: int, *, dtype: torch.dtype, device: str, filled: float = 1.0
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Canonical codes [S,B,K] with about that fraction of slots filled, distinct features per token."""
+    scores = torch.rand(sources, tokens, n_features)
+    scores = torch.where(torch.rand_like(scores) < filled, scores, 0)
+    indices = scores.argsort(dim=2, descending=True)[:, :, :k]
+    live = scores.gather(2, indices) > 0
+    key = torch.where(live, indices, n_features).sort(dim=2).values
+    live = key < n_features
+    values = torch.where(live, torch.rand(sources, tokens, k) + 0.1, 0)
+    return values.to(device, dtype), torch.where(live, key, 0).int().to(device)
