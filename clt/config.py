@@ -165,6 +165,8 @@ class TrainConfig:
     """Batching and shuffling."""
     mesh: MeshSettings = MeshSettings()
     """Layer and data axis."""
+    kernels: Literal["auto", "triton", "cpu", "reference"] = "auto"
+    """Implementation of encode and decode; a job that names one ends with an error where it cannot run."""
     log_every: int = Field(default=20, gt=0)
     """Steps between TensorBoard scalars."""
     checkpoint_every: int = Field(default=500, gt=0)

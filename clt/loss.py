@@ -41,11 +41,6 @@ class LossTerms:
     revival: Tensor
 
 
-def squared_error(y_hat_MBD: Tensor, y_MBD: Tensor) -> Tensor:
-    """Mean squared error per target over tokens and channels, [M]."""
-    return (y_hat_MBD - y_MBD).square().mean(dim=(1, 2))
-
-
 def encode_dead(clt: CrossLayerTranscoder, x_LBD: Tensor, dead_LF: Tensor, k: int) -> SparseCodes:
     """Codes of the dead features only: their k largest positive pre-activations.
 
@@ -67,23 +62,25 @@ def encode_dead(clt: CrossLayerTranscoder, x_LBD: Tensor, dead_LF: Tensor, k: in
     return SparseCodes(values=values, indices=indices, n_features=clt.config.n_features)
 
 
-def auxk_error(clt: CrossLayerTranscoder, codes: SparseCodes, residual_MBD: Tensor) -> Tensor:
+def auxk_error(clt: CrossLayerTranscoder, codes: SparseCodes, missed_MBD: Tensor) -> Tensor:
     """Squared error of the dead features' reconstruction of what the live features miss.
 
     Args:
         clt: the transcoder, or one rank's share.
         codes: dead features' codes of all source layers, [L,B,K].
-        residual_MBD: [M_own,B,D] standardised y - yhat of the same tokens; treated as a constant.
+        missed_MBD: [M_own,B,D] standardised y - yhat of the same tokens; treated as a constant.
 
     Returns:
         [M_own] mean over tokens and channels.
     """
-    zero_D = torch.zeros_like(residual_MBD[0, 0])
-    y_hat = []
-    for layer in clt.share.targets:
-        rows = clt.source_rows(layer)
-        y_hat.append(ops.decode(codes.values[rows], codes.indices[rows], clt.W_dec[str(layer)], zero_D))
-    return squared_error(torch.stack(y_hat), residual_MBD.detach())
+    zero_D = torch.zeros_like(missed_MBD[0, 0])
+    csr = ops.feature_csr(codes.values, codes.indices, codes.n_features)
+    errors = []
+    for layer, missed_BD in zip(clt.share.targets, missed_MBD, strict=True):
+        rows, W_dec = clt.source_rows(layer), clt.W_dec[str(layer)]
+        error, _ = ops.decode_loss(codes.values[rows], codes.indices[rows], W_dec, zero_D, missed_BD, csr=csr[rows])
+        errors.append(error)
+    return torch.stack(errors)
 
 
 def revival(codes: SparseCodes, n_sources: int) -> Tensor:
@@ -105,7 +102,7 @@ def combine(
     """The loss: mean over all targets of the squared error, plus the weighted terms of dead features.
 
     Args:
-        error_M: [M_own] from `squared_error`.
+        error_M: [M_own] from `CrossLayerTranscoder.decode_loss`.
         auxk_M: [M_own] from `auxk_error`, or None without dead features.
         revival: scalar from the function of that name, or None without dead features.
         settings: weights of the two.

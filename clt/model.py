@@ -152,11 +152,11 @@ class CrossLayerTranscoder(nn.Module):
             [B,D] standardised MLP output.
         """
         name = str(layer)
-        y_BD = ops.decode(values_SBK, indices_SBK, self.W_dec[name], self.b_dec[name])
-        if not self.config.skip:
-            return y_BD
-        assert x_BD is not None, "a transcoder with skip connection decodes from its input too"
-        return y_BD + x_BD @ self.W_skip[name].T
+        skip_BD = None
+        if self.config.skip:
+            assert x_BD is not None, "a transcoder with skip connection decodes from its input too"
+            skip_BD = x_BD @ self.W_skip[name].T
+        return ops.decode(values_SBK, indices_SBK, self.W_dec[name], self.b_dec[name], skip_BD)
 
     def encode(self, x_LBD: Tensor, k: int | None = None) -> SparseCodes:
         """Codes of the source layers owned here.
@@ -188,6 +188,38 @@ class CrossLayerTranscoder(nn.Module):
             x_BD = None if x_MBD is None else x_MBD[row]
             outputs.append(self.decode_layer(layer, codes.values[rows], codes.indices[rows], x_BD))
         return torch.stack(outputs)
+
+    def decode_loss(
+        self, codes: SparseCodes, y_MBD: Tensor, x_MBD: Tensor | None = None
+    ) -> tuple[Tensor, tuple[Tensor, ...]]:
+        """Squared errors of the target layers owned here, without storing their reconstructions.
+
+        Args:
+            codes: codes of all source layers of the model, [L,B,K] in the order of `source_layers`.
+            y_MBD: [M_own,B,D] standardised MLP outputs, in the order of `share.targets`.
+            x_MBD: [M_own,B,D] standardised encoder inputs of the targets; needed with a skip connection.
+
+        Returns:
+            error [M_own], mean over tokens and channels of the squared residual, and per target the residual [B,D],
+            reconstruction - y, detached.
+        """
+        # One grouping of the slots serves every target in the backward pass.
+        csr = ops.feature_csr(codes.values, codes.indices, codes.n_features)
+        errors, residuals = [], []
+        for row, layer in enumerate(self.share.targets):
+            name, rows = str(layer), self.source_rows(layer)
+            error, residual_BD = ops.decode_loss(
+                codes.values[rows],
+                codes.indices[rows],
+                self.W_dec[name],
+                self.b_dec[name],
+                y_MBD[row],
+                skip_BD=None if x_MBD is None else x_MBD[row] @ self.W_skip[name].T,
+                csr=csr[rows],
+            )
+            errors.append(error)
+            residuals.append(residual_BD)
+        return torch.stack(errors), tuple(residuals)
 
     def forward(self, x_LBD: Tensor) -> Tensor:
         """MLP outputs from raw encoder inputs, for a process that owns every layer.

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import torch
 from torch import Tensor, nn
 
 from clt.config import AuxKSettings
 from clt.dead_features import fired_features
-from clt.loss import auxk_error, combine, encode_dead, revival, squared_error
+from clt.loss import auxk_error, combine, encode_dead, revival
 from clt.metrics import Observations
 from clt.model import CrossLayerTranscoder, source_layers, target_layers
 from clt.parallel import CodeExchange, input_layers
@@ -50,15 +51,16 @@ class Objective(nn.Module):
         x_MBD = self._rows(x, clt.share.targets) if clt.config.skip else None
 
         own_codes = clt.encode(x_LBD, k)
-        y_hat_MBD = clt.decode(self._exchange(own_codes), x_MBD)
+        error_M, residuals = clt.decode_loss(self._exchange(own_codes), y_MBD, x_MBD)
         auxk_M = lift = None
         if dead_LF is not None:
             # Every n-th token of each rank: the share is exact and no random state has to be kept.
             tokens = slice(None, None, round(1 / self._settings.token_fraction))
             dead_codes = encode_dead(clt, x_LBD[:, tokens], dead_LF, self._settings.k or clt.config.k)
-            auxk_M = auxk_error(clt, self._exchange(dead_codes), (y_MBD - y_hat_MBD)[:, tokens])
+            missed_MBD = -torch.stack([residual_BD[tokens] for residual_BD in residuals])
+            auxk_M = auxk_error(clt, self._exchange(dead_codes), missed_MBD)
             lift = revival(dead_codes, self._n_sources)
-        terms = combine(squared_error(y_hat_MBD, y_MBD), auxk_M, lift, self._settings, self._n_targets)
+        terms = combine(error_M, auxk_M, lift, self._settings, self._n_targets)
         return terms.total, Observations(
             error_M=terms.error_M,
             auxk=terms.auxk,

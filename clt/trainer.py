@@ -25,6 +25,7 @@ from clt.config import TrainConfig
 from clt.dead_features import FiringTracker
 from clt.engine import Engine, StepCheck, local_device
 from clt.errors import ConfigError, NonFiniteError, StoreError
+from clt.kernels import ops
 from clt.metrics import MetricsWindow, MetricsWriter, Observations, TrainingMetrics
 from clt.model import CrossLayerTranscoder
 from clt.objective import Objective
@@ -83,6 +84,7 @@ class Trainer:
         self._mesh = mesh
         self._batches = batches
         self.transcoder = transcoder.to(device)
+        _choose_kernels(config, transcoder)
         exchange = CodeExchange(mesh, deal_layers(transcoder.config, mesh.layer_size))
         objective = Objective(transcoder, exchange, config.auxk)
         self._engine = Engine(objective, mesh, config.optimizer, config.mesh.zero_stage)
@@ -203,6 +205,14 @@ class Trainer:
     def _save(self, check: StepCheck) -> None:
         folder = self._checkpoints.save(replace(self._progress, batches=self._batches.state_dict()))
         log.info("step %d of %d: loss %.4g, saved %s", self._progress.step, self._config.steps, check.loss, folder)
+
+
+def _choose_kernels(config: TrainConfig, transcoder: CrossLayerTranscoder) -> None:
+    try:
+        ops.use_backend(config.kernels)
+        ops.backend_of(next(transcoder.parameters()))
+    except RuntimeError as error:
+        raise ConfigError(f"kernels={config.kernels}: {error}") from None
 
 
 def check_job(config: TrainConfig, data_size: int) -> None:

@@ -1,116 +1,154 @@
 """The fast CPU path, float32 and float64: embedding-bag decode, sampled products and CSR gradients.
 
 Forward and backward touch only the k active features of a token, so the cost of a decode does not depend on F. Every
-sum has a fixed order for a fixed number of threads: two runs give the same bits.
+sum has a fixed order for a fixed number of threads: two runs give the same bits. Operations without a faster form here
+are those of the reference.
 """
 
 import warnings
-from typing import Any
 
 import torch
 import torch.nn.functional as functional
 from torch import Tensor
 
 from clt.kernels import reference
+from clt.kernels.adam import row_adam_
+from clt.kernels.csr import FeatureCSR
+from clt.kernels.reference import batch_threshold, select_above
+
+__all__ = [
+    "batch_threshold",
+    "decode",
+    "decode_loss",
+    "decoder_grad",
+    "encode_topk",
+    "encoder_grad",
+    "row_adam_",
+    "select_above",
+    "select_topk",
+]
 
 # The CSR layout is used inside this module only and its results are tested; the notice would greet every user.
 warnings.filterwarnings("ignore", message="Sparse CSR tensor support is in beta state")
 
 
-def select_topk(pre_BF: Tensor, k: int) -> tuple[Tensor, Tensor]:
-    """Same as `reference.select_topk` by partial selection; ties at the k-th place are settled by the reference."""
+def rank_topk(pre_BF: Tensor, k: int) -> tuple[Tensor, Tensor]:
+    """Same as `reference.rank_topk` by partial selection; ties at the k-th place are settled by the reference."""
     values_BK, indices_BK = pre_BF.topk(k, dim=1, sorted=False)
     filled_BK = ~(values_BK <= 0)
     least_B1 = values_BK.amin(dim=1, keepdim=True)
     tied_B = ((pre_BF >= least_B1).sum(dim=1) > k) & (least_B1[:, 0] > 0)
     indices_BK, filled_BK = reference.arrange_slots(indices_BK, filled_BK, pre_BF.shape[1])
     if bool(tied_B.any()):
-        indices_BK[tied_B], filled_BK[tied_B] = reference.select_topk(pre_BF[tied_B], k)
+        indices_BK[tied_B], filled_BK[tied_B] = reference.rank_topk(pre_BF[tied_B], k)
     return indices_BK, filled_BK
 
 
-def _feature_major(values_BN: Tensor, indices_BN: Tensor, n_rows: int) -> Tensor:
-    """Codes [B,N] as the CSR matrix [n_rows,B] whose row f lists the tokens in which feature f is active."""
-    keys, order = indices_BN.reshape(-1).sort(stable=True)
-    bounds = torch.searchsorted(keys, torch.arange(n_rows + 1, device=keys.device))
-    tokens = torch.div(order, indices_BN.shape[1], rounding_mode="floor")
-    return torch.sparse_csr_tensor(
-        bounds, tokens, values_BN.reshape(-1)[order], (n_rows, len(values_BN)), check_invariants=False
-    )
-
-
-class _EncodeTopK(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx: Any, x_BD: Tensor, W_enc_FD: Tensor, b_enc_F: Tensor, k: int) -> tuple[Tensor, Tensor]:
-        pre_BF = torch.addmm(b_enc_F, x_BD, W_enc_FD.T)
-        indices_BK, filled_BK = select_topk(pre_BF, k)
-        values_BK = torch.where(filled_BK, pre_BF.gather(1, indices_BK), 0)
-        ctx.save_for_backward(x_BD, W_enc_FD, indices_BK, filled_BK)
-        indices_int = indices_BK.int()
-        ctx.mark_non_differentiable(indices_int)
-        return values_BK, indices_int
-
-    @staticmethod
-    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
-        x_BD, W_enc_FD, indices_BK, filled_BK = ctx.saved_tensors
-        grad_BK = torch.where(filled_BK, grads[0], 0)
-        grad_FB = _feature_major(grad_BK, indices_BK, len(W_enc_FD))
-        grad_W = grad_FB @ x_BD
-        grad_b = torch.zeros_like(W_enc_FD[:, 0]).index_add_(0, indices_BK.reshape(-1), grad_BK.reshape(-1))
-        grad_x = None
-        if ctx.needs_input_grad[0]:
-            grad_x = functional.embedding_bag(indices_BK, W_enc_FD, per_sample_weights=grad_BK, mode="sum")
-        return grad_x, grad_W, grad_b, None
-
-
-class _Decode(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx: Any, values_SBK: Tensor, indices_SBK: Tensor, W_dec_SFD: Tensor, b_dec_D: Tensor) -> Tensor:
-        sources, tokens, slots = values_SBK.shape
-        n_features = W_dec_SFD.shape[1]
-        shift_S11 = n_features * torch.arange(sources, device=indices_SBK.device)[:, None, None]
-        # One bag per token over all sources: the output is written once.
-        indices_BN = (indices_SBK.long() + shift_S11).transpose(0, 1).reshape(tokens, sources * slots)
-        values_BN = values_SBK.transpose(0, 1).reshape(tokens, sources * slots)
-        table_RD = W_dec_SFD.flatten(0, 1)
-        ctx.save_for_backward(values_BN, indices_BN, W_dec_SFD)
-        y_BD = functional.embedding_bag(indices_BN, table_RD, per_sample_weights=values_BN, mode="sum")
-        return y_BD.add_(b_dec_D)
-
-    @staticmethod
-    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
-        values_BN, indices_BN, W_dec_SFD = ctx.saved_tensors
-        grad_BD = grads[0].contiguous()
-        tokens, width = values_BN.shape
-        rows = W_dec_SFD.shape[0] * W_dec_SFD.shape[1]
-        grad_values = None
-        if ctx.needs_input_grad[0]:
-            # CSR wants ascending columns: sources ascend, and so do the slots of a source but for its empty tail.
-            pattern = torch.sparse_csr_tensor(
-                torch.arange(0, tokens * width + 1, width),
-                indices_BN.reshape(-1),
-                torch.ones_like(values_BN).reshape(-1),
-                (tokens, rows),
-                check_invariants=False,
-            )
-            product = torch.sparse.sampled_addmm(pattern, grad_BD, W_dec_SFD.flatten(0, 1).T, beta=0.0)
-            live_BN = torch.where(values_BN == 0, 0, product.values().view(tokens, width))
-            grad_values = live_BN.view(tokens, W_dec_SFD.shape[0], -1).transpose(0, 1)
-        grad_W = grad_b = None
-        if ctx.needs_input_grad[2]:
-            grad_W = (_feature_major(values_BN, indices_BN, rows) @ grad_BD).view_as(W_dec_SFD)
-        if ctx.needs_input_grad[3]:
-            grad_b = grad_BD.sum(dim=0)
-        return grad_values, None, grad_W, grad_b
+def select_topk(pre_BF: Tensor, k: int) -> tuple[Tensor, Tensor]:
+    """TopK(ReLU(pre)), as in `clt.kernels.ops.select_topk`."""
+    indices_BK, filled_BK = rank_topk(pre_BF, k)
+    return torch.where(filled_BK, pre_BF.gather(1, indices_BK), 0), indices_BK.int()
 
 
 def encode_topk(x_BD: Tensor, W_enc_FD: Tensor, b_enc_F: Tensor, k: int) -> tuple[Tensor, Tensor]:
     """TopK(ReLU(x W_enc^T + b_enc)), as in `clt.kernels.ops.encode_topk`."""
-    values_BK, indices_BK = _EncodeTopK.apply(x_BD, W_enc_FD, b_enc_F, k)
-    return values_BK, indices_BK
+    return select_topk(torch.addmm(b_enc_F, x_BD, W_enc_FD.T), k)
 
 
-def decode(values_SBK: Tensor, indices_SBK: Tensor, W_dec_SFD: Tensor, b_dec_D: Tensor) -> Tensor:
-    """Sum over sources and slots of value times decoder vector, plus bias, as in `clt.kernels.ops.decode`."""
-    y_BD: Tensor = _Decode.apply(values_SBK, indices_SBK, W_dec_SFD, b_dec_D)
-    return y_BD
+def decode(
+    values_SBK: Tensor, indices_SBK: Tensor, W_dec_SFD: Tensor, b_dec_D: Tensor, skip_BD: Tensor | None
+) -> Tensor:
+    """Sum over sources and slots of value times decoder vector, plus bias and skip, as in `clt.kernels.ops.decode`."""
+    values_BN, indices_BN = _bags(values_SBK, indices_SBK, W_dec_SFD.shape[1])
+    table_RD = W_dec_SFD.flatten(0, 1)
+    y_BD = functional.embedding_bag(indices_BN, table_RD, per_sample_weights=values_BN, mode="sum").add_(b_dec_D)
+    return y_BD if skip_BD is None else y_BD.add_(skip_BD)
+
+
+def decode_loss(
+    values_SBK: Tensor,
+    indices_SBK: Tensor,
+    W_dec_SFD: Tensor,
+    b_dec_D: Tensor,
+    y_BD: Tensor,
+    weights_B: Tensor | None,
+    skip_BD: Tensor | None,
+) -> tuple[Tensor, Tensor]:
+    """Weighted squared error of a reconstruction and its residual, as in `clt.kernels.ops.decode_loss`."""
+    residual_BD = decode(values_SBK, indices_SBK, W_dec_SFD, b_dec_D, skip_BD).sub_(y_BD)
+    if weights_B is None:
+        return residual_BD.square().mean(), residual_BD
+    return residual_BD.square().mean(dim=1) @ weights_B, residual_BD
+
+
+def decoder_grad(
+    grad_BD: Tensor,
+    values_SBK: Tensor,
+    indices_SBK: Tensor,
+    W_dec_SFD: Tensor,
+    csr: FeatureCSR,
+    weights_B: Tensor | None,
+    scale: Tensor | None,
+    need_W: bool = True,
+) -> tuple[Tensor, Tensor | None]:
+    """Gradients of `decode`, as in `clt.kernels.reference.decoder_grad`."""
+    if weights_B is not None:
+        grad_BD = grad_BD * weights_B[:, None]
+    if scale is not None:
+        grad_BD = grad_BD * scale
+    grad_BD = grad_BD.contiguous()
+    grad_values = _sampled_products(grad_BD, values_SBK, indices_SBK, W_dec_SFD)
+    if not need_W:
+        return grad_values, None
+    grad_W = torch.empty_like(W_dec_SFD)
+    for source, values_BK in enumerate(values_SBK):
+        _sum_rows(values_BK, grad_BD, csr, source, grad_W[source])
+    return grad_values, grad_W
+
+
+def encoder_grad(
+    grad_values_BK: Tensor, values_BK: Tensor, indices_BK: Tensor, x_BD: Tensor, n_features: int, csr: FeatureCSR
+) -> tuple[Tensor, Tensor]:
+    """Gradients of `encode_topk`, as in `clt.kernels.reference.encoder_grad`."""
+    live_BK = torch.where(values_BK == 0, 0, grad_values_BK)
+    grad_W = _sum_rows(live_BK, x_BD, csr, 0, x_BD.new_empty(n_features, x_BD.shape[1]))
+    grad_b = live_BK.new_zeros(n_features).index_add_(0, indices_BK.reshape(-1), live_BK.reshape(-1))
+    return grad_W, grad_b
+
+
+def _bags(values_SBK: Tensor, indices_SBK: Tensor, n_features: int) -> tuple[Tensor, Tensor]:
+    """One bag per token over all sources, [B,S*K], so that the output is written once; rows of [S*F,D]."""
+    sources, tokens, slots = values_SBK.shape
+    shift_S11 = n_features * torch.arange(sources, device=indices_SBK.device)[:, None, None]
+    indices_BN = (indices_SBK.long() + shift_S11).transpose(0, 1).reshape(tokens, sources * slots)
+    return values_SBK.transpose(0, 1).reshape(tokens, sources * slots), indices_BN
+
+
+def _sampled_products(grad_BD: Tensor, values_SBK: Tensor, indices_SBK: Tensor, W_dec_SFD: Tensor) -> Tensor:
+    """[S,B,K]: inner product of every filled slot's decoder vector with its token's gradient."""
+    values_BN, indices_BN = _bags(values_SBK, indices_SBK, W_dec_SFD.shape[1])
+    tokens, width = values_BN.shape
+    # CSR wants ascending columns: sources ascend, and so do the slots of a source but for its empty tail.
+    pattern = torch.sparse_csr_tensor(
+        torch.arange(0, tokens * width + 1, width),
+        indices_BN.reshape(-1),
+        torch.ones_like(values_BN).reshape(-1),
+        (tokens, W_dec_SFD.shape[0] * W_dec_SFD.shape[1]),
+        check_invariants=False,
+    )
+    product = torch.sparse.sampled_addmm(pattern, grad_BD, W_dec_SFD.flatten(0, 1).T, beta=0.0)
+    live_BN = torch.where(values_BN == 0, 0, product.values().view(tokens, width))
+    return live_BN.view(tokens, len(W_dec_SFD), -1).transpose(0, 1).contiguous()
+
+
+def _sum_rows(weights_BK: Tensor, rows_BD: Tensor, csr: FeatureCSR, layer: int, out_FD: Tensor) -> Tensor:
+    """For every feature the weighted sum of the rows of the tokens that hold it, into out [F,D]."""
+    filled = int(csr.bounds[layer, -1])
+    matrix_FB = torch.sparse_csr_tensor(
+        csr.bounds[layer],
+        csr.tokens[layer, :filled],
+        weights_BK.reshape(-1)[csr.slots[layer, :filled]],
+        (len(out_FD), len(rows_BD)),
+        check_invariants=False,
+    )
+    return torch.addmm(out_FD, matrix_FB, rows_BD, beta=0, out=out_FD)

@@ -76,6 +76,10 @@ class FeatureCSR:
         """The grouping of some of the layers; shares memory."""
         return FeatureCSR(**{name: tensor[layers] for name, tensor in vars(self).items()})
 
+    def touched(self) -> Tensor:
+        """[L,F] bool: features that hold a slot."""
+        return self.bounds.diff(dim=1) > 0
+
     def tensors(self) -> list[Tensor]:
         """The fields in order, as custom operations take them."""
         return [self.bounds, self.slots, self.tokens, self.spill_bounds, self.spill_feature]

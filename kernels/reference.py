@@ -6,10 +6,32 @@ come last and get no gradient. Ties at the K-th place go to the lowest feature n
 for float64 tensors; results are rounded once.
 """
 
+from collections.abc import Callable
+
 import torch
 from torch import Tensor
 
+from clt.kernels.adam import row_adam_
 from clt.kernels.csr import FeatureCSR
+
+__all__ = [
+    "accumulator",
+    "arrange_slots",
+    "batch_threshold",
+    "decode",
+    "decode_loss",
+    "decoder_grad",
+    "encode_topk",
+    "encoder_grad",
+    "preactivations",
+    "rank_topk",
+    "row_adam_",
+    "select_above",
+    "select_topk",
+]
+
+#: Integers as wide as a float of so many bytes.
+_INTEGER = {2: torch.int16, 4: torch.int32, 8: torch.int64}
 
 
 def accumulator(dtype: torch.dtype) -> torch.dtype:
@@ -56,41 +78,42 @@ def encode_topk(x_BD: Tensor, W_enc_FD: Tensor, b_enc_F: Tensor, k: int) -> tupl
     return select_topk(preactivations(x_BD, W_enc_FD, b_enc_F), k)
 
 
-def batch_threshold(pre_BF: Tensor, n: int) -> tuple[Tensor, Tensor]:
-    """The n-th largest positive pre-activation of a batch and how many equal to it are among the n largest.
+def positive_keys(pre: Tensor) -> Tensor:
+    """Integers in the order of max(pre, 0), int64: the bits of positive numbers, the largest for NaN, else 0."""
+    width = _INTEGER[pre.dtype.itemsize]
+    return pre.view(width).masked_fill(pre.isnan(), torch.iinfo(width).max).clamp(min=0).long()
 
-    Args:
-        pre_BF: [B,F] pre-activations.
-        n: activations wanted, 1 <= n <= B*F.
 
-    Returns:
-        threshold [] of the dtype of pre, 0 when fewer than n are positive, and quota [] int64: entries equal to the
-        threshold to take, lowest (token, feature) first.
+def batch_threshold(pre_BF: Tensor, n: int, reduce: Callable[[Tensor], Tensor] | None = None) -> tuple[Tensor, Tensor]:
+    """The n-th largest positive pre-activation of a batch, as in `clt.kernels.ops.batch_threshold`.
+
+    A radix search over the bits of the numbers, eight at a time: only counts have to cross ranks.
     """
-    ranked = pre_BF.reshape(-1).sort(descending=True).values
-    threshold = torch.where(ranked[n - 1] <= 0, 0, ranked[n - 1])
-    # NaN ranks above everything and equals itself here.
-    above = (pre_BF > threshold) | (pre_BF.isnan() & ~threshold.isnan())
-    return threshold, torch.where(threshold == 0, 0, n - above.sum())
+    keys = positive_keys(pre_BF).reshape(-1)
+    keys = keys[keys > 0]
+    prefix = torch.zeros((), dtype=torch.int64, device=pre_BF.device)
+    wanted = torch.full_like(prefix, n)
+    for shift in range(8 * pre_BF.dtype.itemsize - 8, -1, -8):
+        digits = (keys[keys >> shift >> 8 == prefix] >> shift) & 0xFF
+        counts = torch.bincount(digits, minlength=256)
+        if reduce is not None:
+            counts = reduce(counts)
+        # How many share the prefix and have a digit at least as large; the threshold's digit is the last with enough.
+        at_least = counts.flip(0).cumsum(0).flip(0)
+        digit = (at_least >= wanted).sum() - 1
+        if digit < 0:
+            return pre_BF.new_zeros(()), torch.zeros_like(wanted)
+        wanted = wanted - (at_least[digit] - counts[digit])
+        prefix = (prefix << 8) + digit
+    return prefix.to(_INTEGER[pre_BF.dtype.itemsize]).view(pre_BF.dtype), wanted
 
 
 def select_above(pre_BF: Tensor, threshold: Tensor, quota: Tensor, capacity: int) -> tuple[Tensor, Tensor, Tensor]:
-    """Positive pre-activations above a threshold, and the first `quota` equal to it in (token, feature) order.
-
-    Args:
-        pre_BF: [B,F] pre-activations.
-        threshold: [] as from `batch_threshold`.
-        quota: [] int64.
-        capacity: slots per token, C.
-
-    Returns:
-        values [B,C] and indices [B,C] int32 in canonical order, and counts [B] int32 of all selected; where a count
-        exceeds C the lowest feature numbers were kept.
-    """
-    tied_BF = (pre_BF == threshold) | (pre_BF.isnan() & threshold.isnan())
+    """Codes of the pre-activations above a threshold, as in `clt.kernels.ops.select_above`."""
+    keys_BF, bound = positive_keys(pre_BF), positive_keys(threshold)
+    tied_BF = keys_BF == bound
     rank = tied_BF.reshape(-1).cumsum(0).view_as(tied_BF)
-    above_BF = (pre_BF > threshold) | (pre_BF.isnan() & ~threshold.isnan())
-    keep_BF = (above_BF | (tied_BF & (rank <= quota))) & ~(pre_BF <= 0)
+    keep_BF = ((keys_BF > bound) | (tied_BF & (rank <= quota))) & (keys_BF > 0)
     key_BF = torch.where(keep_BF, torch.arange(pre_BF.shape[1], device=pre_BF.device), pre_BF.shape[1])
     indices_BC, filled_BC = arrange_slots(
         key_BF.sort(dim=1).values[:, :capacity], torch.ones((), dtype=torch.bool), pre_BF.shape[1]
@@ -144,7 +167,8 @@ def decoder_grad(
     csr: FeatureCSR,
     weights_B: Tensor | None,
     scale: Tensor | None,
-) -> tuple[Tensor, Tensor]:
+    need_W: bool = True,
+) -> tuple[Tensor, Tensor | None]:
     """Gradients of `decode` with respect to the activations and the decoders.
 
     Args:
@@ -155,9 +179,11 @@ def decoder_grad(
         csr: grouping of the S layers' slots.
         weights_B: [B] factor per token, or None for 1.
         scale: [] factor, or None for 1.
+        need_W: whether grad_W is wanted.
 
     Returns:
-        grad_values [S,B,K] in the accumulator's dtype, 0 in empty slots, and grad_W [S,F,D] in the dtype of W_dec.
+        grad_values [S,B,K] in the accumulator's dtype, 0 in empty slots, and grad_W [S,F,D] in the dtype of W_dec, or
+        None if it is not wanted.
     """
     wide = accumulator(W_dec_SFD.dtype)
     grad_BD = grad_BD.to(wide)
@@ -165,12 +191,14 @@ def decoder_grad(
         grad_BD = grad_BD * weights_B[:, None]
     if scale is not None:
         grad_BD = grad_BD * scale
-    grad_values, grad_W = torch.empty_like(values_SBK, dtype=wide), torch.zeros_like(W_dec_SFD)
+    grad_values = torch.empty_like(values_SBK, dtype=wide)
+    grad_W = torch.empty_like(W_dec_SFD) if need_W else None
     for source, (values_BK, indices_BK) in enumerate(zip(values_SBK, indices_SBK.long(), strict=True)):
         rows_BKD = W_dec_SFD[source][indices_BK].to(wide)
         product_BK = torch.einsum("bd,bkd->bk", grad_BD, rows_BKD)
         grad_values[source] = torch.where(values_BK == 0, 0, product_BK)
-        grad_W[source] = _sum_rows(values_BK.to(wide), indices_BK, grad_BD, len(W_dec_SFD[source])).to(W_dec_SFD.dtype)
+        if grad_W is not None:
+            grad_W[source] = _sum_rows(values_BK.to(wide), indices_BK, grad_BD, W_dec_SFD.shape[1])
     return grad_values, grad_W
 
 

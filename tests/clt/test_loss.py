@@ -9,7 +9,7 @@ from clt.config import AuxKSettings, CLTConfig, OptimizerSettings
 from clt.dead_features import FiringTracker, fired_features, firing_counts
 from clt.errors import StoreError
 from clt.evaluate import evaluate_store
-from clt.loss import auxk_error, combine, encode_dead, revival, squared_error
+from clt.loss import auxk_error, combine, encode_dead, revival
 from clt.model import CrossLayerTranscoder
 from clt.records import ActivationBatch, SiteStats, SparseCodes, TokenTable
 from clt.scaling import Scaling
@@ -25,11 +25,6 @@ def _clt(**changes: object) -> CrossLayerTranscoder:
         for parameter in clt.parameters():
             parameter.normal_()
     return clt.double()
-
-
-def test_squared_error_is_the_mean_over_tokens_and_channels() -> None:
-    y_hat = torch.tensor([[[1.0, 2.0], [3.0, 4.0]]])
-    assert squared_error(y_hat, torch.zeros(1, 2, 2)).tolist() == [(1 + 4 + 9 + 16) / 4]
 
 
 def test_combine_weighs_the_terms_as_the_settings_say() -> None:

@@ -15,7 +15,7 @@ if not torch.cuda.is_available():
 
 @pytest.fixture
 def device() -> str:
-    """Where the kernels run: "cuda", or "cpu" for the interpreter, which needs Triton 3.9 (older ones fail with numpy 2.4)."""
+    """Where the kernels run: "cuda", or "cpu" for the interpreter (Triton 3.9; older ones fail with numpy 2.4)."""
     if torch.cuda.is_available():
         return "cuda"
     pytest.importorskip("triton", minversion="3.9")

@@ -1,0 +1,51 @@
+"""Checks of arguments: every letter of the expected shapes must mean one size."""
+
+from __future__ import annotations
+
+from torch import Tensor
+
+
+def fit(op: str, **tensors: tuple[Tensor | None, str]) -> None:
+    """ValueError naming all shapes unless every letter means one size."""
+    sizes: dict[str, int] = {}
+    for tensor, letters in tensors.values():
+        if tensor is None:
+            continue
+        if tensor.ndim != len(letters) or any(
+            sizes.setdefault(letter, size) != size for letter, size in zip(letters, tensor.shape, strict=True)
+        ):
+            given = ", ".join(f"{name} {tuple(t.shape)}" for name, (t, _) in tensors.items() if t is not None)
+            wanted = ", ".join(f"[{','.join(letters)}]" for t, letters in tensors.values() if t is not None)
+            raise ValueError(f"{op}: {given} must be {wanted}")
+
+
+def check_k(op: str, k: int, n_features: int) -> None:
+    """ValueError unless 1 <= k <= n_features."""
+    if not 1 <= k <= n_features:
+        raise ValueError(f"{op}: k={k} must lie in 1..{n_features}")
+
+
+def fit_decode(
+    op: str, values: Tensor, indices: Tensor, W_dec: Tensor, b_dec: Tensor, **more: tuple[Tensor | None, str]
+) -> None:
+    """`fit` for the arguments of a decoding operation."""
+    fit(op, values=(values, "SBK"), indices=(indices, "SBK"), W_dec=(W_dec, "SFD"), b_dec=(b_dec, "D"), **more)
+
+
+def fit_grad(
+    op: str,
+    grad: Tensor,
+    values: Tensor,
+    indices: Tensor,
+    W_dec: Tensor,
+    weights: Tensor | None,
+    scale: Tensor | None,
+) -> None:
+    """`fit` for the arguments of a decoder's gradient."""
+    codes = {"values": (values, "SBK"), "indices": (indices, "SBK")}
+    fit(op, grad=(grad, "BD"), **codes, W_dec=(W_dec, "SFD"), weights=(weights, "B"), scale=(scale, ""))
+
+
+def fit_encoder(op: str, grad_values: Tensor, values: Tensor, indices: Tensor, x: Tensor) -> None:
+    """`fit` for the arguments of an encoder's gradient."""
+    fit(op, grad_values=(grad_values, "BK"), values=(values, "BK"), indices=(indices, "BK"), x=(x, "BD"))
