@@ -20,6 +20,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from clt.kernels.dtypes import accumulator
+
 #: Streams of noise: which tensor is rounded, below 4.
 PARAM, MOMENT_1, MOMENT_2 = 0, 1, 2
 
@@ -27,11 +29,6 @@ PARAM, MOMENT_1, MOMENT_2 = 0, 1, 2
 MULTIPLIER_1, MULTIPLIER_2, MULTIPLIER_3 = 0x21F0AAAD, 0x735A2D97, 0x31848BAB
 
 _LOW_32 = 0xFFFFFFFF
-
-
-def _accumulator(dtype: torch.dtype) -> torch.dtype:
-    """The dtype in which a parameter of some dtype is updated; `reference`, which says the same, imports this file."""
-    return torch.float64 if dtype == torch.float64 else torch.float32
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -77,7 +74,7 @@ class RowAdam:
         """
         if not 1 <= step < 2**24:
             raise ValueError(f"step={step}: want 1 <= step < 2^24")
-        wide = _accumulator(dtype)
+        wide = accumulator(dtype)
         # The betas are what the dtype can hold, and the rest follows from those: 1 - beta is then exact in the kernel.
         beta1, beta2 = (torch.tensor(beta, dtype=wide).item() for beta in (self.beta1, self.beta2))
         log1, log2 = (math.log2(beta) if beta > 0 else 0.0 for beta in (beta1, beta2))
@@ -114,7 +111,7 @@ class RowAdamState:
         Raises:
             ValueError: for another dtype.
         """
-        wide = _accumulator(param.dtype)
+        wide = accumulator(param.dtype)
         dtype = dtype or wide
         if dtype != wide and not (dtype == torch.bfloat16 and wide == torch.float32):
             raise ValueError(f"moments of {dtype} for a parameter of {param.dtype}: want {wide}, or torch.bfloat16")

@@ -13,6 +13,7 @@ import functools
 import importlib.util
 import logging
 import os
+from contextlib import AbstractContextManager, nullcontext
 from types import ModuleType
 from typing import Literal
 
@@ -66,6 +67,11 @@ def implementation(tensor: Tensor) -> ModuleType:
     from clt.kernels import cpu, reference
 
     return cpu if name == "cpu" else reference
+
+
+def device_guard(tensor: Tensor) -> AbstractContextManager[object]:
+    """Makes a tensor's GPU the current one inside a with statement; does nothing for the CPU."""
+    return torch.cuda.device(tensor.device) if tensor.is_cuda else nullcontext()
 
 
 @functools.cache

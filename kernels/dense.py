@@ -9,7 +9,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from clt.kernels.reference import accumulator
+from clt.kernels.dtypes import accumulator
 
 
 def scatter_codes(values_SBK: Tensor, indices_SBK: Tensor, n_features: int) -> Tensor:

@@ -4,20 +4,37 @@
 its tensors, empty when the caller has none and the backward pass must build it.
 """
 
-from typing import Any
+import functools
+from collections.abc import Callable
+from typing import Any, ParamSpec, TypeVar
 
 import torch
 from torch import Tensor
 
 from clt.kernels.adam import RowAdamState
-from clt.kernels.backend import implementation
+from clt.kernels.backend import device_guard, implementation
 from clt.kernels.csr import SPLIT, FeatureCSR
-from clt.kernels.reference import accumulator
+from clt.kernels.dtypes import accumulator
 
 # No postponed annotations here: the operators' schemas are read from them.
 
+P = ParamSpec("P")
+R = TypeVar("R")
+
+
+def _on_own_device(run: Callable[P, R]) -> Callable[P, R]:
+    """Runs an operator with its first argument's GPU current: Triton launches on the current one."""
+
+    @functools.wraps(run)
+    def guarded(*args: P.args, **kwargs: P.kwargs) -> R:
+        with device_guard(args[0]):  # type: ignore[arg-type]
+            return run(*args, **kwargs)
+
+    return guarded
+
 
 @torch.library.custom_op("clt::feature_csr", mutates_args=())
+@_on_own_device
 def feature_csr(values: Tensor, indices: Tensor, n_features: int) -> list[Tensor]:
     return FeatureCSR.build(values, indices, n_features).tensors()
 
@@ -30,6 +47,7 @@ def _(values: Tensor, indices: Tensor, n_features: int) -> list[Tensor]:
 
 
 @torch.library.custom_op("clt::select_topk", mutates_args=())
+@_on_own_device
 def select_topk(pre: Tensor, k: int) -> tuple[Tensor, Tensor]:
     values, indices = implementation(pre).select_topk(pre, k)
     return values, indices
@@ -41,6 +59,7 @@ def _(pre: Tensor, k: int) -> tuple[Tensor, Tensor]:
 
 
 @torch.library.custom_op("clt::encode_topk", mutates_args=())
+@_on_own_device
 def encode_topk(x: Tensor, W_enc: Tensor, b_enc: Tensor, k: int) -> tuple[Tensor, Tensor]:
     values, indices = implementation(x).encode_topk(x, W_enc, b_enc, k)
     return values, indices
@@ -52,6 +71,7 @@ def _(x: Tensor, W_enc: Tensor, b_enc: Tensor, k: int) -> tuple[Tensor, Tensor]:
 
 
 @torch.library.custom_op("clt::encoder_grad", mutates_args=())
+@_on_own_device
 def encoder_grad(
     grad_values: Tensor, values: Tensor, indices: Tensor, x: Tensor, n_features: int, csr: list[Tensor]
 ) -> tuple[Tensor, Tensor]:
@@ -89,6 +109,7 @@ encode_topk.register_autograd(_encode_backward, setup_context=_save_encode)
 
 
 @torch.library.custom_op("clt::decode", mutates_args=())
+@_on_own_device
 def decode(
     values: Tensor, indices: Tensor, W_dec: Tensor, b_dec: Tensor, skip: Tensor | None, csr: list[Tensor]
 ) -> Tensor:
@@ -102,6 +123,7 @@ def _(values: Tensor, indices: Tensor, W_dec: Tensor, b_dec: Tensor, skip: Tenso
 
 
 @torch.library.custom_op("clt::decode_loss", mutates_args=())
+@_on_own_device
 def decode_loss(
     values: Tensor,
     indices: Tensor,
@@ -122,6 +144,7 @@ def _(values: Tensor, indices: Tensor, W_dec: Tensor, b_dec: Tensor, y: Tensor, 
 
 
 @torch.library.custom_op("clt::decoder_grad", mutates_args=())
+@_on_own_device
 def decoder_grad(
     grad: Tensor,
     values: Tensor,
@@ -218,6 +241,7 @@ decode_loss.register_autograd(_decode_loss_backward, setup_context=_save_decode_
 
 
 @torch.library.custom_op("clt::row_adam_", mutates_args=("param", "v", "m", "last_step"))
+@_on_own_device
 def row_adam_(
     param: Tensor,
     grad: Tensor,
@@ -238,6 +262,7 @@ def _(*_: Any) -> None:
 
 
 @torch.library.custom_op("clt::decoder_step_", mutates_args=("W_dec", "v", "m", "last_step"))
+@_on_own_device
 def decoder_step_(
     grad: Tensor,
     values: Tensor,
@@ -268,6 +293,7 @@ def _(grad: Tensor, values: Tensor, indices: Tensor, W_dec: Tensor, *_: Any) -> 
 
 
 @torch.library.custom_op("clt::encoder_step_", mutates_args=("W_enc", "v", "m", "last_step"))
+@_on_own_device
 def encoder_step_(
     grad_values: Tensor,
     values: Tensor,

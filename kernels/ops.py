@@ -15,7 +15,7 @@ from torch import Tensor
 
 from clt.kernels import library
 from clt.kernels.adam import RowAdam, RowAdamState
-from clt.kernels.backend import backend_of, implementation, use_backend
+from clt.kernels.backend import backend_of, device_guard, implementation, use_backend
 from clt.kernels.checks import check_k, fit, fit_decode, fit_encoder, fit_grad
 from clt.kernels.csr import FeatureCSR
 
@@ -340,7 +340,8 @@ def batch_threshold(pre_BF: Tensor, n: int, reduce: Callable[[Tensor], Tensor] |
     fit("batch_threshold", pre=(pre_BF, "BF"))
     if n < 1:
         raise ValueError(f"batch_threshold: n={n} must be positive")
-    threshold, quota = implementation(pre_BF).batch_threshold(pre_BF.detach(), n, reduce)
+    with device_guard(pre_BF):
+        threshold, quota = implementation(pre_BF).batch_threshold(pre_BF.detach(), n, reduce)
     return threshold, quota
 
 
@@ -362,7 +363,8 @@ def select_above(pre_BF: Tensor, threshold: Tensor, quota: Tensor, capacity: int
     """
     fit("select_above", pre=(pre_BF, "BF"))
     check_k("select_above", capacity, pre_BF.shape[1])
-    values, indices, counts = implementation(pre_BF).select_above(pre_BF.detach(), threshold, quota, capacity)
+    with device_guard(pre_BF):
+        values, indices, counts = implementation(pre_BF).select_above(pre_BF.detach(), threshold, quota, capacity)
     return values, indices, counts
 
 

@@ -13,6 +13,7 @@ from torch import Tensor
 
 from clt.kernels.adam import row_adam_
 from clt.kernels.csr import FeatureCSR
+from clt.kernels.dtypes import accumulator
 
 __all__ = [
     "accumulator",
@@ -32,11 +33,6 @@ __all__ = [
 
 #: Integers as wide as a float of so many bytes.
 _INTEGER = {2: torch.int16, 4: torch.int32, 8: torch.int64}
-
-
-def accumulator(dtype: torch.dtype) -> torch.dtype:
-    """The dtype in which sums over tensors of a dtype run."""
-    return torch.float64 if dtype == torch.float64 else torch.float32
 
 
 def rank_topk(pre_BF: Tensor, k: int) -> tuple[Tensor, Tensor]:
