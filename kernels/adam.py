@@ -28,6 +28,9 @@ PARAM, MOMENT_1, MOMENT_2 = 0, 1, 2
 #: Multipliers of the hash, below 2^31 so that int64 products with 32-bit numbers do not overflow.
 MULTIPLIER_1, MULTIPLIER_2, MULTIPLIER_3 = 0x21F0AAAD, 0x735A2D97, 0x31848BAB
 
+#: Rows that the plain update works on at a time.
+_ROWS = 128
+
 _LOW_32 = 0xFFFFFFFF
 
 
@@ -192,21 +195,38 @@ def row_adam_(param: Tensor, grad: Tensor, state: RowAdamState, hyper: Tensor, t
         hyper: [9] from `RowAdam.hyper`.
         touched: [..,F] bool, rows to update.
     """
-    d, wide = param.shape[-1], hyper.dtype
-    learning_rate, beta1, beta2, eps, correction1, correction2, log1, log2, step = hyper.unbind()
-    rows = touched.reshape(-1).nonzero()[:, 0]
-    param_RD, v_RD = param.view(-1, d), state.v_RD.view(-1, d)
-    missed_R1 = (step - state.last_step_R.view(-1)[rows].to(wide))[:, None]
-    direction = grad_RD = grad.reshape(-1, d)[rows].to(wide)
-    v = v_RD[rows].to(wide) * _decay(log2, missed_R1) + (1.0 - beta2) * (grad_RD * grad_RD)
-    _store(v_RD, rows, v, hyper, state.seed, MOMENT_2)
-    if state.m_RD is not None:
-        m_RD = state.m_RD.view(-1, d)
-        direction = m_RD[rows].to(wide) * _decay(log1, missed_R1) + (1.0 - beta1) * grad_RD
-        _store(m_RD, rows, direction, hyper, state.seed, MOMENT_1)
-    # Through float64: the vectorised float32 root of PyTorch is off by a unit in the last place now and then.
-    root = v.double().sqrt().to(wide)
-    rescale = 1.0 / correction2.double().sqrt().to(wide)
-    moved = param_RD[rows].to(wide) - learning_rate / correction1 * (direction / (root * rescale + eps))
-    _store(param_RD, rows, moved, hyper, state.seed, PARAM)
+    d = param.shape[-1]
+    last_R = state.last_step_R.view(-1)
+    m_RD = None if state.m_RD is None else state.m_RD.view(-1, d)
+    tables = (param.view(-1, d), grad.reshape(-1, d), state.v_RD.view(-1, d), m_RD)
+    # A few rows at a time: what lies between reading and writing them stays in the cache.
+    for rows in touched.reshape(-1).nonzero()[:, 0].split(_ROWS):
+        missed_R1 = (hyper[8] - last_R[rows].to(hyper.dtype))[:, None]
+        _update_rows(*tables, rows, missed_R1, hyper, state.seed)
     state.touch(touched, hyper)
+
+
+def _update_rows(
+    param_RD: Tensor,
+    grad_RD: Tensor,
+    v_RD: Tensor,
+    m_RD: Tensor | None,
+    rows: Tensor,
+    missed_R1: Tensor,
+    hyper: Tensor,
+    seed: int,
+) -> None:
+    """Adam step on some rows that were last touched so many steps ago."""
+    learning_rate, beta1, beta2, eps, correction1, correction2, log1, log2, _ = hyper.unbind()
+    wide = hyper.dtype
+    direction = grad = grad_RD[rows].to(wide)
+    v = v_RD[rows].to(wide).mul_(_decay(log2, missed_R1)).add_((grad * grad).mul_(1.0 - beta2))
+    _store(v_RD, rows, v, hyper, seed, MOMENT_2)
+    if m_RD is not None:
+        direction = m_RD[rows].to(wide) * _decay(log1, missed_R1) + (1.0 - beta1) * grad
+        _store(m_RD, rows, direction, hyper, seed, MOMENT_1)
+    # Through float64: the vectorised float32 root of PyTorch is off by a unit in the last place now and then.
+    root = v.double().sqrt_().to(wide)
+    rescale = 1.0 / correction2.double().sqrt().to(wide)
+    step_RD = torch.div(direction, root.mul_(rescale).add_(eps)).mul_(learning_rate / correction1)
+    _store(param_RD, rows, param_RD[rows].to(wide) - step_RD, hyper, seed, PARAM)

@@ -47,3 +47,21 @@ def positive_key(x):
     else:
         bits = tl.where(x != x, 0x7FFFFFFFFFFFFFFF, x.to(tl.int64, bitcast=True))
     return tl.maximum(bits, 0)
+
+
+@triton.jit
+def widen(x, DTYPE: tl.constexpr):
+    """x in a wider DTYPE. bfloat16 by its bits: the compiler's own conversion takes half an instruction more each."""
+    if x.dtype == tl.bfloat16:
+        return (x.to(tl.int16, bitcast=True).to(tl.int32) << 16).to(tl.float32, bitcast=True).to(DTYPE)
+    else:
+        return x.to(DTYPE)
+
+
+@triton.jit
+def load_columns(ROW, columns, D: tl.constexpr, BLOCK_D: tl.constexpr):
+    """Elements `columns` of the row of D that starts at ROW, 0 past its end; no mask where blocks fill the row."""
+    if D % BLOCK_D == 0:
+        return tl.load(ROW + columns)
+    else:
+        return tl.load(ROW + columns, mask=columns < D, other=0.0)
