@@ -16,6 +16,7 @@ from torch import Tensor
 from clt.kernels import configs
 from clt.kernels.configs import SelectConfig
 from clt.kernels.language import INTERPRETED, KEY_BITS, positive_key, round_to
+from clt.kernels.rows import emit, fill_empty, gather_values, kth_largest, load_vectors, reaches
 
 #: Group maxima and survivors that one warp can rank without spilling registers.
 _GROUPS_PER_WARP = 4096
@@ -61,72 +62,6 @@ def _group_max_kernel(
 
 
 @triton.jit
-def _kth_largest(key, k, BITS: tl.constexpr):
-    """The k-th largest positive key, 1 when there are fewer, and how many equal to it are among the k largest."""
-    level = tl.zeros([], key.dtype)
-    room = k
-    for bit in range(BITS):
-        higher = level | (tl.full([], 1, key.dtype) << (BITS - 1 - bit))
-        n_reach = tl.sum((key >= higher).to(tl.int32), 0)
-        # The last step that is refused asks for level + 1: what reaches it is above the level.
-        room = tl.where(n_reach >= k, room, k - n_reach)
-        level = tl.where(n_reach >= k, higher, level)
-    return tl.maximum(level, 1), tl.where(level == 0, k, room)
-
-
-@triton.jit
-def _flags(hit):
-    """Bit i of each row's integer tells whether hit [R,V] holds in column i."""
-    return tl.sum(hit.to(tl.int32) << tl.arange(0, hit.shape[1])[None, :], 1)
-
-
-@triton.jit
-def emit(INDICES, place, above, tied, column, room, end):
-    """Stores, from INDICES[place] on, the columns that are above a level and the first `room` equal to it, in order.
-
-    Column i of above and tied [R,V], both of at most 32767 elements, stands for column + i, ascending; column is [R]. A
-    row is what one lane loads at once, so no element changes lanes. tied None: only those above. end not None: nothing
-    is stored at or beyond INDICES[end]. Returns how many are above and how many equal ones are among the first `room`.
-    """
-    # One scan counts both kinds, in the halves of an integer.
-    kinds = above.to(tl.int32) << 16
-    if tied is not None:
-        kinds |= tied.to(tl.int32)
-    kinds = tl.sum(kinds, 1)
-    before = tl.cumsum(kinds, 0) - kinds
-    total = tl.sum(kinds, 0)
-    place += before >> 16
-    above_bits = _flags(above)
-    if tied is not None:
-        tied_bits = _flags(tied)
-        seen = before & 0xFFFF
-        place += tl.minimum(seen, room)
-    for i in tl.static_range(above.shape[1]):
-        take = (above_bits >> i) & 1
-        if tied is not None:
-            is_tied = (tied_bits >> i) & 1
-            take |= is_tied & (seen < room).to(tl.int32)
-            seen += is_tied
-        stored = take != 0
-        if end is not None:
-            stored = stored & (place < end)
-        tl.store(INDICES + place, column + i, mask=stored)
-        place += take
-    return total >> 16, tl.minimum(total & 0xFFFF, room)
-
-
-@triton.jit
-def reaches(x, key):
-    """Whether a positive_key of x is at least a positive key; true for NaN, of either."""
-    if x.dtype == tl.bfloat16:
-        # Widened by its bits: the interpreter's conversion loses subnormal numbers.
-        wide = (x.to(tl.int16, bitcast=True).to(tl.int32) << 16).to(tl.float32, bitcast=True)
-        return ~(wide < (key << 16).to(tl.float32, bitcast=True))
-    else:
-        return ~(x < key.to(x.dtype, bitcast=True))
-
-
-@triton.jit
 def _choose_groups(
     KEYS,
     CHOSEN,
@@ -146,7 +81,7 @@ def _choose_groups(
     """
     group = tl.arange(0, GROUPS)
     maxima = tl.load(KEYS + group, mask=group < n_groups, other=0).to(KEY)
-    bound, room = _kth_largest(tl.max(tl.reshape(maxima, [GROUPS // MERGED, MERGED]), 1), k, BITS)
+    bound, room = kth_largest(tl.max(tl.reshape(maxima, [GROUPS // MERGED, MERGED]), 1), k, BITS)
     # Of the groups that only reach the bound k are always enough.
     room = k
     n_chosen = 0
@@ -158,13 +93,6 @@ def _choose_groups(
         room -= n_tied
         n_chosen += n_above + n_tied
     return n_chosen, bound
-
-
-@triton.jit
-def load_columns(PRE, column, exists, n_features, VECTOR: tl.constexpr):
-    """Pre-activations [R,V] of VECTOR columns from each column [R] on, 0 where they do not exist."""
-    columns = tl.multiple_of(column, VECTOR)[:, None] + tl.arange(0, VECTOR)[None, :]
-    return tl.load(PRE + columns, mask=exists[:, None] & (columns < n_features), other=0.0)
 
 
 @triton.jit
@@ -181,7 +109,7 @@ def _candidates(
         column = start + offset
     else:
         column = tl.load(CHOSEN + start // GROUP + offset // GROUP, mask=exists, other=0) * GROUP + offset % GROUP
-    return load_columns(PRE, column, exists, n_features, VECTOR), column
+    return load_vectors(PRE, column, exists, n_features, VECTOR), column
 
 
 @triton.jit
@@ -191,7 +119,7 @@ def _rank_survivors(PRE, SURVIVORS, VALUES, INDICES, n_found, k, CAPACITY: tl.co
     column = tl.load(SURVIVORS + slot, mask=slot < n_found, other=0)
     pre = tl.load(PRE + column, mask=slot < n_found, other=0.0)
     key = positive_key(pre)
-    level, room = _kth_largest(key, k, BITS)
+    level, room = kth_largest(key, k, BITS)
     above, tied = key > level, key == level
     # One scan counts both kinds, in the halves of an integer.
     running = tl.cumsum((above.to(tl.int32) << 16) | tied.to(tl.int32), 0)
@@ -201,15 +129,6 @@ def _rank_survivors(PRE, SURVIVORS, VALUES, INDICES, n_found, k, CAPACITY: tl.co
     tl.store(INDICES + place, column, mask=taken)
     tl.store(VALUES + place, pre, mask=taken)
     return tl.minimum(n_found, k)
-
-
-@triton.jit
-def gather_values(PRE, VALUES, INDICES, n_filled, BLOCK: tl.constexpr):
-    """Stores the pre-activations of the first slots, whose indices are stored and visible."""
-    for start in range(0, n_filled, BLOCK):
-        slot = start + tl.arange(0, BLOCK)
-        column = tl.load(INDICES + slot, mask=slot < n_filled, other=0)
-        tl.store(VALUES + slot, tl.load(PRE + column, mask=slot < n_filled, other=0.0), mask=slot < n_filled)
 
 
 @triton.jit
@@ -250,15 +169,6 @@ def _rank_candidates(
     tl.debug_barrier()
     gather_values(PRE, VALUES, INDICES, n_filled, BLOCK // VECTOR)
     return n_filled
-
-
-@triton.jit
-def fill_empty(VALUES, INDICES, first, n_slots, BLOCK: tl.constexpr):
-    """Stores empty slots from `first` on."""
-    for start in range(first, n_slots, BLOCK):
-        slot = start + tl.arange(0, BLOCK)
-        tl.store(INDICES + slot, 0, mask=slot < n_slots)
-        tl.store(VALUES + slot, 0.0, mask=slot < n_slots)
 
 
 @triton.jit(do_not_specialize=["k"])

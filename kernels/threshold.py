@@ -14,7 +14,8 @@ import triton.language as tl
 from torch import Tensor
 
 from clt.kernels.language import KEY_BITS, positive_key
-from clt.kernels.select import KEY_DTYPE, emit, fill_empty, gather_values, load_columns, reaches
+from clt.kernels.rows import emit, fill_empty, gather_values, load_vectors, reaches
+from clt.kernels.select import KEY_DTYPE
 
 #: Values of one digit.
 _BINS = 256
@@ -120,7 +121,7 @@ def _select_above_kernel(
     n_found = 0
     for start in range(0, n_features, BLOCK):
         column = start + tl.arange(0, BLOCK // VECTOR) * VECTOR
-        pre = load_columns(PRE, column, column < n_features, n_features, VECTOR)
+        pre = load_vectors(PRE, column, column < n_features, n_features, VECTOR)
         # Most blocks hold nothing.
         if tl.sum(tl.sum(reaches(pre, level).to(tl.int32), 1), 0) > 0:
             key = positive_key(pre)
