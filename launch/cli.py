@@ -21,12 +21,14 @@ from typing import Annotated, Any
 import typer
 
 from clt.config import config_to_yaml, load_config
+from clt.launch.bench_cli import bench_app
 from clt.launch.logs import set_up_logging
 from clt.launch.script import guarded
 from clt.launch.store import store_app
 
 app = typer.Typer(add_completion=False, no_args_is_help=True, pretty_exceptions_enable=False, help=__doc__)
 app.add_typer(store_app, name="store")
+app.add_typer(bench_app, name="bench")
 
 #: Where configs/ and examples/ lie: beside launch/ in a checkout.
 CHECKOUT = Path(__file__).resolve().parent.parent

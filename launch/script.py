@@ -8,6 +8,7 @@ from __future__ import annotations
 import argparse
 import sys
 from collections.abc import Callable, Sequence
+from pathlib import Path
 from typing import Any, TypeVar
 
 from clt.config import load_config
@@ -64,3 +65,18 @@ def guarded(work: Callable[[], Any]) -> int:
     if job_rank() == 0 and result is not None:
         print(result)
     return 0
+
+
+def write_text(file: Path | None, text: str) -> None:
+    """Writes a report where the user wants it, if anywhere.
+
+    Raises:
+        CLTError: it cannot be written there.
+    """
+    if file is None:
+        return
+    try:
+        file.parent.mkdir(parents=True, exist_ok=True)
+        file.write_text(text.rstrip("\n") + "\n", encoding="utf-8")
+    except OSError as error:
+        raise CLTError(f"{file}: cannot be written ({error.strerror}); choose another file") from None

@@ -20,9 +20,9 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import typer
 
-from clt.errors import CLTError, ConfigError, StoreError
+from clt.errors import ConfigError, StoreError
 from clt.launch.logs import set_up_logging
-from clt.launch.script import guarded
+from clt.launch.script import guarded, write_text
 
 if TYPE_CHECKING:
     from clt.capture.verify import VerifyReport
@@ -53,18 +53,8 @@ def _run(work: Callable[[], Any]) -> None:
     raise typer.Exit(guarded(work))
 
 
-def _write(file: Path | None, text: str) -> None:
-    if file is None:
-        return
-    try:
-        file.parent.mkdir(parents=True, exist_ok=True)
-        file.write_text(text.rstrip("\n") + "\n", encoding="utf-8")
-    except OSError as error:
-        raise CLTError(f"{file}: cannot be written ({error.strerror}); choose another file") from None
-
-
 def _write_json(file: Path | None, report: Any) -> None:
-    _write(file, json.dumps(asdict(report), indent=1))
+    write_text(file, json.dumps(asdict(report), indent=1))
 
 
 @store_app.command()
@@ -105,7 +95,7 @@ def verify(
 
     def work() -> str:
         report = verify_store(path, level, sample=sample, jobs=jobs)
-        _write(file, report.to_json())
+        write_text(file, report.to_json())
         if report.problems:
             print(problems_text(report))
             if not quarantine:
@@ -178,7 +168,7 @@ def stats(path: Store, file: JsonFile = None) -> None:
 
     def work() -> str:
         rows = store_stats(open_store(path))
-        _write(file, json.dumps([asdict(row) for row in rows], indent=1))
+        write_text(file, json.dumps([asdict(row) for row in rows], indent=1))
         return stats_text(rows)
 
     _run(work)
@@ -198,7 +188,7 @@ def bench(
         given = {"size_mib": size, "rounds": rounds}
         settings = StoreBenchSettings(folder=folder, **{k: v for k, v in given.items() if v is not None})
         report = bench_store(settings)
-        _write(file, report.to_json())
+        write_text(file, report.to_json())
         return report.to_text()
 
     _run(work)

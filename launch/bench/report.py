@@ -122,7 +122,7 @@ class BenchReport:
 
     def to_text(self) -> str:
         """The report as Markdown tables."""
-        parts = [_claims(self.claims)]
+        parts = [claims_text(self.claims)]
         parts += [_table(table) for table in self.tables]
         if self.models:
             parts.append(_models(self.models))
@@ -164,18 +164,20 @@ def claim(text: str, ours: float | None, theirs: float | None, relation: Literal
     )
 
 
-def _lines(head: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
+def markdown_table(head: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
+    """Cells as a Markdown table."""
     cells = [head, ["---"] * len(head), *rows]
     return "\n".join(f"| {' | '.join(line)} |" for line in cells)
 
 
-def _claims(claims: Sequence[Claim]) -> str:
+def claims_text(claims: Sequence[Claim]) -> str:
+    """Promises with their verdicts as a Markdown table."""
     rows = []
     for entry in claims:
         measured = "not measured" if entry.measured is None else f"{entry.measured:.2f}"
         verdict = {True: "yes", False: "**no**", None: "-"}[entry.ok]
         rows.append((entry.text, f"{entry.relation} {entry.bound:g}", measured, verdict))
-    return _lines(("claim", "promised", "measured", "holds"), rows)
+    return markdown_table(("claim", "promised", "measured", "holds"), rows)
 
 
 def _table(table: Table) -> str:
@@ -200,7 +202,7 @@ def _table(table: Table) -> str:
     amount = (
         f"{table.nbytes / 2**20:.0f} MiB a round, {table.rounds} rounds, {table.bytes_per_token:,} bytes per token."
     )
-    return f"**{table.title}** {amount}\n\n{_lines(head, rows)}"
+    return f"**{table.title}** {amount}\n\n{markdown_table(head, rows)}"
 
 
 def _models(models: Sequence[ModelSpeed]) -> str:
@@ -209,7 +211,7 @@ def _models(models: Sequence[ModelSpeed]) -> str:
         (entry.model, f"{entry.bytes_per_token:,}", *(_count(entry.tokens_per_s[key]) for key in keys))
         for entry in models
     ]
-    return f"**Tokens per second of this machine**\n\n{_lines(('model', 'bytes per token', *keys), rows)}"
+    return f"**Tokens per second of this machine**\n\n{markdown_table(('model', 'bytes per token', *keys), rows)}"
 
 
 def _count(value: float) -> str:

@@ -231,6 +231,16 @@ def test_bad_input_is_one_line_and_exit_code_2(
     assert not (tmp_path / "out").exists()
 
 
+@pytest.mark.skipif(torch.cuda.is_available(), reason="Triton runs here")
+def test_kernels_that_cannot_run_here_are_refused_by_name(
+    job: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.delenv("TRITON_INTERPRET", raising=False)
+    assert main([str(job), "kernels=triton"]) == 2
+    (line,) = _errors(capsys.readouterr().err)
+    assert "kernels=triton" in line and "no CUDA device" in line
+
+
 @pytest.mark.parametrize("path", sorted((ROOT / "configs" / "train").glob("*.yaml")), ids=lambda path: path.name)
 def test_dry_run_prints_the_resolved_job(path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert main([str(path), "steps=3", "--dry-run"]) == 0

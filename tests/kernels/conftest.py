@@ -16,6 +16,15 @@ if not torch.cuda.is_available():
     os.environ["TRITON_INTERPRET"] = "1"
 
 
+@pytest.hookimpl(tryfirst=True)
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """On a machine with a GPU, tests that run kernels are GPU tests."""
+    if torch.cuda.is_available():
+        for item in items:
+            if "device" in getattr(item, "fixturenames", ()):
+                item.add_marker(pytest.mark.gpu)
+
+
 @pytest.fixture
 def device() -> str:
     """Where the kernels run: "cuda", or "cpu" for the interpreter (Triton 3.9; older ones fail with numpy 2.4)."""
