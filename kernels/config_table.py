@@ -71,9 +71,6 @@ class Choice:
 
 Settings = GatherConfig | SelectConfig | GemmConfig | Choice
 
-#: Settings that need not be a power of two.
-ANY_COUNT = ("group_m", "num_stages")
-
 
 @dataclass(frozen=True, kw_only=True)
 class Op:
@@ -217,20 +214,17 @@ def read_table(file: Path) -> list[Entry]:
 def merge(old: Iterable[Entry], new: Iterable[Entry]) -> list[Entry]:
     """All entries, sorted; of two with one key the new one."""
     entries = {entry.key: entry for entry in (*old, *new)}
-    # None (a size that does not matter) never meets a number: both belong to the same operation.
     return sorted(entries.values(), key=lambda entry: tuple(str(x).zfill(12) for x in asdict(entry.key).values()))
 
 
 def render(entries: Iterable[Entry]) -> str:
     """The text of a table, one entry a line; the same entries give the same bytes."""
-    lines = [json.dumps(_flat(entry)) for entry in entries]
+    lines = []
+    for entry in entries:
+        flat = {name: value for name, value in asdict(entry.key).items() if value is not None}
+        lines.append(json.dumps(flat | {"settings": asdict(entry.settings), "basis": asdict(entry.basis)}))
     body = "[\n" + ",\n".join(f"    {line}" for line in lines) + "\n  ]" if lines else "[]"
     return f'{{\n  "format": {FORMAT},\n  "entries": {body}\n}}\n'
-
-
-def _flat(entry: Entry) -> dict[str, Any]:
-    key = {name: value for name, value in asdict(entry.key).items() if value is not None}
-    return key | {"settings": asdict(entry.settings), "basis": asdict(entry.basis)}
 
 
 class _Reader:
@@ -249,8 +243,8 @@ class _Reader:
         op = OPS[raw["op"]]
         self.names(raw, {"op", "architecture", "dtype", "triton", "settings", "basis", *op.sizes})
         self.member(raw, "dtype", DTYPES)
-        for name in ("architecture", "triton"):
-            self.text(raw, name)
+        self.text(raw, "architecture")
+        self.text(raw, "triton")
         for name in op.sizes:
             self.count(raw, name, power=name == "tokens")
         key = Key(
@@ -272,14 +266,14 @@ class _Reader:
             self.member(raw, "choice", op.choices)
             return Choice(choice=raw["choice"])
         for name in names:
-            self.count(raw, name, power=name not in ANY_COUNT)
+            self.count(raw, name, power=name not in ("group_m", "num_stages"))
         return op.settings(**raw)
 
     def basis(self, raw: Any) -> Basis:
         self.names(raw, {field.name for field in fields(Basis)}, inside="basis")
         self.member(raw, "kind", BASES)
-        for name in ("date", "machine"):
-            self.text(raw, name)
+        self.text(raw, "date")
+        self.text(raw, "machine")
         return Basis(**raw)
 
     def names(self, raw: Any, expected: set[str], inside: str | None = None) -> None:

@@ -197,7 +197,7 @@ def encoder_grad(
     """
     grad_W, grad_b = x_BD.new_empty(n_features, x_BD.shape[1]), x_BD.new_empty(n_features)
     config = config or _config("encoder_grad", x_BD, grad_values_BK, n_features)
-    coefficients_SN = grad_values_BK.reshape(1, -1)
+    coefficients_SN = grad_values_BK.reshape(1, -1).contiguous()
     _sum_features(x_BD.contiguous(), coefficients_SN, csr, n_features, config, grad_W_SFD=grad_W, grad_bias_SF=grad_b)
     return grad_W, grad_b
 
@@ -229,7 +229,7 @@ def encoder_step_(
     grad_b = x_BD.new_zeros(len(W_enc_FD))
     _sum_features(
         x_BD.contiguous(),
-        grad_values_BK.reshape(1, -1),
+        grad_values_BK.reshape(1, -1).contiguous(),
         csr,
         len(W_enc_FD),
         config or _config("encoder_grad", x_BD, grad_values_BK, len(W_enc_FD)),

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -10,6 +11,12 @@ import torch
 
 if TYPE_CHECKING:
     from clt.capture.adapter import ModelAdapter
+
+# Triton decides when it is first imported, by whatever library, whether its functions are interpreted. And library
+# products on a GPU are deterministic only with a workspace of fixed size.
+os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
+if not torch.cuda.is_available():
+    os.environ["TRITON_INTERPRET"] = "1"
 
 ROOT = Path(__file__).resolve().parent.parent
 TOY_CHECKPOINT = ROOT / "examples" / "toy_vlm" / "checkpoints" / "base"

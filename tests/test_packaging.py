@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import ast
 import os
+import re
 import subprocess
 import sys
+import tomllib
 import zipfile
 from pathlib import Path
 
@@ -95,3 +98,31 @@ def test_entry_points_run_by_path_and_as_module(script: str) -> None:
     as_module = [sys.executable, "-m", f"clt.launch.{script.removesuffix('.py')}", "--help"]
     for command in (by_path, as_module):
         assert subprocess.run(command, cwd=ROOT, capture_output=True, check=False).returncode == 0
+
+
+def test_constraints_leave_triton_to_torch() -> None:
+    # A CUDA build of torch wants one exact Triton; any pin of ours would make it uninstallable.
+    pinned = {re.split(r"[=<>~! ]", line)[0].lower() for line in (ROOT / "constraints.txt").read_text().splitlines()}
+    assert not pinned & {"torch", "triton"}
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
+    for wanted in (project["dependencies"], *project["optional-dependencies"].values()):
+        assert not any(name.startswith("triton") for name in wanted)
+
+
+def _is_triton(function: ast.FunctionDef) -> bool:
+    return any(ast.unparse(decorator).startswith("triton.jit") for decorator in function.decorator_list)
+
+
+def test_only_triton_functions_go_without_types() -> None:
+    functions = {
+        path.stem: [node for node in ast.walk(ast.parse(path.read_text())) if isinstance(node, ast.FunctionDef)]
+        for path in (ROOT / "kernels").glob("*.py")
+    }
+    with_triton = {f"clt.kernels.{name}" for name, inside in functions.items() if any(map(_is_triton, inside))}
+    overrides = tomllib.loads((ROOT / "pyproject.toml").read_text())["tool"]["mypy"]["overrides"]
+    (exempt,) = [override["module"] for override in overrides if override.get("disallow_untyped_defs") is False]
+    assert set(exempt) == with_triton
+    for function in [function for inside in functions.values() for function in inside if not _is_triton(function)]:
+        arguments = [*function.args.posonlyargs, *function.args.args, *function.args.kwonlyargs]
+        untyped = [argument.arg for argument in arguments if argument.annotation is None]
+        assert set(untyped) <= {"self", "cls"} and function.returns is not None, function.name

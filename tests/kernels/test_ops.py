@@ -9,21 +9,23 @@ from typing import Any
 import pytest
 import torch
 
-from clt.kernels import backend, library, ops, reference
+from clt.kernels import backend, configs, library, ops, reference
 
 from .conftest import random_codes
 
 F64 = torch.float64
-BACKENDS = ["reference", "cpu", "triton"]
+BACKENDS = ["reference", "cpu", "triton-sparse", "triton-dense"]
 
 
 @pytest.fixture(params=BACKENDS)
-def chosen(request: pytest.FixtureRequest, device: str) -> Iterator[str]:
+def chosen(request: pytest.FixtureRequest, device: str, monkeypatch: pytest.MonkeyPatch) -> Iterator[str]:
     """Runs the test with each implementation; the device its tensors must lie on."""
-    if request.param == "cpu":
-        device = "cpu"
-    ops.use_backend(request.param)
-    yield device
+    backend_name, _, path = request.param.partition("-")
+    if path:
+        # Both at sizes for which the rule would always take dense products.
+        monkeypatch.setattr(configs, "path", lambda *_: path)
+    ops.use_backend(backend_name)
+    yield "cpu" if backend_name == "cpu" else device
     ops.use_backend("auto")
 
 
@@ -106,6 +108,23 @@ def test_gradients_pass_gradcheck_in_float64(chosen: str) -> None:
     assert torch.autograd.gradcheck(
         lambda v, w, c, s: ops.decode_loss(v, indices, w, c, y, weights, s)[0], (values, W_dec, b_dec, skip)
     )
+
+
+def test_a_gradient_that_is_one_number_for_all_slots_is_read_as_such(chosen: str) -> None:
+    # The gradient of a sum arrives as one number with strides of 0.
+    x, W, b = _leaves(chosen, (5, 4), (7, 4), (7,))
+    ours = torch.autograd.grad(ops.encode_topk(x, W, b, 2)[0].sum(), (x, W, b))
+    meant = torch.autograd.grad((ops.encode_topk(x, W, b, 2)[0] * torch.ones(5, 2, device=chosen)).sum(), (x, W, b))
+    for a, e in zip(ours, meant, strict=True):
+        assert torch.equal(a, e)
+    values, indices = random_codes(1, 4, 2, 6, dtype=F64, device=chosen)
+    values.requires_grad_()
+    W_dec, b_dec = _leaves(chosen, (1, 6, 3), (3,))
+    y = ops.decode(values, indices, W_dec, b_dec)
+    ours = torch.autograd.grad(y.sum(), (values, W_dec, b_dec), retain_graph=True)
+    meant = torch.autograd.grad(y, (values, W_dec, b_dec), torch.ones_like(y))
+    for a, e in zip(ours, meant, strict=True):
+        assert torch.equal(a, e)
 
 
 def test_frozen_decoders_cost_no_gradient_of_theirs(chosen: str) -> None:

@@ -1,0 +1,252 @@
+"""Launch settings: the rules, the table that goes before them, and what a damaged table says."""
+
+from __future__ import annotations
+
+import json
+import re
+import subprocess
+import sys
+from collections.abc import Iterator
+from dataclasses import asdict, replace
+from pathlib import Path
+
+import pytest
+import torch
+
+from clt.kernels import configs
+from clt.kernels.config_table import (
+    OPS,
+    Basis,
+    Choice,
+    Entry,
+    GatherConfig,
+    GemmConfig,
+    SelectConfig,
+    key_of,
+    merge,
+    read_table,
+    render,
+)
+
+BASIS = Basis(kind="timed", date="2026-11-20", machine="NVIDIA H200")
+WIDE = GatherConfig(block_d=1024, unroll=16, num_warps=4)
+
+ENTRIES = [
+    Entry(
+        key=key_of("decode", "sm_90", torch.bfloat16, "3.6.0", d_model=4096, n_features=32768, k=64, tokens=3000),
+        settings=WIDE,
+        basis=BASIS,
+    ),
+    Entry(
+        key=key_of("select", "sm_90", torch.float32, "3.6.1", n_features=16384, k=32),
+        settings=SelectConfig(group=16, num_warps=2),
+        basis=BASIS,
+    ),
+    Entry(
+        key=key_of("gemm", "sm_90", torch.bfloat16, "3.6", d_model=768, n_features=16384, tokens=8192),
+        settings=GemmConfig(block_m=64, block_n=128, block_k=64, group_m=6, num_warps=4, num_stages=3),
+        basis=BASIS,
+    ),
+    Entry(
+        key=key_of("decode_path", "sm_90", torch.bfloat16, "3.6", d_model=512, n_features=8192, k=96, tokens=4096),
+        settings=Choice(choice="dense"),
+        basis=replace(BASIS, kind="machine code"),
+    ),
+]
+
+
+@pytest.fixture
+def on_h200(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
+    """A table with `ENTRIES`, read as if on an H200 under Triton 3.6.2."""
+    table = tmp_path / "configs.json"
+    table.write_text(render(merge([], ENTRIES)))
+    monkeypatch.setattr(configs, "TABLE", table)
+    monkeypatch.setattr(configs, "architecture", lambda: "sm_90")
+    monkeypatch.setattr(configs, "triton_version", lambda: "3.6.2")
+    configs._table.cache_clear()
+    yield table
+    configs._table.cache_clear()
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
+@pytest.mark.parametrize("d_model", [256, 768, 2048, 4096, 5120])
+@pytest.mark.parametrize("op", ["decode", "decoder_grad", "encoder_grad", "row_adam"])
+def test_rule_loads_16_bytes_a_lane_and_masks_nothing(op: str, d_model: int, dtype: torch.dtype) -> None:
+    config = configs.gather_config(op, dtype, d_model, n_features=16384, k=32, tokens=4096)
+    assert config.block_d * dtype.itemsize % (512 * config.num_warps) == 0
+    assert d_model % config.block_d == 0
+
+
+def test_rule_gives_decode_256_columns_and_the_gradients_512_to_one_warp() -> None:
+    shape = (torch.bfloat16, 4096, 32768, 64, 4096)
+    assert configs.gather_config("decode", *shape) == GatherConfig(block_d=256, unroll=8, num_warps=1)
+    for op in ("decoder_grad", "encoder_grad", "row_adam"):
+        assert configs.gather_config(op, *shape) == GatherConfig(block_d=512, unroll=8, num_warps=1)
+
+
+@pytest.mark.parametrize("n_features", [1024, 32768, 65536, 131072, 1 << 22])
+def test_rule_keeps_the_live_slab_in_l2_but_reads_whole_cache_lines(n_features: int) -> None:
+    block = configs.gather_config("decode", torch.bfloat16, 4096, n_features).block_d
+    assert block * 2 >= 128
+    assert n_features * block * 2 <= configs.LIVE_SLAB or block * 2 == 128
+    # Twice as wide would not fit, or is more than a warp loads at once.
+    assert block == 256 or 2 * n_features * block * 2 > configs.LIVE_SLAB
+
+
+def test_rule_fits_tiny_and_ragged_rows() -> None:
+    assert configs.gather_config("decode", torch.float64, 5).block_d == 16
+    assert configs.gather_config("decoder_grad", torch.float32, 70).block_d == 128
+    assert configs.gather_config("decode", torch.bfloat16, 900).block_d == 256
+
+
+@pytest.mark.parametrize(("n_features", "k", "group"), [(32768, 64, 32), (1000, 40, 16), (7, 7, 1), (64, 1, 32)])
+def test_rule_leaves_at_least_k_groups(n_features: int, k: int, group: int) -> None:
+    assert configs.select_config(torch.bfloat16, n_features, k).group == group
+    assert n_features // group >= k
+
+
+def test_rule_of_the_producer_is_fused_for_short_bfloat16_rows_only() -> None:
+    assert configs.producer(torch.bfloat16, 768) == "fused"
+    assert configs.producer(torch.bfloat16, 4096) == "gemm"
+    assert configs.producer(torch.float32, 768) == "gemm"
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
+def test_tiles_of_the_encoder_product_fit_in_shared_memory(dtype: torch.dtype) -> None:
+    config = configs.gemm_config(dtype, 4096)
+    used = (config.block_m + config.block_n) * config.block_k * dtype.itemsize * config.num_stages
+    assert used <= 227 * 1024
+
+
+@pytest.mark.parametrize(
+    ("op", "ratio", "dtype", "path"),
+    [
+        ("decode", 64, torch.bfloat16, "dense"),
+        ("decode", 65, torch.bfloat16, "sparse"),
+        ("decode", 128, torch.bfloat16, "sparse"),
+        ("encoder_grad", 64, torch.bfloat16, "dense"),
+        ("decoder_grad", 54, torch.bfloat16, "dense"),
+        ("decoder_grad", 55, torch.bfloat16, "sparse"),
+        ("decode", 8, torch.float32, "dense"),
+        ("decode", 9, torch.float32, "sparse"),
+    ],
+)
+def test_path_is_dense_up_to_the_threshold(op: str, ratio: int, dtype: torch.dtype, path: str) -> None:
+    assert configs.path(op, ratio * 32, 32, dtype) == path
+
+
+def test_table_goes_before_the_rule_for_exactly_its_shape(on_h200: Path) -> None:
+    exact = (torch.bfloat16, 4096, 32768, 64)
+    by_rule = GatherConfig(block_d=256, unroll=8, num_warps=1)
+    assert configs.gather_config("decode", *exact, 4096) == WIDE
+    assert configs.gather_config("decode", *exact, 2049) == WIDE, "tokens are rounded up to a power of two"
+    assert configs.gather_config("decode", *exact, 2048) == by_rule
+    assert configs.gather_config("decode", *exact) == by_rule
+    assert configs.gather_config("decode", torch.bfloat16, 4096, 32768, 65, 4096) == by_rule
+    assert configs.select_config(torch.float32, 16384, 32) == SelectConfig(group=16, num_warps=2)
+    assert configs.gemm_config(torch.bfloat16, 768, 16384, 8192).group_m == 6
+    assert configs.path("decode", 8192, 96) == "sparse"
+    assert configs.path("decode", 8192, 96, torch.bfloat16, 512, 4096) == "dense"
+
+
+@pytest.mark.parametrize(("name", "value"), [("triton_version", "3.9.0"), ("architecture", "sm_100")])
+def test_entries_for_another_triton_or_device_do_not_count(
+    on_h200: Path, monkeypatch: pytest.MonkeyPatch, name: str, value: str
+) -> None:
+    monkeypatch.setattr(configs, name, lambda: value)
+    assert configs.select_config(torch.float32, 16384, 32).group == 32
+
+
+def test_description_names_its_sources_and_can_be_recorded(on_h200: Path) -> None:
+    before = configs.describe(torch.bfloat16, 4096, 32768, 64, 4096)
+    assert before.decode == WIDE
+    assert json.loads(json.dumps(asdict(before)))["select"] == {"group": 32, "num_warps": 1}
+    assert re.fullmatch(r"configs.json sha256:[0-9a-f]{64}, triton 3.6.2, sm_90", before.fingerprint)
+    on_h200.write_text(render([]))
+    assert configs.fingerprint() != before.fingerprint
+
+
+def test_table_survives_writing_and_reading_in_any_order(tmp_path: Path) -> None:
+    text = render(merge([], ENTRIES))
+    assert render(merge(ENTRIES[2:], reversed(ENTRIES[:3]))) == text
+    (tmp_path / "t.json").write_text(text)
+    assert sorted(read_table(tmp_path / "t.json"), key=str) == sorted(ENTRIES, key=str)
+
+
+def test_a_new_entry_replaces_the_old_one_of_its_key() -> None:
+    newer = replace(ENTRIES[0], settings=replace(WIDE, unroll=4))
+    assert merge(ENTRIES, [newer]) == merge([], [newer, *ENTRIES[1:]])
+
+
+def test_shipped_table_is_valid_and_written_by_render() -> None:
+    assert render(merge([], read_table(configs.TABLE))) == configs.TABLE.read_text()
+
+
+@pytest.mark.parametrize(
+    ("change", "complaint"),
+    [
+        ({"op": "encode"}, "key 'op': must be one of decode, "),
+        ({"dtype": "float16"}, "(decode): key 'dtype': is 'float16', must be one of bfloat16, float32"),
+        ({"tokens": 5000}, "(decode): key 'tokens': is 5000, must be a power of two"),
+        ({"k": 0}, "(decode): key 'k': is 0, must be a positive whole number"),
+        ({"k": True}, "(decode): key 'k': is True, must be a positive whole number"),
+        ({"k": None}, "(decode): key 'k': is None, must be a positive whole number"),
+        ({"speed": 1}, "(decode): key 'speed': unknown; an entry of this op has architecture, basis, "),
+        ({"settings": {"block_d": 256, "unroll": 8}}, "(decode): key 'num_warps': missing"),
+        ({"settings": 3}, "(decode): key 'settings': must be an object"),
+        ({"settings": {"block_d": 100, "unroll": 8, "num_warps": 1}}, "key 'block_d': is 100, must be a power of two"),
+        ({"basis": {"kind": "guessed", "date": "", "machine": ""}}, "key 'kind': is 'guessed', must be one of timed, "),
+        ({"basis": {"kind": "timed", "date": "", "machine": "x"}}, "key 'date': is '', must be a text"),
+    ],
+)
+def test_damaged_entry_is_named_with_file_entry_and_key(
+    tmp_path: Path, change: dict[str, object], complaint: str
+) -> None:
+    table = json.loads(render(merge([], ENTRIES)))
+    (place,) = [n for n, entry in enumerate(table["entries"]) if entry["op"] == "decode"]
+    table["entries"][place] |= change
+    file = tmp_path / "t.json"
+    file.write_text(json.dumps(table))
+    with pytest.raises(ValueError, match=re.escape(complaint)) as caught:
+        read_table(file)
+    assert str(caught.value).startswith(f"{file}: entry {place}") and "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("text", "complaint"),
+    [
+        ("{", "not JSON"),
+        ("[]", "must be an object with the keys"),
+        ('{"format": 2, "entries": []}', "key 'format': is 2, this version reads 1"),
+        ('{"format": 1, "entries": [7]}', "entry 0: key 'op': must be one of"),
+    ],
+)
+def test_damaged_table_is_named(tmp_path: Path, text: str, complaint: str) -> None:
+    (tmp_path / "t.json").write_text(text)
+    with pytest.raises(ValueError, match=complaint):
+        read_table(tmp_path / "t.json")
+
+
+def test_two_entries_of_one_key_are_refused(tmp_path: Path) -> None:
+    (tmp_path / "t.json").write_text(render([ENTRIES[0], ENTRIES[0]]))
+    with pytest.raises(ValueError, match=r"entry 1 \(decode\): key 'op': same op and shape as an earlier entry"):
+        read_table(tmp_path / "t.json")
+
+
+def test_every_choice_of_an_op_is_told_from_others(tmp_path: Path) -> None:
+    entry = replace(ENTRIES[3], settings=Choice(choice="fused"))
+    (tmp_path / "t.json").write_text(render([entry]))
+    with pytest.raises(ValueError, match="key 'choice': is 'fused', must be one of sparse, dense"):
+        read_table(tmp_path / "t.json")
+    assert OPS["producer"].choices == ("gemm", "fused")
+
+
+def test_settings_and_public_door_work_without_triton() -> None:
+    code = (
+        "import sys; sys.modules['triton'] = None\n"
+        "import torch, clt.kernels.ops\n"
+        "from clt.kernels import configs\n"
+        "print(configs.describe(torch.bfloat16, 768, 16384, 32, 8192).fingerprint)"
+    )
+    result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
+    assert "triton absent" in result.stdout, result.stderr

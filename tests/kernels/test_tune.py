@@ -1,0 +1,174 @@
+"""The tuner's search, checks and bookkeeping, with a made-up clock; the timing itself needs a GPU."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from pathlib import Path
+
+import pytest
+import torch
+from torch import Tensor
+
+pytest.importorskip("triton")
+
+from triton.runtime.errors import OutOfResources
+
+from clt.kernels import configs, tune
+from clt.kernels.config_table import OPS, Basis, Choice, GatherConfig, GemmConfig, SelectConfig, Settings, read_table
+from clt.kernels.tune_problems import Problem, Problems, Size
+
+SIZE = Size(d_model=4096, n_features=32768, k=64, tokens=4096)
+BASIS = Basis(kind="timed", date="2026-11-20", machine="made up")
+DEFAULT, FAST, WRONG = (GatherConfig(block_d=block, unroll=8, num_warps=1) for block in (256, 512, 1024))
+
+
+def clock(microseconds: dict[Settings, float], calls: list[Settings]) -> tuple[Problem, tune.Measure]:
+    """A problem that adds its settings to `calls`, and a clock that knows how long the last of them takes."""
+
+    def run(settings: Settings) -> Sequence[Tensor]:
+        calls.append(settings)
+        return (torch.tensor([1.0, 2.0 if settings == WRONG else 3.0]),)
+
+    def measure(call: Callable[[], object]) -> float:
+        call()
+        return microseconds[calls[-1]]
+
+    return Problem(run=run), measure
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
+@pytest.mark.parametrize("op", OPS)
+def test_space_begins_with_the_rule_and_repeats_nothing(op: str, dtype: torch.dtype) -> None:
+    space = tune.candidates(op, dtype, SIZE)
+    assert space[0] == tune.rule(op, dtype, SIZE)
+    assert len(set(space)) == len(space) <= 30
+    assert all(isinstance(settings, OPS[op].settings) for settings in space)
+
+
+def test_gather_space_loads_16_or_32_bytes_a_lane() -> None:
+    for config in tune.candidates("decode", torch.bfloat16, SIZE):
+        assert isinstance(config, GatherConfig)
+        assert config.block_d * 2 / (32 * config.num_warps) in (8, 16, 32)
+
+
+def test_gather_space_is_no_wider_than_the_row() -> None:
+    narrow = Size(d_model=200, n_features=1024, k=8, tokens=64)
+    assert {c.block_d for c in tune.candidates("decode", torch.bfloat16, narrow) if isinstance(c, GatherConfig)} == {
+        128,
+        256,
+    }
+
+
+def test_gemm_space_fits_in_shared_memory() -> None:
+    for dtype in (torch.bfloat16, torch.float32):
+        for c in tune.candidates("gemm", dtype, SIZE):
+            assert isinstance(c, GemmConfig)
+            assert (c.block_m + c.block_n) * c.block_k * dtype.itemsize * c.num_stages <= tune.SHARED_MEMORY
+
+
+def test_fastest_wins_and_every_candidate_is_run_before_it_is_timed() -> None:
+    calls: list[Settings] = []
+    problem, measure = clock({DEFAULT: 100.0, FAST: 90.0}, calls)
+    assert tune.fastest([DEFAULT, FAST], problem, measure, print) == (FAST, 90.0)
+    assert calls == [DEFAULT, DEFAULT, FAST, FAST]
+
+
+def test_rule_stays_where_the_gain_is_noise() -> None:
+    problem, measure = clock({DEFAULT: 100.0, FAST: 98.5}, [])
+    assert tune.fastest([DEFAULT, FAST], problem, measure, print) == (DEFAULT, 100.0)
+
+
+def test_candidate_with_another_result_stops_the_tuning_untimed() -> None:
+    calls: list[Settings] = []
+    problem, measure = clock({DEFAULT: 100.0, WRONG: 1.0}, calls)
+    with pytest.raises(ValueError, match=r"block_d=1024.* gives another result than .*block_d=256"):
+        tune.fastest([DEFAULT, WRONG], problem, measure, print)
+    assert calls[-1] == WRONG and calls.count(WRONG) == 1
+
+
+def test_candidate_that_does_not_fit_is_reported_and_loses() -> None:
+    def run(settings: Settings) -> Sequence[Tensor]:
+        if settings == FAST:
+            raise OutOfResources(300000, 232448, "shared memory")
+        return (torch.ones(1),)
+
+    lines: list[str] = []
+    best = tune.fastest([DEFAULT, FAST], Problem(run=run), lambda call: 5.0, lines.append)
+    assert best == (DEFAULT, 5.0)
+    assert "does not fit" in lines[1]
+
+
+def test_in_place_problem_is_put_back_before_each_check() -> None:
+    state = torch.zeros(1)
+
+    def run(settings: Settings) -> Sequence[Tensor]:
+        return (state.add_(1),)
+
+    problem = Problem(run=run, reset=lambda: state.zero_() and None)
+    tune.fastest([DEFAULT, FAST], problem, lambda call: float(bool(call())), print)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
+@pytest.mark.parametrize("op", OPS)
+def test_candidates_of_every_real_problem_agree(op: str, dtype: torch.dtype, device: str) -> None:
+    small = Size(d_model=40, n_features=48, k=3, tokens=4)
+    problem = Problems(dtype, small, device).of(op)
+    space = tune.candidates(op, dtype, small)
+    best = tune.fastest([space[0], space[-1]], problem, lambda call: 1.0, lambda line: None)
+    assert best == (space[0], 1.0)
+
+
+def test_agreement_is_exact_for_integers_and_to_rounding_for_numbers() -> None:
+    big = torch.tensor([1.0, 100.0])
+    assert tune.agree([big + 5e-4], [big])
+    assert not tune.agree([big + 2e-3], [big])
+    assert tune.agree([big + 1.0], [big], torch.bfloat16)
+    assert not tune.agree([big * torch.nan], [big])
+    assert not tune.agree([torch.tensor([3])], [torch.tensor([4])])
+
+
+def test_entries_carry_this_device_and_merge_into_the_table(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(configs, "architecture", lambda: "sm_90")
+    monkeypatch.setattr(configs, "triton_version", lambda: "3.6.0")
+    problem = Problem(run=lambda settings: (torch.ones(1),))
+
+    def run(op: str, microseconds: float) -> None:
+        times = iter([microseconds] + [1.0] * 99)
+        entries = tune.tune([op], torch.bfloat16, SIZE, lambda op: problem, lambda call: next(times), BASIS)
+        tune.write(tmp_path / "t.json", entries)
+
+    run("select", 9.0)
+    first = (tmp_path / "t.json").read_text()
+    run("producer", 9.0)
+    entries = {entry.key.op: entry for entry in read_table(tmp_path / "t.json")}
+    assert entries["select"].settings == SelectConfig(group=16, num_warps=1)
+    assert entries["select"].key.tokens is None and entries["select"].key.triton == "3.6"
+    assert entries["producer"].settings == Choice(choice="fused") and entries["producer"].key.tokens == 4096
+    run("producer", 1.0)
+    assert {entry.key.op: entry.settings for entry in read_table(tmp_path / "t.json")}["producer"] == Choice(
+        choice="gemm"
+    )
+    (tmp_path / "t.json").unlink()
+    run("select", 9.0)
+    assert (tmp_path / "t.json").read_text() == first, "the same measurements write the same bytes"
+
+
+@pytest.mark.parametrize("size", ["4096x32768", "4096x32768x0", "axbxc"])
+def test_command_refuses_a_size_in_one_line(size: str, capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit):
+        tune.main(["--out", "x", "--size", size])
+    assert f"'{size}' must be DxFxK, for example 4096x32768x64" in capsys.readouterr().err
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="this machine has a GPU")
+def test_command_refuses_to_run_without_a_gpu(tmp_path: Path) -> None:
+    with pytest.raises(SystemExit, match=r"^clt.kernels.tune: needs a CUDA device, and there is none$"):
+        tune.main(["--out", str(tmp_path / "t.json"), "--size", "4096x32768x64"])
+    assert not (tmp_path / "t.json").exists()
+
+
+@pytest.mark.gpu
+def test_command_writes_entries_that_are_found(tmp_path: Path) -> None:
+    out = tmp_path / "t.json"
+    tune.main(["--out", str(out), "--size", "512x4096x32", "--tokens", "512"])
+    assert {entry.key.op for entry in read_table(out)} == set(OPS)
