@@ -33,9 +33,10 @@ __all__ = [
 ]
 
 
-def _is_dense(op: str, codes: Tensor, n_features: int, d_model: int, dtype: torch.dtype) -> bool:
-    """Whether products over all F features win for codes [..,B,K]."""
+def _is_dense(op: str, codes: Tensor, weight_shape: tuple[int, ...], dtype: torch.dtype) -> bool:
+    """Whether products over all F features win for codes [..,B,K] and weights [..,F,D]."""
     tokens, k = codes.shape[-2:]
+    n_features, d_model = weight_shape[-2:]
     return configs.path(op, n_features, k, dtype, d_model, tokens) == "dense"
 
 
@@ -43,7 +44,7 @@ def decode(
     values_SBK: Tensor, indices_SBK: Tensor, W_dec_SFD: Tensor, b_dec_D: Tensor, skip_BD: Tensor | None
 ) -> Tensor:
     """Sum over sources and slots of value times decoder vector, plus bias and skip, as in `clt.kernels.ops.decode`."""
-    is_dense = _is_dense("decode", values_SBK, *W_dec_SFD.shape[1:], W_dec_SFD.dtype)
+    is_dense = _is_dense("decode", values_SBK, W_dec_SFD.shape, W_dec_SFD.dtype)
     run = dense.decode if is_dense else gather.decode
     return run(values_SBK, indices_SBK, W_dec_SFD, b_dec_D, skip_BD)
 
@@ -58,7 +59,7 @@ def decode_loss(
     skip_BD: Tensor | None,
 ) -> tuple[Tensor, Tensor]:
     """Weighted squared error of a reconstruction and its residual, as in `clt.kernels.ops.decode_loss`."""
-    is_dense = _is_dense("decode", values_SBK, *W_dec_SFD.shape[1:], W_dec_SFD.dtype)
+    is_dense = _is_dense("decode", values_SBK, W_dec_SFD.shape, W_dec_SFD.dtype)
     run = dense.decode_loss if is_dense else gather.decode_loss
     return run(values_SBK, indices_SBK, W_dec_SFD, b_dec_D, y_BD, weights_B, skip_BD)
 
@@ -74,7 +75,7 @@ def decoder_grad(
     need_W: bool = True,
 ) -> tuple[Tensor, Tensor | None]:
     """Gradients of `decode`, as in `clt.kernels.reference.decoder_grad`."""
-    if _is_dense("decoder_grad", values_SBK, *W_dec_SFD.shape[1:], W_dec_SFD.dtype):
+    if _is_dense("decoder_grad", values_SBK, W_dec_SFD.shape, W_dec_SFD.dtype):
         return dense.decoder_grad(grad_BD, values_SBK, indices_SBK, W_dec_SFD, weights_B, scale, need_W)
     return feature_major.decoder_grad(grad_BD, values_SBK, indices_SBK, W_dec_SFD, csr, weights_B, scale, need_W)
 
@@ -83,7 +84,7 @@ def encoder_grad(
     grad_values_BK: Tensor, values_BK: Tensor, indices_BK: Tensor, x_BD: Tensor, n_features: int, csr: FeatureCSR
 ) -> tuple[Tensor, Tensor]:
     """Gradients of `encode_topk`, as in `clt.kernels.reference.encoder_grad`."""
-    if _is_dense("encoder_grad", values_BK, n_features, x_BD.shape[1], x_BD.dtype):
+    if _is_dense("encoder_grad", values_BK, (n_features, x_BD.shape[1]), x_BD.dtype):
         return dense.encoder_grad(grad_values_BK, values_BK, indices_BK, x_BD, n_features)
     return feature_major.encoder_grad(grad_values_BK, values_BK, indices_BK, x_BD, n_features, csr)
 
@@ -100,7 +101,7 @@ def decoder_step_(
     hyper: Tensor,
 ) -> Tensor:
     """`decoder_grad` and an Adam step of the decoders, as in `clt.kernels.ops.decoder_step_`."""
-    if not _is_dense("decoder_grad", values_SBK, *W_dec_SFD.shape[1:], W_dec_SFD.dtype):
+    if not _is_dense("decoder_grad", values_SBK, W_dec_SFD.shape, W_dec_SFD.dtype):
         return feature_major.decoder_step_(
             grad_BD, values_SBK, indices_SBK, W_dec_SFD, csr, weights_B, scale, state, hyper
         )
@@ -121,7 +122,7 @@ def encoder_step_(
     hyper: Tensor,
 ) -> Tensor:
     """`encoder_grad` and an Adam step of the encoder, as in `clt.kernels.ops.encoder_step_`."""
-    if not _is_dense("encoder_grad", values_BK, *W_enc_FD.shape, W_enc_FD.dtype):
+    if not _is_dense("encoder_grad", values_BK, W_enc_FD.shape, W_enc_FD.dtype):
         return feature_major.encoder_step_(grad_values_BK, values_BK, indices_BK, x_BD, W_enc_FD, csr, state, hyper)
     grad_W, grad_b = dense.encoder_grad(grad_values_BK, values_BK, indices_BK, x_BD, len(W_enc_FD))
     row_adam_(W_enc_FD, grad_W, state, hyper, csr.touched()[0])
