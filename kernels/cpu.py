@@ -34,14 +34,17 @@ warnings.filterwarnings("ignore", message="Sparse CSR tensor support is in beta 
 
 def rank_topk(pre_BF: Tensor, k: int) -> tuple[Tensor, Tensor]:
     """Same as `reference.rank_topk` by partial selection; ties at the k-th place are settled by the reference."""
-    values_BK, indices_BK = pre_BF.topk(k, dim=1, sorted=False)
-    filled_BK = ~(values_BK <= 0)
-    least_B1 = values_BK.amin(dim=1, keepdim=True)
-    tied_B = ((pre_BF >= least_B1).sum(dim=1) > k) & (least_B1[:, 0] > 0)
-    indices_BK, filled_BK = reference.arrange_slots(indices_BK, filled_BK, pre_BF.shape[1])
+    n_features = pre_BF.shape[1]
+    values_BK, indices_BK = pre_BF.topk(min(k + 1, n_features), dim=1)
+    filled_BK = ~(values_BK[:, :k] <= 0)
+    places_BK, filled_BK = reference.arrange_slots(indices_BK[:, :k], filled_BK, n_features)
+    if k == n_features:
+        return places_BK, filled_BK
+    # Not less, rather than equal: NaN ties with NaN.
+    tied_B = ~(values_BK[:, k] < values_BK[:, k - 1]) & ~(values_BK[:, k] <= 0)
     if bool(tied_B.any()):
-        indices_BK[tied_B], filled_BK[tied_B] = reference.rank_topk(pre_BF[tied_B], k)
-    return indices_BK, filled_BK
+        places_BK[tied_B], filled_BK[tied_B] = reference.rank_topk(pre_BF[tied_B], k)
+    return places_BK, filled_BK
 
 
 def select_topk(pre_BF: Tensor, k: int) -> tuple[Tensor, Tensor]:

@@ -85,37 +85,44 @@ def batch_threshold(pre_BF: Tensor, n: int, reduce: Callable[[Tensor], Tensor] |
 
     A radix search over the bits of the numbers, eight at a time: only counts have to cross ranks.
     """
+    # The keys that share all digits found so far.
     keys = positive_keys(pre_BF).reshape(-1)
     keys = keys[keys > 0]
-    prefix = torch.zeros((), dtype=torch.int64, device=pre_BF.device)
-    wanted = torch.full_like(prefix, n)
+    threshold = torch.zeros((), dtype=torch.int64, device=pre_BF.device)
+    wanted = torch.full_like(threshold, n)
     for shift in range(8 * pre_BF.dtype.itemsize - 8, -1, -8):
-        digits = (keys[keys >> shift >> 8 == prefix] >> shift) & 0xFF
+        digits = (keys >> shift) & 0xFF
         counts = torch.bincount(digits, minlength=256)
         if reduce is not None:
             counts = reduce(counts)
-        # How many share the prefix and have a digit at least as large; the threshold's digit is the last with enough.
-        at_least = counts.flip(0).cumsum(0).flip(0)
-        digit = (at_least >= wanted).sum() - 1
+        # The threshold's digit is the last that enough keys reach.
+        n_reach = counts.flip(0).cumsum(0).flip(0)
+        digit = (n_reach >= wanted).sum() - 1
         if digit < 0:
             return pre_BF.new_zeros(()), torch.zeros_like(wanted)
-        wanted = wanted - (at_least[digit] - counts[digit])
-        prefix = (prefix << 8) + digit
-    return prefix.to(_INTEGER[pre_BF.dtype.itemsize]).view(pre_BF.dtype), wanted
+        wanted = wanted - (n_reach[digit] - counts[digit])
+        threshold = threshold + (digit << shift)
+        keys = keys[digits == digit]
+    return threshold.to(_INTEGER[pre_BF.dtype.itemsize]).view(pre_BF.dtype), wanted
 
 
 def select_above(pre_BF: Tensor, threshold: Tensor, quota: Tensor, capacity: int) -> tuple[Tensor, Tensor, Tensor]:
     """Codes of the pre-activations above a threshold, as in `clt.kernels.ops.select_above`."""
     keys_BF, bound = positive_keys(pre_BF), positive_keys(threshold)
-    tied_BF = keys_BF == bound
-    rank = tied_BF.reshape(-1).cumsum(0).view_as(tied_BF)
-    keep_BF = ((keys_BF > bound) | (tied_BF & (rank <= quota))) & (keys_BF > 0)
-    key_BF = torch.where(keep_BF, torch.arange(pre_BF.shape[1], device=pre_BF.device), pre_BF.shape[1])
-    indices_BC, filled_BC = arrange_slots(
-        key_BF.sort(dim=1).values[:, :capacity], torch.ones((), dtype=torch.bool), pre_BF.shape[1]
-    )
-    values_BC = torch.where(filled_BC, pre_BF.gather(1, indices_BC), 0)
-    return values_BC, indices_BC.int(), keep_BF.sum(dim=1).int()
+    # In (token, feature) order.
+    tokens, features = ((keys_BF >= bound) & (keys_BF > 0)).nonzero(as_tuple=True)
+    is_tied = keys_BF[tokens, features] == bound
+    chosen = ~is_tied | (is_tied.cumsum(0) <= quota)
+    tokens, features = tokens[chosen], features[chosen]
+    counts_B = torch.bincount(tokens, minlength=len(pre_BF))
+    slots = torch.arange(len(tokens), device=pre_BF.device) - (counts_B.cumsum(0) - counts_B)[tokens]
+    values_BC = pre_BF.new_zeros(len(pre_BF), capacity)
+    indices_BC = torch.zeros_like(values_BC, dtype=torch.int32)
+    fits = slots < capacity
+    places = (tokens[fits], slots[fits])
+    values_BC[places] = pre_BF[tokens[fits], features[fits]]
+    indices_BC[places] = features[fits].int()
+    return values_BC, indices_BC, counts_B.int()
 
 
 def _reconstruct(
