@@ -53,7 +53,7 @@ FIRING_KEY = "tokens_since_fired"
 STEP_PATTERN = "step_*"
 
 #: Keys of a job that may change when it is resumed; the store is compared by its id.
-MAY_CHANGE = ("store", "output", "mesh", "log_every", "checkpoint_every", "keep_checkpoints")
+MAY_CHANGE = ("store", "output", "mesh", "kernels", "log_every", "checkpoint_every", "keep_checkpoints")
 
 
 @dataclass(frozen=True, kw_only=True)
