@@ -14,7 +14,7 @@ from typing import Annotated
 import typer
 
 from clt.launch.logs import set_up_logging
-from clt.launch.script import guarded, write_text
+from clt.launch.script import check_writable, guarded, write_text
 
 bench_app = typer.Typer(no_args_is_help=True, help="Speed of this machine, part by part.")
 
@@ -46,6 +46,7 @@ def kernels(
         settings = KernelBenchSettings(
             sizes=tuple(size or ()), rounds=rounds, eleuther=eleuther, openai=openai, quick=quick
         )
+        check_writable(file)
         report = bench_kernels(settings)
         write_text(file, report.to_json())
         return report.to_text()

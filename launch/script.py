@@ -67,6 +67,22 @@ def guarded(work: Callable[[], Any]) -> int:
     return 0
 
 
+def check_writable(file: Path | None) -> None:
+    """Finds out before long work whether its report can be written where the user wants it, if anywhere.
+
+    Raises:
+        CLTError: it cannot.
+    """
+    if file is None:
+        return
+    try:
+        file.parent.mkdir(parents=True, exist_ok=True)
+        with file.open("a", encoding="utf-8"):
+            pass
+    except OSError as error:
+        raise CLTError(f"{file}: cannot be written ({error.strerror}); choose another file") from None
+
+
 def write_text(file: Path | None, text: str) -> None:
     """Writes a report where the user wants it, if anywhere.
 

@@ -22,7 +22,7 @@ import typer
 
 from clt.errors import ConfigError, StoreError
 from clt.launch.logs import set_up_logging
-from clt.launch.script import guarded, write_text
+from clt.launch.script import check_writable, guarded, write_text
 
 if TYPE_CHECKING:
     from clt.capture.verify import VerifyReport
@@ -187,6 +187,7 @@ def bench(
     def work() -> str:
         given = {"size_mib": size, "rounds": rounds}
         settings = StoreBenchSettings(folder=folder, **{k: v for k, v in given.items() if v is not None})
+        check_writable(file)
         report = bench_store(settings)
         write_text(file, report.to_json())
         return report.to_text()

@@ -244,6 +244,8 @@ def test_mistakes_on_the_command_line_are_one_line_and_exit_code_2(tmp_path: Pat
         (("--size", "C"), "--size C: not known; take one of A, A32k, B, few, many, cpu, toy"),
         (("--quick", "--eleuther", tmp_path / "none"), "no such folder"),
         (("--quick", "--openai", tmp_path / "none"), "no such folder"),
+        # Found out before anything is measured: a log line would be a second one.
+        (("--quick", "--json", "/proc/none/report.json"), "/proc/none/report.json: cannot be written"),
     ]
     if not torch.cuda.is_available():
         cases += [
