@@ -22,7 +22,7 @@ from torch import Tensor
 from clt.capture.adapter import PromptInputs
 from clt.errors import GraphError
 from clt.model import CrossLayerTranscoder, LayerShare
-from clt.records import Modality
+from clt.records import Modality, SparseCodes
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -222,8 +222,9 @@ class LiveEdits:
 
     def _reconstruct(self, target: int, like_NWD: Tensor) -> Tensor:
         """Output of the transcoder from the running codes, without interventions."""
-        values, indices = zip(*(self.codes[source] for source in self.clt.sources_of(target)), strict=True)
-        y_BD = self.clt.decode_layer(target, torch.stack(values), torch.stack(indices), self._inputs.get(target))
+        pairs = [self.codes[source] for source in self.clt.sources_of(target)]
+        codes = SparseCodes.stacked(pairs, self.clt.config.n_features)
+        y_BD = self.clt.decode_layer(target, codes.values, codes.indices, self._inputs.get(target))
         return y_BD.reshape(like_NWD.shape)
 
     def _add_changes(self, target: int, y_NWD: Tensor) -> Tensor:
@@ -243,15 +244,24 @@ class ReplacedOutputs(LiveEdits):
         columns: where it acts.
         plan: interventions by layer.
         errors: error terms of the same columns.
+        targets: layers whose outputs are the transcoder's; absent: all.
 
     Raises:
         GraphError: the errors were recorded for prompts of another shape.
     """
 
     def __init__(
-        self, clt: CrossLayerTranscoder, columns: Columns, plan: Plan, errors: RecordedErrors | None = None
+        self,
+        clt: CrossLayerTranscoder,
+        columns: Columns,
+        plan: Plan,
+        errors: RecordedErrors | None = None,
+        targets: Sequence[int] | None = None,
     ) -> None:
         super().__init__(clt, columns, plan)
+        if targets is not None:
+            self.targets = targets
+            self.sources = sorted({*plan, *(source for target in targets for source in clt.sources_of(target))})
         self._errors = errors.by_target if errors else {}
         expected = tuple(columns.replaced.shape)
         for target, error_NSD in self._errors.items():

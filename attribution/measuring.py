@@ -257,7 +257,7 @@ class MeasuringModel:
         # Features are sorted by layer and position: the slot counts from the first of the same key.
         key = layers * len(self.seen) + positions
         slots = torch.arange(len(features)) - torch.searchsorted(key, key)
-        shape = (len(self.sources), len(self.seen), self.clt.config.k)
+        shape = (len(self.sources), len(self.seen), int(slots.max()) + 1 if len(slots) else 1)
         values_LSK = torch.zeros(shape, dtype=torch.float64)
         indices_LSK = torch.zeros(shape, dtype=torch.int32)
         for row, layer in enumerate(self.sources):

@@ -17,8 +17,9 @@ Interventions act on one of two models:
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from contextlib import AbstractContextManager
+from dataclasses import replace
 from typing import Literal
 
 import torch
@@ -38,7 +39,7 @@ from clt.capture.adapter import ModelAdapter, PromptInputs
 from clt.capture.hooks import attach
 from clt.errors import CheckpointError, ConfigError, GraphError
 from clt.model import CrossLayerTranscoder
-from clt.records import ModelIdentity, SparseCodes
+from clt.records import Modality, ModelIdentity, SparseCodes
 
 __all__ = ["Intervention", "MlpOutputs", "RecordedErrors", "ReplacementModel", "require_same_model"]
 
@@ -96,6 +97,27 @@ class ReplacementModel:
                 do not fit the inputs or the mode.
         """
         with self._running(inputs, interventions, mlps, errors=errors):
+            return self.adapter.forward(inputs)
+
+    @torch.no_grad()
+    def forward_partly(
+        self, inputs: PromptInputs, targets: Sequence[int] | None = None, modalities: Sequence[Modality] | None = None
+    ) -> Tensor:
+        """Logits when MLP outputs are replaced in some layers or at some tokens only; elsewhere MLPs answer live.
+
+        Args:
+            inputs: the prompts.
+            targets: target layers that are replaced; absent: all.
+            modalities: tokens at which they are; absent: all.
+
+        Returns:
+            [N,S,V] logits.
+        """
+        columns = self._columns(inputs)
+        if modalities is not None:
+            chosen = torch.isin(inputs.tokens.modality, torch.tensor(modalities, device=columns.replaced.device))
+            columns = replace(columns, replaced=columns.replaced & chosen)
+        with attach(self.adapter, edit=ReplacedOutputs(self.clt, columns, {}, targets=targets).edits()):
             return self.adapter.forward(inputs)
 
     @torch.no_grad()
@@ -158,13 +180,9 @@ class ReplacementModel:
             run = RecordedOutputs(self.clt, columns)
         with attach(self.adapter, edit=run.edits()):
             self.adapter.forward(inputs)
-        values, indices = (torch.stack(tensors) for tensors in zip(*(run.codes[s] for s in run.sources), strict=True))
+        codes = SparseCodes.stacked([run.codes[s] for s in run.sources], self.clt.config.n_features)
         seen = columns.replaced.reshape(1, -1, 1)
-        return SparseCodes(
-            values=torch.where(seen, values, 0),
-            indices=torch.where(seen, indices, 0),
-            n_features=self.clt.config.n_features,
-        )
+        return replace(codes, values=torch.where(seen, codes.values, 0), indices=torch.where(seen, codes.indices, 0))
 
     def _columns(self, inputs: PromptInputs, new_columns: int = 0) -> Columns:
         return Columns.of(inputs, self.clt.config.drop_bos, new_columns)

@@ -227,6 +227,8 @@ def iterate_store(
     batch_tokens: int,
     where: TokenFilter = ALL_TOKENS,
     max_tokens: int | None = None,
+    data_rank: int = 0,
+    data_world: int = 1,
 ) -> Iterator[ActivationBatch]:
     """Goes through a store once, in the order of storage, for evaluation.
 
@@ -237,6 +239,8 @@ def iterate_store(
         batch_tokens: tokens of a batch; the last one may have fewer.
         where: which tokens are read.
         max_tokens: stop after so many tokens; absent: all.
+        data_rank: which of `data_world` stretches of these tokens is read; it may be empty.
+        data_world: stretches, as even as can be.
 
     Yields:
         Batches in float32.
@@ -247,17 +251,30 @@ def iterate_store(
     source = StoreBlocks(store, x_sites, y_sites, where)
     total = int(source.rows.sum())
     total = total if max_tokens is None else min(max_tokens, total)
-    most = min(batch_tokens, total)
-    readings = (
-        Reading(stream=0, segments=[(block, 0, rows)], picks=partial(np.arange, rows))
-        for block, rows in enumerate(source.rows.tolist())
-        if rows
+    start, stop = (total * rank // data_world for rank in (data_rank, data_rank + 1))
+    if start == stop:
+        return
+    sizes = SlotSizes(
+        slots=3,
+        slot_rows=source.chunk_tokens,
+        batch_rows=min(batch_tokens, stop - start),
+        batches=_BATCHES_IN_USE,
+        widen=True,
     )
-    sizes = SlotSizes(slots=3, slot_rows=source.chunk_tokens, batch_rows=most, batches=_BATCHES_IN_USE, widen=True)
-    with closing(WindowPool(source, sizes, readings, reader_threads=1)) as pool:
-        for first in range(0, total, batch_tokens):
-            rows = pool.batch([(0, min(batch_tokens, total - first))])
+    with closing(WindowPool(source, sizes, _stretch(source, start, stop), reader_threads=1)) as pool:
+        for first in range(start, stop, batch_tokens):
+            rows = pool.batch([(0, min(batch_tokens, stop - first))])
             yield ActivationBatch(x=rows.acts[: len(x_sites)], y=rows.acts[len(x_sites) :], tokens=rows.tokens)
+
+
+def _stretch(source: BlockSource, start: int, stop: int) -> Iterator[Reading]:
+    """What holds the used rows from `start` to `stop` of a store, block by block."""
+    first_row = 0
+    for block, rows in enumerate(source.rows.tolist()):
+        first, last = max(0, start - first_row), min(rows, stop - first_row)
+        if first < last:
+            yield Reading(stream=0, segments=[(block, first, last)], picks=partial(np.arange, last - first))
+        first_row += rows
 
 
 def _picks(order: ReadOrder, visit: Visit) -> NDArray[np.int64]:

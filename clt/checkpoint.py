@@ -18,6 +18,7 @@ weights, so there is no generator state to keep. All ranks need the same file sy
 from __future__ import annotations
 
 import json
+import shutil
 from collections.abc import Iterator, Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -26,6 +27,7 @@ from typing import Any
 import yaml
 from torch import Tensor
 
+from clt.columns import join_columns, own_columns
 from clt.config import TrainConfig, config_to_tree, config_to_yaml
 from clt.dead_features import FiringTracker
 from clt.engine import MOMENTS, Engine
@@ -44,8 +46,17 @@ from clt.manifest import (
     write_text,
 )
 from clt.model import CrossLayerTranscoder
-from clt.parallel import Mesh
-from clt.weights import CARD_FILE, SCALING_FILE, card, layer_file, layer_tensors, read_into, read_tensors
+from clt.parallel import Mesh, deal_layers, layers_of_rank
+from clt.weights import (
+    CARD_FILE,
+    SCALING_FILE,
+    card,
+    layer_buffers,
+    layer_file,
+    layer_tensors,
+    read_into,
+    read_tensors,
+)
 
 PROGRESS_FILE = "progress.json"
 CONFIG_FILE = "config.yaml"
@@ -53,7 +64,7 @@ FIRING_KEY = "tokens_since_fired"
 STEP_PATTERN = "step_*"
 
 #: Keys of a job that may change when it is resumed; the store is compared by its id.
-MAY_CHANGE = ("store", "output", "mesh", "kernels", "log_every", "checkpoint_every", "keep_checkpoints")
+MAY_CHANGE = ("store", "output", "mesh", "kernels", "evaluation", "log_every", "checkpoint_every", "keep_checkpoints")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -96,7 +107,7 @@ class Checkpoints:
         self._engine = engine
         self._tracker = tracker
         self._mesh = mesh
-        self._layers = sorted({*transcoder.share.sources, *transcoder.share.targets})
+        self._layers = layers_of_rank(deal_layers(transcoder.config, mesh.layer_size, mesh.column_size), mesh)
 
     def save(self, progress: Progress) -> Path:
         """Writes a checkpoint and removes the oldest beyond `keep_checkpoints`; all ranks must call it.
@@ -112,21 +123,33 @@ class Checkpoints:
         """
         output, name = self._config.output, step_folder(progress.step)
         temporary = output / temporary_name(name)
-        with self._mesh.together(CheckpointError):
+        try:
+            with self._mesh.together(CheckpointError):
+                if self._mesh.is_first:
+                    output.mkdir(parents=True, exist_ok=True)
+                    remove_temporary(output, STEP_PATTERN)
+                    temporary.mkdir()
+            failure = self._write_layers(temporary)
+            with self._mesh.together(CheckpointError):
+                if failure is not None:
+                    raise failure
+            with self._mesh.together(CheckpointError):
+                if self._mesh.is_first:
+                    self._write_job(temporary, progress)
+                    publish(temporary, output / name)
+                    prune(output, STEP_PATTERN, self._config.keep_checkpoints)
+        except CheckpointError as error:
             if self._mesh.is_first:
-                output.mkdir(parents=True, exist_ok=True)
-                remove_temporary(output, STEP_PATTERN)
-                temporary.mkdir()
-        failure = self._write_layers(temporary)
-        with self._mesh.together(CheckpointError):
-            if failure is not None:
-                raise failure
-        with self._mesh.together(CheckpointError):
-            if self._mesh.is_first:
-                self._write_job(temporary, progress)
-                publish(temporary, output / name)
-                prune(output, STEP_PATTERN, self._config.keep_checkpoints)
+                # On a full disk, half a checkpoint would only be in the way.
+                shutil.rmtree(temporary, ignore_errors=True)
+            raise CheckpointError(f"{error}; {self._last_good()}") from None
         return output / name
+
+    def _last_good(self) -> str:
+        folder = latest_folder(self._config.output)
+        if folder is None:
+            return "there is no earlier checkpoint; make it writable and start the job again"
+        return f"{folder.name} is kept; make the folder writable, with free space, and start the job again"
 
     def resume(self) -> Progress | None:
         """Restores weights, optimizer and counters from the newest checkpoint of the output folder.
@@ -145,18 +168,23 @@ class Checkpoints:
         return progress
 
     def _write_layers(self, folder: Path) -> CheckpointError | None:
-        """Writes the layers owned here; collects moments on all ranks even after a failure, which it returns."""
+        """Writes the layers of this layer rank; all ranks take part even after a failure, which it returns."""
         failure = None
         checksums: Checksums = {}
         for row, layer in enumerate(self._layers):
             parameters = layer_tensors(self._transcoder, layer)
             moments = {key: self._engine.moments(parameter) for key, parameter in parameters.items()}
-            if self._mesh.data_rank != 0 or failure is not None:
+            if self._mesh.data_rank != 0:
                 continue
-            optimizer = {f"{kind}.{key}": moments[key][kind] for key in parameters for kind in MOMENTS}
-            optimizer |= self._firing(layer)
+            optimizer = join_columns(
+                {f"{kind}.{key}": moments[key][kind] for key in parameters for kind in MOMENTS} | self._firing(layer),
+                self._mesh,
+            )
+            weights = join_columns(parameters | layer_buffers(self._transcoder, layer), self._mesh)
+            if weights is None or optimizer is None or failure is not None:
+                continue
             try:
-                save_tensors(folder / layer_file(layer), parameters, checksums)
+                save_tensors(folder / layer_file(layer), weights, checksums)
                 save_tensors(folder / optimizer_file(layer), optimizer, checksums)
                 if row == len(self._layers) - 1:
                     write_text(folder / f"files_{self._mesh.layer_rank}.json", json.dumps(checksums), {})
@@ -189,12 +217,12 @@ class Checkpoints:
         return progress
 
     def _restore_layer(self, folder: Path, layer: int) -> None:
-        parameters = layer_tensors(self._transcoder, layer)
+        parameters, columns = layer_tensors(self._transcoder, layer), self._transcoder.share.columns
         values = {key: parameter.detach().clone() for key, parameter in parameters.items()}
-        read_into(values, folder / layer_file(layer))
+        read_into(values | layer_buffers(self._transcoder, layer), folder / layer_file(layer), columns)
         state = read_tensors(folder / optimizer_file(layer))
         for key, parameter in parameters.items():
-            moments = {kind: state[f"{kind}.{key}"] for kind in MOMENTS}
+            moments = {kind: own_columns(key, state[f"{kind}.{key}"], columns) for kind in MOMENTS}
             self._engine.restore(parameter, values[key], moments)
         for key, silent_F in self._firing(layer).items():
             silent_F.copy_(state[key])

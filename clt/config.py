@@ -27,6 +27,47 @@ ReadSite = Literal["resid_mid", "mlp_in", "resid_pre", "resid_post"]
 
 
 @dataclass(frozen=True, kw_only=True, config=STRICT)
+class SparsitySettings:
+    """Which pre-activations become activations, and what they cost (`clt.sparsity`)."""
+
+    kind: Literal["topk", "joint_topk", "batch_topk", "jumprelu", "relu"] = "topk"
+    """topk: the k largest of a token and layer; joint_topk: the k*L largest of a token over its L source layers;
+    batch_topk: the k*L*B largest of a batch of B tokens; jumprelu: above a learned threshold of the feature; relu: all
+    positive ones. The last two take k as the number at the start of training."""
+    decoder_norm: bool = False
+    """topk and batch_topk rank by activation times the norm of the feature's decoder vectors, as joint_topk does."""
+    threshold_decay: float = Field(default=0.99, ge=0, lt=1)
+    """batch_topk: decay per step of the running mean of the threshold, by which features fire outside of training."""
+    penalty: float = Field(default=1e-3, ge=0)
+    """jumprelu and relu: weight of tanh(penalty_scale * activation * decoder norm), summed over features, mean over
+    tokens and source layers."""
+    penalty_warmup_steps: int = Field(default=1000, ge=0)
+    """Steps in which the penalty's weight rises linearly from zero."""
+    penalty_scale: float = Field(default=4.0, gt=0)
+    """Steepness of the penalty's tanh."""
+    threshold: float = Field(default=0.03, gt=0)
+    """jumprelu: threshold of every feature at the start, in standardised units."""
+    bandwidth: float = Field(default=1.0, gt=0)
+    """jumprelu: activations up to so far above the threshold give it a gradient."""
+
+    @model_validator(mode="after")
+    def _ranks_by_norm(self) -> SparsitySettings:
+        if self.decoder_norm and self.kind in ("jumprelu", "relu"):
+            raise ValueError(f"decoder_norm has no meaning for kind={self.kind}, which ranks nothing; remove it")
+        return self
+
+    @property
+    def uses_decoder_norm(self) -> bool:
+        """Whether features are ranked by activation times decoder norm."""
+        return self.decoder_norm or self.kind == "joint_topk"
+
+    @property
+    def has_penalty(self) -> bool:
+        """Whether activations cost something."""
+        return self.kind in ("jumprelu", "relu")
+
+
+@dataclass(frozen=True, kw_only=True, config=STRICT)
 class TranscoderSettings:
     """What a user chooses about a transcoder; the model's dimensions come from the store."""
 
@@ -44,6 +85,8 @@ class TranscoderSettings:
     """What the encoders read: the residual stream entering the MLP's norm by default."""
     drop_bos: bool = False
     """Neither train on nor replace the MLPs at the beginning-of-sequence token."""
+    sparsity: SparsitySettings = SparsitySettings()
+    """Which pre-activations become activations."""
 
     @model_validator(mode="after")
     def _k_fits(self) -> TranscoderSettings:
@@ -136,9 +179,57 @@ class MeshSettings:
     """How the processes are arranged."""
 
     layer: int = Field(default=1, gt=0)
-    """Ranks over which layers are dealt; the others are data-parallel replicas."""
+    """Ranks over which layers are dealt; what is left after `column` are data-parallel replicas."""
+    column: int = Field(default=1, gt=0)
+    """Ranks over which the decoders of each target are split by output channels; divides the model's width."""
     zero_stage: Literal[0, 1, 2] = 1
     """DeepSpeed ZeRO stage on the data axis."""
+    timeout_seconds: float = Field(default=1800, gt=0, le=1800)
+    """How long a rank may let the others wait, for a batch, a checkpoint or an evaluation, before the job ends."""
+
+
+@dataclass(frozen=True, kw_only=True, config=STRICT)
+class ReplacementSettings:
+    """Compares the replacement model with the model while training; the first rank does it, the others wait."""
+
+    capture: Path
+    """YAML file of a capture job over held-out prompts with answers: its model and source; `output` is not used."""
+    model: str | None = None
+    """Folder or hub name of the model; absent: what `capture` names."""
+    device: str = "cpu"
+    """Where model and whole transcoder run; the first rank's memory holds the transcoder up to three times."""
+    prompts: int = Field(default=64, gt=0)
+    """Prompts, the first of the source."""
+    batch_size: int = Field(default=8, gt=0)
+    """Prompts per forward pass."""
+    layer_ranges: int = Field(default=4, gt=0)
+    """Ranges of target layers that are also replaced alone; 1: none."""
+    graphs: int = Field(default=2, ge=0)
+    """Prompts whose attribution graph is scored."""
+    graph_features: int = Field(default=500, ge=0)
+    """Features of a graph whose inputs are computed; the others count as error."""
+
+
+@dataclass(frozen=True, kw_only=True, config=STRICT)
+class EvaluationSettings:
+    """What is measured on held-out data while training; may change when a job is resumed."""
+
+    every: int = Field(gt=0)
+    """Steps between evaluations; the last step always has one."""
+    store: str | None = None
+    """Folder or URL of a store of held-out activations of the same model; absent: none."""
+    tokens: int = Field(default=100_000, gt=0)
+    """Tokens of that store, the first that pass the filter of `data`, without beginning-of-sequence tokens."""
+    batch_tokens: int = Field(default=4096, gt=0)
+    """Stored tokens evaluated at once by a rank."""
+    replacement: ReplacementSettings | None = None
+    """Comparison of the replacement model with the model; absent: none."""
+
+    @model_validator(mode="after")
+    def _measures_something(self) -> EvaluationSettings:
+        if self.store is None and self.replacement is None:
+            raise ValueError("give store or replacement, or both")
+        return self
 
 
 @dataclass(frozen=True, kw_only=True, config=STRICT)
@@ -163,8 +254,10 @@ class TrainConfig:
     """Auxiliary loss for dead features."""
     data: DataSettings = DataSettings()
     """Batching and shuffling."""
+    evaluation: EvaluationSettings | None = None
+    """Measures on held-out data; absent: none."""
     mesh: MeshSettings = MeshSettings()
-    """Layer and data axis."""
+    """Data, layer and column axis."""
     kernels: Literal["auto", "triton", "cpu", "reference"] = "auto"
     """Implementation of encode and decode; a job that names one ends with an error where it cannot run."""
     log_every: int = Field(default=20, gt=0)

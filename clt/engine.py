@@ -13,8 +13,9 @@ import os
 import sys
 import warnings
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
+from datetime import timedelta
 from types import ModuleType
 from typing import Any
 
@@ -22,13 +23,16 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
-from clt.config import OptimizerSettings
+from clt.config import MeshSettings, OptimizerSettings
+from clt.faults import JobControl
 from clt.parallel import Mesh
+from clt.watch import leave, watched
 
 #: Names of Adam's moments, as torch and DeepSpeed call them.
 MOMENTS = ("exp_avg", "exp_avg_sq")
 
 _LARGEST_BUCKET = 500_000_000
+_PATIENCE_SECONDS = MeshSettings().timeout_seconds
 
 # DeepSpeed 0.19 calls a collective that torch 2.13 has renamed; users of this project cannot change that.
 warnings.filterwarnings("ignore", message=r".*all_gather_into_tensor. is deprecated", category=FutureWarning)
@@ -42,31 +46,55 @@ class StepCheck:
         finite: loss and gradients are finite on every rank.
         loss: the loss over all tokens and targets.
         gradient_norm: global norm before clipping.
+        stop: a rank has been told to stop.
     """
 
     finite: bool
     loss: float
     gradient_norm: float
+    stop: bool
 
 
 @contextmanager
-def joined_job() -> Iterator[None]:
-    """Joins the processes that torchrun started, or makes a job of this process alone; leaves it at the end."""
+def joined_job(timeout_seconds: float = _PATIENCE_SECONDS, control: JobControl | None = None) -> Iterator[None]:
+    """Joins the processes that torchrun started, or makes a job of this process alone; leaves it at the end.
+
+    Args:
+        timeout_seconds: how long a rank may let the others wait.
+        control: with it, a rank that is lost, hangs or fails ends the job with one line that names it (`clt.watch`);
+            the caller raises `control.progress` at least once within the timeout.
+    """
     deepspeed = _deepspeed()
     backend = "cpu:gloo,cuda:nccl" if torch.cuda.is_available() else "gloo"
-    if "RANK" in os.environ:
-        if torch.cuda.is_available():
-            torch.cuda.set_device(local_device())
-        dist.init_process_group(backend)
-    else:
+    store, rank, world = _meet(timeout_seconds)
+    with ExitStack() as stack:
+        if control is not None and world > 1:
+            stack.enter_context(watched(store, rank, world, control, timeout_seconds))
+        timeout = timedelta(seconds=timeout_seconds)
+        dist.init_process_group(backend, store=store, rank=rank, world_size=world, timeout=timeout)
+        deepspeed.init_distributed(backend, auto_mpi_discovery=False, verbose=False)
+        stack.callback(deepspeed.comm.destroy_process_group)
+        yield
+
+
+def _meet(timeout_seconds: float) -> tuple[dist.Store, int, int]:
+    """A store that all ranks of the job reach, the number of this one and how many there are."""
+    if "RANK" not in os.environ:
         # DeepSpeed insists on the variable; torchrun sets it.
         os.environ.setdefault("LOCAL_RANK", "0")
-        dist.init_process_group(backend, store=dist.HashStore(), rank=0, world_size=1)
-    deepspeed.init_distributed(backend, auto_mpi_discovery=False, verbose=False)
+        return dist.HashStore(), 0, 1
+    if torch.cuda.is_available():
+        torch.cuda.set_device(local_device())
     try:
-        yield
-    finally:
-        deepspeed.comm.destroy_process_group()
+        return next(dist.rendezvous("env://", timeout=timedelta(seconds=timeout_seconds)))
+    except dist.DistError as error:
+        place, reason = (
+            ":".join(os.environ[key] for key in ("MASTER_ADDR", "MASTER_PORT")),
+            str(error).partition("\n")[0],
+        )
+        leave(
+            f"rank {os.environ['RANK']}: the ranks did not meet at {place} ({reason}); see the log of the missing one"
+        )
 
 
 def local_device() -> torch.device:
@@ -115,15 +143,22 @@ class Engine:
         """Backward pass of this rank's share of the loss, and the mean of the gradients over the data axis."""
         self._engine.backward(loss)
 
-    def check(self, loss: Tensor) -> StepCheck:
-        """Asks all ranks, after `backward`, whether the step may be taken; one all-reduce, one host sync."""
+    def check(self, loss: Tensor, stop: bool = False) -> StepCheck:
+        """Asks all ranks, after `backward`, whether the step may be taken; one all-reduce, one host sync.
+
+        Args:
+            loss: this rank's share.
+            stop: whether this rank has been told to stop.
+        """
         norms = torch.stack([torch.linalg.vector_norm(gradient) for gradient in self._gradients()]).double()
         # ZeRO-1 and 2 split the gradients over the data axis; without ZeRO every replica holds all of them.
         copies = self._mesh.data_size if self._stage == 0 else 1
-        sums = torch.stack([loss.detach().double() / self._mesh.data_size, norms.square().sum() / copies])
-        total_loss, square = self._mesh.all_reduce(sums, "world").tolist()
+        told = norms.new_full((), float(stop))
+        sums = torch.stack([loss.detach().double() / self._mesh.data_size, norms.square().sum() / copies, told])
+        total_loss, square, stops = self._mesh.all_reduce(sums, "world").tolist()
         finite = math.isfinite(total_loss) and math.isfinite(square)
-        return StepCheck(finite=finite, loss=total_loss, gradient_norm=math.sqrt(square) if finite else math.inf)
+        norm = math.sqrt(square) if finite else math.inf
+        return StepCheck(finite=finite, loss=total_loss, gradient_norm=norm, stop=stops > 0)
 
     def step(self, learning_rate: float) -> None:
         """Clips the gradients and takes an Adam step."""

@@ -13,6 +13,7 @@ optimization techniques", restricted to the slots where the feature fits best).
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from dataclasses import dataclass
 
 import torch
@@ -29,8 +30,8 @@ class LossTerms:
     """What one rank's tokens and targets contribute.
 
     Attributes:
-        total: scalar to differentiate: this rank's share of the loss; the sum over the layer axis is the loss.
-        error_M: [M_own] mean squared error per target over tokens and channels, detached.
+        total: scalar to differentiate: this rank's share of the loss; the sum over the model group is the loss.
+        error_M: [M_own] mean squared error per target over tokens and channels, of the columns owned here, detached.
         auxk: scalar auxiliary error before its coefficient, detached.
         revival: scalar revival term before its weight, detached; negative.
     """
@@ -41,7 +42,7 @@ class LossTerms:
     revival: Tensor
 
 
-def encode_dead(clt: CrossLayerTranscoder, x_LBD: Tensor, dead_LF: Tensor, k: int) -> SparseCodes:
+def encode_dead(clt: CrossLayerTranscoder, x_LBD: Tensor, dead_LF: Tensor, k: int) -> Iterator[tuple[Tensor, Tensor]]:
     """Codes of the dead features only: their k largest positive pre-activations.
 
     Args:
@@ -50,37 +51,40 @@ def encode_dead(clt: CrossLayerTranscoder, x_LBD: Tensor, dead_LF: Tensor, k: in
         dead_LF: [L_own,F] bool.
         k: slots per token and layer.
 
-    Returns:
-        Codes [L_own,B,K]; a layer without dead features has empty slots only.
+    Yields:
+        values [B,K] and indices [B,K] int32 of each source owned here; a layer without dead features has empty slots
+        only.
     """
-    pairs = []
     for row, layer in enumerate(clt.share.sources):
         exclude_F = torch.zeros_like(clt.b_enc[str(layer)]).masked_fill(~dead_LF[row], -torch.inf)
         bias_F = clt.b_enc[str(layer)] + exclude_F
-        pairs.append(ops.encode_topk(x_LBD[row], clt.W_enc[str(layer)], bias_F, k))
-    values, indices = (torch.stack(tensors) for tensors in zip(*pairs, strict=True))
-    return SparseCodes(values=values, indices=indices, n_features=clt.config.n_features)
+        yield ops.encode_topk(x_LBD[row], clt.W_enc[str(layer)], bias_F, k)
 
 
-def auxk_error(clt: CrossLayerTranscoder, codes: SparseCodes, missed_MBD: Tensor) -> Tensor:
-    """Squared error of the dead features' reconstruction of what the live features miss.
+def auxk_error(
+    clt: CrossLayerTranscoder,
+    layer: int,
+    values_SBK: Tensor,
+    indices_SBK: Tensor,
+    missed_BD: Tensor,
+    csr: ops.FeatureCSR | None = None,
+) -> Tensor:
+    """Squared error of the dead features' reconstruction of what the live features miss in one target.
 
     Args:
         clt: the transcoder, or one rank's share.
-        codes: dead features' codes of all source layers, [L,B,K].
-        missed_MBD: [M_own,B,D] standardised y - yhat of the same tokens; treated as a constant.
+        layer: target layer owned here.
+        values_SBK: [S,B,K] activations of the dead features of this target's sources.
+        indices_SBK: [S,B,K] int32 feature numbers.
+        missed_BD: [B,D_own] standardised y - yhat of the same tokens; treated as a constant.
+        csr: grouping of these S layers, which the backward pass else builds itself.
 
     Returns:
-        [M_own] mean over tokens and channels.
+        Mean over tokens and all D channels as far as columns are owned here.
     """
-    zero_D = torch.zeros_like(missed_MBD[0, 0])
-    csr = ops.feature_csr(codes.values, codes.indices, codes.n_features)
-    errors = []
-    for layer, missed_BD in zip(clt.share.targets, missed_MBD, strict=True):
-        rows, W_dec = clt.source_rows(layer), clt.W_dec[str(layer)]
-        error, _ = ops.decode_loss(codes.values[rows], codes.indices[rows], W_dec, zero_D, missed_BD, csr=csr[rows])
-        errors.append(error)
-    return torch.stack(errors)
+    zero_D = torch.zeros_like(missed_BD[0])
+    error, _ = ops.decode_loss(values_SBK, indices_SBK, clt.W_dec[str(layer)], zero_D, missed_BD, csr=csr)
+    return clt.column_part(error)
 
 
 def revival(codes: SparseCodes, n_sources: int) -> Tensor:
@@ -91,7 +95,7 @@ def revival(codes: SparseCodes, n_sources: int) -> Tensor:
         n_sources: source layers of the whole transcoder, L.
 
     Returns:
-        Scalar; summed over the layer axis it is the mean over all layers, tokens and slots.
+        Scalar; summed over the model group it is the mean over all layers, tokens and slots.
     """
     return -codes.values.mean(dim=(1, 2)).sum() / n_sources
 
@@ -102,14 +106,14 @@ def combine(
     """The loss: mean over all targets of the squared error, plus the weighted terms of dead features.
 
     Args:
-        error_M: [M_own] from `CrossLayerTranscoder.decode_loss`.
+        error_M: [M_own] from `CrossLayerTranscoder.decode_loss_layer`.
         auxk_M: [M_own] from `auxk_error`, or None without dead features.
         revival: scalar from the function of that name, or None without dead features.
         settings: weights of the two.
         n_targets: targets of the whole transcoder, M.
 
     Returns:
-        This rank's terms; summed over the layer axis they are the loss.
+        This rank's terms; summed over the model group they are the loss.
     """
     total = error_M.sum() / n_targets
     auxk = lift = torch.zeros_like(total)

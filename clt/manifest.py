@@ -41,9 +41,9 @@ def save_tensors(path: Path, tensors: Mapping[str, Tensor], checksums: Checksums
     try:
         write_tensors(path, tensors)
         _sync(path)
+        checksums[path.name] = _checksum(path)
     except (OSError, SafetensorError) as error:
         raise CheckpointError(f"{path}: cannot be written ({' '.join(str(error).split())})") from None
-    checksums[path.name] = _checksum(path)
 
 
 def write_text(path: Path, text: str, checksums: Checksums) -> None:
@@ -51,9 +51,9 @@ def write_text(path: Path, text: str, checksums: Checksums) -> None:
     try:
         path.write_text(text, encoding="utf-8")
         _sync(path)
+        checksums[path.name] = _checksum(path)
     except OSError as error:
         raise CheckpointError(f"{path}: cannot be written ({error.strerror})") from None
-    checksums[path.name] = _checksum(path)
 
 
 def write_manifest(folder: Path, checksums: Checksums) -> None:

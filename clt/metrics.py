@@ -12,15 +12,19 @@ import json
 import math
 import os
 import time
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from itertools import pairwise
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from clt.config import CLTConfig
 from clt.errors import CheckpointError
+from clt.evaluate import Evaluation
+from clt.figures import density_plot
 from clt.model import LayerShare, source_layers, target_layers
 from clt.parallel import Mesh
 
@@ -136,6 +140,10 @@ class MetricsWindow:
         self._loss += loss
         self._steps += 1
 
+    def leave_out(self, seconds: float) -> None:
+        """Time that was not training, and does not count in `tokens_per_second`."""
+        self._start += seconds
+
     def add_tokens(self, tokens: int) -> None:
         """Counts the tokens of a step, taken or not."""
         self._tokens += tokens
@@ -190,14 +198,55 @@ class MetricsWriter:
         for tag, value in scalars.items():
             self._board.add_scalar(tag, value, metrics.step)
 
+    def write_evaluation(self, step: int, evaluation: Evaluation) -> None:
+        """Appends what an evaluation found, as a report of its own.
+
+        Args:
+            step: steps done.
+            evaluation: scalars that are not finite are left out; histograms become lists in the report, and histograms
+                and one heat map on TensorBoard.
+        """
+        scalars = {tag: value for tag, value in evaluation.scalars.items() if math.isfinite(value)}
+        line: dict[str, Any] = {"step": step, **scalars}
+        for tag, value in scalars.items():
+            self._board.add_scalar(tag, value, step)
+        for tag, histograms in evaluation.histograms.items():
+            line[f"{tag}/edges"] = histograms.edges
+            for layer, counts in histograms.counts.items():
+                line[f"{tag}/layer_{layer:02d}"] = counts
+                self._add_histogram(f"{tag}/layer_{layer:02d}", histograms.edges, counts, step)
+            plot = density_plot(histograms, f"{tag}, step {step:,}")
+            self._board.add_image(f"{tag}/all_layers", plot, step, dataformats="HWC")
+        self._lines.write(json.dumps(line) + "\n")
+        self._lines.flush()
+        self._board.flush()
+
+    def _add_histogram(self, tag: str, edges: Sequence[float], counts: Sequence[int], step: int) -> None:
+        if not any(counts):
+            return
+        centres = [(low + high) / 2 for low, high in pairwise(edges)]
+        self._board.add_histogram_raw(
+            tag,
+            min=edges[0],
+            max=edges[-1],
+            num=sum(counts),
+            sum=sum(count * centre for count, centre in zip(counts, centres, strict=True)),
+            sum_squares=sum(count * centre**2 for count, centre in zip(counts, centres, strict=True)),
+            bucket_limits=list(edges[1:]),
+            bucket_counts=list(counts),
+            global_step=step,
+        )
+
     def close(self) -> None:
         """Flushes and closes both files."""
         self._lines.close()
         self._board.close()
 
 
-def read_metrics(path: Path) -> list[dict[str, float]]:
+def read_metrics(path: Path) -> list[dict[str, Any]]:
     """The reports of a `metrics.jsonl`; a last line that a killed run left half written is dropped.
+
+    Reports of training have the keys of `TrainingMetrics.scalars`, those of evaluations the tags of `Evaluation`.
 
     Raises:
         CheckpointError: another line is not a report.

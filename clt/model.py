@@ -11,16 +11,20 @@ from `clt.parallel`.
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
 from torch import Tensor, nn
 
+from clt import encoding
 from clt.config import CLTConfig
+from clt.initial_weights import LayerBuffers, initial_decoder, initial_encoder
 from clt.kernels import ops
 from clt.records import ModelIdentity, SparseCodes
 from clt.scaling import Scaling
+from clt.sparsity import Peers
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -38,10 +42,17 @@ class Provenance:
 
 @dataclass(frozen=True, kw_only=True)
 class LayerShare:
-    """The layers one rank owns: encoders of `sources`, all decoders into `targets`; both ascending."""
+    """What one rank owns: encoders of `sources` and all decoders into `targets`, or some columns of these.
+
+    Attributes:
+        sources: ascending; may be empty.
+        targets: ascending.
+        columns: channels of the targets whose decoders, biases and rows of W_skip are here, or None for all.
+    """
 
     sources: tuple[int, ...]
     targets: tuple[int, ...]
+    columns: range | None = None
 
     @classmethod
     def everything(cls, config: CLTConfig) -> LayerShare:
@@ -97,19 +108,34 @@ class CrossLayerTranscoder(nn.Module):
         self.scaling = scaling
         self.share = share or LayerShare.everything(config)
         self.provenance = provenance or Provenance()
-        D, F = config.d_model, config.n_features
+        D = config.d_model
+        D_own = D if self.share.columns is None else len(self.share.columns)
         self.W_enc, self.b_enc = nn.ParameterDict(), nn.ParameterDict()
         self.W_dec, self.b_dec, self.W_skip = nn.ParameterDict(), nn.ParameterDict(), nn.ParameterDict()
+        self.log_threshold = nn.ParameterDict()
+        self.decoder_norm, self.threshold = LayerBuffers(), LayerBuffers()
         for layer in self.share.sources:
-            generator = torch.Generator().manual_seed(1_000_003 * (seed + 1) + layer)
-            W_FD = torch.randn(F, D, generator=generator)
-            self.W_enc[str(layer)] = nn.Parameter(W_FD / W_FD.norm(dim=1, keepdim=True))
-            self.b_enc[str(layer)] = nn.Parameter(torch.zeros(F))
+            W_FD, b_F = initial_encoder(config, layer, seed)
+            self.W_enc[str(layer)], self.b_enc[str(layer)] = nn.Parameter(W_FD), nn.Parameter(b_F)
+            self._add_sparsity(layer)
         for layer in self.share.targets:
-            self.W_dec[str(layer)] = nn.Parameter(torch.zeros(len(self.sources_of(layer)), F, D))
-            self.b_dec[str(layer)] = nn.Parameter(torch.zeros(D))
+            W_SFD = initial_decoder(config, layer, len(self.sources_of(layer)), seed, self.columns)
+            self.W_dec[str(layer)] = nn.Parameter(W_SFD)
+            self.b_dec[str(layer)] = nn.Parameter(torch.zeros(D_own))
             if config.skip:
-                self.W_skip[str(layer)] = nn.Parameter(torch.zeros(D, D))
+                self.W_skip[str(layer)] = nn.Parameter(torch.zeros(D_own, D))
+
+    def _add_sparsity(self, layer: int) -> None:
+        """What the rule of `config.sparsity` keeps for a source layer besides its encoder."""
+        sparsity, F = self.config.sparsity, self.config.n_features
+        if sparsity.kind == "jumprelu":
+            self.log_threshold[str(layer)] = nn.Parameter(torch.full((F,), math.log(sparsity.threshold)))
+        if sparsity.uses_decoder_norm:
+            # Of the decoders before the last step; 1, and no weight, before `encoding.update_decoder_norms`.
+            self.decoder_norm[layer] = torch.ones(F)
+        if sparsity.kind in ("joint_topk", "batch_topk"):
+            # Least score at which a layer fires by itself; NaN while there is none.
+            self.threshold[layer] = torch.tensor(torch.nan)
 
     def sources_of(self, target: int) -> range:
         """Source layers of a target; W_dec[str(target)][i] belongs to sources_of(target)[i]."""
@@ -119,25 +145,42 @@ class CrossLayerTranscoder(nn.Module):
         """Target layers of a source."""
         return targets_of(self.config, source)
 
+    @property
+    def n_sources(self) -> int:
+        """Source layers of the whole transcoder."""
+        return len(source_layers(self.config))
+
+    def source_row(self, layer: int) -> int:
+        """Where a source layer stands in codes of all source layers."""
+        return layer - source_layers(self.config)[0]
+
     def source_rows(self, target: int) -> slice:
         """Where a target's sources stand in codes of all source layers."""
-        first = source_layers(self.config)[0]
         sources = self.sources_of(target)
-        return slice(sources.start - first, sources.stop - first)
+        return slice(self.source_row(sources.start), self.source_row(sources.start) + len(sources))
+
+    def encoder(self, layer: int) -> tuple[Tensor, Tensor]:
+        """W_enc [F,D] and b_enc [F] of a source layer owned here."""
+        return self.W_enc[str(layer)], self.b_enc[str(layer)]
 
     def encode_layer(self, layer: int, x_BD: Tensor, k: int | None = None) -> tuple[Tensor, Tensor]:
-        """Codes of one source layer.
+        """Codes of one source layer by itself; rules that compare layers or tokens use their inference thresholds.
 
         Args:
             layer: source layer owned here.
             x_BD: [B,D] standardised encoder input.
-            k: slots per token, the config's by default.
+            k: active features per token, the config's by default.
 
         Returns:
-            values [B,K] and indices [B,K] int32 (see `clt.kernels.ops.encode_topk`).
+            values [B,K] and indices [B,K] int32 (see `clt.kernels.ops.encode_topk`); K is k for the kind topk, else
+            the largest number of active features of a token.
+
+        Raises:
+            CheckpointError: the rule has no inference threshold yet.
         """
-        name = str(layer)
-        return ops.encode_topk(x_BD, self.W_enc[name], self.b_enc[name], k or self.config.k)
+        if self.encodes_layers_alone:
+            return ops.encode_topk(x_BD, *self.encoder(layer), k or self.config.k)
+        return encoding.encode_layer(self, layer, x_BD, k or self.config.k)
 
     def decode_layer(self, layer: int, values_SBK: Tensor, indices_SBK: Tensor, x_BD: Tensor | None = None) -> Tensor:
         """Reconstruction of one target layer.
@@ -149,7 +192,7 @@ class CrossLayerTranscoder(nn.Module):
             x_BD: [B,D] standardised encoder input of this layer; needed when the config has a skip connection.
 
         Returns:
-            [B,D] standardised MLP output.
+            [B,D_own] standardised MLP output, the columns owned here.
         """
         name = str(layer)
         skip_BD = None
@@ -158,19 +201,30 @@ class CrossLayerTranscoder(nn.Module):
             skip_BD = x_BD @ self.W_skip[name].T
         return ops.decode(values_SBK, indices_SBK, self.W_dec[name], self.b_dec[name], skip_BD)
 
-    def encode(self, x_LBD: Tensor, k: int | None = None) -> SparseCodes:
+    def encode(self, x_LBD: Tensor, k: int | None = None, peers: Peers | None = None) -> SparseCodes:
         """Codes of the source layers owned here.
 
         Args:
             x_LBD: [L_own,B,D] standardised encoder inputs, in the order of `share.sources`.
-            k: slots per token, the config's by default.
+            k: active features per token and layer, the config's by default.
+            peers: the processes to agree with, in a step of training or for a share (see `clt.encoding.encode`).
 
         Returns:
             Codes [L_own,B,K].
+
+        Raises:
+            CheckpointError: the rule has no inference threshold yet.
         """
+        if not self.encodes_layers_alone or not self.share.sources:
+            return encoding.encode(self, x_LBD, k or self.config.k, peers)
         pairs = [self.encode_layer(layer, x_BD, k) for layer, x_BD in zip(self.share.sources, x_LBD, strict=True)]
         values, indices = (torch.stack(tensors) for tensors in zip(*pairs, strict=True))
         return SparseCodes(values=values, indices=indices, n_features=self.config.n_features)
+
+    @property
+    def encodes_layers_alone(self) -> bool:
+        """Whether the fused encoder of the kernels does the selection."""
+        return self.config.sparsity.kind == "topk" and not self.config.sparsity.decoder_norm
 
     def decode(self, codes: SparseCodes, x_MBD: Tensor | None = None) -> Tensor:
         """Reconstructions of the target layers owned here.
@@ -180,7 +234,7 @@ class CrossLayerTranscoder(nn.Module):
             x_MBD: [M_own,B,D] standardised encoder inputs of the targets; needed with a skip connection.
 
         Returns:
-            [M_own,B,D] standardised MLP outputs, in the order of `share.targets`.
+            [M_own,B,D_own] standardised MLP outputs, in the order of `share.targets`: the columns owned here.
         """
         outputs = []
         for row, layer in enumerate(self.share.targets):
@@ -189,37 +243,49 @@ class CrossLayerTranscoder(nn.Module):
             outputs.append(self.decode_layer(layer, codes.values[rows], codes.indices[rows], x_BD))
         return torch.stack(outputs)
 
-    def decode_loss(
-        self, codes: SparseCodes, y_MBD: Tensor, x_MBD: Tensor | None = None
-    ) -> tuple[Tensor, tuple[Tensor, ...]]:
-        """Squared errors of the target layers owned here, without storing their reconstructions.
+    def decode_loss_layer(
+        self,
+        layer: int,
+        values_SBK: Tensor,
+        indices_SBK: Tensor,
+        y_BD: Tensor,
+        x_BD: Tensor | None = None,
+        csr: ops.FeatureCSR | None = None,
+    ) -> tuple[Tensor, Tensor]:
+        """Squared error of one target layer, without storing its reconstruction.
 
         Args:
-            codes: codes of all source layers of the model, [L,B,K] in the order of `source_layers`.
-            y_MBD: [M_own,B,D] standardised MLP outputs, in the order of `share.targets`.
-            x_MBD: [M_own,B,D] standardised encoder inputs of the targets; needed with a skip connection.
+            layer: target layer owned here.
+            values_SBK: [S,B,K] activations of this target's sources, in the order of `sources_of`.
+            indices_SBK: [S,B,K] int32 feature numbers.
+            y_BD: [B,D_own] standardised MLP output, the columns owned here.
+            x_BD: [B,D] standardised encoder input of this layer; needed when the config has a skip connection.
+            csr: grouping of these S layers, which the backward pass else builds itself.
 
         Returns:
-            error [M_own], mean over tokens and channels of the squared residual, and per target the residual [B,D],
-            reconstruction - y, detached.
+            error [], mean over tokens and all D channels of the squared residual as far as columns are owned here, and
+            the residual [B,D_own], reconstruction - y, detached.
         """
-        # One grouping of the slots serves every target in the backward pass.
-        csr = ops.feature_csr(codes.values, codes.indices, codes.n_features)
-        errors, residuals = [], []
-        for row, layer in enumerate(self.share.targets):
-            name, rows = str(layer), self.source_rows(layer)
-            error, residual_BD = ops.decode_loss(
-                codes.values[rows],
-                codes.indices[rows],
-                self.W_dec[name],
-                self.b_dec[name],
-                y_MBD[row],
-                skip_BD=None if x_MBD is None else x_MBD[row] @ self.W_skip[name].T,
-                csr=csr[rows],
-            )
-            errors.append(error)
-            residuals.append(residual_BD)
-        return torch.stack(errors), tuple(residuals)
+        name = str(layer)
+        skip_BD = None
+        if self.config.skip:
+            assert x_BD is not None, "a transcoder with skip connection decodes from its input too"
+            skip_BD = x_BD @ self.W_skip[name].T
+        error, residual_BD = ops.decode_loss(
+            values_SBK, indices_SBK, self.W_dec[name], self.b_dec[name], y_BD, skip_BD=skip_BD, csr=csr
+        )
+        return self.column_part(error), residual_BD
+
+    @property
+    def columns(self) -> slice:
+        """Channels of the targets that are owned here."""
+        own = self.share.columns
+        return slice(None) if own is None else slice(own.start, own.stop)
+
+    def column_part(self, mean: Tensor) -> Tensor:
+        """What a mean over the channels owned here adds to the mean over all D of them."""
+        own = self.share.columns
+        return mean if own is None else mean * (len(own) / self.config.d_model)
 
     def forward(self, x_LBD: Tensor) -> Tensor:
         """MLP outputs from raw encoder inputs, for a process that owns every layer.
@@ -251,10 +317,16 @@ class CrossLayerTranscoder(nn.Module):
             name = str(layer)
             clt.W_enc[name].copy_(self.W_enc[name] / scaling.rms_x[layer])
             clt.b_enc[name].copy_(self.b_enc[name] - clt.W_enc[name] @ scaling.mean_x[layer])
+            # Activations stay in standardised units, and so does what selects them.
+            if name in self.log_threshold:
+                clt.log_threshold[name].copy_(self.log_threshold[name])
+            for own, old in ((clt.decoder_norm, self.decoder_norm), (clt.threshold, self.threshold)):
+                if layer in old:
+                    own[layer].copy_(old[layer])
         for layer in self.share.targets:
             name = str(layer)
             clt.W_dec[name].copy_(self.W_dec[name] * scaling.rms_y[layer])
-            clt.b_dec[name].copy_(self.b_dec[name] * scaling.rms_y[layer] + scaling.mean_y[layer])
+            clt.b_dec[name].copy_(self.b_dec[name] * scaling.rms_y[layer] + scaling.mean_y[layer, self.columns])
             if self.config.skip:
                 clt.W_skip[name].copy_(self.W_skip[name] * scaling.rms_y[layer] / scaling.rms_x[layer])
                 clt.b_dec[name].sub_(clt.W_skip[name] @ scaling.mean_x[layer])

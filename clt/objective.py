@@ -7,14 +7,17 @@ from torch import Tensor, nn
 
 from clt.config import AuxKSettings
 from clt.dead_features import fired_features
+from clt.exchange import CodeExchange, CodeFlight
 from clt.loss import auxk_error, combine, encode_dead, revival
 from clt.metrics import Observations
-from clt.model import CrossLayerTranscoder, source_layers, target_layers
-from clt.parallel import CodeExchange, input_layers
+from clt.model import CrossLayerTranscoder, target_layers
+from clt.parallel import input_layers
+from clt.penalty import sparsity_loss
+from clt.sparsity import Peers
 
 
 class Objective(nn.Module):
-    """The training loss of one rank's layers; the sum over the layer axis is the loss of its tokens.
+    """The training loss of one rank's share; the sum over the model group is the loss of its tokens.
 
     Args:
         transcoder: this rank's share.
@@ -28,46 +31,95 @@ class Objective(nn.Module):
         self._exchange = exchange
         self._settings = settings
         self._x_layers = input_layers(transcoder.config, transcoder.share)
-        self._n_sources = len(source_layers(transcoder.config))
         self._n_targets = len(target_layers(transcoder.config))
+        #: Rows of the own targets; those whose codes arrive first come first.
+        self._order = sorted(
+            range(len(transcoder.share.targets)),
+            key=lambda row: exchange.last_slot(transcoder.source_rows(transcoder.share.targets[row])),
+        )
 
-    def forward(self, x_raw: Tensor, y_raw: Tensor, k: int, dead_LF: Tensor | None) -> tuple[Tensor, Observations]:
+    def forward(
+        self, x_raw: Tensor, y_raw: Tensor, k: int, dead_LF: Tensor | None, penalty_weight: float = 0.0
+    ) -> tuple[Tensor, Observations]:
         """Loss of one batch.
 
         Args:
             x_raw: [X_own,B,D] raw encoder inputs of `input_layers` of the share.
-            y_raw: [M_own,B,D] raw MLP outputs of the own targets.
+            y_raw: [M_own,B,D] raw MLP outputs of the own targets, all columns.
             k: active features per token and source.
             dead_LF: [L_own,F] bool, features that take the auxiliary loss, or None for no such loss; None on all ranks
                 or on none.
+            penalty_weight: of the sparsity penalty, for kinds that have one.
 
         Returns:
             This rank's share of the loss, and what was seen.
         """
         clt = self.transcoder
         x = clt.scaling.standardise_x(x_raw, self._x_layers)
-        y_MBD = clt.scaling.standardise_y(y_raw, clt.share.targets)
+        y_MBD = clt.scaling.standardise_y(y_raw, clt.share.targets, clt.columns)
         x_LBD = self._rows(x, clt.share.sources)
         x_MBD = self._rows(x, clt.share.targets) if clt.config.skip else None
 
-        own_codes = clt.encode(x_LBD, k)
-        error_M, residuals = clt.decode_loss(self._exchange(own_codes), y_MBD, x_MBD)
+        codes = self._send(x_LBD, k)
+        # Every n-th token of each rank: the share is exact and no random state has to be kept.
+        tokens = slice(None, None, round(1 / self._settings.token_fraction))
+        # Sent before anything is decoded: these codes are under way meanwhile, as are their gradients on the way back.
+        dead_codes = None if dead_LF is None else self._send_dead(x_LBD[:, tokens], dead_LF)
+        error_M, residuals = self._decode(codes, y_MBD, x_MBD)
         auxk_M = lift = None
-        if dead_LF is not None:
-            # Every n-th token of each rank: the share is exact and no random state has to be kept.
-            tokens = slice(None, None, round(1 / self._settings.token_fraction))
-            dead_codes = encode_dead(clt, x_LBD[:, tokens], dead_LF, self._settings.k or clt.config.k)
-            missed_MBD = -torch.stack([residual_BD[tokens] for residual_BD in residuals])
-            auxk_M = auxk_error(clt, self._exchange(dead_codes), missed_MBD)
-            lift = revival(dead_codes, self._n_sources)
+        if dead_codes is not None:
+            auxk_M = self._decode_dead(dead_codes, [-residual_BD[tokens] for residual_BD in residuals])
+            lift = revival(dead_codes.own, clt.n_sources)
         terms = combine(error_M, auxk_M, lift, self._settings, self._n_targets)
-        return terms.total, Observations(
+        total = terms.total
+        if clt.config.sparsity.has_penalty:
+            total = total + sparsity_loss(clt, codes.own, penalty_weight, Peers(mesh=self._exchange.mesh))[0]
+        return total, Observations(
             error_M=terms.error_M,
             auxk=terms.auxk,
             revival=terms.revival,
-            l0_L=(own_codes.values.detach() > 0).sum(dim=(1, 2)) / x_LBD.shape[1],
-            fired_LF=fired_features(own_codes),
+            l0_L=(codes.own.values.detach() > 0).sum(dim=(1, 2)) / x_LBD.shape[1],
+            fired_LF=fired_features(codes.own),
         )
+
+    def _send(self, x_LBD: Tensor, k: int) -> CodeFlight:
+        clt = self.transcoder
+        n_features, tokens = clt.config.n_features, x_LBD.shape[1]
+        if clt.encodes_layers_alone:
+            pairs = (clt.encode_layer(layer, x_BD, k) for layer, x_BD in zip(clt.share.sources, x_LBD, strict=True))
+            return self._exchange.send(pairs, (tokens, k), n_features, x_LBD)
+        codes = clt.encode(x_LBD, k, Peers(mesh=self._exchange.mesh))
+        pairs_of_all = zip(codes.values, codes.indices, strict=True)
+        return self._exchange.send(pairs_of_all, codes.values.shape[1:], n_features, x_LBD)
+
+    def _send_dead(self, x_LBD: Tensor, dead_LF: Tensor) -> CodeFlight:
+        config = self.transcoder.config
+        k = self._settings.k or config.k
+        pairs = encode_dead(self.transcoder, x_LBD, dead_LF, k)
+        return self._exchange.send(pairs, (x_LBD.shape[1], k), config.n_features, x_LBD)
+
+    def _decode(self, codes: CodeFlight, y_MBD: Tensor, x_MBD: Tensor | None) -> tuple[Tensor, list[Tensor]]:
+        """Errors [M_own] and residuals [B,D_own] of the own targets."""
+        clt = self.transcoder
+        found = {}
+        for row in self._order:
+            layer = clt.share.targets[row]
+            values_SBK, indices_SBK, csr = codes.take(clt.source_rows(layer))
+            x_BD = None if x_MBD is None else x_MBD[row]
+            found[row] = clt.decode_loss_layer(layer, values_SBK, indices_SBK, y_MBD[row], x_BD, csr)
+        codes.land()
+        return torch.stack([found[row][0] for row in sorted(found)]), [found[row][1] for row in sorted(found)]
+
+    def _decode_dead(self, codes: CodeFlight, missed: list[Tensor]) -> Tensor:
+        """Auxiliary errors [M_own] of the own targets."""
+        clt = self.transcoder
+        found = {}
+        for row in self._order:
+            layer = clt.share.targets[row]
+            values_SBK, indices_SBK, csr = codes.take(clt.source_rows(layer))
+            found[row] = auxk_error(clt, layer, values_SBK, indices_SBK, missed[row], csr)
+        codes.land()
+        return torch.stack([found[row] for row in sorted(found)])
 
     def _rows(self, x: Tensor, layers: tuple[int, ...]) -> Tensor:
         return x if layers == self._x_layers else x[[self._x_layers.index(layer) for layer in layers]]

@@ -6,10 +6,13 @@ D d_model, F features per layer, K active features per token and layer, H heads.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass, fields
 from enum import IntEnum
 
+import torch
 from torch import Tensor
+from torch.nn.functional import pad
 
 
 class Modality(IntEnum):
@@ -113,3 +116,16 @@ class SparseCodes:
     values: Tensor
     indices: Tensor
     n_features: int
+
+    @classmethod
+    def stacked(cls, layers: Sequence[tuple[Tensor, Tensor]], n_features: int) -> SparseCodes:
+        """Codes of several layers as one, padded by empty slots to the widest.
+
+        Args:
+            layers: values [B,K] and indices [B,K] int32 of each layer; K may differ.
+            n_features: features per layer.
+        """
+        width = max(values.shape[1] for values, _ in layers)
+        padded = ([pad(tensor, (0, width - tensor.shape[1])) for tensor in part] for part in zip(*layers, strict=True))
+        values, indices = (torch.stack(tensors) for tensors in padded)
+        return cls(values=values, indices=indices, n_features=n_features)

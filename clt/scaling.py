@@ -56,11 +56,11 @@ class Scaling:
         mean_L1D, rms_L11 = self.mean_x[index][:, None], self.rms_x[index][:, None, None]
         return (x_LBD - mean_L1D.to(x_LBD)) / rms_L11.to(x_LBD)
 
-    def standardise_y(self, y_MBD: Tensor, layers: tuple[int, ...]) -> Tensor:
-        """Standardised MLP outputs of the given layers, [len(layers),B,D]."""
+    def standardise_y(self, y_MBD: Tensor, layers: tuple[int, ...], columns: slice = slice(None)) -> Tensor:
+        """Standardised MLP outputs of the given layers, [len(layers),B,D], or only those channels."""
         index = list(layers)
-        mean_M1D, rms_M11 = self.mean_y[index][:, None], self.rms_y[index][:, None, None]
-        return (y_MBD - mean_M1D.to(y_MBD)) / rms_M11.to(y_MBD)
+        mean_M1D, rms_M11 = self.mean_y[index][:, None, columns], self.rms_y[index][:, None, None]
+        return (y_MBD[:, :, columns] - mean_M1D.to(y_MBD)) / rms_M11.to(y_MBD)
 
     def restore_y(self, y_MBD: Tensor, layers: tuple[int, ...]) -> Tensor:
         """Raw MLP outputs from standardised ones, [len(layers),B,D]."""

@@ -1,8 +1,8 @@
-"""Learning rate and number of active features as pure functions of the step: nothing to save, nothing to drift."""
+"""Learning rate, k and the penalty's weight as pure functions of the step: nothing to save, nothing to drift."""
 
 from __future__ import annotations
 
-from clt.config import OptimizerSettings
+from clt.config import OptimizerSettings, SparsitySettings
 
 
 def learning_rate(step: int, total_steps: int, settings: OptimizerSettings) -> float:
@@ -36,3 +36,16 @@ def active_features(step: int, k: int, settings: OptimizerSettings) -> int:
     if settings.k_start is None or step >= settings.k_anneal_steps:
         return k
     return round(settings.k_start + (k - settings.k_start) * step / settings.k_anneal_steps)
+
+
+def penalty_weight(step: int, settings: SparsitySettings) -> float:
+    """Weight of the sparsity penalty at a step: rises linearly from zero to its full value.
+
+    Args:
+        step: 0 for the first step.
+        settings: penalty and penalty_warmup_steps.
+
+    Returns:
+        The weight.
+    """
+    return settings.penalty * min(1.0, step / max(1, settings.penalty_warmup_steps))

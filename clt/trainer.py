@@ -9,8 +9,9 @@ from __future__ import annotations
 
 import logging
 import sys
-from collections.abc import Iterator
-from contextlib import closing, nullcontext
+import time
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager, suppress
 from dataclasses import replace
 from pathlib import Path
 from typing import Any, Protocol
@@ -24,14 +25,17 @@ from clt.checkpoint import Checkpoints, Progress, step_folder
 from clt.config import TrainConfig
 from clt.dead_features import FiringTracker
 from clt.engine import Engine, StepCheck, local_device
-from clt.errors import ConfigError, NonFiniteError, StoreError
+from clt.errors import CheckpointError, ConfigError, NonFiniteError, StoreError
+from clt.evaluate import Evaluator, evaluate_all
+from clt.exchange import CodeExchange
+from clt.faults import JobControl
 from clt.kernels import ops
 from clt.metrics import MetricsWindow, MetricsWriter, Observations, TrainingMetrics
 from clt.model import CrossLayerTranscoder
 from clt.objective import Objective
-from clt.parallel import CodeExchange, Mesh, deal_layers
+from clt.parallel import Mesh, deal_layers
 from clt.records import ActivationBatch
-from clt.schedules import active_features, learning_rate
+from clt.schedules import active_features, learning_rate, penalty_weight
 
 log = logging.getLogger(__name__)
 
@@ -43,7 +47,7 @@ class BatchSource(Protocol):
     """Activations of this rank's tokens and layers, for ever, from a place that can be saved.
 
     `x` holds the layers `clt.parallel.input_layers` of the rank's share and `y` its targets, both raw and ascending.
-    Ranks of the layer axis get the same tokens; ranks of the data axis get other tokens, as many each.
+    Ranks of a model group get the same tokens; ranks of the data axis get other tokens, as many each.
     """
 
     def __iter__(self) -> Iterator[ActivationBatch]:
@@ -65,6 +69,8 @@ class Trainer:
         batches: this rank's activations.
         mesh: the processes.
         progress_bar: whether the first rank shows one; by default when standard error is a terminal.
+        evaluators: what `evaluation.every` runs, on all ranks.
+        control: asks for an early end, and hears of progress.
 
     Raises:
         ConfigError: the settings do not fit each other or the mesh; names the key.
@@ -77,15 +83,19 @@ class Trainer:
         batches: BatchSource,
         mesh: Mesh,
         progress_bar: bool | None = None,
+        evaluators: Sequence[Evaluator] = (),
+        control: JobControl | None = None,
     ) -> None:
         check_job(config, mesh.data_size)
         device = local_device()
         self._config = config
         self._mesh = mesh
         self._batches = batches
+        self._evaluators = evaluators
+        self._control = control or JobControl()
         self.transcoder = transcoder.to(device)
         _choose_kernels(config, transcoder)
-        exchange = CodeExchange(mesh, deal_layers(transcoder.config, mesh.layer_size))
+        exchange = CodeExchange(mesh, deal_layers(transcoder.config, mesh.layer_size, mesh.column_size))
         objective = Objective(transcoder, exchange, config.auxk)
         self._engine = Engine(objective, mesh, config.optimizer, config.mesh.zero_stage)
         self._tracker = FiringTracker(len(transcoder.share.sources), transcoder.config.n_features)
@@ -97,12 +107,15 @@ class Trainer:
     def fit(self) -> Path:
         """Trains to the last step, from the newest checkpoint of the output folder when there is one.
 
+        When any rank's `control` asks for a stop, the step in hand becomes the last of this run.
+
         Returns:
             Folder of the last checkpoint.
 
         Raises:
             NonFiniteError: ten steps in a row had a loss or gradient that is not finite.
-            CheckpointError: a checkpoint cannot be read or written, or is of another job.
+            CheckpointError: a checkpoint or report cannot be written, or a checkpoint not be read, or it is of another
+                job; the last good checkpoint stays.
             StoreError: the batches cannot be read.
         """
         config = self._config
@@ -110,32 +123,40 @@ class Trainer:
         self._window = MetricsWindow(self.transcoder.config, self.transcoder.share, self._tracker.silent_LF.device)
         batches = iter(self._batches)
         first = self._progress.step
+        evaluate_every = config.evaluation.every if config.evaluation is not None else config.steps
         hidden = not (self._bar and self._mesh.is_first)
-        with self._writer() as writer, tqdm(total=config.steps, initial=first, disable=hidden, unit="step") as bar:
+        with self._reports() as writer, tqdm(total=config.steps, initial=first, disable=hidden, unit="step") as bar:
             while self._progress.step < config.steps:
                 with self._mesh.together(StoreError):
                     batch = next(batches)
+                    self._control.progress += 1
                 check = self._train_step(batch)
                 step, last = self._progress.step, self._progress.step == config.steps
                 if last or step % config.log_every == 0:
                     metrics = self._measure(check)
-                    if writer is not None:
-                        writer.write(metrics)
-                if last or step % config.checkpoint_every == 0:
+                    with self._reporting():
+                        if writer is not None:
+                            writer.write(metrics)
+                if last or check.stop or step % config.checkpoint_every == 0:
                     self._save(check)
+                if check.stop:
+                    break
+                if self._evaluators and (last or step % evaluate_every == 0):
+                    self._evaluate(writer)
                 bar.set_postfix(loss=f"{check.loss:.4g}", refresh=False)
                 bar.update()
-        return config.output / step_folder(config.steps)
+        return config.output / step_folder(self._progress.step)
 
     def _train_step(self, batch: ActivationBatch) -> StepCheck:
         """One batch forward and backward; the optimizer moves if all ranks found the step finite."""
         done, settings = self._progress, self._config.optimizer
         device = self._tracker.silent_LF.device
         k = active_features(done.step, self.transcoder.config.k, settings)
-        loss, seen = self._engine(batch.x.to(device), batch.y.to(device), k, self._dead_features())
+        penalty = penalty_weight(done.step, self.transcoder.config.sparsity)
+        loss, seen = self._engine(batch.x.to(device), batch.y.to(device), k, self._dead_features(), penalty)
         self._engine.backward(loss)
-        check = self._engine.check(loss)
-        tokens = batch.x.shape[1] * self._mesh.data_size
+        check = self._engine.check(loss, self._control.stop_requested)
+        tokens = batch.y.shape[1] * self._mesh.data_size
         self._window.add_tokens(tokens)
         if check.finite:
             self._engine.step(learning_rate(done.step, self._config.steps, settings))
@@ -150,6 +171,7 @@ class Trainer:
             skipped_steps=done.skipped_steps + (not check.finite),
             skipped_in_a_row=0 if check.finite else done.skipped_in_a_row + 1,
         )
+        self._control.progress += 1
         self._end_if_hopeless()
         return check
 
@@ -188,10 +210,51 @@ class Trainer:
             skipped_steps=done.skipped_steps,
         )
 
-    def _writer(self) -> closing[MetricsWriter] | nullcontext[None]:
-        if not self._mesh.is_first:
-            return nullcontext()
-        return closing(MetricsWriter(self._config.output, self._progress.step))
+    def _evaluate(self, writer: MetricsWriter | None) -> None:
+        """Measures the weights on held-out data; comes after the checkpoint, so that a failure here costs no steps."""
+        started = time.perf_counter()
+        evaluation = evaluate_all(self._evaluators, self.transcoder, self._mesh, self._control)
+        seconds = time.perf_counter() - started
+        self._window.leave_out(seconds)
+        if evaluation is None:
+            log.info("step %d of %d: evaluation left unfinished", self._progress.step, self._config.steps)
+            return
+        with self._reporting():
+            if writer is not None:
+                writer.write_evaluation(self._progress.step, evaluation)
+        self._control.progress += 1
+        log.info("step %d of %d: evaluated in %.1f s", self._progress.step, self._config.steps, seconds)
+
+    @contextmanager
+    def _reports(self) -> Iterator[MetricsWriter | None]:
+        """The first rank's reports; None on the others."""
+        writer = None
+        with self._reporting():
+            if self._mesh.is_first:
+                writer = MetricsWriter(self._config.output, self._progress.step)
+        try:
+            yield writer
+        except BaseException:
+            # What ended the job is told, not that its reports cannot be closed for the same reason.
+            with suppress(OSError):
+                if writer is not None:
+                    writer.close()
+            raise
+        with self._reporting():
+            if writer is not None:
+                writer.close()
+
+    @contextmanager
+    def _reporting(self) -> Iterator[None]:
+        """Makes a report that the first rank cannot write an error of all ranks."""
+        with self._mesh.together(CheckpointError):
+            try:
+                yield
+            except OSError as error:
+                raise CheckpointError(
+                    f"{self._config.output}: reports cannot be written ({error.strerror or error}); mend that and "
+                    "start the job again, it goes on from its last checkpoint"
+                ) from None
 
     def _resume(self) -> None:
         progress = self._checkpoints.resume()
@@ -204,6 +267,7 @@ class Trainer:
 
     def _save(self, check: StepCheck) -> None:
         folder = self._checkpoints.save(replace(self._progress, batches=self._batches.state_dict()))
+        self._control.progress += 1
         log.info("step %d of %d: loss %.4g, saved %s", self._progress.step, self._config.steps, check.loss, folder)
 
 

@@ -17,6 +17,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import Tensor
 
+from clt.columns import own_columns
 from clt.config import CLTConfig, config_to_tree, parse_config
 from clt.errors import CheckpointError
 from clt.manifest import MANIFEST_FILE, latest_folder, read_manifest, verify_file
@@ -39,15 +40,23 @@ def layer_file(layer: int) -> str:
 def layer_tensors(clt: CrossLayerTranscoder, layer: int) -> dict[str, Tensor]:
     """The parameters of one layer that this process owns, by their name in the file."""
     groups = {"W_enc": clt.W_enc, "b_enc": clt.b_enc, "W_dec": clt.W_dec, "b_dec": clt.b_dec, "W_skip": clt.W_skip}
+    groups["log_threshold"] = clt.log_threshold
     return {key: group[str(layer)] for key, group in groups.items() if str(layer) in group}
+
+
+def layer_buffers(clt: CrossLayerTranscoder, layer: int) -> dict[str, Tensor]:
+    """What is saved of a source layer besides its parameters, by its name in the file."""
+    groups = {"decoder_norm": clt.decoder_norm, "threshold": clt.threshold}
+    return {key: group[layer] for key, group in groups.items() if layer in group}
 
 
 def save_transcoder(clt: CrossLayerTranscoder, folder: Path) -> None:
     """Writes the card, the scaling and the weights of all layers owned here into a folder."""
+    assert clt.share.columns is None, "a column share has no whole layer to write"
     folder.mkdir(parents=True, exist_ok=True)
     write_tensors(folder / SCALING_FILE, clt.scaling.tensors())
     for layer in range(clt.config.n_layers):
-        write_tensors(folder / layer_file(layer), layer_tensors(clt, layer))
+        write_tensors(folder / layer_file(layer), layer_tensors(clt, layer) | layer_buffers(clt, layer))
     (folder / CARD_FILE).write_text(json.dumps(card(clt), indent=1) + "\n", encoding="utf-8")
 
 
@@ -90,22 +99,30 @@ def load_transcoder(folder: Path, share: LayerShare | None = None) -> CrossLayer
     scaling = _read_scaling(checked(SCALING_FILE), config)
     clt = CrossLayerTranscoder(config, scaling, share, provenance=provenance).requires_grad_(False)
     for layer in sorted({*clt.share.sources, *clt.share.targets}):
-        read_into(layer_tensors(clt, layer), checked(layer_file(layer)))
+        own = layer_tensors(clt, layer) | layer_buffers(clt, layer)
+        read_into(own, checked(layer_file(layer)), clt.share.columns)
     return clt
 
 
-def read_into(parameters: dict[str, Tensor], path: Path) -> None:
-    """Copies tensors of one file into parameters of the same names; CheckpointError on any mismatch."""
+def read_into(parameters: dict[str, Tensor], path: Path, columns: range | None = None) -> None:
+    """Copies tensors of one file into parameters of the same names; CheckpointError on any mismatch.
+
+    Args:
+        parameters: what to fill.
+        path: a safetensors file of whole tensors.
+        columns: channels of the targets that the parameters hold; None for all.
+    """
     tensors = read_tensors(path)
     for key, parameter in parameters.items():
         if key not in tensors:
             raise CheckpointError(f"{path}: key '{key}' is missing; the checkpoint is incomplete")
-        if tensors[key].shape != parameter.shape:
+        own = own_columns(key, tensors[key], columns)
+        if own.shape != parameter.shape:
             raise CheckpointError(
                 f"{path}: key '{key}' has shape {tuple(tensors[key].shape)}, the config wants {tuple(parameter.shape)}"
             )
         with torch.no_grad():
-            parameter.copy_(tensors[key])
+            parameter.copy_(own)
 
 
 def read_tensors(path: Path) -> dict[str, Tensor]:

@@ -108,6 +108,29 @@ def _encode_backward(ctx: Any, grad_values: Tensor, _: Tensor | None) -> tuple[T
 encode_topk.register_autograd(_encode_backward, setup_context=_save_encode)
 
 
+@torch.library.custom_op("clt::encode_selected", mutates_args=())
+@_on_own_device
+def encode_selected(x: Tensor, W_enc: Tensor, b_enc: Tensor, values: Tensor, indices: Tensor) -> Tensor:
+    return values.clone()
+
+
+@encode_selected.register_fake
+def _(x: Tensor, W_enc: Tensor, b_enc: Tensor, values: Tensor, indices: Tensor) -> Tensor:
+    return torch.empty_like(values)
+
+
+def _save_selected(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+    x, W_enc, _, _, indices = inputs
+    ctx.save_for_backward(x, W_enc, output, indices)
+
+
+def _selected_backward(ctx: Any, grad_values: Tensor) -> tuple[Tensor | None, ...]:
+    return *_encode_backward(ctx, grad_values, None)[:3], None, None
+
+
+encode_selected.register_autograd(_selected_backward, setup_context=_save_selected)
+
+
 @torch.library.custom_op("clt::decode", mutates_args=())
 @_on_own_device
 def decode(

@@ -13,7 +13,7 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
-from clt.kernels import library
+from clt.kernels import library, reference
 from clt.kernels.adam import RowAdam, RowAdamState
 from clt.kernels.backend import backend_of, device_guard, implementation, use_backend
 from clt.kernels.checks import check_k, fit, fit_decode, fit_encoder, fit_grad
@@ -29,13 +29,16 @@ __all__ = [
     "decode_loss",
     "decoder_grad",
     "decoder_step_",
+    "encode_selected",
     "encode_topk",
     "encoder_grad",
     "encoder_step_",
     "feature_csr",
+    "preactivations",
     "row_adam_",
     "select_above",
     "select_topk",
+    "token_threshold",
     "use_backend",
 ]
 
@@ -60,6 +63,46 @@ def encode_topk(x_BD: Tensor, W_enc_FD: Tensor, b_enc_F: Tensor, k: int) -> tupl
     fit("encode_topk", x=(x_BD, "BD"), W_enc=(W_enc_FD, "FD"), b_enc=(b_enc_F, "F"))
     check_k("encode_topk", k, len(W_enc_FD))
     return library.encode_topk(x_BD, W_enc_FD, b_enc_F, k)
+
+
+def preactivations(x_BD: Tensor, W_enc_FD: Tensor, b_enc_F: Tensor) -> Tensor:
+    """x W_enc^T + b_enc for selections that need all of it; not differentiable (see `encode_selected`).
+
+    Args:
+        x_BD: [B,D] encoder inputs.
+        W_enc_FD: [F,D] encoder weights, same dtype.
+        b_enc_F: [F] encoder bias, same dtype.
+
+    Returns:
+        [B,F] in the dtype of x.
+
+    Raises:
+        ValueError: shapes do not fit.
+    """
+    fit("preactivations", x=(x_BD, "BD"), W_enc=(W_enc_FD, "FD"), b_enc=(b_enc_F, "F"))
+    product = reference.preactivations if backend_of(x_BD) == "reference" else _library_product
+    return product(x_BD.detach(), W_enc_FD.detach(), b_enc_F.detach())
+
+
+def encode_selected(x_BD: Tensor, W_enc_FD: Tensor, b_enc_F: Tensor, values_BK: Tensor, indices_BK: Tensor) -> Tensor:
+    """Makes activations that some rule selected differentiable, as those of `encode_topk` are.
+
+    Args:
+        x_BD: [B,D] encoder inputs.
+        W_enc_FD: [F,D] encoder weights, same dtype.
+        b_enc_F: [F] encoder bias, same dtype.
+        values_BK: [B,K] the selected entries of `preactivations`, 0 in empty slots.
+        indices_BK: [B,K] int32 feature numbers, ascending, empty slots last as 0.
+
+    Returns:
+        The same values [B,K], differentiable with respect to x, W_enc and b_enc; the selection is a constant.
+
+    Raises:
+        ValueError: shapes do not fit.
+    """
+    fit_encoder("encode_selected", values_BK, values_BK, indices_BK, x_BD)
+    fit("encode_selected", x=(x_BD, "BD"), W_enc=(W_enc_FD, "FD"), b_enc=(b_enc_F, "F"))
+    return library.encode_selected(x_BD, W_enc_FD, b_enc_F, values_BK.detach(), indices_BK)
 
 
 def select_topk(pre_BF: Tensor, k: int) -> tuple[Tensor, Tensor]:
@@ -345,6 +388,27 @@ def batch_threshold(pre_BF: Tensor, n: int, reduce: Callable[[Tensor], Tensor] |
     return threshold, quota
 
 
+def token_threshold(pre_BN: Tensor, n: int, reduce: Callable[[Tensor], Tensor] | None = None) -> tuple[Tensor, Tensor]:
+    """The n-th largest positive entry of every token: `batch_threshold` for each token by itself.
+
+    Args:
+        pre_BN: [B,N] candidates of each token, few enough to sort; empty ones are 0.
+        n: activations wanted of a token.
+        reduce: sums [B,256] int64 counts over the ranks that hold other candidates of the same tokens, or None.
+
+    Returns:
+        threshold [B] in the dtype of pre, 0 for a token with fewer than n positive entries, and quota [B] int64: how
+        many of those equal to it are wanted.
+
+    Raises:
+        ValueError: n is not positive.
+    """
+    fit("token_threshold", pre=(pre_BN, "BN"))
+    if n < 1:
+        raise ValueError(f"token_threshold: n={n} must be positive")
+    return reference.token_threshold(pre_BN.detach(), n, reduce)
+
+
 def select_above(pre_BF: Tensor, threshold: Tensor, quota: Tensor, capacity: int) -> tuple[Tensor, Tensor, Tensor]:
     """Codes of the pre-activations above a threshold, and of the first `quota` equal to it in (token, feature) order.
 
@@ -366,6 +430,10 @@ def select_above(pre_BF: Tensor, threshold: Tensor, quota: Tensor, capacity: int
     with device_guard(pre_BF):
         values, indices, counts = implementation(pre_BF).select_above(pre_BF.detach(), threshold, quota, capacity)
     return values, indices, counts
+
+
+def _library_product(x_BD: Tensor, W_enc_FD: Tensor, b_enc_F: Tensor) -> Tensor:
+    return torch.addmm(b_enc_F, x_BD, W_enc_FD.T)
 
 
 def _tensors(csr: FeatureCSR | None) -> list[Tensor]:

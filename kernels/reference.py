@@ -29,6 +29,7 @@ __all__ = [
     "row_adam_",
     "select_above",
     "select_topk",
+    "token_threshold",
 ]
 
 #: Integers as wide as a float of so many bytes.
@@ -104,6 +105,27 @@ def batch_threshold(pre_BF: Tensor, n: int, reduce: Callable[[Tensor], Tensor] |
         threshold = threshold + (digit << shift)
         keys = keys[digits == digit]
     return threshold.to(_INTEGER[pre_BF.dtype.itemsize]).view(pre_BF.dtype), wanted
+
+
+def token_threshold(pre_BN: Tensor, n: int, reduce: Callable[[Tensor], Tensor] | None = None) -> tuple[Tensor, Tensor]:
+    """The n-th largest positive entry of every token, as in `clt.kernels.ops.token_threshold`."""
+    keys_BN = positive_keys(pre_BN)
+    prefix_B = torch.zeros(len(pre_BN), dtype=torch.int64, device=pre_BN.device)
+    wanted_B = torch.full_like(prefix_B, n)
+    for shift in range(8 * pre_BN.dtype.itemsize - 8, -1, -8):
+        digit_BN = (keys_BN >> shift) & 0xFF
+        counted_BN = ((keys_BN >> (shift + 8)) == prefix_B[:, None]) & (keys_BN > 0)
+        counts_BV = prefix_B.new_zeros(len(pre_BN), 256).scatter_add_(1, digit_BN, counted_BN.long())
+        if reduce is not None:
+            counts_BV = reduce(counts_BV)
+        n_reach_BV = counts_BV.flip(1).cumsum(1).flip(1)
+        # A token with fewer than n positive entries ends at key 0: its entries are never enough for a higher digit.
+        digit_B = ((n_reach_BV >= wanted_B[:, None]).sum(dim=1) - 1).clamp(min=0)
+        n_above_B = torch.nn.functional.pad(n_reach_BV, (0, 1)).gather(1, digit_B[:, None] + 1)[:, 0]
+        wanted_B = wanted_B - n_above_B
+        prefix_B = (prefix_B << 8) | digit_B
+    threshold_B = prefix_B.to(_INTEGER[pre_BN.dtype.itemsize]).view(pre_BN.dtype)
+    return threshold_B, torch.where(prefix_B == 0, 0, wanted_B)
 
 
 def select_above(pre_BF: Tensor, threshold: Tensor, quota: Tensor, capacity: int) -> tuple[Tensor, Tensor, Tensor]:

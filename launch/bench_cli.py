@@ -2,6 +2,7 @@
 
     clt bench kernels --json kernels.json
     clt bench kernels --size A --eleuther ../clt-training
+    clt bench baselines --folder runs/demo --json baselines.json
 
 The store has its own, `clt store bench`. A user's mistake is one line on standard error and exit code 2.
 """
@@ -16,12 +17,10 @@ import typer
 from clt.launch.logs import set_up_logging
 from clt.launch.script import check_writable, guarded, write_text
 
+#: Where configs/ lies: beside launch/ in a checkout.
+_CHECKOUT = Path(__file__).resolve().parent.parent
+
 bench_app = typer.Typer(no_args_is_help=True, help="Speed of this machine, part by part.")
-
-
-@bench_app.callback()
-def _group() -> None:
-    """Keeps `kernels` a subcommand while it is the only one."""
 
 
 @bench_app.command()
@@ -48,6 +47,41 @@ def kernels(
         )
         check_writable(file)
         report = bench_kernels(settings)
+        write_text(file, report.to_json())
+        return report.to_text()
+
+    set_up_logging()
+    raise typer.Exit(guarded(work))
+
+
+@bench_app.command()
+def baselines(
+    config: Annotated[Path, typer.Option(help="YAML file like the demo's: model, captures, our training.")] = (
+        _CHECKOUT / "configs" / "demo" / "toy.yaml"
+    ),
+    steps: Annotated[int | None, typer.Option(min=1, help="Steps of everyone; absent: as configured.")] = None,
+    seed: Annotated[list[int] | None, typer.Option(min=0, help="Repeatable; by default 0, 1 and 2.")] = None,
+    folder: Annotated[
+        Path | None, typer.Option(metavar="PATH", help="Keeps the stores here, or takes them from the demo's output.")
+    ] = None,
+    threads: Annotated[int, typer.Option(min=1, help="Threads of PyTorch.")] = 1,
+    quick: Annotated[bool, typer.Option("--quick", help="A few steps: shows that everything runs.")] = False,
+    file: Annotated[Path | None, typer.Option("--json", metavar="FILE", help="Also write the report as JSON.")] = None,
+) -> None:
+    """Trains the algorithms of other projects on the same batches as ours: held-out error, dead features, speed."""
+    from clt.launch.bench.train_baselines import BaselineSettings, bench_baselines
+
+    def work() -> str:
+        settings = BaselineSettings(
+            config=config,
+            folder=folder,
+            steps=steps,
+            seeds=tuple(dict.fromkeys(seed or (0, 1, 2))),
+            threads=threads,
+            quick=quick,
+        )
+        check_writable(file)
+        report = bench_baselines(settings)
         write_text(file, report.to_json())
         return report.to_text()
 

@@ -2,6 +2,7 @@
 
     clt demo --out runs/demo
     clt capture --config configs/capture/toy.yaml --set source.toy.n=100
+    clt plan configs/train/llava_7b.yaml --model layers=32,width=4096 --gpus 8
     clt train --config configs/train/toy.yaml --dry-run
     clt evaluate --config configs/evaluate/toy.yaml
     clt attribute --config configs/attribute/toy.yaml --set index=3
@@ -23,7 +24,7 @@ import typer
 from clt.config import config_to_yaml, load_config
 from clt.launch.bench_cli import bench_app
 from clt.launch.logs import set_up_logging
-from clt.launch.script import guarded
+from clt.launch.script import check_writable, guarded, write_text
 from clt.launch.store import store_app
 
 app = typer.Typer(add_completion=False, no_args_is_help=True, pretty_exceptions_enable=False, help=__doc__)
@@ -74,11 +75,47 @@ def capture(config: Config, overrides: Overrides = None, dry_run: DryRun = False
 def train(config: Config, overrides: Overrides = None, dry_run: DryRun = False) -> None:
     """Trains a transcoder in one process; prints the folder of its last checkpoint."""
     from clt.config import TrainConfig
-    from clt.launch.train import train
+    from clt.launch.train import train_until_stopped
 
     def work() -> object:
         job = load_config(TrainConfig, config, overrides or ())
-        return config_to_yaml(job).rstrip() if dry_run else train(job)
+        return config_to_yaml(job).rstrip() if dry_run else train_until_stopped(job)
+
+    _run(work)
+
+
+@app.command()
+def plan(
+    config: Annotated[Path, typer.Argument(help="YAML file of the training job.")],
+    overrides: Overrides = None,
+    model: Annotated[
+        str | None, typer.Option(metavar="layers=L,width=D", help="Size of the model; absent: the job's store says.")
+    ] = None,
+    gpu: Annotated[str, typer.Option(help="h200, h100, a100, or cpu as measured in benchmarks/kernels.md.")] = "h200",
+    gpus: Annotated[int | None, typer.Option(min=1, help="Devices; absent: mesh.layer x mesh.column.")] = None,
+    tokens: Annotated[float | None, typer.Option(min=1, help="Tokens to train on; absent: all steps.")] = None,
+    numerics: Annotated[
+        str, typer.Option(help="float32, or one that is not built yet: see the last table of the report.")
+    ] = "float32",
+    file: Annotated[Path | None, typer.Option("--json", metavar="FILE", help="Also write the report as JSON.")] = None,
+) -> None:
+    """Counts memory, traffic and arithmetic of a training job, projects its speed, and says where it fits."""
+    from clt.launch.plan import PlanRequest, make_plan
+
+    def work() -> str:
+        request = PlanRequest(
+            config=config,
+            overrides=overrides or (),
+            model=model,
+            gpu=gpu,
+            gpus=gpus,
+            tokens=tokens,
+            numerics=numerics,
+        )
+        check_writable(file)
+        report = make_plan(request)
+        write_text(file, report.to_json())
+        return report.to_text()
 
     _run(work)
 

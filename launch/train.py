@@ -3,7 +3,8 @@
     python launch/train.py configs/train/toy.yaml [key=value ...] [--dry-run]
     torchrun --nproc_per_node=2 launch/train.py configs/train/toy.yaml mesh.layer=2
 
-A job whose output folder has a checkpoint goes on from there. `--dry-run` prints the resolved configuration and ends.
+A job whose output folder has a checkpoint goes on from there. SIGTERM or Ctrl-C makes it write one after the step in
+hand and end with exit code 0. `--dry-run` prints the resolved configuration and ends.
 """
 
 from __future__ import annotations
@@ -15,7 +16,9 @@ from pathlib import Path
 from clt.capture.filters import TokenFilter
 from clt.config import CLTConfig, TrainConfig, config_to_yaml
 from clt.engine import joined_job
+from clt.faults import JobControl, stop_on_signals
 from clt.launch.activations import open_activations
+from clt.launch.evaluators import make_evaluators, open_heldout
 from clt.launch.script import run_script
 from clt.model import CrossLayerTranscoder, Provenance
 from clt.parallel import Mesh, deal_layers, input_layers
@@ -23,12 +26,13 @@ from clt.scaling import Scaling
 from clt.trainer import Trainer
 
 
-def train(config: TrainConfig, progress_bar: bool | None = None) -> Path:
+def train(config: TrainConfig, progress_bar: bool | None = None, control: JobControl | None = None) -> Path:
     """Trains as one process, or as one rank of the job that torchrun started.
 
     Args:
         config: the job.
         progress_bar: whether the first rank shows one; by default when standard error is a terminal.
+        control: asks for an early end; see `train_until_stopped`.
 
     Returns:
         Folder of the last checkpoint, for `CrossLayerTranscoder.from_pretrained`.
@@ -37,6 +41,7 @@ def train(config: TrainConfig, progress_bar: bool | None = None) -> Path:
         CLTError: what a user can cause; the same on all ranks.
     """
     activations = open_activations(config)
+    heldout = open_heldout(config, activations)
     model = activations.model
     architecture = CLTConfig.resolve(config.clt, model.n_layers, model.d_model)
     layers = range(architecture.n_layers)
@@ -46,9 +51,10 @@ def train(config: TrainConfig, progress_bar: bool | None = None) -> Path:
         modalities=config.data.modalities, drop_bos=architecture.drop_bos, norm_cap=config.data.norm_cap
     )
     scaling = Scaling.from_stats(activations.stats(x_sites, where), activations.stats(y_sites, where))
-    with joined_job():
-        mesh = Mesh.create(config.mesh.layer)
-        share = deal_layers(architecture, mesh.layer_size)[mesh.layer_rank]
+    control = control or JobControl()
+    with joined_job(config.mesh.timeout_seconds, control):
+        mesh = Mesh.create(config.mesh.layer, config.mesh.column)
+        share = deal_layers(architecture, mesh.layer_size, mesh.column_size)[mesh.model_rank]
         batches = activations.batches(
             [x_sites[layer] for layer in input_layers(architecture, share)],
             [y_sites[layer] for layer in share.targets],
@@ -59,13 +65,22 @@ def train(config: TrainConfig, progress_bar: bool | None = None) -> Path:
         transcoder = CrossLayerTranscoder(
             architecture, scaling, share, config.seed, Provenance(model=model, store_id=activations.id)
         )
-        return Trainer(config, transcoder, batches, mesh, progress_bar).fit()
+        evaluators = make_evaluators(config, activations, heldout, architecture, share, mesh)
+        return Trainer(config, transcoder, batches, mesh, progress_bar, evaluators, control).fit()
+
+
+def train_until_stopped(config: TrainConfig) -> Path:
+    """Trains until the last step, or until SIGTERM or SIGINT; see `train`."""
+    with stop_on_signals() as control:
+        return train(config, control=control)
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """The command; returns its exit code."""
     description = (__doc__ or "").partition("\n")[0]
-    return run_script(description, TrainConfig, lambda config: config_to_yaml(config).rstrip(), train, arguments)
+    return run_script(
+        description, TrainConfig, lambda config: config_to_yaml(config).rstrip(), train_until_stopped, arguments
+    )
 
 
 if __name__ == "__main__":

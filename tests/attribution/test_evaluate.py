@@ -7,9 +7,18 @@ from dataclasses import replace
 import pytest
 import torch
 
-from clt.attribution.evaluate import evaluate_replacement, kl_divergence, same_top1, text_mask
+from clt.attribution.evaluate import (
+    Comparison,
+    Part,
+    evaluate_replacement,
+    kl_divergence,
+    partial_replacements,
+    same_top1,
+    text_mask,
+)
 from clt.attribution.replacement import ReplacementModel
 from clt.capture.adapter import ModelAdapter
+from clt.capture.hooks import attach
 from clt.capture.toy import toy_examples
 from clt.config import CLTConfig
 from clt.errors import CheckpointError, InputError, NonFiniteError
@@ -55,7 +64,7 @@ def test_same_top1_compares_the_likeliest_token():
 def test_report_equals_one_prompt_at_a_time_in_float64(toy_adapter, make_random_clt):
     clt, inputs = make_random_clt(toy_adapter), prepared(toy_adapter, 7)
     model = ReplacementModel(toy_adapter, clt)
-    kl, top1, demeaned, missed, text_kl, text_top1 = [], [], [], [], [], []
+    kl, top1, demeaned, missed, text_kl, text_top1, gap = [], [], [], [], [], [], []
     for prompt in inputs:
         original, replaced = toy_adapter.forward(prompt)[0].double(), model.forward(prompt)[0].double()
         length, start = len(original), int(prompt.answer_start[0])
@@ -70,6 +79,8 @@ def test_report_equals_one_prompt_at_a_time_in_float64(toy_adapter, make_random_
             if position >= start - 1:
                 kl.append(divergence)
                 top1.append(same)
+                answer_token = int(prompt.model_inputs["input_ids"][0, position + 1])
+                gap.append(float(log_p[answer_token] - log_q[answer_token]))
                 demeaned.append(original[position] - original[position].mean())
                 missed.append(demeaned[-1] - replaced[position] + replaced[position].mean())
     variation = (torch.stack(demeaned) - torch.stack(demeaned).mean(0)).square().sum()
@@ -81,6 +92,8 @@ def test_report_equals_one_prompt_at_a_time_in_float64(toy_adapter, make_random_
     # Padding changes float32 logits in their last digits.
     assert report.kl == pytest.approx(sum(kl) / len(kl), rel=1e-4)
     assert report.text_kl == pytest.approx(sum(text_kl) / len(text_kl), rel=1e-4)
+    assert report.ce_gap == pytest.approx(sum(gap) / len(gap), rel=1e-4)
+    assert report.parts == {}
     assert report.fvu_logits == pytest.approx(float(torch.stack(missed).square().sum() / variation), rel=1e-4)
     assert report.kl > 0.01
 
@@ -103,7 +116,7 @@ def test_a_transcoder_that_is_exact_agrees_exactly(toy_adapter):
     config = CLTConfig(n_features=8, k=2, n_layers=silent.n_layers, d_model=silent.d_model)
     clt = CrossLayerTranscoder(config, Scaling.identity(config.n_layers, config.d_model))
     report = evaluate_replacement(silent, clt, prepared(silent, 3))
-    assert (report.top1_agreement, report.kl, report.fvu_logits) == (1.0, 0.0, 0.0)
+    assert (report.top1_agreement, report.kl, report.fvu_logits, report.ce_gap) == (1.0, 0.0, 0.0, 0.0)
     assert (report.text_top1_agreement, report.text_kl) == (1.0, 0.0)
 
 
@@ -140,3 +153,59 @@ def test_a_transcoder_of_another_model_is_refused(toy_adapter, make_random_clt):
     clt.provenance = Provenance(model=replace(toy_adapter.identity, fingerprint="f" * 64))
     with pytest.raises(CheckpointError, match="trained on"):
         evaluate_replacement(toy_adapter, clt, prepared(toy_adapter, 1))
+
+
+def test_parts_divide_target_layers_evenly_and_know_modalities():
+    config = CLTConfig(n_features=8, k=2, n_layers=9, d_model=4, first_offset=1)
+    parts = partial_replacements(config, layer_ranges=3, has_images=True)
+    names = ["only_layers_01_02", "only_layers_03_05", "only_layers_06_08", "only_text", "only_image"]
+    assert [part.name for part in parts] == names
+    assert [layer for part in parts[:3] for layer in part.targets] == list(range(1, 9))
+    assert partial_replacements(config, layer_ranges=1, has_images=False) == ()
+    assert len(partial_replacements(config, layer_ranges=99, has_images=False)) == 8
+
+
+def test_partial_replacement_changes_the_chosen_layers_and_tokens_only(toy_adapter, make_random_clt):
+    model = ReplacementModel(toy_adapter, make_random_clt(toy_adapter, skip=True))
+    inputs = toy_adapter.collate(prepared(toy_adapter, 3))
+    image = inputs.tokens.modality == Modality.IMAGE
+    read, codes = {}, {}
+
+    def reader(layer):
+        def read_site(x_NSD):
+            read[layer] = x_NSD.flatten(0, 1)
+            codes[layer] = model.clt.encode_layer(layer, read[layer])
+            return x_NSD
+
+        return read_site
+
+    def write(own_NSD):
+        values, indices = (torch.stack(part) for part in zip(codes[0], codes[1], strict=True))
+        found = model.clt.decode_layer(1, values, indices, read[1]).reshape(own_NSD.shape)
+        return torch.where(image[..., None], found, own_NSD)
+
+    edits = {f"lm.{layer}.resid_mid": reader(layer) for layer in (0, 1)} | {"lm.1.mlp_out": write}
+    with torch.no_grad(), attach(toy_adapter, edit=edits):
+        expected = toy_adapter.forward(inputs)
+    assert torch.equal(model.forward_partly(inputs, targets=(1,), modalities=(Modality.IMAGE,)), expected)
+    assert torch.equal(model.forward_partly(inputs), model.forward(inputs))
+    with torch.no_grad():
+        assert torch.equal(model.forward_partly(inputs, modalities=(Modality.PAD,)), toy_adapter.forward(inputs))
+
+
+def test_parts_are_compared_at_answer_positions(toy_adapter, make_random_clt):
+    clt, inputs = make_random_clt(toy_adapter), prepared(toy_adapter, 4)
+    whole = tuple(range(toy_adapter.n_layers))
+    comparison = Comparison(
+        ReplacementModel(toy_adapter, clt),
+        (Part(name="all", targets=whole), Part(name="none", modalities=(Modality.PAD,))),
+    )
+    comparison.add(toy_adapter.collate(inputs))
+    report = comparison.report()
+    everything, nothing = report.parts["all"], report.parts["none"]
+    assert (everything.top1_agreement, everything.kl, everything.ce_gap) == (
+        report.top1_agreement,
+        report.kl,
+        report.ce_gap,
+    )
+    assert (nothing.top1_agreement, nothing.kl, nothing.ce_gap) == (1.0, 0.0, 0.0)

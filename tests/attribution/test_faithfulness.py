@@ -11,6 +11,7 @@ from clt.attribution.graph import BiasKind, NodeKind
 from clt.attribution.measuring import MeasuringModel
 from clt.attribution.targets import FeatureTarget, LogitDifference, LogitTargets
 from clt.capture.toy import toy_examples
+from clt.config import SparsitySettings
 from clt.errors import GraphError
 
 ARCHITECTURES = [
@@ -20,6 +21,7 @@ ARCHITECTURES = [
     {"read_site": "mlp_in", "skip": True, "first_offset": 1},
     {"read_site": "resid_pre", "skip": True},
     {"read_site": "resid_post", "first_offset": 1, "drop_bos": True},
+    {"sparsity": SparsitySettings(kind="jumprelu", threshold=0.7)},
 ]
 TARGETS = (
     LogitTargets(),

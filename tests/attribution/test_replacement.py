@@ -10,7 +10,7 @@ from clt.attribution.replacement import Intervention, ReplacementModel, require_
 from clt.capture.adapter import ModelAdapter
 from clt.capture.hooks import attach
 from clt.capture.toy import toy_examples
-from clt.config import CLTConfig
+from clt.config import CLTConfig, SparsitySettings
 from clt.errors import CheckpointError, ConfigError, GraphError
 from clt.model import CrossLayerTranscoder, Provenance
 from clt.records import Modality, TokenTable
@@ -26,6 +26,8 @@ ARCHITECTURES = [
     {"skip": True, "drop_bos": True},
     {"read_site": "resid_pre", "drop_bos": True},
     {"read_site": "resid_post", "first_offset": 1, "n_targets": 2},
+    {"sparsity": SparsitySettings(kind="jumprelu", threshold=0.7)},
+    {"sparsity": SparsitySettings(kind="relu")},
 ]
 
 
@@ -41,9 +43,12 @@ def prepared(adapter, count=1, seed=11, answer=False):
 
 
 def dense_codes(clt, layer, x):
-    """TopK(ReLU) of standardised inputs as a dense [...,F] tensor."""
+    """Activations of standardised inputs as a dense [...,F] tensor."""
     x = (x - clt.scaling.mean_x[layer]) / clt.scaling.rms_x[layer]
     z = (x @ clt.W_enc[str(layer)].T + clt.b_enc[str(layer)]).relu()
+    if clt.config.sparsity.has_penalty:
+        thresholds = clt.log_threshold[str(layer)].exp() if str(layer) in clt.log_threshold else 0
+        return torch.where(z > thresholds, z, 0)
     kth = z.topk(clt.config.k).values[..., -1:]
     return torch.where(z >= kth, z, 0)
 

@@ -285,6 +285,24 @@ def test_iterate_store_goes_through_everything_in_stored_order(
     assert [key for batch in some for key in keys(batch)] == expected[:50]
 
 
+@pytest.mark.parametrize("data_world", [2, 3, 60])
+def test_iterate_store_deals_its_tokens_in_stretches(store: ActivationStore, data_world: int) -> None:
+    where = TokenFilter(drop_bos=True)
+    whole = [key for batch in iterate_store(store, X, Y, 16, where=where, max_tokens=50) for key in keys(batch)]
+    dealt = [
+        [
+            key
+            for batch in iterate_store(
+                store, X, Y, 16, where=where, max_tokens=50, data_rank=rank, data_world=data_world
+            )
+            for key in keys(batch)
+        ]
+        for rank in range(data_world)
+    ]
+    assert [key for part in dealt for key in part] == whole
+    assert {len(part) for part in dealt} <= {50 // data_world, 50 // data_world + 1}
+
+
 def test_bfloat16_store_reads_as_the_rounded_values(tmp_path: Path) -> None:
     exact = next(iter(loader(make_store(tmp_path / "exact", LENGTHS, rows_per_unit=1024))))
     store = make_store(tmp_path / "rounded", LENGTHS, rows_per_unit=1024, store_dtype="bfloat16")

@@ -4,6 +4,7 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
+from torch import Tensor
 
 from clt.config import AuxKSettings, CLTConfig, OptimizerSettings
 from clt.dead_features import FiringTracker, fired_features, firing_counts
@@ -27,6 +28,20 @@ def _clt(**changes: object) -> CrossLayerTranscoder:
     return clt.double()
 
 
+def _dead_codes(clt: CrossLayerTranscoder, x_LBD: Tensor, dead_LF: Tensor) -> SparseCodes:
+    values, indices = zip(*encode_dead(clt, x_LBD, dead_LF, K), strict=True)
+    return SparseCodes(values=torch.stack(values), indices=torch.stack(indices), n_features=F)
+
+
+def _auxk_error(clt: CrossLayerTranscoder, codes: SparseCodes, missed_MBD: Tensor) -> Tensor:
+    rows = [clt.source_rows(layer) for layer in clt.share.targets]
+    errors = [
+        auxk_error(clt, layer, codes.values[own], codes.indices[own], missed_BD)
+        for layer, own, missed_BD in zip(clt.share.targets, rows, missed_MBD, strict=True)
+    ]
+    return torch.stack(errors)
+
+
 def test_combine_weighs_the_terms_as_the_settings_say() -> None:
     settings = AuxKSettings(coefficient=0.5, revival=0.25)
     terms = combine(torch.tensor([0.2, 0.4]), torch.tensor([1.0, 3.0]), torch.tensor(-2.0), settings, n_targets=4)
@@ -39,7 +54,7 @@ def test_encode_dead_selects_among_dead_features_only() -> None:
     clt = _clt()
     dead = torch.zeros(L, F, dtype=torch.bool)
     dead[0, [1, 4]] = True
-    codes = encode_dead(clt, torch.randn(L, 40, D, dtype=torch.float64), dead, K)
+    codes = _dead_codes(clt, torch.randn(L, 40, D, dtype=torch.float64), dead)
     filled = codes.values > 0
     assert set(codes.indices[0][filled[0]].tolist()) == {1, 4}
     assert not filled[1].any()
@@ -50,8 +65,8 @@ def test_dead_feature_terms_move_the_selected_features_and_nothing_else() -> Non
     dead = torch.zeros(L, F, dtype=torch.bool)
     dead[:, 2] = True
     x, residual = (torch.randn(L, 30, D, dtype=torch.float64) for _ in range(2))
-    codes = encode_dead(clt, x, dead, K)
-    (auxk_error(clt, codes, residual).sum() + revival(codes, L)).backward()
+    codes = _dead_codes(clt, x, dead)
+    (_auxk_error(clt, codes, residual).sum() + revival(codes, L)).backward()
     for layer in range(L):
         moved = clt.W_enc[str(layer)].grad.abs().sum(dim=1) > 0  # type: ignore[union-attr]
         assert moved.nonzero().flatten().tolist() == [2]
@@ -64,13 +79,13 @@ def test_revival_raises_selected_preactivations() -> None:
     clt = _clt()
     dead = torch.ones(L, F, dtype=torch.bool)
     x = torch.randn(L, 30, D, dtype=torch.float64)
-    before = encode_dead(clt, x, dead, K)
+    before = _dead_codes(clt, x, dead)
     revival(before, L).backward()
     with torch.no_grad():
         for parameter in clt.parameters():
             if parameter.grad is not None:
                 parameter -= 0.01 * parameter.grad
-    assert encode_dead(clt, x, dead, K).values.mean() > before.values.mean()
+    assert _dead_codes(clt, x, dead).values.mean() > before.values.mean()
 
 
 def test_auxk_error_is_the_error_of_the_residual_without_bias_or_skip() -> None:
@@ -79,7 +94,7 @@ def test_auxk_error_is_the_error_of_the_residual_without_bias_or_skip() -> None:
         values=torch.zeros(L, 4, K, dtype=torch.float64), indices=torch.zeros(L, 4, K).int(), n_features=F
     )
     residual = torch.randn(L, 4, D, dtype=torch.float64)
-    torch.testing.assert_close(auxk_error(clt, empty, residual), residual.square().mean(dim=(1, 2)))
+    torch.testing.assert_close(_auxk_error(clt, empty, residual), residual.square().mean(dim=(1, 2)))
 
 
 def _codes(values: list[list[list[float]]], indices: list[list[list[int]]]) -> SparseCodes:

@@ -30,7 +30,14 @@ MESHES = {
     "data_zero1": {"layer": 1, "zero_stage": 1},
     "data_zero2": {"layer": 1, "zero_stage": 2},
     "layer_zero1": {"layer": 2, "zero_stage": 1},
+    "column_zero1": {"column": 2, "zero_stage": 1},
 }
+#: From which mesh to which a job moves.
+MOVES = [("data_zero2", "layer_zero1"), ("layer_zero1", "column_zero1"), ("column_zero1", "data_zero1")]
+#: What it trains then; columns split a skip connection too.
+SKIP = {"log_every": 1, "clt": {"n_features": 64, "k": 4, "skip": True}}
+#: Meshes whose loss curves are compared.
+CURVES = ("data_zero1", "layer_zero1", "column_zero1")
 #: A gradient norm that the first step exceeds.
 CLIP = 0.02
 
@@ -39,7 +46,7 @@ def _fit(output: Path, mesh: dict[str, int], job: dict[str, Any] | None = None, 
     """Trains; returns the error's class and message, or nothing."""
     config = toy_config(output, mesh=mesh, **(job or {}))
     try:
-        toy_trainer(config, Mesh.create(config.mesh.layer), **batches).fit()
+        toy_trainer(config, Mesh.create(config.mesh.layer, config.mesh.column), **batches).fit()
     except CLTError as error:
         return f"{type(error).__name__}: {error}"
     return ""
@@ -55,12 +62,14 @@ def all_cases(root: str) -> dict[str, Tensor]:
         clipped = {"steps": 1, "optimizer": {"learning_rate": 0.01, "gradient_clip": CLIP}}
         _fit(folder / "clipped" / name, mesh, clipped)
         errors[f"nan {name}"] = _fit(folder / "nan" / name, mesh, nan_steps=(2,))
-    for name in ("data_zero1", "layer_zero1"):
+    for name in CURVES:
         _fit(folder / "curve" / name, MESHES[name], {"steps": 50, "log_every": 1, "checkpoint_every": 50})
     errors["hopeless"] = _fit(folder / "hopeless", MESHES["data_zero1"], {"steps": 20}, nan_steps=tuple(range(20)))
 
-    _fit(folder / "moved", MESHES["data_zero2"], {"log_every": 1}, broken_step=4)
-    errors["moved"] = _fit(folder / "moved", MESHES["layer_zero1"], {"log_every": 1})
+    for old, new in MOVES:
+        moved = folder / "moved" / f"{old} {new}"
+        _fit(moved, MESHES[old], SKIP, broken_step=4)
+        errors[moved.name] = _fit(moved, MESHES[new], SKIP)
     damaged = folder / "damaged"
     _fit(damaged, MESHES["layer_zero1"], broken_step=4)
     if os.environ["RANK"] == "0":
@@ -93,7 +102,7 @@ def one_rank(tmp_path_factory: pytest.TempPathFactory) -> Path:
         _fit(root / "whole", {"layer": 1})
         _fit(root / "nan", {"layer": 1}, nan_steps=(2,))
         _fit(root / "curve", {"layer": 1}, {"steps": 50, "log_every": 1, "checkpoint_every": 50})
-        _fit(root / "logged", {"layer": 1}, {"log_every": 1})
+        _fit(root / "logged", {"layer": 1}, SKIP)
     return root
 
 
@@ -118,7 +127,7 @@ def _same_bits(left: Path, right: Path) -> None:
         assert torch.equal(value, found[key]), key
 
 
-@pytest.mark.parametrize("name", ["data_zero1", "layer_zero1"])
+@pytest.mark.parametrize("name", CURVES)
 def test_loss_curve_of_two_ranks_equals_one_rank(name: str, two_ranks: Path, one_rank: Path) -> None:
     expected = read_metrics(one_rank / "curve" / "metrics.jsonl")
     found = read_metrics(two_ranks / "curve" / name / "metrics.jsonl")
@@ -184,16 +193,18 @@ def test_damaged_layer_of_one_rank_is_told_by_all_ranks(two_ranks: Path) -> None
     assert first.startswith(f"{CheckpointError.__name__}: ") and "step_00000003/layer_03.safetensors" in first
 
 
-def test_job_moves_to_another_mesh(two_ranks: Path, one_rank: Path) -> None:
-    assert _errors(two_ranks, "moved") == ["", ""]
+@pytest.mark.parametrize(("old", "new"), MOVES)
+def test_job_moves_to_another_mesh(old: str, new: str, two_ranks: Path, one_rank: Path) -> None:
+    assert _errors(two_ranks, f"{old} {new}") == ["", ""]
     expected = read_metrics(one_rank / "logged" / "metrics.jsonl")
-    found = read_metrics(two_ranks / "moved" / "metrics.jsonl")
+    found = read_metrics(two_ranks / "moved" / f"{old} {new}" / "metrics.jsonl")
     assert [report["step"] for report in found] == [1, 2, 3, 4, 5, 6]
     assert [r["loss"] for r in found] == pytest.approx([r["loss"] for r in expected], rel=1e-4)
 
 
-def test_checkpoint_of_two_ranks_is_a_whole_transcoder(two_ranks: Path, one_rank: Path) -> None:
-    folder = latest_folder(two_ranks / "whole" / "layer_zero1")
+@pytest.mark.parametrize("name", ["layer_zero1", "column_zero1"])
+def test_checkpoint_of_two_ranks_is_a_whole_transcoder(name: str, two_ranks: Path, one_rank: Path) -> None:
+    folder = latest_folder(two_ranks / "whole" / name)
     expected_folder = latest_folder(one_rank / "whole")
     assert folder is not None and expected_folder is not None
     x = torch.randn(4, 8, 16)

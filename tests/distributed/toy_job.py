@@ -11,6 +11,7 @@ from torch import Tensor
 
 from clt.config import CLTConfig, TrainConfig, parse_config
 from clt.errors import StoreError
+from clt.faults import JobControl
 from clt.model import CrossLayerTranscoder, LayerShare, Provenance
 from clt.parallel import Mesh, deal_layers, input_layers
 from clt.records import ActivationBatch, ModelIdentity, TokenTable
@@ -111,15 +112,17 @@ class ToyBatches:
         self.step = state["step"]
 
 
-def toy_trainer(config: TrainConfig, mesh: Mesh, store_id: str = "toy-store", **batches: Any) -> Trainer:
+def toy_trainer(
+    config: TrainConfig, mesh: Mesh, store_id: str = "toy-store", control: JobControl | None = None, **batches: Any
+) -> Trainer:
     """A trainer of this rank; extra arguments go to `ToyBatches`."""
     clt = architecture(config)
-    share = deal_layers(clt, mesh.layer_size)[mesh.layer_rank]
+    share = deal_layers(clt, mesh.layer_size, mesh.column_size)[mesh.model_rank]
     transcoder = CrossLayerTranscoder(
         clt, toy_scaling(), share, config.seed, Provenance(model=MODEL, store_id=store_id)
     )
     source = ToyBatches(clt, share, mesh.data_rank, mesh.data_size, **batches)
-    return Trainer(config, transcoder, source, mesh, progress_bar=False)
+    return Trainer(config, transcoder, source, mesh, progress_bar=False, control=control)
 
 
 def _no_tokens(zeros: Tensor) -> TokenTable:

@@ -180,6 +180,7 @@ def _operator_calls(device: str) -> list[tuple[Any, tuple[Any, ...]]]:
         (library.feature_csr, (values, indices, 7)),
         (library.select_topk, (torch.randn(4, 9, device=device), 3)),
         (library.encode_topk, (x, W_enc, b_enc, 2)),
+        (library.encode_selected, (x, W_enc, b_enc, values[0], indices[0])),
         (library.encoder_grad, (values[0], values[0], indices[0], x.detach(), 7, first)),
         (library.decode, (live, indices, W, b, None, [])),
         (library.decode, (live, indices, W, b, skip, csr)),
@@ -286,6 +287,13 @@ def test_a_demanded_backend_that_cannot_run_is_an_error(monkeypatch: pytest.Monk
             r"values \(1, 2, 3\)",
         ),
         (lambda: ops.batch_threshold(torch.ones(2, 3), 0), "n=0"),
+        (lambda: ops.token_threshold(torch.ones(2, 3), 0), "n=0"),
+        (
+            lambda: ops.encode_selected(
+                torch.ones(2, 3), torch.ones(4, 3), torch.ones(4), torch.ones(2, 2), torch.ones(3, 2).int()
+            ),
+            r"indices \(3, 2\)",
+        ),
         (lambda: ops.select_above(torch.ones(2, 3), torch.ones(()), torch.ones(()).long(), 4), "k=4"),
     ],
 )

@@ -95,3 +95,18 @@ def test_select_above_equals_reference_for_any_threshold(
     pre_BF[1, 5], pre_BF[2, 7], pre_BF[2, 8], pre_BF[0, :4] = NAN, INF, NAN, -1.0
     arguments = torch.tensor(threshold).to(device, dtype), torch.tensor(quota, device=device), 12
     _assert_equal(select_above(pre_BF, *arguments), reference.select_above(pre_BF, *arguments))
+
+
+@settings(max_examples=50, deadline=None)
+@given(data=st.data())
+def test_threshold_of_a_token_is_that_of_a_batch_of_one(data: st.DataObject) -> None:
+    tokens, width = (data.draw(st.integers(1, most)) for most in (4, 12))
+    levels = st.sampled_from([0.0, 0.5, 0.75, 1.0, 1.0, 3.0, float("nan")])
+    numbers = data.draw(st.lists(levels, min_size=tokens * width, max_size=tokens * width))
+    dtype = data.draw(st.sampled_from([torch.bfloat16, torch.float32, torch.float64]))
+    pre = torch.tensor(numbers, dtype=dtype).view(tokens, width)
+    n = data.draw(st.integers(1, width + 2))
+    thresholds, quotas = reference.token_threshold(pre, n)
+    for token in range(tokens):
+        threshold, quota = reference.batch_threshold(pre[token : token + 1], n)
+        assert torch.equal(thresholds[token].nan_to_num(), threshold.nan_to_num()) and quotas[token] == quota

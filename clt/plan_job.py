@@ -1,0 +1,184 @@
+"""A training job as `clt.plan` counts it: architecture, mesh, types of numbers, shares of the ranks, parameters.
+
+Shape letters of the plan: L source layers, M target layers, P (source, target) pairs, D width, F features, K active per
+token and source layer, N tokens of a step, B = N / data tokens that a rank sees.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from dataclasses import astuple, dataclass
+from typing import Literal
+
+from clt.config import CLTConfig, TrainConfig
+from clt.model import LayerShare, sources_of, target_layers
+from clt.parallel import deal_layers
+
+#: A guess: the token and layer with most active features has so many times k of them, where the rule lets them differ.
+#: Codes are padded to that; what is decoded is k on average.
+SLOTS_PER_K = 4
+
+
+@dataclass(frozen=True, kw_only=True)
+class Sum:
+    """Numbers that belong together; `total` adds them up."""
+
+    @property
+    def total(self) -> float:
+        """Their sum."""
+        return sum(astuple(self))
+
+
+@dataclass(frozen=True, kw_only=True)
+class Numerics:
+    """In which types weights and optimizer live.
+
+    Attributes:
+        name: what `clt plan --numerics` calls it.
+        weight: bytes of a weight as the kernels read it, and of activations and code values.
+        gradient: bytes of a stored gradient; 0 where the optimizer is part of the backward pass.
+        master: bytes of a float32 copy of a weight; 0 for none.
+        moments: bytes of all moments of a weight.
+        zero: ZeRO stages it works with.
+        built: whether this version can train so; the others are plans.
+    """
+
+    name: str
+    weight: int
+    gradient: int
+    master: int
+    moments: int
+    zero: tuple[int, ...] = (0, 1, 2)
+    built: bool = False
+
+    @property
+    def bytes_per_parameter(self) -> int:
+        """Resident bytes of a parameter where ZeRO splits nothing."""
+        return self.weight + self.gradient + self.master + self.moments
+
+    @property
+    def optimizer_traffic(self) -> int:
+        """Bytes of memory that an optimizer step moves per parameter.
+
+        Gradient read; weight (or master) and moments read and written; with a master, the weight written too. Float32
+        Adam: 4 + 8 + 16 = 28.
+        """
+        return self.gradient + 2 * (self.master or self.weight) + 2 * self.moments + (self.weight if self.master else 0)
+
+
+#: Bytes per parameter 16, 16, 10, 6 and 4 (research note clt_training.md, section 3.3).
+NUMERICS = {
+    kind.name: kind
+    for kind in (
+        Numerics(name="float32", weight=4, gradient=4, master=0, moments=8, built=True),
+        Numerics(name="bf16-master", weight=2, gradient=2, master=4, moments=8),
+        Numerics(name="bf16-master-adam8", weight=2, gradient=2, master=4, moments=2, zero=(0,)),
+        Numerics(name="bf16-adam8", weight=2, gradient=2, master=0, moments=2, zero=(0,)),
+        # Row-sparse Adam with beta1 = 0 inside the backward pass, bfloat16 second moment: no gradient is stored.
+        Numerics(name="bf16-row", weight=2, gradient=0, master=0, moments=2, zero=(0,)),
+    )
+}
+
+
+@dataclass(frozen=True, kw_only=True)
+class MeshShape:
+    """Sizes of the three axes and the ZeRO stage on the data axis."""
+
+    data: int
+    layer: int
+    column: int
+    zero: Literal[0, 1, 2]
+
+    @property
+    def world(self) -> int:
+        """Processes."""
+        return self.data * self.layer * self.column
+
+    @property
+    def model(self) -> int:
+        """Ranks of a model group: they see the same tokens and exchange codes."""
+        return self.layer * self.column
+
+
+@dataclass(frozen=True, kw_only=True)
+class Job:
+    """A training job, complete with what its configuration leaves to the store and to torchrun.
+
+    Attributes:
+        config: the configuration.
+        clt: the architecture.
+        mesh: the processes.
+        numerics: types of weights and optimizer.
+    """
+
+    config: TrainConfig
+    clt: CLTConfig
+    mesh: MeshShape
+    numerics: Numerics
+
+    @property
+    def batch(self) -> int:
+        """B, tokens of a step that one rank sees."""
+        return self.config.data.batch_tokens // self.mesh.data
+
+    @property
+    def auxk_batch(self) -> int:
+        """Tokens of those that AuxK looks at: every n-th, as `clt.objective` takes them; 0 without AuxK."""
+        auxk = self.config.auxk
+        return -(-self.batch // round(1 / auxk.token_fraction)) if auxk.coefficient else 0
+
+    @property
+    def slots(self) -> int:
+        """Slots per token and source layer in which codes are stored and sent; beyond topk an estimate."""
+        sparsity = self.clt.sparsity.kind
+        return self.clt.k if sparsity == "topk" else min(self.clt.n_features, SLOTS_PER_K * self.clt.k)
+
+    @property
+    def auxk_slots(self) -> int:
+        """The same for the dead features of AuxK."""
+        return self.config.auxk.k or self.clt.k
+
+    def shares(self) -> tuple[LayerShare, ...]:
+        """What the ranks of a model group own, in the order of `Mesh.model_rank`."""
+        return deal_layers(self.clt, self.mesh.layer, self.mesh.column)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Parameters(Sum):
+    """Numbers of weights: encoders L F D, biases and JumpReLU's thresholds L F, decoders P F D and M D, skip M D^2."""
+
+    encoders: int
+    encoder_biases: int
+    thresholds: int
+    decoders: int
+    decoder_biases: int
+    skip: int
+
+    @property
+    def total(self) -> int:
+        """Their sum."""
+        return int(super().total)
+
+
+def pairs(clt: CLTConfig, targets: Iterable[int] | None = None) -> int:
+    """(source, target) decoders into some targets, by default all of them."""
+    return sum(len(sources_of(clt, target)) for target in (target_layers(clt) if targets is None else targets))
+
+
+def width(clt: CLTConfig, share: LayerShare) -> int:
+    """Columns of D of a share's decoders."""
+    return clt.d_model if share.columns is None else len(share.columns)
+
+
+def parameters(clt: CLTConfig, share: LayerShare | None = None) -> Parameters:
+    """Numbers of weights of a share, by default of the whole."""
+    share = share or LayerShare.everything(clt)
+    n_sources, n_targets, columns = len(share.sources), len(share.targets), width(clt, share)
+    return Parameters(
+        encoders=n_sources * clt.n_features * clt.d_model,
+        encoder_biases=n_sources * clt.n_features,
+        thresholds=n_sources * clt.n_features if clt.sparsity.kind == "jumprelu" else 0,
+        decoders=pairs(clt, share.targets) * clt.n_features * columns,
+        decoder_biases=n_targets * columns,
+        skip=n_targets * columns * clt.d_model if clt.skip else 0,
+    )

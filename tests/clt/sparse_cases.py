@@ -1,0 +1,76 @@
+"""Small transcoders of every kind of sparsity, and what the kinds mean by definition."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from clt.config import CLTConfig, SparsitySettings
+from clt.encoding import update_decoder_norms
+from clt.model import CrossLayerTranscoder
+from clt.records import SparseCodes
+from clt.scaling import Scaling
+
+L, D, F, K = 3, 4, 7, 2
+
+KINDS = ("topk", "joint_topk", "batch_topk", "jumprelu", "relu")
+
+
+def make_clt(kind: str, dtype: torch.dtype = torch.float64, **sparsity: Any) -> CrossLayerTranscoder:
+    """A transcoder with random weights and norms that are theirs."""
+    config = CLTConfig(
+        n_layers=L,
+        d_model=D,
+        n_features=F,
+        k=K,
+        sparsity=SparsitySettings(kind=kind, **sparsity),  # type: ignore[arg-type]
+    )
+    clt = CrossLayerTranscoder(config, Scaling.identity(L, D)).to(dtype)
+    with torch.no_grad():
+        for group in (clt.W_enc, clt.b_enc, clt.W_dec, clt.b_dec):
+            for parameter in group.values():
+                parameter.copy_(torch.randn(parameter.shape, dtype=torch.float64))
+        for parameter in clt.log_threshold.values():
+            parameter.copy_(torch.randn(parameter.shape).mul(0.5) - 0.5)
+    if config.sparsity.uses_decoder_norm:
+        update_decoder_norms(clt)
+    return clt
+
+
+def dense(codes: SparseCodes) -> Tensor:
+    """Activations as [L,B,F], differentiable."""
+    layers, tokens, _ = codes.values.shape
+    zeros = codes.values.new_zeros(layers, tokens, codes.n_features)
+    return zeros.scatter_add(2, codes.indices.long(), codes.values)
+
+
+def largest(scores: Tensor, n: int) -> Tensor:
+    """Mask of the n largest positive entries of each row; ties go to the lowest place."""
+    order = scores.sort(dim=1, descending=True, stable=True).indices[:, :n]
+    mask = torch.zeros_like(scores, dtype=torch.bool).scatter_(1, order, True)
+    return mask & ~(scores <= 0)
+
+
+def by_definition(kind: str, scores_LBF: Tensor, k: int) -> Tensor:
+    """[L,B,F] mask of what a rule selects."""
+    layers, tokens, n_features = scores_LBF.shape
+    if kind == "topk":
+        return largest(scores_LBF.reshape(-1, n_features), k).view_as(scores_LBF)
+    if kind == "joint_topk":
+        flat = scores_LBF.transpose(0, 1).reshape(tokens, -1)
+        return largest(flat, k * layers).view(tokens, layers, n_features).transpose(0, 1)
+    if kind == "batch_topk":
+        return largest(scores_LBF.reshape(1, -1), k * layers * tokens).view_as(scores_LBF)
+    return scores_LBF > 0
+
+
+def scores_by_hand(clt: CrossLayerTranscoder, x_LBD: Tensor) -> tuple[Tensor, Tensor]:
+    """Pre-activations and scores [L,B,F] of a whole transcoder."""
+    pre = torch.stack([x @ clt.W_enc[str(i)].T + clt.b_enc[str(i)] for i, x in enumerate(x_LBD)])
+    norms = torch.zeros(L, F, dtype=pre.dtype)
+    for source in range(L):
+        rows = [clt.W_dec[str(t)][source - clt.sources_of(t).start] for t in clt.targets_of(source)]
+        norms[source] = torch.cat(rows, dim=1).norm(dim=1)
+    return pre, pre * norms[:, None] if clt.config.sparsity.uses_decoder_norm else pre

@@ -1,0 +1,158 @@
+"""Held-out measures by modality, the density of features, and what becomes of both in the job's files."""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+from clt.config import CLTConfig
+from clt.dead_features import firing_counts
+from clt.engine import joined_job
+from clt.evaluate import Evaluation, LayerHistograms, StoreReport, evaluate_all, evaluate_store
+from clt.faults import JobControl
+from clt.figures import density_plot
+from clt.heldout import RATE_EDGES
+from clt.metrics import MetricsWriter, read_metrics
+from clt.model import CrossLayerTranscoder
+from clt.parallel import Mesh
+from clt.records import ActivationBatch, Modality, TokenTable
+from clt.scaling import Scaling
+
+L, D, F, K, B = 3, 6, 12, 3, 80
+
+
+def _clt() -> CrossLayerTranscoder:
+    config = CLTConfig(n_layers=L, d_model=D, n_features=F, k=K, first_offset=1)
+    clt = CrossLayerTranscoder(config, Scaling.identity(L, D)).requires_grad_(False)
+    for parameter in clt.W_dec.values():
+        parameter.normal_()
+    # A feature that never fires.
+    clt.b_enc["0"][4] = -100.0
+    return clt
+
+
+def _data() -> tuple[ActivationBatch, torch.Tensor]:
+    """Text, image and one image_special token; image tokens have another mean."""
+    modality = torch.full((B,), int(Modality.TEXT), dtype=torch.uint8)
+    modality[30:-1], modality[-1] = Modality.IMAGE, Modality.IMAGE_SPECIAL
+    y = torch.randn(L, B, D) + 4.0 * (modality == Modality.IMAGE)[None, :, None]
+    names = ("sample", "position", "token_id", "patch_row", "patch_col", "image")
+    tokens = TokenTable(**dict.fromkeys(names, torch.zeros(B)), modality=modality)
+    return ActivationBatch(x=torch.randn(L, B, D), y=y, tokens=tokens), modality
+
+
+@pytest.fixture
+def found() -> tuple[CrossLayerTranscoder, ActivationBatch, torch.Tensor, StoreReport]:
+    """A transcoder, its data and the report."""
+    clt, (batch, modality) = _clt(), _data()
+    halves = [
+        ActivationBatch(x=batch.x[:, part], y=batch.y[:, part], tokens=batch.tokens.select(part))
+        for part in (slice(0, 50), slice(50, B))
+    ]
+    return clt, batch, modality, evaluate_store(clt, halves)
+
+
+def test_modalities_have_their_own_tokens_and_their_own_mean(
+    found: tuple[CrossLayerTranscoder, ActivationBatch, torch.Tensor, StoreReport],
+) -> None:
+    clt, batch, modality, report = found
+    y_hat, codes = clt(batch.x), clt.encode(batch.x[:2])
+    assert set(report.modalities) == {"text", "image", "image_special"}
+    for name in ("text", "image"):
+        rows, part = modality == Modality[name.upper()], report.modalities[name]
+        assert part.num_tokens == int(rows.sum())
+        for row, target in enumerate((1, 2)):
+            y_t = batch.y[target, rows].double()
+            expected = (y_hat[row, rows] - y_t).square().sum() / (y_t - y_t.mean(dim=0)).square().sum()
+            # Float64 sums over float32 reconstructions.
+            assert part.fvu[target] == pytest.approx(float(expected), rel=1e-5)
+        assert list(part.l0.values()) == pytest.approx((codes.values[:, rows] > 0).sum(2).double().mean(1).tolist())
+    # One token does not vary.
+    assert report.modalities["image_special"].fvu == {}
+    assert sum(part.num_tokens for part in report.modalities.values()) == report.num_tokens == B
+
+
+def test_density_counts_every_feature_once(
+    found: tuple[CrossLayerTranscoder, ActivationBatch, torch.Tensor, StoreReport],
+) -> None:
+    clt, batch, _, report = found
+    fired = firing_counts(clt.encode(batch.x[:2]))
+    density = report.density
+    assert density.edges == RATE_EDGES and (density.edges[0], density.edges[-1]) == (-7.0, 0.0)
+    for layer in (0, 1):
+        assert sum(density.counts[layer]) + density.outside[layer] == F
+        assert density.outside[layer] == int((fired[layer] == 0).sum()) == round(report.dead_fraction[layer] * F)
+        rates = np.log10(fired[layer][fired[layer] > 0].double().numpy() / B)
+        assert list(density.counts[layer]) == np.histogram(rates, RATE_EDGES)[0].tolist()
+    assert density.outside[0] >= 1
+
+
+def test_evaluation_reaches_tensorboard_and_json_lines(
+    tmp_path: Path, found: tuple[CrossLayerTranscoder, ActivationBatch, torch.Tensor, StoreReport]
+) -> None:
+    evaluation = found[3].evaluation()
+    # Nothing varies in one token, so there is no mean either.
+    assert math.isnan(evaluation.scalars["heldout/image_special/fvu/mean"])
+    writer = MetricsWriter(tmp_path, resume_step=0)
+    writer.write_evaluation(7, evaluation)
+    writer.close()
+    (line,) = read_metrics(tmp_path / "metrics.jsonl")
+    assert line["step"] == 7 and "heldout/image_special/fvu/mean" not in line
+    assert "NaN" not in (tmp_path / "metrics.jsonl").read_text()
+    assert line["heldout/text/l0/layer_01"] == found[3].modalities["text"].l0[1]
+    assert line["heldout/density/edges"] == list(RATE_EDGES)
+    assert line["heldout/density/layer_00"] == list(found[3].density.counts[0])
+    board = EventAccumulator(str(tmp_path / "tensorboard"), size_guidance={"images": 0, "histograms": 0})
+    board.Reload()
+    assert set(board.Tags()["scalars"]) == {key for key, value in line.items() if isinstance(value, float | int)} - {
+        "step"
+    }
+    assert board.Tags()["histograms"] == ["heldout/density/layer_00", "heldout/density/layer_01"]
+    histogram = board.Histograms("heldout/density/layer_00")[0].histogram_value
+    assert histogram.num == sum(found[3].density.counts[0]) and (histogram.min, histogram.max) == (-7.0, 0.0)
+    (image,) = board.Images("heldout/density/all_layers")
+    assert image.step == 7 and image.width > 600
+    assert json.dumps(line)
+
+
+@pytest.mark.parametrize("layers", [1, 4, 48])
+def test_density_plot_darkens_the_fullest_bin_of_a_layer(layers: int) -> None:
+    bins = len(RATE_EDGES) - 1
+    counts = {layer: tuple(100 if column == 9 else 1 for column in range(bins)) for layer in range(layers)}
+    histograms = LayerHistograms(quantity="rate", edges=RATE_EDGES, counts=counts, outside=dict.fromkeys(counts, 10**6))
+    pixels = density_plot(histograms, "a title").astype(int)
+    dark = (pixels.sum(axis=2) < 150) & (pixels[..., 2] > pixels[..., 0] + 60)
+    columns = np.flatnonzero(dark[:, : pixels.shape[1] - 110].any(axis=0))
+    # One column of cells, however many features never fire.
+    assert len(columns) == 22 and columns[0] == 140 + 9 * 22
+
+
+def test_evaluators_leave_the_mode_alone_are_joined_and_can_be_stopped() -> None:
+    clt, seen = _clt().train(), []
+
+    def one(transcoder: CrossLayerTranscoder, mesh: Mesh, between: Callable[[], None]) -> Evaluation:
+        seen.append((transcoder.training, torch.is_grad_enabled()))
+        return Evaluation(scalars={"a": 1.0})
+
+    def other(transcoder: CrossLayerTranscoder, mesh: Mesh, between: Callable[[], None]) -> Evaluation:
+        between()
+        return Evaluation(scalars={"b": 2.0})
+
+    control = JobControl()
+    with joined_job():
+        mesh = Mesh.create(1)
+        assert evaluate_all([one, other], clt, mesh, control) == Evaluation(scalars={"a": 1.0, "b": 2.0})
+        assert seen == [(False, False)] and clt.training and control.progress == 1
+        assert evaluate_all([one], clt.eval(), mesh, control) == Evaluation(scalars={"a": 1.0})
+        assert not clt.training
+        control.stop_requested = True
+        # A stop ends the evaluation at the next piece of work, and leaves the mode alone as well.
+        assert evaluate_all([other, one], clt.train(), mesh, control) is None
+        assert clt.training and len(seen) == 2

@@ -1,0 +1,282 @@
+"""Every rule of sparsity against its definition, and what is kept for inference and on disk."""
+
+from __future__ import annotations
+
+import math
+import shutil
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from safetensors.torch import load_file
+from sparse_cases import KINDS, D, F, K, L, by_definition, dense, make_clt, scores_by_hand
+from torch import Tensor
+from toy_job import toy_config, toy_trainer
+
+from clt.config import CLTConfig, SparsitySettings, TranscoderSettings, parse_config
+from clt.encoding import decoder_squares
+from clt.engine import joined_job
+from clt.errors import CheckpointError, ConfigError
+from clt.kernels import ops
+from clt.metrics import read_metrics
+from clt.model import CrossLayerTranscoder
+from clt.parallel import Mesh
+from clt.records import SparseCodes
+from clt.scaling import Scaling
+from clt.sparsity import RULES, Peers, Scores, Selected
+from clt.weights import layer_buffers
+
+
+def assert_canonical(values_LBK: Tensor, indices_LBK: Tensor) -> None:
+    """Filled slots ascend, empty ones are (0, 0) and last, and one slot at least is filled in some token."""
+    filled = values_LBK != 0
+    assert not (~filled[..., :-1] & filled[..., 1:]).any()
+    assert indices_LBK.dtype == torch.int32 and (indices_LBK[~filled] == 0).all()
+    ascends = indices_LBK[..., 1:] > indices_LBK[..., :-1]
+    assert (ascends | ~filled[..., 1:]).all()
+    assert values_LBK.shape[2] == 1 or filled.any()
+
+
+def chosen(selected: Selected, scores_LBF: Tensor) -> Tensor:
+    """[L,B,F] mask of filled slots."""
+    filled = (selected.scores_LBK != 0).long()
+    counts = torch.zeros_like(scores_LBF, dtype=torch.int64)
+    return counts.scatter_add_(2, selected.indices_LBK.long(), filled) > 0
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@settings(max_examples=60, deadline=None)
+@given(data=st.data())
+def test_rule_selects_what_its_definition_says(kind: str, data: st.DataObject) -> None:
+    layers, tokens, n_features = (data.draw(st.integers(1, most)) for most in (3, 5, 9))
+    k = data.draw(st.integers(1, n_features))
+    # Few values and many zeros: ties everywhere, and often fewer positive scores than places.
+    levels = st.sampled_from([-1.0, 0.0, 0.5, 1.0, 1.0, 2.0, 3e38])
+    size = layers * tokens * n_features
+    numbers = data.draw(st.lists(levels, min_size=size, max_size=size))
+    dtype = data.draw(st.sampled_from([torch.bfloat16, torch.float32, torch.float64]))
+    own_LBF = torch.tensor(numbers, dtype=dtype).view(layers, tokens, n_features)
+    scores = Scores(own_LBF=own_LBF, rows=tuple(range(layers)), n_layers=layers, peers=Peers())
+    selected = RULES[kind](scores, k)
+    assert_canonical(selected.scores_LBK, selected.indices_LBK)
+    expected = by_definition(kind, own_LBF, k)
+    assert torch.equal(chosen(selected, own_LBF), expected)
+    values = own_LBF.gather(2, selected.indices_LBK.long())
+    assert torch.equal(selected.scores_LBK, torch.where(selected.scores_LBK != 0, values, 0))
+
+
+@pytest.mark.parametrize("kind", ["joint_topk", "batch_topk"])
+def test_no_place_is_lost_when_all_scores_tie(kind: str) -> None:
+    own_LBF = torch.ones(3, 50, 40)
+    selected = RULES[kind](Scores(own_LBF=own_LBF, rows=(0, 1, 2), n_layers=3, peers=Peers()), 4)
+    mask = chosen(selected, own_LBF)
+    assert mask.sum() == 4 * 3 * 50
+    assert torch.equal(mask, by_definition(kind, own_LBF, 4))
+
+
+@pytest.mark.parametrize("kind", ["topk", "joint_topk", "batch_topk"])
+def test_token_that_is_not_finite_reaches_the_loss_without_taking_all_slots(kind: str) -> None:
+    clt = make_clt(kind, decoder_norm=True)
+    x = torch.randn(L, 6, D, dtype=torch.float64)
+    x[1, 2] = torch.nan
+    x[2, 3, 0] = torch.inf
+    codes = clt.encode(x, peers=Peers())
+    assert codes.values[1, 2].isnan().any() and not codes.values[1, 2].isfinite().all()
+    assert not codes.values[2, 3].isfinite().all()
+    if kind != "topk":
+        assert (codes.values[1, 2] != 0).sum() == 1
+
+
+@pytest.mark.parametrize(("kind", "norm"), [("topk", True), ("joint_topk", False), ("batch_topk", True)])
+def test_encode_ranks_by_activation_times_norm_over_all_targets(kind: str, norm: bool) -> None:
+    clt = make_clt(kind, decoder_norm=norm)
+    x = torch.randn(L, 30, D, dtype=torch.float64)
+    codes = clt.encode(x, peers=Peers())
+    pre, scores = scores_by_hand(clt, x)
+    mask = by_definition(kind, scores, K)
+    assert torch.equal(dense(codes) > 0, mask)
+    assert not torch.equal(mask, by_definition(kind, pre, K))
+    torch.testing.assert_close(dense(codes), torch.where(mask, pre, 0))
+
+
+def test_topk_without_norm_takes_the_fused_encoder_bit_for_bit() -> None:
+    clt = make_clt("topk")
+    x = torch.randn(L, 30, D, dtype=torch.float64)
+    codes = clt.encode(x, 3, Peers())
+    for layer in range(L):
+        values, indices = ops.encode_topk(x[layer], *clt.encoder(layer), 3)
+        assert torch.equal(codes.values[layer], values) and torch.equal(codes.indices[layer], indices)
+    assert not clt.log_threshold and not list(clt.decoder_norm) and not list(clt.threshold)
+    assert all(weights.eq(0).all() for weights in CrossLayerTranscoder(clt.config, clt.scaling).W_dec.values())
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_gradients_of_activations_are_those_of_the_selected_preactivations(kind: str) -> None:
+    clt = make_clt(kind, decoder_norm=kind in ("topk", "batch_topk"))
+    x = torch.randn(L, 12, D, dtype=torch.float64, requires_grad=True)
+    leaves = [x, *clt.W_enc.values(), *clt.b_enc.values()]
+    weights = torch.randn(L, 12, F, dtype=torch.float64)
+    codes = dense(clt.encode(x, peers=Peers()))
+    pre = torch.stack([x[i] @ clt.W_enc[str(i)].T + clt.b_enc[str(i)] for i in range(L)])
+    expected = torch.where(codes.detach() > 0, pre, 0)
+    ours = torch.autograd.grad((codes * weights).sum(), leaves)
+    theirs = torch.autograd.grad((expected * weights).sum(), leaves)
+    for our, their in zip(ours, theirs, strict=True):
+        torch.testing.assert_close(our, their)
+
+
+def test_encode_selected_passes_gradcheck() -> None:
+    x, W, b = (torch.randn(s, dtype=torch.float64, requires_grad=True) for s in ((5, 3), (6, 3), (6,)))
+    pre = ops.preactivations(x, W, b)
+    _, indices = ops.select_topk(pre, 2)
+
+    def selected(*leaves: Tensor) -> Tensor:
+        found = (leaves[0] @ leaves[1].T + leaves[2]).gather(1, indices.long())
+        return ops.encode_selected(*leaves, torch.where(found > 0, found, 0), indices)
+
+    assert torch.autograd.gradcheck(selected, (x, W, b))
+
+
+def test_decoder_squares_and_their_gradient_are_those_of_autograd() -> None:
+    clt = make_clt("relu")
+    weights = torch.randn(L, F, dtype=torch.float64)
+    ours = torch.autograd.grad((decoder_squares(clt, Peers()) * weights).sum(), list(clt.W_dec.values()))
+    total = sum((clt.W_dec[str(t)].square().sum(dim=2) * weights[clt.source_rows(t)]).sum() for t in clt.share.targets)
+    for our, their in zip(ours, torch.autograd.grad(total, list(clt.W_dec.values())), strict=True):
+        torch.testing.assert_close(our, their)
+
+
+def test_running_threshold_follows_the_steps_and_decides_outside_of_training() -> None:
+    clt = make_clt("batch_topk", threshold_decay=0.75)
+    steps = [torch.randn(L, 40, D, dtype=torch.float64) for _ in range(3)]
+    with pytest.raises(CheckpointError, match="calibrate_threshold"):
+        clt.encode(steps[0])
+    expected = None
+    for x in steps:
+        smallest = dense(clt.encode(x, peers=Peers()))
+        threshold = smallest[smallest > 0].min()
+        expected = threshold if expected is None else 0.75 * expected + 0.25 * threshold
+    assert expected is not None
+    torch.testing.assert_close(clt.threshold[0], expected.detach())
+    x = torch.randn(L, 25, D, dtype=torch.float64)
+    pre, _ = scores_by_hand(clt, x)
+    meant = torch.where(pre > expected, pre, 0)
+    torch.testing.assert_close(dense(clt.encode(x)), meant)
+    clt.eval()
+    torch.testing.assert_close(dense(clt.encode(x, peers=Peers())), meant)
+    torch.testing.assert_close(clt.threshold[0], expected.detach())
+    for layer in range(L):
+        values, indices = clt.encode_layer(layer, x[layer])
+        alone = SparseCodes(values=values[None], indices=indices[None], n_features=F)
+        torch.testing.assert_close(dense(alone)[0], meant[layer])
+
+
+def test_step_that_is_not_finite_leaves_the_running_threshold() -> None:
+    clt = make_clt("batch_topk")
+    clt.encode(torch.randn(L, 9, D, dtype=torch.float64), peers=Peers())
+    before = clt.threshold[0].clone()
+    clt.encode(torch.full((L, 9, D), torch.nan, dtype=torch.float64), peers=Peers())
+    assert torch.equal(clt.threshold[0], before)
+
+
+def test_joint_topk_has_no_layer_by_itself_until_calibrated() -> None:
+    clt = make_clt("joint_topk")
+    x = torch.randn(L, 9, D, dtype=torch.float64)
+    assert (clt.encode(x).values > 0).sum() == (by_definition("joint_topk", scores_by_hand(clt, x)[1], K)).sum()
+    with pytest.raises(CheckpointError, match=r"joint_topk.*calibrate_threshold") as error:
+        clt.encode_layer(0, x[0])
+    assert "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_saved_transcoder_encodes_the_same_bits(kind: str, tmp_path: Path) -> None:
+    clt = make_clt(kind, torch.float32, decoder_norm=kind in ("topk", "batch_topk"))
+    x = torch.randn(L, 20, D)
+    clt.encode(x, peers=Peers())
+    clt.save_pretrained(tmp_path)
+    again = CrossLayerTranscoder.from_pretrained(tmp_path)
+    assert again.config == clt.config
+    for name, tensor in clt.state_dict().items():
+        assert torch.equal(tensor, again.state_dict()[name]) or tensor.isnan().all()
+    assert torch.equal(dense(clt.encode(x)), dense(again.encode(x)))
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_folding_the_scaling_keeps_the_activations(kind: str) -> None:
+    clt = make_clt(kind, decoder_norm=kind in ("topk", "batch_topk"))
+    x = torch.randn(L, 20, D, dtype=torch.float64)
+    clt.encode(x, peers=Peers())
+    clt.scaling = Scaling(
+        mean_x=torch.randn(L, D).double(),
+        rms_x=1 + torch.rand(L).double(),
+        mean_y=torch.randn(L, D).double(),
+        rms_y=1 + torch.rand(L).double(),
+    )
+    raw = x * clt.scaling.rms_x[:, None, None] + clt.scaling.mean_x[:, None]
+    torch.testing.assert_close(dense(clt.folded().encode(raw)), dense(clt.encode(x)))
+
+
+def test_buffers_keep_their_digits_when_the_weights_are_rounded() -> None:
+    clt = make_clt("batch_topk", torch.bfloat16)
+    assert clt.threshold[0].dtype == torch.float64
+    assert clt.W_enc["0"].dtype == torch.bfloat16
+
+
+@pytest.mark.parametrize("kind", ["jumprelu", "relu"])
+def test_about_k_features_are_active_at_the_start(kind: str) -> None:
+    config = CLTConfig(n_layers=1, d_model=64, n_features=512, k=16, sparsity=SparsitySettings(kind=kind))  # type: ignore[arg-type]
+    clt = CrossLayerTranscoder(config, Scaling.identity(1, 64))
+    l0 = (clt.encode(torch.randn(1, 400, 64)).values > 0).sum() / 400
+    # 400 tokens and 512 random directions: a few per cent of noise.
+    assert l0.item() == pytest.approx(16, rel=0.1)
+
+
+def test_a_norm_that_ranks_nothing_is_refused() -> None:
+    tree = {"n_features": 8, "k": 2, "sparsity": {"kind": "relu", "decoder_norm": True}}
+    with pytest.raises(ConfigError, match="decoder_norm has no meaning for kind=relu"):
+        parse_config(TranscoderSettings, tree, "test")
+
+
+@pytest.fixture(scope="module")
+def mesh() -> Iterator[Mesh]:
+    """A world of one process."""
+    with joined_job():
+        yield Mesh.create(1)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_training_learns_and_resumes_to_the_same_bits(kind: str, mesh: Mesh, tmp_path: Path) -> None:
+    sparsity = {
+        "kind": kind,
+        "penalty": 2e-3,
+        "penalty_warmup_steps": 20,
+        "decoder_norm": kind in ("topk", "batch_topk"),
+    }
+    job = {"clt": {"n_features": 64, "k": 4, "sparsity": sparsity}, "log_every": 10, "checkpoint_every": 20}
+    toy_trainer(toy_config(tmp_path / "whole", steps=40, **job), mesh).fit()
+    reports = read_metrics(tmp_path / "whole" / "metrics.jsonl")
+    assert reports[-1]["loss"] < reports[0]["loss"] / 1.3
+    assert 0 < reports[-1]["l0/mean"] < 16
+    shutil.copytree(tmp_path / "whole" / "step_00000020", tmp_path / "again" / "step_00000020")
+    (tmp_path / "again" / "latest").write_text("step_00000020")
+    toy_trainer(toy_config(tmp_path / "again", steps=40, **job), mesh).fit()
+    for path in (tmp_path / "whole" / "step_00000040").glob("*.safetensors"):
+        expected, found = load_file(path), load_file(tmp_path / "again" / "step_00000040" / path.name)
+        assert expected.keys() == found.keys()
+        assert all(torch.equal(expected[key].nan_to_num(), found[key].nan_to_num()) for key in expected), path
+    trained = CrossLayerTranscoder.from_pretrained(tmp_path / "whole")
+    assert (
+        set(layer_buffers(trained, 0))
+        == {
+            "topk": {"decoder_norm"},
+            "joint_topk": {"decoder_norm", "threshold"},
+            "batch_topk": {"decoder_norm", "threshold"},
+            "jumprelu": set(),
+            "relu": set(),
+        }[kind]
+    )
+    start = math.log(trained.config.sparsity.threshold)
+    assert all((log != start).any() for log in trained.log_threshold.values())

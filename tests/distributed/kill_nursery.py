@@ -1,0 +1,156 @@
+"""The parent of ranks that are killed: starts them from one process that has imported everything, and waits for them."""
+
+from __future__ import annotations
+
+import json
+import os
+import random
+import signal
+import socket
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Sequence
+from contextlib import suppress
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+from typing import Any
+
+from kill_worker import POINTS, Job
+
+
+@dataclass(frozen=True, kw_only=True)
+class Blow:
+    """When a rank is killed: when a rank comes to a point, or so many seconds after training began.
+
+    Attributes:
+        point: one of `POINTS`, or "random".
+        victim: rank that is killed.
+        striker: rank that comes to the point.
+        arrival: for the so-manieth time.
+        delay: seconds, of "random".
+        alone: whether the other rank is left to find out and end by itself.
+    """
+
+    point: str
+    victim: int = 0
+    striker: int = 0
+    arrival: int = 1
+    delay: float = 0.0
+    alone: bool = False
+
+    def sooner(self) -> Blow:
+        """One that is likelier to come in time."""
+        return replace(self, arrival=(self.arrival + 1) // 2, delay=self.delay / 2)
+
+
+def draw_blows(points: Sequence[str], at_random: int, world: int, writers: int, rng: random.Random) -> list[Blow]:
+    """Blows at points and at random moments, in random order, on random ranks.
+
+    Args:
+        points: of `POINTS`.
+        at_random: how many at random moments.
+        world: ranks of the job.
+        writers: ranks that write layer files; everything else is written by the first.
+        rng: draws.
+    """
+    blows = []
+    for point in points:
+        layers = "weights" in point or "optimizer" in point
+        striker, arrival = rng.randrange(writers if layers else 1), rng.randint(1, 5 if layers else 2)
+        blows.append(Blow(point=point, victim=rng.randrange(world), striker=striker, arrival=arrival))
+    blows += [Blow(point="random", victim=rng.randrange(world), delay=rng.uniform(0, 0.6)) for _ in range(at_random)]
+    blows = [replace(blow, alone=world > 1 and rng.random() < 0.25) for blow in blows]
+    rng.shuffle(blows)
+    return blows
+
+
+class Nursery:
+    """Starts ranks, waits for them, and kills them at random moments."""
+
+    def __init__(self, folder: Path) -> None:
+        self.log = folder / "ranks.log"
+        self._folder = folder
+        self._jobs = 0
+        self._alive: set[int] = set()
+        quiet = {"OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": "", "PATH": ""}
+        with self.log.open("wb") as errors:
+            self._server = subprocess.Popen(
+                [sys.executable, str(Path(__file__).with_name("kill_worker.py"))],
+                stdin=subprocess.PIPE,
+                stdout=subprocess.PIPE,
+                stderr=errors,
+                text=True,
+                env={**os.environ, **quiet},
+            )
+
+    def run(self, output: Path, mesh: dict[str, Any], world: int, blow: Blow | None) -> list[int]:
+        """Runs a job to its end or to the blow; returns the exit codes of its ranks, negative for signals."""
+        self._jobs += 1
+        scratch = self._folder / f"job-{self._jobs}"
+        scratch.mkdir()
+        processes = []
+        port = _free_port()
+        for rank in range(world):
+            doom = {}
+            if blow is not None and blow.point in POINTS and blow.striker == rank:
+                doom = {"point": blow.point, "arrival": blow.arrival, "victim": blow.victim}
+            job = Job(output=str(output), scratch=str(scratch), rank=rank, world=world, port=port, mesh=mesh, **doom)
+            processes.append(self._ask(fork=asdict(job)))
+        self._alive = set(processes)
+        killer = threading.Thread(target=self._kill_later, args=(scratch, processes, blow), daemon=True)
+        killer.start()
+        watchdog = threading.Timer(180, self.kill_all)
+        watchdog.start()
+        codes = self._collect(processes, blow)
+        killer.join()
+        assert watchdog.is_alive(), f"ranks hang; see {self.log}"
+        watchdog.cancel()
+        return codes
+
+    def kill_all(self) -> None:
+        """Kills what still runs."""
+        for process in list(self._alive):
+            self._kill(process)
+
+    def close(self) -> None:
+        """Ends the server."""
+        self.kill_all()
+        self._server.communicate()
+
+    def _collect(self, processes: list[int], blow: Blow | None) -> list[int]:
+        codes = dict.fromkeys(processes, 0)
+        for _ in processes:
+            process, status = self._ask(wait=-1)
+            self._alive.discard(process)
+            codes[process] = os.waitstatus_to_exitcode(status)
+            if codes[process] and not (blow is not None and blow.alone):
+                self.kill_all()
+        return [codes[process] for process in processes]
+
+    def _kill_later(self, scratch: Path, processes: list[int], blow: Blow | None) -> None:
+        if blow is None or blow.point in POINTS:
+            return
+        victim = processes[blow.victim]
+        while victim in self._alive and not (scratch / f"trains_{blow.victim}").exists():
+            time.sleep(0.002)
+        time.sleep(blow.delay)
+        if victim in self._alive:
+            self._kill(victim)
+
+    def _kill(self, process: int) -> None:
+        with suppress(ProcessLookupError):
+            os.kill(process, signal.SIGKILL)
+
+    def _ask(self, **request: Any) -> Any:
+        assert self._server.stdin is not None and self._server.stdout is not None
+        self._server.stdin.write(json.dumps(request) + "\n")
+        self._server.stdin.flush()
+        return json.loads(self._server.stdout.readline())
+
+
+def _free_port() -> int:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return int(probe.getsockname()[1])
