@@ -25,8 +25,9 @@ from torch import Tensor, nn
 
 from clt.config import MeshSettings, OptimizerSettings
 from clt.faults import JobControl
+from clt.meeting import meet
 from clt.parallel import Mesh
-from clt.watch import leave, watched
+from clt.watch import watched
 
 #: Names of Adam's moments, as torch and DeepSpeed call them.
 MOMENTS = ("exp_avg", "exp_avg_sq")
@@ -66,7 +67,9 @@ def joined_job(timeout_seconds: float = _PATIENCE_SECONDS, control: JobControl |
     """
     deepspeed = _deepspeed()
     backend = "cpu:gloo,cuda:nccl" if torch.cuda.is_available() else "gloo"
-    store, rank, world = _meet(timeout_seconds)
+    if "RANK" in os.environ and torch.cuda.is_available():
+        torch.cuda.set_device(local_device())
+    store, rank, world = meet(timeout_seconds)
     with ExitStack() as stack:
         if control is not None and world > 1:
             stack.enter_context(watched(store, rank, world, control, timeout_seconds))
@@ -75,26 +78,6 @@ def joined_job(timeout_seconds: float = _PATIENCE_SECONDS, control: JobControl |
         deepspeed.init_distributed(backend, auto_mpi_discovery=False, verbose=False)
         stack.callback(deepspeed.comm.destroy_process_group)
         yield
-
-
-def _meet(timeout_seconds: float) -> tuple[dist.Store, int, int]:
-    """A store that all ranks of the job reach, the number of this one and how many there are."""
-    if "RANK" not in os.environ:
-        # DeepSpeed insists on the variable; torchrun sets it.
-        os.environ.setdefault("LOCAL_RANK", "0")
-        return dist.HashStore(), 0, 1
-    if torch.cuda.is_available():
-        torch.cuda.set_device(local_device())
-    try:
-        return next(dist.rendezvous("env://", timeout=timedelta(seconds=timeout_seconds)))
-    except dist.DistError as error:
-        place, reason = (
-            ":".join(os.environ[key] for key in ("MASTER_ADDR", "MASTER_PORT")),
-            str(error).partition("\n")[0],
-        )
-        leave(
-            f"rank {os.environ['RANK']}: the ranks did not meet at {place} ({reason}); see the log of the missing one"
-        )
 
 
 def local_device() -> torch.device:

@@ -30,7 +30,7 @@ from clt.faults import JobControl
 #: Exit code of a rank that ends because another is missing.
 EXIT_LOST_RANK = 3
 
-_LONGEST_INTERVAL = 2.0
+_LONGEST_INTERVAL = 1.0
 #: A process is silent when it leaves no sign in so many intervals.
 _SILENT_INTERVALS = 4
 _VERDICT = "clt/verdict"
@@ -106,7 +106,7 @@ class Watch:
 
     def __init__(self, store: dist.Store, rank: int, world: int, control: JobControl, timeout_seconds: float) -> None:
         # A blocking call of the main thread on its connection must not stop the signs of life.
-        self._store = store.clone()
+        self._store = store.clone()  # type: ignore[attr-defined]  # every store has it, the stubs do not say so
         self._rank, self._world, self._control = rank, world, control
         self._timeout = timeout_seconds
         self._interval = min(timeout_seconds / 10, _LONGEST_INTERVAL)
@@ -114,6 +114,7 @@ class Watch:
         self._main = threading.current_thread().ident
         self._over = threading.Event()
         self._end = ""
+        self._asking = False
         self._proposal, self._verdict = "", ""
         self._beat = 0
         self._signs: dict[int, Sign] = {}
@@ -134,14 +135,14 @@ class Watch:
         Args:
             error: not a user's, which all ranks raise alike.
         """
-        line = self._line_within(self._patience + 2 * self._interval) if isinstance(error, RuntimeError) else ""
-        if line:
+        if isinstance(error, RuntimeError) and (line := self._missing()):
             leave(self._agree(line))
         self._agree(f"rank {self._rank} ({Sign(beat=0, progress=0).process}) ended: {_short(error)}; see its log")
 
     def stop(self, end: str) -> None:
         """Ends the threads and notes how this rank left the job."""
         self._end = end
+        self._asking = self._rank == 0
         deadline = time.monotonic() + self._patience
         # The store lives in rank 0 where no launcher holds it: the others leave first.
         while self._rank == 0 and not self._all_ended() and time.monotonic() < deadline:
@@ -156,30 +157,30 @@ class Watch:
                 leave(self._verdict)
             if self._control.progress != self._progress:
                 self._progress, self._since = self._control.progress, time.monotonic()
-            elif not self._end and self._stalled():
-                leave(self._agree(self._line_within(self._patience) or self._store_is_lost()))
+            elif not self._end and self._stalled() and (line := self._missing()):
+                leave(self._agree(line))
 
     def _stalled(self) -> bool:
-        return time.monotonic() - self._since >= self._timeout
+        return self._control.progress == self._progress and time.monotonic() - self._since >= self._timeout
 
-    def _line_within(self, seconds: float) -> str:
-        """Waits until it is known which rank is missing; empty if that is not known in time."""
-        deadline = time.monotonic() + seconds
+    def _missing(self) -> str:
+        """Looks at the signs for as long as it takes to see who is silent; empty if nobody is missing."""
+        self._asking = True
+        deadline = time.monotonic() + self._patience + 3 * self._interval
         while time.monotonic() < deadline:
             time.sleep(self._interval / 2)
             if self._verdict:
                 return self._verdict
             # An old sign means something only if the store has answered since.
-            ages = {rank: self._heard - changed for rank, changed in self._changed.items()}
-            signs = dict(self._signs)
+            signs, changed = dict(self._signs), dict(self._changed)
+            ages = {rank: self._heard - changed[rank] for rank in signs}
             if line := find_lost(signs, ages, self._patience):
                 return line
-            if self._stalled() and time.monotonic() - self._heard < self._patience:
-                return find_behind(signs, self._world, self._timeout)
-        return self._store_is_lost() if time.monotonic() - self._heard > self._patience else ""
-
-    def _store_is_lost(self) -> str:
-        return f"rank 0, or the launcher with the job's store, did not answer within {self._patience:g} s; see its log"
+        if time.monotonic() - self._heard > self._patience:
+            return (
+                f"rank 0, or the launcher with the job's store, did not answer within {self._patience:g} s; see its log"
+            )
+        return find_behind(dict(self._signs), self._world, self._timeout) if self._stalled() else ""
 
     def _agree(self, line: str) -> str:
         """The verdict of the first rank that proposed one; returns when the others have had time to read it."""
@@ -200,24 +201,29 @@ class Watch:
             self._over.wait(self._interval / 20 if self._end else self._interval)
 
     def _exchange(self) -> None:
-        """Leaves a sign and reads those of the others."""
+        """Leaves a sign, reads the verdict, and the signs of the others when somebody asks for them."""
         self._beat += 1
         place, waiting = _place_of(self._main)
         own = Sign(beat=self._beat, progress=self._control.progress, place=place, waiting=waiting, end=self._end)
         self._store.set(_key(self._rank), json.dumps(asdict(own)))
+        if self._asking:
+            self._read_signs()
+        self._heard = time.monotonic()
+        if self._proposal:
+            self._verdict = self._store.compare_set(_VERDICT, "", self._proposal).decode()
+        elif self._store.check([_VERDICT]):
+            self._verdict = self._store.get(_VERDICT).decode()
+
+    def _read_signs(self) -> None:
         keys = [_key(rank) for rank in range(self._world)]
         if not self._store.check(keys):
             keys = [key for key in keys if self._store.check([key])]
         for key, text in zip(keys, self._store.multi_get(keys), strict=True):
             sign, rank = Sign(**json.loads(text)), int(key.rpartition("/")[2])
             if rank not in self._signs or self._signs[rank].beat != sign.beat:
-                self._signs[rank] = sign
+                # In this order: the other thread copies them the other way round.
                 self._changed[rank] = time.monotonic()
-        self._heard = time.monotonic()
-        if self._proposal:
-            self._verdict = self._store.compare_set(_VERDICT, "", self._proposal).decode()
-        elif self._store.check([_VERDICT]):
-            self._verdict = self._store.get(_VERDICT).decode()
+                self._signs[rank] = sign
 
     def _all_ended(self) -> bool:
         signs = dict(self._signs)

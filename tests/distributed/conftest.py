@@ -18,7 +18,23 @@ from torch import Tensor
 
 sys.path.insert(0, str(Path(__file__).parent))
 
+from launched import write_job, write_store
+
 RankResults = list[dict[str, Tensor]]
+
+
+@pytest.fixture(scope="session")
+def store(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A store that `launch/train.py` can train on."""
+    folder = tmp_path_factory.mktemp("store") / "store"
+    write_store(folder)
+    return folder
+
+
+@pytest.fixture
+def job(store: Path, tmp_path: Path) -> Path:
+    """Configuration file of a job on it that writes into the test's folder."""
+    return write_job(store, tmp_path)
 
 
 @pytest.fixture(scope="session")

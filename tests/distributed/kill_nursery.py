@@ -1,4 +1,4 @@
-"""The parent of ranks that are killed: starts them from one process that has imported everything, and waits for them."""
+"""The parent of ranks that are killed: starts them from one process that has imported everything, and waits."""
 
 from __future__ import annotations
 
@@ -6,18 +6,18 @@ import json
 import os
 import random
 import signal
-import socket
 import subprocess
 import sys
 import threading
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from contextlib import suppress
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
 from kill_worker import POINTS, Job
+from launched import free_port
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -85,29 +85,51 @@ class Nursery:
                 env={**os.environ, **quiet},
             )
 
-    def run(self, output: Path, mesh: dict[str, Any], world: int, blow: Blow | None) -> list[int]:
-        """Runs a job to its end or to the blow; returns the exit codes of its ranks, negative for signals."""
+    def start(self, output: Path, mesh: dict[str, Any], world: int, dooms: Mapping[int, Any]) -> tuple[list[int], Path]:
+        """Starts the ranks of a job; returns their processes, and the folder in which they note what they do.
+
+        Args:
+            output: folder of the job.
+            mesh: keys of `mesh`.
+            world: ranks.
+            dooms: by rank, further fields of its `Job`; None: the rank does not come.
+        """
         self._jobs += 1
-        scratch = self._folder / f"job-{self._jobs}"
+        scratch, port = self._folder / f"job-{self._jobs}", free_port()
         scratch.mkdir()
-        processes = []
-        port = _free_port()
-        for rank in range(world):
-            doom = {}
-            if blow is not None and blow.point in POINTS and blow.striker == rank:
-                doom = {"point": blow.point, "arrival": blow.arrival, "victim": blow.victim}
-            job = Job(output=str(output), scratch=str(scratch), rank=rank, world=world, port=port, mesh=mesh, **doom)
-            processes.append(self._ask(fork=asdict(job)))
+        common = {"output": str(output), "scratch": str(scratch), "world": world, "port": port, "mesh": mesh}
+        jobs = [
+            Job(rank=rank, **common, **dooms.get(rank, {})) for rank in range(world) if dooms.get(rank, {}) is not None
+        ]
+        processes = [self._ask(fork=asdict(job)) for job in jobs]
         self._alive = set(processes)
-        killer = threading.Thread(target=self._kill_later, args=(scratch, processes, blow), daemon=True)
-        killer.start()
+        return processes, scratch
+
+    def wait(self) -> tuple[int, int]:
+        """Process and exit code of the next rank that ends; negative: the signal that did it."""
         watchdog = threading.Timer(180, self.kill_all)
         watchdog.start()
-        codes = self._collect(processes, blow)
-        killer.join()
+        process, status = self._ask(wait=-1)
         assert watchdog.is_alive(), f"ranks hang; see {self.log}"
         watchdog.cancel()
-        return codes
+        self._alive.discard(process)
+        return process, os.waitstatus_to_exitcode(status)
+
+    def run(self, output: Path, mesh: dict[str, Any], world: int, blow: Blow | None) -> list[int]:
+        """Runs a job to its end or to the blow; returns the exit codes of its ranks, negative for signals."""
+        named = blow is not None and blow.point in POINTS
+        dooms = {blow.striker: {"point": blow.point, "arrival": blow.arrival, "victim": blow.victim}} if named else {}
+        processes, scratch = self.start(output, mesh, world, dooms)
+        killer = threading.Thread(target=self._kill_later, args=(scratch, processes, blow), daemon=True)
+        killer.start()
+        codes = dict.fromkeys(processes, 0)
+        for _ in processes:
+            process, code = self.wait()
+            codes[process] = code
+            if code and not (blow is not None and blow.alone):
+                self.kill_all()
+        killer.join()
+        return [codes[process] for process in processes]
 
     def kill_all(self) -> None:
         """Kills what still runs."""
@@ -118,16 +140,6 @@ class Nursery:
         """Ends the server."""
         self.kill_all()
         self._server.communicate()
-
-    def _collect(self, processes: list[int], blow: Blow | None) -> list[int]:
-        codes = dict.fromkeys(processes, 0)
-        for _ in processes:
-            process, status = self._ask(wait=-1)
-            self._alive.discard(process)
-            codes[process] = os.waitstatus_to_exitcode(status)
-            if codes[process] and not (blow is not None and blow.alone):
-                self.kill_all()
-        return [codes[process] for process in processes]
 
     def _kill_later(self, scratch: Path, processes: list[int], blow: Blow | None) -> None:
         if blow is None or blow.point in POINTS:
@@ -148,9 +160,3 @@ class Nursery:
         self._server.stdin.write(json.dumps(request) + "\n")
         self._server.stdin.flush()
         return json.loads(self._server.stdout.readline())
-
-
-def _free_port() -> int:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return int(probe.getsockname()[1])

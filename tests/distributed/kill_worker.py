@@ -18,7 +18,7 @@ import traceback
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, TextIO
 
 import torch
 
@@ -59,9 +59,12 @@ class Job:
         world: how many there are.
         port: where they meet.
         mesh: keys of `mesh`.
+        steps: to train.
         point: one of `POINTS` at which this rank strikes; None: nowhere.
         arrival: when it comes there for the so-manieth time.
         victim: rank that is struck.
+        hanging_step: step whose batch this rank never gets.
+        defect_step: step whose batch shows a defect on this rank.
     """
 
     output: str
@@ -70,9 +73,12 @@ class Job:
     world: int = 1
     port: int = 0
     mesh: dict[str, Any]
+    steps: int = 12
     point: str | None = None
     arrival: int = 1
     victim: int = 0
+    hanging_step: int | None = None
+    defect_step: int | None = None
 
 
 class Doom:
@@ -152,19 +158,19 @@ def work(job: Job) -> int:
         address = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(job.port), "WORLD_SIZE": str(job.world)}
         os.environ |= address | {"RANK": str(job.rank), "LOCAL_RANK": str(job.rank)}
     (Path(job.scratch) / f"pid_{job.rank}").write_text(str(os.getpid()))
-    doom = Doom(job)
-    config = toy_config(Path(job.output), mesh=job.mesh, steps=12, checkpoint_every=2)
+    doom, batches = Doom(job), {"hanging_step": job.hanging_step, "defect_step": job.defect_step}
+    config = toy_config(Path(job.output), mesh=job.mesh, steps=job.steps, checkpoint_every=2)
     control = JobControl()
     with joined_job(config.mesh.timeout_seconds, control):
         mesh = Mesh.create(config.mesh.layer, config.mesh.column)
-        trainer = toy_trainer(config, mesh, control=control)
+        trainer = toy_trainer(config, mesh, control=control, **batches)
         doom.watch()
         (Path(job.scratch) / f"trains_{job.rank}").touch()
         trainer.fit()
     return 0
 
 
-def serve() -> None:
+def serve(answers: TextIO) -> None:
     """Answers `{"fork": job}` with a process id and `{"wait": process id or -1}` with process id and wait status."""
     import deepspeed  # noqa: F401
     import toy_job  # noqa: F401
@@ -185,13 +191,12 @@ def serve() -> None:
                 sys.stderr.flush()
                 os._exit(status)
             answer = json.dumps(process)
-        sys.stdout.write(answer + "\n")
-        sys.stdout.flush()
+        answers.write(answer + "\n")
+        answers.flush()
 
 
 if __name__ == "__main__":
     # What libraries print goes to the log; answers have the pipe for themselves.
-    answers = os.dup(1)
+    own = os.fdopen(os.dup(1), "w")
     os.dup2(2, 1)
-    sys.stdout = os.fdopen(answers, "w")
-    serve()
+    serve(own)

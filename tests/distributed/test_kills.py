@@ -1,4 +1,4 @@
-"""Training that is killed at random moments and at each point of a checkpoint: it resumes, and ends with the same bits."""
+"""Training killed at random moments and at each point of a checkpoint: it resumes, and ends with the same bits."""
 
 from __future__ import annotations
 

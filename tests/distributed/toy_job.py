@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -73,6 +74,9 @@ class ToyBatches:
         data_size: ranks of the data axis.
         nan_steps: steps whose first token is NaN in the first layer this rank reads, on data rank 0.
         broken_step: step at which reading fails, on data rank 0.
+        hanging_step: step at which reading does not come to an end, on this rank.
+        defect_step: step at which reading shows a defect, on this rank.
+        stop: told to stop at this step.
     """
 
     def __init__(
@@ -83,16 +87,26 @@ class ToyBatches:
         data_size: int = 1,
         nan_steps: tuple[int, ...] = (),
         broken_step: int | None = None,
+        hanging_step: int | None = None,
+        defect_step: int | None = None,
+        stop: tuple[JobControl, int] | None = None,
     ) -> None:
         self.x_layers, self.y_layers = list(input_layers(config, share)), list(share.targets)
         self.data_rank, self.data_size = data_rank, data_size
         self.nan_steps, self.broken_step = nan_steps, broken_step
+        self.hanging_step, self.defect_step, self.stop = hanging_step, defect_step, stop
         self.step = 0
 
     def __iter__(self) -> Iterator[ActivationBatch]:
         while True:
             if self.step == self.broken_step and self.data_rank == 0:
                 raise StoreError("units/0003: file is truncated; capture it again")
+            if self.step == self.hanging_step:
+                time.sleep(3600)
+            if self.step == self.defect_step:
+                raise ZeroDivisionError("a defect")
+            if self.stop is not None and self.step == self.stop[1]:
+                self.stop[0].stop_requested = True
             x, y = global_batch(self.step)
             rows = x.shape[1] // self.data_size
             own = slice(self.data_rank * rows, (self.data_rank + 1) * rows)
