@@ -137,7 +137,8 @@ class Watch:
         """
         if isinstance(error, RuntimeError) and (line := self._missing()):
             leave(self._agree(line))
-        self._agree(f"rank {self._rank} ({Sign(beat=0, progress=0).process}) ended: {_short(error)}; see its log")
+        self._end = _short(error)
+        self._agree(f"rank {self._rank} ({Sign(beat=0, progress=0).process}) ended: {self._end}; see its log")
 
     def stop(self, end: str) -> None:
         """Ends the threads and notes how this rank left the job."""
@@ -153,11 +154,14 @@ class Watch:
 
     def _watch(self) -> None:
         while not self._over.wait(self._interval):
+            if self._end:
+                # On its own way out, maybe with a traceback to show.
+                continue
             if self._verdict:
                 leave(self._verdict)
             if self._control.progress != self._progress:
                 self._progress, self._since = self._control.progress, time.monotonic()
-            elif not self._end and self._stalled() and (line := self._missing()):
+            elif self._stalled() and (line := self._missing()):
                 leave(self._agree(line))
 
     def _stalled(self) -> bool:

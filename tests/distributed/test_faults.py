@@ -174,6 +174,7 @@ def test_full_disk_ends_the_job_in_one_line_and_keeps_the_last_checkpoint(
     same_bits(toy_trainer(toy_config(tmp_path / "whole"), alone).fit(), toy_trainer(toy_config(output), alone).fit())
 
 
+@pytest.mark.slow
 def test_sigterm_writes_a_checkpoint_and_the_job_goes_on_from_it(job: Path, tmp_path: Path) -> None:
     # Longer than the signal takes to arrive, and the only periodic checkpoint is the last.
     overrides = ["steps=200", "checkpoint_every=200"]
@@ -316,6 +317,7 @@ def _told(nursery: Nursery, seen: int) -> list[str]:
         pytest.param(signal.SIGSTOP, 1, marks=pytest.mark.slow),
     ],
 )
+@pytest.mark.slow
 def test_lost_rank_is_named_by_the_one_that_lives(how: int, victim: int, nursery: Nursery, tmp_path: Path) -> None:
     seen, mesh = len(nursery.log.read_text()), {"layer": 2, "timeout_seconds": 8}
     processes, scratch = nursery.start(tmp_path / "out", mesh, 2, {rank: {"steps": 100_000} for rank in range(2)})
@@ -334,6 +336,7 @@ def test_lost_rank_is_named_by_the_one_that_lives(how: int, victim: int, nursery
     assert ends[processes[victim]] == (-signal.SIGKILL if how == signal.SIGKILL else EXIT_LOST_RANK)
 
 
+@pytest.mark.slow
 def test_rank_that_hangs_is_named_by_all(nursery: Nursery, tmp_path: Path) -> None:
     seen, mesh = len(nursery.log.read_text()), {"layer": 1, "timeout_seconds": 8}
     processes, _ = nursery.start(tmp_path / "out", mesh, 2, {1: {"hanging_step": 3}})
@@ -347,6 +350,7 @@ def test_rank_that_hangs_is_named_by_all(nursery: Nursery, tmp_path: Path) -> No
     assert _last(tmp_path / "out").name == "step_00000002"
 
 
+@pytest.mark.slow
 def test_defect_of_one_rank_keeps_its_traceback_and_ends_the_others_with_its_name(
     nursery: Nursery, tmp_path: Path
 ) -> None:
