@@ -165,6 +165,9 @@ class Checkpoints:
             folder = latest_folder(self._config.output)
             if folder is not None:
                 progress = self._restore(folder)
+                if self._mesh.is_first:
+                    # A run killed after its last checkpoint was named has left this to do, and nobody else would.
+                    prune(self._config.output, STEP_PATTERN, self._config.keep_checkpoints)
         return progress
 
     def _write_layers(self, folder: Path) -> CheckpointError | None:
