@@ -79,6 +79,12 @@ class TokenFilter:
                 passes &= ~(store.norms(unit, group.name).numpy() > cap).any(axis=1)
         return None if passes.all() else passes
 
+    def counts(self, moments: Moments) -> Tensor:
+        """[c] int64: tokens of each class that pass but for the norm cap."""
+        passing = torch.zeros_like(moments.count)
+        passing[list(self.classes)] = moments.count[list(self.classes)]
+        return passing
+
     def __str__(self) -> str:
         classes = ",".join(TOKEN_CLASSES[number] for number in self.classes)
         return classes if self.norm_cap is None else f"{classes} norm_cap={self.norm_cap!r}"
@@ -86,6 +92,29 @@ class TokenFilter:
 
 #: Lets every token pass.
 ALL_TOKENS = TokenFilter()
+
+
+def token_counts(store: ActivationStore, where: TokenFilter) -> Tensor:
+    """Tokens that pass a filter, by class; reads recorded counts, or with a norm cap what is known about each token.
+
+    Args:
+        store: the store.
+        where: which tokens count.
+
+    Returns:
+        [c] int64, in the order of `TOKEN_CLASSES`.
+
+    Raises:
+        StoreError: a file is missing or damaged.
+    """
+    if where.norm_cap is None:
+        return where.counts(store.moments(store.spec.groups[0].name))
+    counts = torch.zeros(len(TOKEN_CLASSES), dtype=torch.int64)
+    for unit in store.units:
+        keep, modality = where.keep(store, unit.unit), store.modality(unit.unit)
+        passing = modality if keep is None else modality[torch.from_numpy(keep)]
+        counts += torch.bincount(passing.long(), minlength=len(TOKEN_CLASSES))
+    return counts
 
 
 def filtered_moments(store: ActivationStore, sites: Sequence[str], where: TokenFilter) -> Moments:

@@ -119,6 +119,10 @@ class CaptureRing:
         group = next(group for group in self._job.spec.groups if set(sites) <= set(group.sites))
         return self.moments()[group.name].select([group.sites.index(site) for site in sites]).stats(where.classes)
 
+    def token_counts(self, where: TokenFilter) -> torch.Tensor:
+        """[c] int64: tokens of the first generation that pass a filter without a norm cap, by class."""
+        return where.counts(self.moments()[self._job.spec.groups[0].name])
+
 
 @dataclass(frozen=True, kw_only=True)
 class _Place:

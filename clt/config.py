@@ -149,6 +149,26 @@ class OptimizerSettings:
 
 
 @dataclass(frozen=True, kw_only=True, config=STRICT)
+class TokenWeights:
+    """What a token counts in the loss, by modality; only ratios matter. Of weight 0 it is read, but does not train."""
+
+    text: float = Field(default=1.0, ge=0, allow_inf_nan=False)
+    """Of a text token."""
+    image: float = Field(default=1.0, ge=0, allow_inf_nan=False)
+    """Of a token that stands for a patch of an image."""
+    image_special: float = Field(default=1.0, ge=0, allow_inf_nan=False)
+    """Of a token around or between images' patches."""
+    bos: float = Field(default=1.0, ge=0, allow_inf_nan=False)
+    """Of a beginning-of-sequence token."""
+
+    @model_validator(mode="after")
+    def _some_token_counts(self) -> TokenWeights:
+        if not any((self.text, self.image, self.image_special, self.bos)):
+            raise ValueError("all weights are 0: nothing would train; give one of them a weight")
+        return self
+
+
+@dataclass(frozen=True, kw_only=True, config=STRICT)
 class DataSettings:
     """How a store is read for training."""
 
@@ -160,6 +180,8 @@ class DataSettings:
     """Kinds of tokens to train on; absent: all. `clt.drop_bos` leaves out the last kind in any case."""
     norm_cap: float | None = Field(default=None, gt=0)
     """Leaves out tokens whose norm at any site exceeds so many times the site's mean; absent: none."""
+    token_weights: TokenWeights = TokenWeights()
+    """What tokens count in the loss, so that 576 image tokens need not drown 30 text tokens."""
 
 
 @dataclass(frozen=True, kw_only=True, config=STRICT)

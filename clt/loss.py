@@ -1,7 +1,8 @@
 """The training loss, in standardised units: squared error of every target plus what keeps features alive.
 
 The squared error is divided by the store's variance, a constant (1 in standardised units), not by the batch's: so it is
-a plain mean over tokens and the same on any number of ranks.
+a plain mean over tokens and the same on any number of ranks. Weights of tokens are divided by their mean over the
+store, a constant too, not by the batch's.
 
 Dead features get two terms. AuxK (Gao et al. 2024, "Scaling and evaluating sparse autoencoders", section A.2), carried
 over to cross-layer decoders: the dead features of all layers reconstruct what the live ones miss in every target. That
@@ -13,16 +14,17 @@ optimization techniques", restricted to the slots where the feature fits best).
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
-from clt.config import AuxKSettings
+from clt.config import AuxKSettings, TokenWeights
+from clt.errors import ConfigError
 from clt.kernels import ops
 from clt.model import CrossLayerTranscoder
-from clt.records import SparseCodes
+from clt.records import Modality, SparseCodes
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -31,7 +33,8 @@ class LossTerms:
 
     Attributes:
         total: scalar to differentiate: this rank's share of the loss; the sum over the model group is the loss.
-        error_M: [M_own] mean squared error per target over tokens and channels, of the columns owned here, detached.
+        error_M: [M_own] mean squared error per target over weighted tokens and channels, of the columns owned here,
+            detached.
         auxk: scalar auxiliary error before its coefficient, detached.
         revival: scalar revival term before its weight, detached; negative.
     """
@@ -40,6 +43,31 @@ class LossTerms:
     error_M: Tensor
     auxk: Tensor
     revival: Tensor
+
+
+def modality_weights(settings: TokenWeights, counts: Sequence[int]) -> Tensor | None:
+    """What a token of each modality counts in the loss: its weight over the mean weight of all tokens that train.
+
+    Args:
+        settings: the weights.
+        counts: tokens that train by modality, in the order of `Modality`; those beyond have none.
+
+    Returns:
+        [G] float64, mean 1 over the tokens; None if all modalities weigh the same.
+
+    Raises:
+        ConfigError: no token that trains has a weight.
+    """
+    weights = (settings.text, settings.image, settings.image_special, settings.bos)
+    if len(set(weights)) == 1:
+        return None
+    sums = [weight * count for weight, count in zip(weights, counts, strict=True)]
+    if sum(sums) == 0:
+        some = " and ".join(Modality(number).name.lower() for number, count in enumerate(counts) if count)
+        raise ConfigError(
+            f"data.token_weights: the tokens that pass the filter ({some or 'none'}) have weight 0; give them a weight"
+        )
+    return torch.tensor(weights, dtype=torch.float64) * sum(counts) / sum(sums)
 
 
 def encode_dead(clt: CrossLayerTranscoder, x_LBD: Tensor, dead_LF: Tensor, k: int) -> Iterator[tuple[Tensor, Tensor]]:
@@ -68,6 +96,7 @@ def auxk_error(
     indices_SBK: Tensor,
     missed_BD: Tensor,
     csr: ops.FeatureCSR | None = None,
+    weights_B: Tensor | None = None,
 ) -> Tensor:
     """Squared error of the dead features' reconstruction of what the live features miss in one target.
 
@@ -78,26 +107,30 @@ def auxk_error(
         indices_SBK: [S,B,K] int32 feature numbers.
         missed_BD: [B,D_own] standardised y - yhat of the same tokens; treated as a constant.
         csr: grouping of these S layers, which the backward pass else builds itself.
+        weights_B: [B] weight of each token; None for 1/B.
 
     Returns:
-        Mean over tokens and all D channels as far as columns are owned here.
+        Weighted sum over tokens of the mean over all D channels as far as columns are owned here.
     """
     zero_D = torch.zeros_like(missed_BD[0])
-    error, _ = ops.decode_loss(values_SBK, indices_SBK, clt.W_dec[str(layer)], zero_D, missed_BD, csr=csr)
+    error, _ = ops.decode_loss(values_SBK, indices_SBK, clt.W_dec[str(layer)], zero_D, missed_BD, weights_B, csr=csr)
     return clt.column_part(error)
 
 
-def revival(codes: SparseCodes, n_sources: int) -> Tensor:
+def revival(codes: SparseCodes, n_sources: int, weights_B: Tensor | None = None) -> Tensor:
     """Negative mean activation of the dead features that AuxK selected: falls as they rise.
 
     Args:
         codes: dead features' codes of the sources owned here, [L_own,B,K].
         n_sources: source layers of the whole transcoder, L.
+        weights_B: [B] weight of each token; None for 1/B.
 
     Returns:
         Scalar; summed over the model group it is the mean over all layers, tokens and slots.
     """
-    return -codes.values.mean(dim=(1, 2)).sum() / n_sources
+    if weights_B is None:
+        return -codes.values.mean(dim=(1, 2)).sum() / n_sources
+    return -(codes.values.mean(dim=2) @ weights_B.to(codes.values.dtype)).sum() / n_sources
 
 
 def combine(

@@ -1,7 +1,8 @@
 """What training reports: averages over the steps since the last report, to TensorBoard and to `metrics.jsonl`.
 
-`fvu` of a target is its squared error over the store's variance, averaged over the tokens of the window: the loss
-itself, not the held-out measure of `clt.evaluate`. `l0` counts active features per token and source layer.
+`fvu` of a target is its squared error over the store's variance, averaged over the tokens of the window with the
+weights of `data.token_weights`: the loss itself, not the held-out measure of `clt.evaluate`, which knows no weights.
+`l0` counts active features per token and source layer.
 `dead_fraction` is the share of features that have not fired in the training window of `auxk.dead_after_tokens`.
 The only module that imports tensorboard.
 """

@@ -251,6 +251,7 @@ class CrossLayerTranscoder(nn.Module):
         y_BD: Tensor,
         x_BD: Tensor | None = None,
         csr: ops.FeatureCSR | None = None,
+        weights_B: Tensor | None = None,
     ) -> tuple[Tensor, Tensor]:
         """Squared error of one target layer, without storing its reconstruction.
 
@@ -261,10 +262,11 @@ class CrossLayerTranscoder(nn.Module):
             y_BD: [B,D_own] standardised MLP output, the columns owned here.
             x_BD: [B,D] standardised encoder input of this layer; needed when the config has a skip connection.
             csr: grouping of these S layers, which the backward pass else builds itself.
+            weights_B: [B] weight of each token; None for 1/B.
 
         Returns:
-            error [], mean over tokens and all D channels of the squared residual as far as columns are owned here, and
-            the residual [B,D_own], reconstruction - y, detached.
+            error [], weighted sum over tokens of the mean over all D channels of the squared residual as far as columns
+            are owned here, and the residual [B,D_own], reconstruction - y, detached.
         """
         name = str(layer)
         skip_BD = None
@@ -272,7 +274,7 @@ class CrossLayerTranscoder(nn.Module):
             assert x_BD is not None, "a transcoder with skip connection decodes from its input too"
             skip_BD = x_BD @ self.W_skip[name].T
         error, residual_BD = ops.decode_loss(
-            values_SBK, indices_SBK, self.W_dec[name], self.b_dec[name], y_BD, skip_BD=skip_BD, csr=csr
+            values_SBK, indices_SBK, self.W_dec[name], self.b_dec[name], y_BD, weights_B, skip_BD, csr
         )
         return self.column_part(error), residual_BD
 

@@ -8,6 +8,7 @@ from torch import Tensor, nn
 from clt.config import AuxKSettings
 from clt.dead_features import fired_features
 from clt.exchange import CodeExchange, CodeFlight
+from clt.kernels.dtypes import accumulator
 from clt.loss import auxk_error, combine, encode_dead, revival
 from clt.metrics import Observations
 from clt.model import CrossLayerTranscoder, target_layers
@@ -39,7 +40,13 @@ class Objective(nn.Module):
         )
 
     def forward(
-        self, x_raw: Tensor, y_raw: Tensor, k: int, dead_LF: Tensor | None, penalty_weight: float = 0.0
+        self,
+        x_raw: Tensor,
+        y_raw: Tensor,
+        k: int,
+        dead_LF: Tensor | None,
+        penalty_weight: float = 0.0,
+        weights_B: Tensor | None = None,
     ) -> tuple[Tensor, Observations]:
         """Loss of one batch.
 
@@ -50,6 +57,7 @@ class Objective(nn.Module):
             dead_LF: [L_own,F] bool, features that take the auxiliary loss, or None for no such loss; None on all ranks
                 or on none.
             penalty_weight: of the sparsity penalty, for kinds that have one.
+            weights_B: [B] weight of each token in all terms of the loss, over B; None for 1/B.
 
         Returns:
             This rank's share of the loss, and what was seen.
@@ -63,17 +71,22 @@ class Objective(nn.Module):
         codes = self._send(x_LBD, k)
         # Every n-th token of each rank: the share is exact and no random state has to be kept.
         tokens = slice(None, None, round(1 / self._settings.token_fraction))
+        if weights_B is not None:
+            weights_B = weights_B.to(accumulator(x.dtype))
         # Sent before anything is decoded: these codes are under way meanwhile, as are their gradients on the way back.
         dead_codes = None if dead_LF is None else self._send_dead(x_LBD[:, tokens], dead_LF)
-        error_M, residuals = self._decode(codes, y_MBD, x_MBD)
+        error_M, residuals = self._decode(codes, y_MBD, x_MBD, weights_B)
         auxk_M = lift = None
         if dead_codes is not None:
-            auxk_M = self._decode_dead(dead_codes, [-residual_BD[tokens] for residual_BD in residuals])
-            lift = revival(dead_codes.own, clt.n_sources)
+            some_B = None if weights_B is None else _of_some(weights_B, tokens)
+            auxk_M = self._decode_dead(dead_codes, [-residual_BD[tokens] for residual_BD in residuals], some_B)
+            lift = revival(dead_codes.own, clt.n_sources, some_B)
         terms = combine(error_M, auxk_M, lift, self._settings, self._n_targets)
         total = terms.total
         if clt.config.sparsity.has_penalty:
-            total = total + sparsity_loss(clt, codes.own, penalty_weight, Peers(mesh=self._exchange.mesh))[0]
+            peers = Peers(mesh=self._exchange.mesh)
+            weights = None if weights_B is None else weights_B.to(x.dtype)
+            total = total + sparsity_loss(clt, codes.own, penalty_weight, peers, weights)[0]
         return total, Observations(
             error_M=terms.error_M,
             auxk=terms.auxk,
@@ -98,7 +111,9 @@ class Objective(nn.Module):
         pairs = encode_dead(self.transcoder, x_LBD, dead_LF, k)
         return self._exchange.send(pairs, (x_LBD.shape[1], k), config.n_features, x_LBD)
 
-    def _decode(self, codes: CodeFlight, y_MBD: Tensor, x_MBD: Tensor | None) -> tuple[Tensor, list[Tensor]]:
+    def _decode(
+        self, codes: CodeFlight, y_MBD: Tensor, x_MBD: Tensor | None, weights_B: Tensor | None
+    ) -> tuple[Tensor, list[Tensor]]:
         """Errors [M_own] and residuals [B,D_own] of the own targets."""
         clt = self.transcoder
         found = {}
@@ -106,20 +121,26 @@ class Objective(nn.Module):
             layer = clt.share.targets[row]
             values_SBK, indices_SBK, csr = codes.take(clt.source_rows(layer))
             x_BD = None if x_MBD is None else x_MBD[row]
-            found[row] = clt.decode_loss_layer(layer, values_SBK, indices_SBK, y_MBD[row], x_BD, csr)
+            found[row] = clt.decode_loss_layer(layer, values_SBK, indices_SBK, y_MBD[row], x_BD, csr, weights_B)
         codes.land()
         return torch.stack([found[row][0] for row in sorted(found)]), [found[row][1] for row in sorted(found)]
 
-    def _decode_dead(self, codes: CodeFlight, missed: list[Tensor]) -> Tensor:
+    def _decode_dead(self, codes: CodeFlight, missed: list[Tensor], weights_B: Tensor | None) -> Tensor:
         """Auxiliary errors [M_own] of the own targets."""
         clt = self.transcoder
         found = {}
         for row in self._order:
             layer = clt.share.targets[row]
             values_SBK, indices_SBK, csr = codes.take(clt.source_rows(layer))
-            found[row] = auxk_error(clt, layer, values_SBK, indices_SBK, missed[row], csr)
+            found[row] = auxk_error(clt, layer, values_SBK, indices_SBK, missed[row], csr, weights_B)
         codes.land()
         return torch.stack([found[row] for row in sorted(found)])
 
     def _rows(self, x: Tensor, layers: tuple[int, ...]) -> Tensor:
         return x if layers == self._x_layers else x[[self._x_layers.index(layer) for layer in layers]]
+
+
+def _of_some(weights_B: Tensor, tokens: slice) -> Tensor:
+    """Weights, over their number, of every n-th token."""
+    some_B = weights_B[tokens]
+    return some_B * (len(weights_B) / len(some_B))

@@ -70,6 +70,7 @@ class Trainer:
         mesh: the processes.
         progress_bar: whether the first rank shows one; by default when standard error is a terminal.
         evaluators: what `evaluation.every` runs, on all ranks.
+        weights_G: [G] weight of a token of each modality in the loss, mean 1 (`clt.loss.modality_weights`); absent: 1.
         control: asks for an early end, and hears of progress.
 
     Raises:
@@ -85,6 +86,7 @@ class Trainer:
         progress_bar: bool | None = None,
         evaluators: Sequence[Evaluator] = (),
         control: JobControl | None = None,
+        weights_G: Tensor | None = None,
     ) -> None:
         check_job(config, mesh.data_size)
         device = local_device()
@@ -93,6 +95,7 @@ class Trainer:
         self._batches = batches
         self._evaluators = evaluators
         self._control = control or JobControl()
+        self._weights_G = None if weights_G is None else weights_G.to(device)
         self.transcoder = transcoder.to(device)
         _choose_kernels(config, transcoder)
         exchange = CodeExchange(mesh, deal_layers(transcoder.config, mesh.layer_size, mesh.column_size))
@@ -153,7 +156,8 @@ class Trainer:
         device = self._tracker.silent_LF.device
         k = active_features(done.step, self.transcoder.config.k, settings)
         penalty = penalty_weight(done.step, self.transcoder.config.sparsity)
-        loss, seen = self._engine(batch.x.to(device), batch.y.to(device), k, self._dead_features(), penalty)
+        weights_B = self._token_weights(batch)
+        loss, seen = self._engine(batch.x.to(device), batch.y.to(device), k, self._dead_features(), penalty, weights_B)
         self._engine.backward(loss)
         check = self._engine.check(loss, self._control.stop_requested)
         tokens = batch.y.shape[1] * self._mesh.data_size
@@ -187,6 +191,12 @@ class Trainer:
         if auxk.coefficient == 0 or self._progress.tokens < auxk.dead_after_tokens:
             return None
         return self._tracker.dead(auxk.dead_after_tokens)
+
+    def _token_weights(self, batch: ActivationBatch) -> Tensor | None:
+        """[B] weight of each token in the mean over this rank's tokens, or None where all are the same."""
+        if self._weights_G is None:
+            return None
+        return self._weights_G[batch.tokens.modality.to(self._weights_G.device).long()] / batch.y.shape[1]
 
     def _end_if_hopeless(self) -> None:
         done = self._progress

@@ -4,8 +4,11 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 
-from clt.capture.filters import TokenFilter
+from torch import Tensor
+
+from clt.capture.filters import TokenFilter, token_counts
 from clt.capture.loader import ActivationLoader
 from clt.capture.run import CaptureConfig, plan_capture
 from clt.capture.store import open_store
@@ -27,12 +30,14 @@ class Activations:
         model: whose they are.
         id: hash of what they are, for checkpoints.
         stats: moments of sites over the tokens that pass a filter.
+        token_counts: [c] tokens that pass a filter, by modality.
         batches: makes the batches of a rank from (x sites, y sites, filter, data rank, data ranks).
     """
 
     model: ModelIdentity
     id: str
     stats: Callable[[Sequence[str], TokenFilter], SiteStats]
+    token_counts: Callable[[TokenFilter], Tensor]
     batches: Callable[[Sequence[str], Sequence[str], TokenFilter, int, int], BatchSource]
 
 
@@ -69,7 +74,8 @@ def open_activations(config: TrainConfig) -> Activations:
             device=local_device(),
         )
 
-    return Activations(model=store.model, id=store.id, stats=store.stats, batches=batches)
+    counts = partial(token_counts, store)
+    return Activations(model=store.model, id=store.id, stats=store.stats, token_counts=counts, batches=batches)
 
 
 def _from_model(settings: StreamingSettings, data: DataSettings, seed: int) -> Activations:
@@ -96,4 +102,10 @@ def _from_model(settings: StreamingSettings, data: DataSettings, seed: int) -> A
             removes=job_rank() == 0,
         )
 
-    return Activations(model=job.spec.model, id=f"streamed:{ring.digest}", stats=ring.stats, batches=batches)
+    return Activations(
+        model=job.spec.model,
+        id=f"streamed:{ring.digest}",
+        stats=ring.stats,
+        token_counts=ring.token_counts,
+        batches=batches,
+    )

@@ -20,6 +20,7 @@ from clt.faults import JobControl, stop_on_signals
 from clt.launch.activations import open_activations
 from clt.launch.evaluators import make_evaluators, open_heldout
 from clt.launch.script import run_script
+from clt.loss import modality_weights
 from clt.model import CrossLayerTranscoder, Provenance
 from clt.parallel import Mesh, deal_layers, input_layers
 from clt.scaling import Scaling
@@ -51,6 +52,7 @@ def train(config: TrainConfig, progress_bar: bool | None = None, control: JobCon
         modalities=config.data.modalities, drop_bos=architecture.drop_bos, norm_cap=config.data.norm_cap
     )
     scaling = Scaling.from_stats(activations.stats(x_sites, where), activations.stats(y_sites, where))
+    weights_G = modality_weights(config.data.token_weights, activations.token_counts(where).tolist())
     control = control or JobControl()
     with joined_job(config.mesh.timeout_seconds, control):
         mesh = Mesh.create(config.mesh.layer, config.mesh.column)
@@ -66,7 +68,7 @@ def train(config: TrainConfig, progress_bar: bool | None = None, control: JobCon
             architecture, scaling, share, config.seed, Provenance(model=model, store_id=activations.id)
         )
         evaluators = make_evaluators(config, activations, heldout, architecture, share, mesh)
-        return Trainer(config, transcoder, batches, mesh, progress_bar, evaluators, control).fit()
+        return Trainer(config, transcoder, batches, mesh, progress_bar, evaluators, control, weights_G).fit()
 
 
 def train_until_stopped(config: TrainConfig) -> Path:

@@ -11,7 +11,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from clt.capture.filters import TokenFilter
+from clt.capture.filters import TokenFilter, token_counts
 from clt.capture.order import unit_permutation
 from clt.capture.schema import TOKEN_CLASSES, SiteGroup, StoreSpec
 from clt.capture.store import ActivationStore, open_committed, open_store
@@ -186,13 +186,16 @@ def test_stats_are_the_moments_of_the_stored_values_by_class(tmp_path: Path, sto
 def test_stats_follow_a_filter(tmp_path: Path, where: TokenFilter | None) -> None:
     store = mixed_store(tmp_path / "store")
     sites = ["lm.1.mlp_out", "lm.0.resid_mid"]
-    rows, _ = all_rows(store, sites)
+    rows, modality = all_rows(store, sites)
     if where is not None:
         keep = [(where.keep(store, unit.unit), unit.n_tokens) for unit in store.units]
-        rows = rows[torch.from_numpy(np.concatenate([np.ones(n, bool) if k is None else k for k, n in keep]))]
+        passing = torch.from_numpy(np.concatenate([np.ones(n, bool) if k is None else k for k, n in keep]))
+        rows, modality = rows[passing], modality[passing]
         assert 0 < len(rows) < sum(LENGTHS)
     stats = store.stats(sites, where)
     assert stats.count == len(rows)
+    expected = [int((modality == number).sum()) for number in range(4)]
+    assert token_counts(store, where or TokenFilter()).tolist() == expected and sum(expected) == stats.count
     assert stats.mean.dtype == stats.rms.dtype == torch.float64
     # float64 rounding of two different orders of summation
     torch.testing.assert_close(stats.mean, rows.mean(0), atol=1e-13, rtol=1e-13)

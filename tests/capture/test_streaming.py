@@ -157,6 +157,8 @@ def test_statistics_are_those_of_the_first_generation_and_stay(job: CaptureJob, 
     store = ring.open(first)
     rows = torch.cat([store.read(u, 0, store.n_tokens(u), X)[store.modality(u) != 3] for u in first]).double()
     assert stats.count == len(rows)
+    modality = torch.cat([store.modality(unit) for unit in first])
+    assert ring.token_counts(where).tolist() == [int((modality == number).sum()) for number in range(3)] + [0]
     torch.testing.assert_close(stats.mean, rows.mean(0), atol=1e-12, rtol=1e-12)  # float64, two orders of summation
     ring.remove(first)
     assert torch.equal(make_ring(job, tmp_path / "ring").stats(X, where).mean, stats.mean)

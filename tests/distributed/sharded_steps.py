@@ -56,9 +56,17 @@ def batch_of(config: CLTConfig, share: LayerShare, mesh: Mesh, step: int, tokens
     return x[list(input_layers(config, share)), own], (x.cumsum(0).relu() + y)[list(share.targets), own]
 
 
-def backward(objective: Objective, x: Tensor, y: Tensor, dead_LF: Tensor, mesh: Mesh) -> Tensor:
+def weights_of(mesh: Mesh, step: int, tokens: int) -> Tensor:
+    """Weights of one rank's tokens in the loss, of mean 1/B over all of them; some are 0."""
+    drawn = torch.rand(tokens, generator=torch.Generator().manual_seed(2000 + step)).sub(0.2).relu().double()
+    return (drawn / drawn.mean()).chunk(mesh.data_size)[mesh.data_rank] * mesh.data_size / tokens
+
+
+def backward(
+    objective: Objective, x: Tensor, y: Tensor, dead_LF: Tensor, mesh: Mesh, weights_B: Tensor | None = None
+) -> Tensor:
     """The loss over all ranks; gradients are averaged over the data axis."""
-    loss, _ = objective(x, y, objective.transcoder.config.k, dead_LF)
+    loss, _ = objective(x, y, objective.transcoder.config.k, dead_LF, 0.0, weights_B)
     loss.backward()
     gradients = [p.grad for p in objective.parameters() if p.grad is not None]
     mean = mesh.all_reduce(torch.cat([g.flatten() for g in gradients]), "data") / mesh.data_size
@@ -90,14 +98,14 @@ def one_step(config: CLTConfig, mesh: Mesh, tokens: int) -> dict[str, Tensor]:
 
 
 def fifty_steps(config: CLTConfig, mesh: Mesh, tokens: int) -> dict[str, Tensor]:
-    """Loss and weights after 50 float64 steps of plain Adam."""
+    """Loss and weights after 50 float64 steps of plain Adam on tokens of different weight."""
     objective, dead_LF = make_objective(config, mesh, torch.float64)
     clt = objective.transcoder
     optimizer = torch.optim.Adam(objective.parameters(), lr=1e-3)
     for step in range(50):
         optimizer.zero_grad()
         x, y = (part.double() for part in batch_of(config, clt.share, mesh, step, tokens))
-        loss = backward(objective, x, y, dead_LF, mesh)
+        loss = backward(objective, x, y, dead_LF, mesh, weights_of(mesh, step, tokens))
         optimizer.step()
     results = {"loss": loss}
     for layer in sorted({*clt.share.sources, *clt.share.targets}):

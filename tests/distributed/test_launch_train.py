@@ -98,6 +98,7 @@ def test_error_is_one_line_of_the_first_rank_and_exit_code_2(job: Path) -> None:
         (["clt.k=65"], "k=65 exceeds n_features=64"),
         (["data.batch_tokens=5000"], "5000"),
         (["clt.read_site=resid_post"], "resid_post"),
+        (["data.token_weights.image=0"], "data.token_weights: the tokens that pass the filter (image) have weight 0"),
     ],
 )
 def test_bad_input_is_one_line_and_exit_code_2(

@@ -115,7 +115,8 @@ class ToyBatches:
                 x[0, 0, 0] = torch.nan
             self.step += 1
             zeros = torch.zeros(rows, dtype=torch.int64)
-            yield ActivationBatch(x=x, y=y, tokens=_no_tokens(zeros))
+            # Text and image tokens take turns, over all ranks.
+            yield ActivationBatch(x=x, y=y, tokens=_tokens(zeros, torch.arange(own.start, own.stop) % 2))
 
     def state_dict(self) -> dict[str, Any]:
         """The next step."""
@@ -127,7 +128,12 @@ class ToyBatches:
 
 
 def toy_trainer(
-    config: TrainConfig, mesh: Mesh, store_id: str = "toy-store", control: JobControl | None = None, **batches: Any
+    config: TrainConfig,
+    mesh: Mesh,
+    store_id: str = "toy-store",
+    control: JobControl | None = None,
+    weights_G: Tensor | None = None,
+    **batches: Any,
 ) -> Trainer:
     """A trainer of this rank; extra arguments go to `ToyBatches`."""
     clt = architecture(config)
@@ -136,15 +142,15 @@ def toy_trainer(
         clt, toy_scaling(), share, config.seed, Provenance(model=MODEL, store_id=store_id)
     )
     source = ToyBatches(clt, share, mesh.data_rank, mesh.data_size, **batches)
-    return Trainer(config, transcoder, source, mesh, progress_bar=False, control=control)
+    return Trainer(config, transcoder, source, mesh, progress_bar=False, control=control, weights_G=weights_G)
 
 
-def _no_tokens(zeros: Tensor) -> TokenTable:
+def _tokens(zeros: Tensor, modality: Tensor) -> TokenTable:
     return TokenTable(
         sample=zeros,
         position=zeros,
         token_id=zeros,
-        modality=zeros,
+        modality=modality,
         patch_row=zeros,
         patch_col=zeros,
         image=zeros,
