@@ -5,7 +5,8 @@ OUTPUT/step_00000500/
     layer_00.safetensors ...        weights; with the next two, what `CrossLayerTranscoder.from_pretrained` reads
     scaling.safetensors
     transcoder.json
-    optimizer_00.safetensors ...    Adam's moments of the same tensors, and tokens since each feature fired
+    optimizer_00.safetensors ...    Adam's state of the same tensors, and tokens since each feature fired
+    average_00.safetensors ...      running mean of the weights, with optimizer.ema_decay; for `from_pretrained` too
     progress.json                   steps, tokens, place in the store
     config.yaml                     the resolved `TrainConfig`
     manifest.json                   size and CRC-32C of every other file; written last
@@ -27,10 +28,10 @@ from typing import Any
 import yaml
 from torch import Tensor
 
+from clt.averaging import WeightAverage
 from clt.columns import join_columns, own_columns
 from clt.config import TrainConfig, config_to_tree, config_to_yaml
 from clt.dead_features import FiringTracker
-from clt.engine import MOMENTS, Engine
 from clt.errors import CheckpointError
 from clt.manifest import (
     Checksums,
@@ -47,9 +48,11 @@ from clt.manifest import (
 )
 from clt.model import CrossLayerTranscoder
 from clt.parallel import Mesh, deal_layers, layers_of_rank
+from clt.step import Engine
 from clt.weights import (
     CARD_FILE,
     SCALING_FILE,
+    average_file,
     card,
     layer_buffers,
     layer_file,
@@ -97,16 +100,24 @@ class Checkpoints:
         engine: holds its optimizer.
         tracker: tokens since each feature of the own sources fired.
         mesh: the processes.
+        average: running mean of the weights, if one is kept.
     """
 
     def __init__(
-        self, config: TrainConfig, transcoder: CrossLayerTranscoder, engine: Engine, tracker: FiringTracker, mesh: Mesh
+        self,
+        config: TrainConfig,
+        transcoder: CrossLayerTranscoder,
+        engine: Engine,
+        tracker: FiringTracker,
+        mesh: Mesh,
+        average: WeightAverage | None = None,
     ) -> None:
         self._config = config
         self._transcoder = transcoder
         self._engine = engine
         self._tracker = tracker
         self._mesh = mesh
+        self._average = average
         self._layers = layers_of_rank(deal_layers(transcoder.config, mesh.layer_size, mesh.column_size), mesh)
 
     def save(self, progress: Progress) -> Path:
@@ -175,25 +186,28 @@ class Checkpoints:
         failure = None
         checksums: Checksums = {}
         for row, layer in enumerate(self._layers):
-            parameters = layer_tensors(self._transcoder, layer)
-            moments = {key: self._engine.moments(parameter) for key, parameter in parameters.items()}
-            if self._mesh.data_rank != 0:
-                continue
-            optimizer = join_columns(
-                {f"{kind}.{key}": moments[key][kind] for key in parameters for kind in MOMENTS} | self._firing(layer),
-                self._mesh,
-            )
-            weights = join_columns(parameters | layer_buffers(self._transcoder, layer), self._mesh)
-            if weights is None or optimizer is None or failure is not None:
-                continue
-            try:
-                save_tensors(folder / layer_file(layer), weights, checksums)
-                save_tensors(folder / optimizer_file(layer), optimizer, checksums)
-                if row == len(self._layers) - 1:
-                    write_text(folder / f"files_{self._mesh.layer_rank}.json", json.dumps(checksums), {})
-            except CheckpointError as error:
-                failure = error
+            for name, tensors in self._files_of(layer):
+                whole = join_columns(tensors, self._mesh) if self._mesh.data_rank == 0 else None
+                if whole is None or failure is not None:
+                    continue
+                try:
+                    save_tensors(folder / name, whole, checksums)
+                    if name == optimizer_file(layer) and row == len(self._layers) - 1:
+                        write_text(folder / f"files_{self._mesh.layer_rank}.json", json.dumps(checksums), {})
+                except CheckpointError as error:
+                    failure = error
         return failure
+
+    def _files_of(self, layer: int) -> Iterator[tuple[str, dict[str, Tensor]]]:
+        """Names and tensors of a layer's files, one after the other: as far as they are owned here."""
+        parameters = layer_tensors(self._transcoder, layer)
+        buffers = layer_buffers(self._transcoder, layer)
+        yield layer_file(layer), {key: self._engine.weights(p) for key, p in parameters.items()} | buffers
+        if self._average is not None:
+            yield average_file(layer), {key: self._average.of(p) for key, p in parameters.items()} | buffers
+        states = {key: self._engine.optimizer_state(p) for key, p in parameters.items()}
+        named = {f"{kind}.{key}": tensor for key, state in states.items() for kind, tensor in state.items()}
+        yield optimizer_file(layer), named | self._firing(layer)
 
     def _write_job(self, folder: Path, progress: Progress) -> None:
         checksums: Checksums = {}
@@ -210,6 +224,7 @@ class Checkpoints:
     def _restore(self, folder: Path) -> Progress:
         manifest = read_manifest(folder)
         own = [name for layer in self._layers for name in (layer_file(layer), optimizer_file(layer))]
+        own += [average_file(layer) for layer in self._layers if self._average is not None]
         for name in (CONFIG_FILE, CARD_FILE, PROGRESS_FILE, *own):
             verify_file(folder, name, manifest)
         self._check_same_job(folder)
@@ -221,12 +236,20 @@ class Checkpoints:
 
     def _restore_layer(self, folder: Path, layer: int) -> None:
         parameters, columns = layer_tensors(self._transcoder, layer), self._transcoder.share.columns
-        values = {key: parameter.detach().clone() for key, parameter in parameters.items()}
+        values = {key: self._engine.weights(parameter).clone() for key, parameter in parameters.items()}
         read_into(values | layer_buffers(self._transcoder, layer), folder / layer_file(layer), columns)
         state = read_tensors(folder / optimizer_file(layer))
         for key, parameter in parameters.items():
-            moments = {kind: own_columns(key, state[f"{kind}.{key}"], columns) for kind in MOMENTS}
-            self._engine.restore(parameter, values[key], moments)
+            names = {name.removesuffix(f".{key}"): name for name in state if name.endswith(f".{key}")}
+            own = {kind: own_columns(name, state[name], columns) for kind, name in names.items()}
+            try:
+                self._engine.restore(parameter, values[key], own)
+            except KeyError as error:
+                missing = f"{error.args[0]}.{key}"
+                raise CheckpointError(f"{folder / optimizer_file(layer)}: key '{missing}' is missing") from None
+        if self._average is not None:
+            means = {key: self._average.of(parameter) for key, parameter in parameters.items()}
+            read_into(means, folder / average_file(layer), columns)
         for key, silent_F in self._firing(layer).items():
             silent_F.copy_(state[key])
 

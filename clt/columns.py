@@ -15,6 +15,10 @@ from clt.parallel import Mesh
 #: Dimension along which each tensor of a target is split; the others belong to one rank as a whole.
 COLUMN_DIMS = {"W_dec": -1, "b_dec": 0, "W_skip": 0}
 
+#: Prefix of tensors with one number for each row of a weight: the step at which an optimizer moved it last.
+LAST_STEP = "last_step"
+_ROW_DIMS = {"W_skip": 0}
+
 _HEADER_BYTES = 4096
 
 
@@ -29,7 +33,7 @@ def own_columns(key: str, whole: Tensor, columns: range | None) -> Tensor:
     Returns:
         A view; narrower where `whole` has too few channels.
     """
-    dim = COLUMN_DIMS.get(_name(key))
+    dim = _split_dim(key)
     if columns is None or dim is None:
         return whole
     own = slice(columns.start, columns.stop)
@@ -56,13 +60,14 @@ def join_columns(own: Mapping[str, Tensor], mesh: Mesh) -> dict[str, Tensor] | N
     joined = {}
     for key in dict.fromkeys(key for part in parts for key in part):
         tensors = [part[key] for part in parts if key in part]
-        dim = COLUMN_DIMS.get(_name(key))
+        dim = _split_dim(key)
         joined[key] = tensors[0] if dim is None else torch.cat(tensors, dim)
     return joined
 
 
-def _name(key: str) -> str:
-    return key.rpartition(".")[2]
+def _split_dim(key: str) -> int | None:
+    prefix, _, name = key.rpartition(".")
+    return (_ROW_DIMS if prefix == LAST_STEP else COLUMN_DIMS).get(name)
 
 
 def _send(tensors: Mapping[str, Tensor], mesh: Mesh) -> None:

@@ -128,8 +128,17 @@ class AuxKSettings:
 
 @dataclass(frozen=True, kw_only=True, config=STRICT)
 class OptimizerSettings:
-    """Adam and the schedules of its learning rate and of k."""
+    """Adam, the types that weights and moments are kept in, and the schedules of its learning rate and of k."""
 
+    kind: Literal["adam", "row_adam"] = "adam"
+    """adam: DeepSpeed's, on any mesh; row_adam: inside the backward pass, on the rows of features that fired, without
+    stored gradients (`clt.row_engine`), where the data axis is 1 and gradient_clip is 0."""
+    weights: Literal["float32", "bfloat16", "bfloat16_master"] = "float32"
+    """bfloat16: rounded stochastically, row_adam only; bfloat16_master: beside float32 copies, adam only."""
+    moments: Literal["float32", "bfloat16", "int8"] = "float32"
+    """How Adam's moments are kept; the last two with row_adam only."""
+    ema_decay: float = Field(default=0, ge=0, lt=1)
+    """Decay per step of a running mean of the weights, kept and saved beside them; 0: none."""
     learning_rate: float = Field(default=1e-3, gt=0)
     """Peak learning rate."""
     warmup_steps: int = Field(default=50, ge=0)
@@ -137,7 +146,7 @@ class OptimizerSettings:
     decay_fraction: float = Field(default=0.2, ge=0, le=1)
     """Share of all steps, at the end, in which the learning rate falls linearly to zero."""
     betas: tuple[float, float] = (0.9, 0.999)
-    """Adam's decay rates."""
+    """Adam's decay rates. With row_adam the first may be 0: then no first moment is kept and the update is Adam's."""
     eps: float = Field(default=1e-8, gt=0)
     """Adam's epsilon."""
     gradient_clip: float = Field(default=1.0, ge=0)
@@ -146,6 +155,20 @@ class OptimizerSettings:
     """K at step 0; absent: no annealing."""
     k_anneal_steps: int = Field(default=0, ge=0)
     """Steps in which K falls linearly from k_start to k."""
+
+    @model_validator(mode="after")
+    def _types_fit_the_kind(self) -> OptimizerSettings:
+        allowed = {"adam": ("float32", "bfloat16_master"), "row_adam": ("float32", "bfloat16")}[self.kind]
+        if self.weights not in allowed:
+            raise ValueError(f"weights={self.weights} does not go with kind={self.kind}; set one of {list(allowed)}")
+        if self.kind == "adam" and self.moments != "float32":
+            raise ValueError(f"moments={self.moments} needs kind=row_adam; set moments=float32 or kind=row_adam")
+        if self.kind == "row_adam" and self.gradient_clip:
+            raise ValueError(
+                f"gradient_clip={self.gradient_clip:g} does not go with kind=row_adam, which moves weights before the "
+                "norm is known; set gradient_clip=0"
+            )
+        return self
 
 
 @dataclass(frozen=True, kw_only=True, config=STRICT)
@@ -174,6 +197,9 @@ class DataSettings:
 
     batch_tokens: int = Field(default=1024, gt=0)
     """Tokens of a step, over all ranks."""
+    micro_batches: int = Field(default=1, gt=0)
+    """Parts of a step's tokens that go forward and backward one after the other; their gradients are added up, so that
+    memory for activations is that of a part. batch_topk and auxk take their tokens from each part."""
     window_tokens: int = Field(default=65_536, gt=0)
     """Tokens shuffled together in memory."""
     modalities: tuple[Literal["text", "image", "image_special", "bos"], ...] | None = None
@@ -204,8 +230,8 @@ class MeshSettings:
     """Ranks over which layers are dealt; what is left after `column` are data-parallel replicas."""
     column: int = Field(default=1, gt=0)
     """Ranks over which the decoders of each target are split by output channels; divides the model's width."""
-    zero_stage: Literal[0, 1, 2] = 1
-    """DeepSpeed ZeRO stage on the data axis."""
+    zero_stage: Literal[0, 1, 2] | None = None
+    """DeepSpeed ZeRO stage on the data axis; absent: 1 with replicas or float32 copies of bfloat16 weights, else 0."""
     timeout_seconds: float = Field(default=1800, gt=0, le=1800)
     """How long a rank may let the others wait, for a batch, a checkpoint or an evaluation, before the job ends."""
 
@@ -294,6 +320,13 @@ class TrainConfig:
         if (self.store is None) == (self.streaming is None):
             raise ValueError("give either store or streaming")
         return self
+
+    def zero_stage(self, data_size: int) -> Literal[0, 1, 2]:
+        """ZeRO stage of the job on so many replicas."""
+        if self.mesh.zero_stage is not None:
+            return self.mesh.zero_stage
+        splits = data_size > 1 and self.optimizer.kind == "adam"
+        return 1 if splits or self.optimizer.weights == "bfloat16_master" else 0
 
 
 def load_config(cls: type[T], path: Path | str, overrides: Sequence[str] = ()) -> T:

@@ -12,9 +12,8 @@ import math
 import os
 import sys
 import warnings
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass
 from datetime import timedelta
 from types import ModuleType
 from typing import Any
@@ -26,34 +25,17 @@ from torch import Tensor, nn
 from clt.config import MeshSettings, OptimizerSettings
 from clt.faults import JobControl
 from clt.meeting import meet
+from clt.metrics import Observations
 from clt.parallel import Mesh
+from clt.step import FIRST_MOMENT, SECOND_MOMENT, StepCheck, StepInputs
 from clt.watch import watched
 
-#: Names of Adam's moments, as torch and DeepSpeed call them.
-MOMENTS = ("exp_avg", "exp_avg_sq")
-
+_MOMENTS = (FIRST_MOMENT, SECOND_MOMENT)
 _LARGEST_BUCKET = 500_000_000
 _PATIENCE_SECONDS = MeshSettings().timeout_seconds
 
 # DeepSpeed 0.19 calls a collective that torch 2.13 has renamed; users of this project cannot change that.
 warnings.filterwarnings("ignore", message=r".*all_gather_into_tensor. is deprecated", category=FutureWarning)
-
-
-@dataclass(frozen=True, kw_only=True)
-class StepCheck:
-    """What all ranks know of a step before the optimizer moves.
-
-    Attributes:
-        finite: loss and gradients are finite on every rank.
-        loss: the loss over all tokens and targets.
-        gradient_norm: global norm before clipping.
-        stop: a rank has been told to stop.
-    """
-
-    finite: bool
-    loss: float
-    gradient_norm: float
-    stop: bool
 
 
 @contextmanager
@@ -87,20 +69,23 @@ def local_device() -> torch.device:
     return torch.device("cpu")
 
 
-class Engine:
-    """Forward, backward and Adam steps of one rank's module.
+class DeepSpeedEngine:
+    """Forward, backward and Adam steps of one rank's module: a `clt.step.Engine`.
 
     Args:
-        module: its forward returns a tuple whose first entry is this rank's share of the loss: the loss is their sum
-            over the layer axis, averaged over the data axis.
+        module: `clt.objective.Objective`; the loss is the sum of what it returns over the model group, averaged over
+            the data axis.
         mesh: the processes.
-        settings: Adam and clipping.
-        zero_stage: 0, 1 or 2.
+        settings: Adam, clipping, and whether weights are bfloat16 beside float32 copies.
+        zero_stage: 0, 1 or 2; 0 only without such copies.
+        micro_batches: of a step.
     """
 
-    def __init__(self, module: nn.Module, mesh: Mesh, settings: OptimizerSettings, zero_stage: int) -> None:
+    def __init__(
+        self, module: nn.Module, mesh: Mesh, settings: OptimizerSettings, zero_stage: int, micro_batches: int = 1
+    ) -> None:
         self._mesh = mesh
-        self._stage = zero_stage
+        self._stage, self._micro_batches = zero_stage, micro_batches
         self._deepspeed = _deepspeed()
         parameters = list(module.parameters())
         for parameter in parameters:
@@ -113,80 +98,81 @@ class Engine:
             model=module,
             optimizer=self._adam,
             mpu=mesh,
-            config=deepspeed_config(sum(p.numel() for p in parameters), settings, zero_stage),
+            config=deepspeed_config(sum(p.numel() for p in parameters), settings, zero_stage, micro_batches),
             dist_init_required=False,
         )
         self._create_state()
 
-    def __call__(self, *inputs: Any) -> Any:
-        """The module's forward."""
-        return self._engine(*inputs)
+    def train_step(
+        self, parts: Iterable[StepInputs], learning_rate: float, stop: bool
+    ) -> tuple[StepCheck, Observations]:
+        """As `clt.step.Engine.train_step`: finite are the loss and all gradients."""
+        losses, seen = [], []
+        for number, inputs in enumerate(parts, start=1):
+            loss, observed = self._engine(*inputs)
+            self._engine.backward(loss)
+            if number < self._micro_batches:
+                # Between micro-batches only counts.
+                self._engine.step()
+            losses.append(loss.detach())
+            seen.append(observed)
+        check = self._check(torch.stack(losses).mean(), stop)
+        if check.finite:
+            for group in self._adam.param_groups:
+                group["lr"] = learning_rate
+            self._engine.step()
+        else:
+            self._discard()
+        return check, Observations.mean(seen)
 
-    def backward(self, loss: Tensor) -> None:
-        """Backward pass of this rank's share of the loss, and the mean of the gradients over the data axis."""
-        self._engine.backward(loss)
-
-    def check(self, loss: Tensor, stop: bool = False) -> StepCheck:
-        """Asks all ranks, after `backward`, whether the step may be taken; one all-reduce, one host sync.
-
-        Args:
-            loss: this rank's share.
-            stop: whether this rank has been told to stop.
-        """
-        norms = torch.stack([torch.linalg.vector_norm(gradient) for gradient in self._gradients()]).double()
+    def _check(self, loss: Tensor, stop: bool) -> StepCheck:
+        """Asks all ranks, after the backward pass, whether the step may be taken; one all-reduce, one host sync."""
+        norms = torch.stack([torch.linalg.vector_norm(gradient.float()) for gradient in self._gradients()]).double()
         # ZeRO-1 and 2 split the gradients over the data axis; without ZeRO every replica holds all of them.
         copies = self._mesh.data_size if self._stage == 0 else 1
-        told = norms.new_full((), float(stop))
-        sums = torch.stack([loss.detach().double() / self._mesh.data_size, norms.square().sum() / copies, told])
-        total_loss, square, stops = self._mesh.all_reduce(sums, "world").tolist()
-        finite = math.isfinite(total_loss) and math.isfinite(square)
-        norm = math.sqrt(square) if finite else math.inf
-        return StepCheck(finite=finite, loss=total_loss, gradient_norm=norm, stop=stops > 0)
+        return agree(self._mesh, loss, norms.square().sum() / copies, stop)
 
-    def step(self, learning_rate: float) -> None:
-        """Clips the gradients and takes an Adam step."""
-        for group in self._adam.param_groups:
-            group["lr"] = learning_rate
-        self._engine.step()
-
-    def discard(self) -> None:
+    def _discard(self) -> None:
         """Forgets the gradients; weights and moments stay as they are."""
         if self._stage == 0:
             self._engine.zero_grad()
+            # DeepSpeed counts micro-batches where it takes a step, to know which one completes the next.
+            self._engine.micro_steps += 1
             return
         # DeepSpeed's own way to drop reduced gradients and reset its buffers is a step it finds to be not finite.
         for gradient in self._gradients():
             gradient.fill_(math.nan)
         self._engine.step()
 
-    def moments(self, parameter: Tensor) -> dict[str, Tensor]:
-        """Adam's moments of a parameter in full; all ranks of the data axis must call it."""
+    def weights(self, parameter: Tensor) -> Tensor:
+        """As `clt.step.Engine.weights`: the float32 copy of a bfloat16 parameter."""
         if self._stage == 0:
-            return {key: self._adam.state[parameter][key] for key in MOMENTS}
+            return parameter.detach()
+        whole: Tensor = self._deepspeed.utils.safe_get_full_fp32_param(parameter)
+        return whole.view_as(parameter)
+
+    def optimizer_state(self, parameter: Tensor) -> Mapping[str, Tensor]:
+        """As `clt.step.Engine.optimizer_state`."""
+        if self._stage == 0:
+            return {key: self._adam.state[parameter][key] for key in _MOMENTS}
         read = self._deepspeed.utils.safe_get_full_optimizer_state
-        return {key: read(parameter, key) for key in MOMENTS}
+        return {key: read(parameter, key) for key in _MOMENTS}
 
     @torch.no_grad()
-    def restore(self, parameter: Tensor, value: Tensor, moments: dict[str, Tensor]) -> None:
-        """Sets a parameter and its moments.
-
-        Args:
-            parameter: of the module.
-            value: new weights, of its shape.
-            moments: tensors of its shape by the names in `MOMENTS`.
-        """
-        parameter.copy_(value)
+    def restore(self, parameter: Tensor, weights: Tensor, state: Mapping[str, Tensor]) -> None:
+        """As `clt.step.Engine.restore`."""
+        parameter.copy_(weights)
         if self._stage == 0:
-            for key in MOMENTS:
-                self._adam.state[parameter][key].copy_(moments[key])
+            for key in _MOMENTS:
+                self._adam.state[parameter][key].copy_(state[key])
             return
-        self._deepspeed.utils.safe_set_full_fp32_param(parameter, value)
-        for key in MOMENTS:
-            self._deepspeed.utils.safe_set_full_optimizer_state(parameter, moments[key], key)
+        self._deepspeed.utils.safe_set_full_fp32_param(parameter, weights)
+        for key in _MOMENTS:
+            self._deepspeed.utils.safe_set_full_optimizer_state(parameter, state[key], key)
 
     @property
     def adam_steps(self) -> int:
-        """Steps that Adam has taken; its bias correction depends on them."""
+        """Steps that Adam has taken."""
         return int(next(iter(self._adam.state.values()))["step"])
 
     @adam_steps.setter
@@ -205,18 +191,38 @@ class Engine:
         for group in self._adam.param_groups:
             for p in group["params"]:
                 self._adam.state[p] = {"step": torch.zeros((), dtype=torch.float32, device=p.device)}
-                self._adam.state[p] |= {key: torch.zeros_like(p) for key in MOMENTS}
+                self._adam.state[p] |= {key: torch.zeros_like(p) for key in _MOMENTS}
         if self._stage:
             self._engine.optimizer._lazy_init_hp_params_optimizer_state()
 
 
-def deepspeed_config(n_parameters: int, settings: OptimizerSettings, zero_stage: int) -> dict[str, Any]:
+def agree(mesh: Mesh, loss: Tensor, gradient_square: Tensor, stop: bool) -> StepCheck:
+    """What all ranks together make of a step; one all-reduce, one host sync.
+
+    Args:
+        mesh: the processes.
+        loss: this rank's share.
+        gradient_square: this rank's share of the squared gradient norm.
+        stop: whether this rank has been told to stop.
+    """
+    told = gradient_square.new_full((), float(stop))
+    sums = torch.stack([loss.detach().double() / mesh.data_size, gradient_square.double(), told.double()])
+    total_loss, square, stops = mesh.all_reduce(sums, "world").tolist()
+    finite = math.isfinite(total_loss) and math.isfinite(square)
+    norm = math.sqrt(square) if finite else math.inf
+    return StepCheck(finite=finite, loss=total_loss, gradient_norm=norm, stop=stops > 0)
+
+
+def deepspeed_config(
+    n_parameters: int, settings: OptimizerSettings, zero_stage: int, micro_batches: int = 1
+) -> dict[str, Any]:
     """DeepSpeed's configuration, derived from ours.
 
     Args:
         n_parameters: parameters of this rank.
-        settings: Adam and clipping.
+        settings: Adam, clipping, type of the weights.
         zero_stage: 0, 1 or 2.
+        micro_batches: of a step.
 
     Returns:
         The dict that `deepspeed.initialize` takes.
@@ -225,10 +231,11 @@ def deepspeed_config(n_parameters: int, settings: OptimizerSettings, zero_stage:
     return {
         # Batches are ours: DeepSpeed only needs consistent numbers.
         "train_micro_batch_size_per_gpu": 1,
-        "gradient_accumulation_steps": 1,
+        "gradient_accumulation_steps": micro_batches,
         "steps_per_print": sys.maxsize,
         # Left out, it would clip at 1.0.
         "gradient_clipping": settings.gradient_clip,
+        "bf16": {"enabled": settings.weights == "bfloat16_master"},
         "zero_allow_untested_optimizer": True,
         "zero_force_ds_cpu_optimizer": False,
         "zero_optimization": {

@@ -67,7 +67,12 @@ class CodeExchange:
         return SparseCodes(values=values, indices=indices, n_features=codes.n_features)
 
     def send(
-        self, codes: Iterable[tuple[Tensor, Tensor]], shape: Sequence[int], n_features: int, like: Tensor
+        self,
+        codes: Iterable[tuple[Tensor, Tensor]],
+        shape: Sequence[int],
+        n_features: int,
+        like: Tensor,
+        returns: bool | None = None,
     ) -> CodeFlight:
         """Sends the codes of the own sources off, each as soon as the iterator gives it.
 
@@ -76,13 +81,15 @@ class CodeExchange:
             shape: (B, K), alike on all ranks.
             n_features: F.
             like: any tensor with the device and dtype of the values; a rank may have no source.
+            returns: whether gradients come back, by autograd or by `CodeFlight.give_back`; by default as autograd is
+                enabled.
 
         Returns:
-            The codes of all ranks under way. With gradients enabled every rank must go backward through it.
+            The codes of all ranks under way. Every rank must go backward through it if gradients come back.
         """
         while self._unwatched:
             self._unwatched.pop().wait()
-        cargo = _Cargo(self, len(self._slot_of), shape, n_features, like)
+        cargo = _Cargo(self, len(self._slot_of), shape, n_features, like, returns)
         own, tickets = [], []
         for slot, (values_BK, indices_BK) in enumerate(codes):
             own.append((values_BK, indices_BK))
@@ -180,16 +187,35 @@ class CodeFlight:
         """Waits for what nobody here reads; call it when all own targets have theirs."""
         self._cargo.await_all()
 
+    def all_rows(self) -> tuple[Tensor, Tensor, ops.FeatureCSR | None]:
+        """Codes of all source layers and their grouping, as `take` gives them, but without gradients to give back."""
+        self._cargo.await_rows(slice(0, len(self._cargo.values)))
+        return self._cargo.values, self._cargo.indices, self._cargo.grouping(slice(None))
+
+    def give_back(self, rows: slice, gradient_SBK: Tensor) -> None:
+        """Adds the gradient of one `take` of these rows, where autograd does not; once for each, in any order."""
+        self._cargo.add_gradient(rows, gradient_SBK)
+
+    def own_gradient(self, slot: int) -> Tensor:
+        """Gradient [B,K] of the values of an own source, by its place in the share, when every take was given back."""
+        return self._cargo.own_gradient(slot)
+
 
 class _Cargo:
     """Buffers and works of one flight. It must not refer to a graph, which refers to it."""
 
     def __init__(
-        self, exchange: CodeExchange, n_rows: int, shape: Sequence[int], n_features: int, like: Tensor
+        self,
+        exchange: CodeExchange,
+        n_rows: int,
+        shape: Sequence[int],
+        n_features: int,
+        like: Tensor,
+        returns: bool | None,
     ) -> None:
         slots = len(exchange._rows)
         self._exchange, self._n_features = exchange, n_features
-        self.needs_gradient = torch.is_grad_enabled()
+        self.needs_gradient = torch.is_grad_enabled() if returns is None else returns
         # A row is written once, before anyone reads it. Writers go through `.data`, so that autograd does not take the
         # arrival of a row for a change of rows that it has saved.
         self.values = like.new_empty(n_rows, *shape)
@@ -246,6 +272,12 @@ class _Cargo:
         self.readers.subtract(self._exchange._slots(rows))
         self._exchange._start_sums()
 
+    def own_gradient(self, slot: int) -> Tensor:
+        """[B,K] sum over all readers of all ranks, in the dtype that sums run in."""
+        work, parts_RBK = self.sums.pop(slot)
+        work.wait()
+        return parts_RBK.sum(dim=0)
+
 
 class _Send(torch.autograd.Function):
     """Between an encoder and the gather of its codes; what it returns only ties the graph together."""
@@ -260,9 +292,7 @@ class _Send(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, *_: Tensor | None) -> tuple[Tensor | None, ...]:
         # Every reader of this rank has been here: each takes all tickets.
-        work, parts_RBK = ctx.cargo.sums.pop(ctx.slot)
-        work.wait()
-        return parts_RBK.sum(dim=0).to(ctx.dtype), None, None, None
+        return ctx.cargo.own_gradient(ctx.slot).to(ctx.dtype), None, None, None
 
 
 class _Take(torch.autograd.Function):

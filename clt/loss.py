@@ -97,7 +97,7 @@ def auxk_error(
     missed_BD: Tensor,
     csr: ops.FeatureCSR | None = None,
     weights_B: Tensor | None = None,
-) -> Tensor:
+) -> tuple[Tensor, Tensor]:
     """Squared error of the dead features' reconstruction of what the live features miss in one target.
 
     Args:
@@ -110,11 +110,13 @@ def auxk_error(
         weights_B: [B] weight of each token; None for 1/B.
 
     Returns:
-        Weighted sum over tokens of the mean over all D channels as far as columns are owned here.
+        error [], weighted sum over tokens of the mean over all D channels as far as columns are owned here, and the
+        residual [B,D_own], reconstruction - missed, detached.
     """
     zero_D = torch.zeros_like(missed_BD[0])
-    error, _ = ops.decode_loss(values_SBK, indices_SBK, clt.W_dec[str(layer)], zero_D, missed_BD, weights_B, csr=csr)
-    return clt.column_part(error)
+    W_dec_SFD = clt.W_dec[str(layer)]
+    error, residual_BD = ops.decode_loss(values_SBK, indices_SBK, W_dec_SFD, zero_D, missed_BD, weights_B, csr=csr)
+    return clt.column_part(error), residual_BD
 
 
 def revival(codes: SparseCodes, n_sources: int, weights_B: Tensor | None = None) -> Tensor:

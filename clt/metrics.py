@@ -51,6 +51,17 @@ class Observations:
     l0_L: Tensor
     fired_LF: Tensor
 
+    @classmethod
+    def mean(cls, parts: Sequence[Observations]) -> Observations:
+        """What a step tells that was done in micro-batches of equally many tokens."""
+        if len(parts) == 1:
+            return parts[0]
+        means = {
+            name: torch.stack([getattr(part, name) for part in parts]).mean(dim=0)
+            for name in ("error_M", "auxk", "revival", "l0_L")
+        }
+        return cls(**means, fired_LF=torch.stack([part.fired_LF for part in parts]).any(dim=0))
+
 
 @dataclass(frozen=True, kw_only=True)
 class WindowAverages:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass
+
 import torch
 from torch import Tensor, nn
 
@@ -9,12 +11,63 @@ from clt.config import AuxKSettings
 from clt.dead_features import fired_features
 from clt.exchange import CodeExchange, CodeFlight
 from clt.kernels.dtypes import accumulator
-from clt.loss import auxk_error, combine, encode_dead, revival
+from clt.loss import LossTerms, auxk_error, combine, encode_dead, revival
 from clt.metrics import Observations
 from clt.model import CrossLayerTranscoder, target_layers
 from clt.parallel import input_layers
 from clt.penalty import sparsity_loss
 from clt.sparsity import Peers
+
+
+@dataclass(frozen=True, kw_only=True)
+class DeadPart:
+    """What the auxiliary loss leaves for a backward pass.
+
+    Attributes:
+        codes: of the dead features, from all ranks.
+        x_LBD: [L_own,B,D] encoder inputs of the tokens that it looks at.
+        residuals: [B,D_own] of every own target, what the dead features do not reconstruct of what is missed.
+        weights_B: [B] of these tokens, None for 1/B.
+    """
+
+    codes: CodeFlight
+    x_LBD: Tensor
+    residuals: list[Tensor]
+    weights_B: Tensor | None
+
+
+@dataclass(frozen=True, kw_only=True)
+class ForwardPass:
+    """What a forward pass found, and leaves for a backward pass.
+
+    Attributes:
+        x_LBD: [L_own,B,D] standardised encoder inputs.
+        x_MBD: [M_own,B,D] those of the own targets; None without skip connection.
+        weights_B: [B] weight of each token, None for 1/B.
+        codes: from all ranks.
+        residuals: [B,D_own] of every own target.
+        dead: None without auxiliary loss.
+        terms: of the loss.
+    """
+
+    x_LBD: Tensor
+    x_MBD: Tensor | None
+    weights_B: Tensor | None
+    codes: CodeFlight
+    residuals: list[Tensor]
+    dead: DeadPart | None
+    terms: LossTerms
+
+    def observations(self) -> Observations:
+        """What is reported of it."""
+        own = self.codes.own
+        return Observations(
+            error_M=self.terms.error_M,
+            auxk=self.terms.auxk,
+            revival=self.terms.revival,
+            l0_L=(own.values.detach() > 0).sum(dim=(1, 2)) / self.x_LBD.shape[1],
+            fired_LF=fired_features(own),
+        )
 
 
 class Objective(nn.Module):
@@ -24,17 +77,22 @@ class Objective(nn.Module):
         transcoder: this rank's share.
         exchange: brings the codes of all layers.
         settings: auxiliary loss.
+
+    Attributes:
+        transcoder: this rank's share.
+        settings: auxiliary loss.
+        n_targets: of the whole transcoder.
+        order: rows of the own targets; those whose codes arrive first come first.
     """
 
     def __init__(self, transcoder: CrossLayerTranscoder, exchange: CodeExchange, settings: AuxKSettings) -> None:
         super().__init__()
         self.transcoder = transcoder
         self._exchange = exchange
-        self._settings = settings
+        self.settings = settings
         self._x_layers = input_layers(transcoder.config, transcoder.share)
-        self._n_targets = len(target_layers(transcoder.config))
-        #: Rows of the own targets; those whose codes arrive first come first.
-        self._order = sorted(
+        self.n_targets = len(target_layers(transcoder.config))
+        self.order = sorted(
             range(len(transcoder.share.targets)),
             key=lambda row: exchange.last_slot(transcoder.source_rows(transcoder.share.targets[row])),
         )
@@ -62,54 +120,74 @@ class Objective(nn.Module):
         Returns:
             This rank's share of the loss, and what was seen.
         """
-        clt = self.transcoder
-        x = clt.scaling.standardise_x(x_raw, self._x_layers)
-        y_MBD = clt.scaling.standardise_y(y_raw, clt.share.targets, clt.columns)
-        x_LBD = self._rows(x, clt.share.sources)
-        x_MBD = self._rows(x, clt.share.targets) if clt.config.skip else None
-
-        codes = self._send(x_LBD, k)
-        # Every n-th token of each rank: the share is exact and no random state has to be kept.
-        tokens = slice(None, None, round(1 / self._settings.token_fraction))
-        if weights_B is not None:
-            weights_B = weights_B.to(accumulator(x.dtype))
-        # Sent before anything is decoded: these codes are under way meanwhile, as are their gradients on the way back.
-        dead_codes = None if dead_LF is None else self._send_dead(x_LBD[:, tokens], dead_LF)
-        error_M, residuals = self._decode(codes, y_MBD, x_MBD, weights_B)
-        auxk_M = lift = None
-        if dead_codes is not None:
-            some_B = None if weights_B is None else _of_some(weights_B, tokens)
-            auxk_M = self._decode_dead(dead_codes, [-residual_BD[tokens] for residual_BD in residuals], some_B)
-            lift = revival(dead_codes.own, clt.n_sources, some_B)
-        terms = combine(error_M, auxk_M, lift, self._settings, self._n_targets)
-        total = terms.total
+        passed = self.run(x_raw, y_raw, k, dead_LF, weights_B)
+        clt, total = self.transcoder, passed.terms.total
         if clt.config.sparsity.has_penalty:
             peers = Peers(mesh=self._exchange.mesh)
-            weights = None if weights_B is None else weights_B.to(x.dtype)
-            total = total + sparsity_loss(clt, codes.own, penalty_weight, peers, weights)[0]
-        return total, Observations(
-            error_M=terms.error_M,
-            auxk=terms.auxk,
-            revival=terms.revival,
-            l0_L=(codes.own.values.detach() > 0).sum(dim=(1, 2)) / x_LBD.shape[1],
-            fired_LF=fired_features(codes.own),
+            weights = None if passed.weights_B is None else passed.weights_B.to(passed.x_LBD.dtype)
+            total = total + sparsity_loss(clt, passed.codes.own, penalty_weight, peers, weights)[0]
+        return total, passed.observations()
+
+    def run(
+        self,
+        x_raw: Tensor,
+        y_raw: Tensor,
+        k: int,
+        dead_LF: Tensor | None,
+        weights_B: Tensor | None,
+        returns: bool | None = None,
+    ) -> ForwardPass:
+        """The forward pass but for the sparsity penalty; arguments as of `forward`.
+
+        Args:
+            returns: whether gradients of codes will be sent back (`CodeExchange.send`).
+        """
+        clt = self.transcoder
+        x = clt.scaling.standardise_x(x_raw, self._x_layers).to(clt.dtype)
+        y_MBD = clt.scaling.standardise_y(y_raw, clt.share.targets, clt.columns).to(clt.dtype)
+        x_LBD = self._rows(x, clt.share.sources)
+        x_MBD = self._rows(x, clt.share.targets) if clt.config.skip else None
+        if weights_B is not None:
+            weights_B = weights_B.to(accumulator(x.dtype))
+
+        codes = self._send(x_LBD, k, returns)
+        # Every n-th token of each rank: the share is exact and no random state has to be kept.
+        tokens = slice(None, None, round(1 / self.settings.token_fraction))
+        # Sent before anything is decoded: these codes are under way meanwhile, as are their gradients on the way back.
+        dead_codes = None if dead_LF is None else self._send_dead(x_LBD[:, tokens], dead_LF, returns)
+        error_M, residuals = self._decode(codes, y_MBD, x_MBD, weights_B)
+        dead = auxk_M = lift = None
+        if dead_codes is not None:
+            some_B = None if weights_B is None else _of_some(weights_B, tokens)
+            missed = [-residual_BD[tokens] for residual_BD in residuals]
+            auxk_M, left = self._decode_dead(dead_codes, missed, some_B)
+            lift = revival(dead_codes.own, clt.n_sources, some_B)
+            dead = DeadPart(codes=dead_codes, x_LBD=x_LBD[:, tokens], residuals=left, weights_B=some_B)
+        return ForwardPass(
+            x_LBD=x_LBD,
+            x_MBD=x_MBD,
+            weights_B=weights_B,
+            codes=codes,
+            residuals=residuals,
+            dead=dead,
+            terms=combine(error_M, auxk_M, lift, self.settings, self.n_targets),
         )
 
-    def _send(self, x_LBD: Tensor, k: int) -> CodeFlight:
+    def _send(self, x_LBD: Tensor, k: int, returns: bool | None) -> CodeFlight:
         clt = self.transcoder
         n_features, tokens = clt.config.n_features, x_LBD.shape[1]
         if clt.encodes_layers_alone:
             pairs = (clt.encode_layer(layer, x_BD, k) for layer, x_BD in zip(clt.share.sources, x_LBD, strict=True))
-            return self._exchange.send(pairs, (tokens, k), n_features, x_LBD)
+            return self._exchange.send(pairs, (tokens, k), n_features, x_LBD, returns)
         codes = clt.encode(x_LBD, k, Peers(mesh=self._exchange.mesh))
         pairs_of_all = zip(codes.values, codes.indices, strict=True)
-        return self._exchange.send(pairs_of_all, codes.values.shape[1:], n_features, x_LBD)
+        return self._exchange.send(pairs_of_all, codes.values.shape[1:], n_features, x_LBD, returns)
 
-    def _send_dead(self, x_LBD: Tensor, dead_LF: Tensor) -> CodeFlight:
+    def _send_dead(self, x_LBD: Tensor, dead_LF: Tensor, returns: bool | None) -> CodeFlight:
         config = self.transcoder.config
-        k = self._settings.k or config.k
+        k = self.settings.k or config.k
         pairs = encode_dead(self.transcoder, x_LBD, dead_LF, k)
-        return self._exchange.send(pairs, (x_LBD.shape[1], k), config.n_features, x_LBD)
+        return self._exchange.send(pairs, (x_LBD.shape[1], k), config.n_features, x_LBD, returns)
 
     def _decode(
         self, codes: CodeFlight, y_MBD: Tensor, x_MBD: Tensor | None, weights_B: Tensor | None
@@ -117,7 +195,7 @@ class Objective(nn.Module):
         """Errors [M_own] and residuals [B,D_own] of the own targets."""
         clt = self.transcoder
         found = {}
-        for row in self._order:
+        for row in self.order:
             layer = clt.share.targets[row]
             values_SBK, indices_SBK, csr = codes.take(clt.source_rows(layer))
             x_BD = None if x_MBD is None else x_MBD[row]
@@ -125,16 +203,18 @@ class Objective(nn.Module):
         codes.land()
         return torch.stack([found[row][0] for row in sorted(found)]), [found[row][1] for row in sorted(found)]
 
-    def _decode_dead(self, codes: CodeFlight, missed: list[Tensor], weights_B: Tensor | None) -> Tensor:
-        """Auxiliary errors [M_own] of the own targets."""
+    def _decode_dead(
+        self, codes: CodeFlight, missed: list[Tensor], weights_B: Tensor | None
+    ) -> tuple[Tensor, list[Tensor]]:
+        """Auxiliary errors [M_own] and their residuals [B,D_own]."""
         clt = self.transcoder
         found = {}
-        for row in self._order:
+        for row in self.order:
             layer = clt.share.targets[row]
             values_SBK, indices_SBK, csr = codes.take(clt.source_rows(layer))
             found[row] = auxk_error(clt, layer, values_SBK, indices_SBK, missed[row], csr, weights_B)
         codes.land()
-        return torch.stack([found[row] for row in sorted(found)])
+        return torch.stack([found[row][0] for row in sorted(found)]), [found[row][1] for row in sorted(found)]
 
     def _rows(self, x: Tensor, layers: tuple[int, ...]) -> Tensor:
         return x if layers == self._x_layers else x[[self._x_layers.index(layer) for layer in layers]]

@@ -11,7 +11,7 @@ import logging
 import sys
 import time
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager, nullcontext, suppress
 from dataclasses import replace
 from pathlib import Path
 from typing import Any, Protocol
@@ -21,21 +21,23 @@ import torch.distributed as dist
 from torch import Tensor
 from tqdm import tqdm
 
+from clt.averaging import WeightAverage
 from clt.checkpoint import Checkpoints, Progress, step_folder
 from clt.config import TrainConfig
 from clt.dead_features import FiringTracker
-from clt.engine import Engine, StepCheck, local_device
-from clt.errors import CheckpointError, ConfigError, NonFiniteError, StoreError
+from clt.engine import local_device
+from clt.errors import CheckpointError, NonFiniteError, StoreError
 from clt.evaluate import Evaluator, evaluate_all
 from clt.exchange import CodeExchange
 from clt.faults import JobControl
-from clt.kernels import ops
+from clt.job import check_job, choose_kernels, make_engine, weight_dtype
 from clt.metrics import MetricsWindow, MetricsWriter, Observations, TrainingMetrics
 from clt.model import CrossLayerTranscoder
 from clt.objective import Objective
 from clt.parallel import Mesh, deal_layers
 from clt.records import ActivationBatch
 from clt.schedules import active_features, learning_rate, penalty_weight
+from clt.step import StepCheck, StepInputs
 
 log = logging.getLogger(__name__)
 
@@ -88,7 +90,7 @@ class Trainer:
         control: JobControl | None = None,
         weights_G: Tensor | None = None,
     ) -> None:
-        check_job(config, mesh.data_size)
+        check_job(config, transcoder.config, mesh.data_size)
         device = local_device()
         self._config = config
         self._mesh = mesh
@@ -96,14 +98,16 @@ class Trainer:
         self._evaluators = evaluators
         self._control = control or JobControl()
         self._weights_G = None if weights_G is None else weights_G.to(device)
-        self.transcoder = transcoder.to(device)
-        _choose_kernels(config, transcoder)
+        self.transcoder = transcoder.to(device, weight_dtype(config))
+        choose_kernels(config, transcoder)
         exchange = CodeExchange(mesh, deal_layers(transcoder.config, mesh.layer_size, mesh.column_size))
         objective = Objective(transcoder, exchange, config.auxk)
-        self._engine = Engine(objective, mesh, config.optimizer, config.mesh.zero_stage)
+        self._engine = make_engine(config, objective, mesh)
+        decay = config.optimizer.ema_decay
+        self._average = WeightAverage(transcoder, decay) if decay else None
         self._tracker = FiringTracker(len(transcoder.share.sources), transcoder.config.n_features)
         self._tracker.silent_LF = self._tracker.silent_LF.to(device)
-        self._checkpoints = Checkpoints(config, transcoder, self._engine, self._tracker, mesh)
+        self._checkpoints = Checkpoints(config, transcoder, self._engine, self._tracker, mesh, self._average)
         self._progress = Progress(batches=batches.state_dict())
         self._bar = sys.stderr.isatty() if progress_bar is None else progress_bar
 
@@ -153,20 +157,12 @@ class Trainer:
     def _train_step(self, batch: ActivationBatch) -> StepCheck:
         """One batch forward and backward; the optimizer moves if all ranks found the step finite."""
         done, settings = self._progress, self._config.optimizer
-        device = self._tracker.silent_LF.device
-        k = active_features(done.step, self.transcoder.config.k, settings)
-        penalty = penalty_weight(done.step, self.transcoder.config.sparsity)
-        weights_B = self._token_weights(batch)
-        loss, seen = self._engine(batch.x.to(device), batch.y.to(device), k, self._dead_features(), penalty, weights_B)
-        self._engine.backward(loss)
-        check = self._engine.check(loss, self._control.stop_requested)
+        rate = learning_rate(done.step, self._config.steps, settings)
+        check, seen = self._engine.train_step(self._parts(batch), rate, self._control.stop_requested)
         tokens = batch.y.shape[1] * self._mesh.data_size
         self._window.add_tokens(tokens)
         if check.finite:
-            self._engine.step(learning_rate(done.step, self._config.steps, settings))
             self._observe(seen, check, tokens)
-        else:
-            self._engine.discard()
         self._progress = replace(
             done,
             step=done.step + 1,
@@ -179,8 +175,21 @@ class Trainer:
         self._end_if_hopeless()
         return check
 
+    def _parts(self, batch: ActivationBatch) -> Iterator[StepInputs]:
+        """The micro-batches of a batch."""
+        done, device = self._progress, self._tracker.silent_LF.device
+        k = active_features(done.step, self.transcoder.config.k, self._config.optimizer)
+        penalty = penalty_weight(done.step, self.transcoder.config.sparsity)
+        dead_LF, tokens = self._dead_features(), batch.y.shape[1] // self._config.data.micro_batches
+        for start in range(0, batch.y.shape[1], tokens):
+            own = slice(start, start + tokens)
+            weights_B = self._token_weights(batch.tokens.modality[own])
+            yield StepInputs(batch.x[:, own].to(device), batch.y[:, own].to(device), k, dead_LF, penalty, weights_B)
+
     def _observe(self, seen: Observations, check: StepCheck, tokens: int) -> None:
         """Counts a step that was taken."""
+        if self._average is not None:
+            self._average.update(self._engine.adam_steps)
         fired_LF = self._mesh.all_reduce(seen.fired_LF.to(torch.uint8), "data", dist.ReduceOp.MAX)
         self._tracker.update(fired_LF > 0, tokens)
         self._window.add(seen, check.loss)
@@ -192,11 +201,11 @@ class Trainer:
             return None
         return self._tracker.dead(auxk.dead_after_tokens)
 
-    def _token_weights(self, batch: ActivationBatch) -> Tensor | None:
-        """[B] weight of each token in the mean over this rank's tokens, or None where all are the same."""
+    def _token_weights(self, modality_B: Tensor) -> Tensor | None:
+        """[B] weight of each token in the mean over these tokens, or None where all are the same."""
         if self._weights_G is None:
             return None
-        return self._weights_G[batch.tokens.modality.to(self._weights_G.device).long()] / batch.y.shape[1]
+        return self._weights_G[modality_B.to(self._weights_G.device).long()] / len(modality_B)
 
     def _end_if_hopeless(self) -> None:
         done = self._progress
@@ -221,9 +230,10 @@ class Trainer:
         )
 
     def _evaluate(self, writer: MetricsWriter | None) -> None:
-        """Measures the weights on held-out data; comes after the checkpoint, so that a failure here costs no steps."""
+        """Measures the weights, or their mean if kept; after the checkpoint, so that a failure here costs no steps."""
         started = time.perf_counter()
-        evaluation = evaluate_all(self._evaluators, self.transcoder, self._mesh, self._control)
+        with nullcontext() if self._average is None else self._average.in_place():
+            evaluation = evaluate_all(self._evaluators, self.transcoder, self._mesh, self._control)
         seconds = time.perf_counter() - started
         self._window.leave_out(seconds)
         if evaluation is None:
@@ -279,28 +289,3 @@ class Trainer:
         folder = self._checkpoints.save(replace(self._progress, batches=self._batches.state_dict()))
         self._control.progress += 1
         log.info("step %d of %d: loss %.4g, saved %s", self._progress.step, self._config.steps, check.loss, folder)
-
-
-def _choose_kernels(config: TrainConfig, transcoder: CrossLayerTranscoder) -> None:
-    try:
-        ops.use_backend(config.kernels)
-        ops.backend_of(next(transcoder.parameters()))
-    except RuntimeError as error:
-        raise ConfigError(f"kernels={config.kernels}: {error}") from None
-
-
-def check_job(config: TrainConfig, data_size: int) -> None:
-    """ConfigError naming the key unless the settings fit each other and the data axis.
-
-    Args:
-        config: the job.
-        data_size: replicas on the data axis.
-    """
-    if config.data.batch_tokens % data_size:
-        raise ConfigError(
-            f"data.batch_tokens={config.data.batch_tokens} does not divide over {data_size} data ranks; "
-            f"take a multiple of {data_size}"
-        )
-    for key, value in (("auxk.k", config.auxk.k), ("optimizer.k_start", config.optimizer.k_start)):
-        if value is not None and value > config.clt.n_features:
-            raise ConfigError(f"{key}={value} exceeds clt.n_features={config.clt.n_features}; lower it")

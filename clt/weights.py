@@ -37,6 +37,11 @@ def layer_file(layer: int) -> str:
     return f"layer_{layer:02d}.safetensors"
 
 
+def average_file(layer: int) -> str:
+    """Name of the file with the running mean of one layer's weights, in checkpoints of jobs that keep one."""
+    return f"average_{layer:02d}.safetensors"
+
+
 def layer_tensors(clt: CrossLayerTranscoder, layer: int) -> dict[str, Tensor]:
     """The parameters of one layer that this process owns, by their name in the file."""
     groups = {"W_enc": clt.W_enc, "b_enc": clt.b_enc, "W_dec": clt.W_dec, "b_dec": clt.b_dec, "W_skip": clt.W_skip}
@@ -72,12 +77,15 @@ def card(clt: CrossLayerTranscoder) -> dict[str, Any]:
     }
 
 
-def load_transcoder(folder: Path, share: LayerShare | None = None) -> CrossLayerTranscoder:
+def load_transcoder(
+    folder: Path, share: LayerShare | None = None, averaged: bool = False
+) -> CrossLayerTranscoder:
     """Reads a transcoder, or the share of it that a rank owns.
 
     Args:
         folder: what `save_transcoder` wrote, or the output folder of a training job, which means its newest checkpoint.
         share: layers to read; all by default.
+        averaged: read the running mean of the weights, of a job with optimizer.ema_decay.
 
     Returns:
         The transcoder, without gradients.
@@ -100,7 +108,10 @@ def load_transcoder(folder: Path, share: LayerShare | None = None) -> CrossLayer
     clt = CrossLayerTranscoder(config, scaling, share, provenance=provenance).requires_grad_(False)
     for layer in sorted({*clt.share.sources, *clt.share.targets}):
         own = layer_tensors(clt, layer) | layer_buffers(clt, layer)
-        read_into(own, checked(layer_file(layer)), clt.share.columns)
+        name = average_file(layer) if averaged else layer_file(layer)
+        if averaged and not (folder / name).exists():
+            raise CheckpointError(f"{folder / name}: no such file; train with optimizer.ema_decay, or take the weights")
+        read_into(own, checked(name), clt.share.columns)
     return clt
 
 

@@ -36,7 +36,7 @@ def _dead_codes(clt: CrossLayerTranscoder, x_LBD: Tensor, dead_LF: Tensor) -> Sp
 def _auxk_error(clt: CrossLayerTranscoder, codes: SparseCodes, missed_MBD: Tensor) -> Tensor:
     rows = [clt.source_rows(layer) for layer in clt.share.targets]
     errors = [
-        auxk_error(clt, layer, codes.values[own], codes.indices[own], missed_BD)
+        auxk_error(clt, layer, codes.values[own], codes.indices[own], missed_BD)[0]
         for layer, own, missed_BD in zip(clt.share.targets, rows, missed_MBD, strict=True)
     ]
     return torch.stack(errors)
