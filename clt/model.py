@@ -146,6 +146,11 @@ class CrossLayerTranscoder(nn.Module):
         return targets_of(self.config, source)
 
     @property
+    def dtype(self) -> torch.dtype:
+        """Of the weights."""
+        return next(self.parameters()).dtype
+
+    @property
     def n_sources(self) -> int:
         """Source layers of the whole transcoder."""
         return len(source_layers(self.config))
@@ -341,12 +346,16 @@ class CrossLayerTranscoder(nn.Module):
         save_transcoder(self, Path(folder))
 
     @classmethod
-    def from_pretrained(cls, folder: Path | str) -> CrossLayerTranscoder:
+    def from_pretrained(cls, folder: Path | str, averaged: bool = False) -> CrossLayerTranscoder:
         """Reads a folder written by `save_pretrained` or by training.
+
+        Args:
+            folder: what was written.
+            averaged: read the running mean of the weights, of a job with optimizer.ema_decay.
 
         Raises:
             CheckpointError: a file is missing, damaged or of the wrong shape; names the file and key.
         """
         from clt.weights import load_transcoder
 
-        return load_transcoder(Path(folder))
+        return load_transcoder(Path(folder), averaged=averaged)
