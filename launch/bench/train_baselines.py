@@ -3,7 +3,8 @@
 `clt bench baselines` prints it. The rivals are the algorithms of two public trainers of cross-layer transcoders, said
 again in plain PyTorch (`train_baselines_eleuther`, `train_baselines_crosslayer`), each with its own normalisation,
 initial weights, activation, loss, treatment of dead features and optimizer. Learning rates that were made for language
-models may not suit a toy, so each rival runs twice: with the published setting, and with the best of several trials.
+models may not suit a toy, so everybody runs twice: with the published setting, ours with the one of its configuration,
+and with the best of several trials.
 """
 
 from __future__ import annotations
@@ -25,14 +26,16 @@ from clt.launch.bench import train_baselines_ours as ours
 from clt.launch.bench.machine import this_machine
 from clt.launch.bench.train_baselines_data import Problem, make_problem
 from clt.launch.bench.train_baselines_measure import HeldOut, Run, Setting, Train, measure
-from clt.launch.bench.train_baselines_report import BaselineReport, How, Row, Trial, trial
+from clt.launch.bench.train_baselines_report import OURS, BaselineReport, How, Row, Trial, trial
 from clt.launch.demo import DemoConfig
 
 log = logging.getLogger(__name__)
 
 _PACKAGES = ("torch", "deepspeed", "numpy")
 #: Multiples of the published learning rates that are tried; a toy bears larger ones than a language model.
-ELEUTHER_RATES, CROSSLAYER_RATES = (2.0, 4.0, 8.0), (3.0, 10.0, 30.0)
+ELEUTHER_RATES, CROSSLAYER_RATES = (4.0, 8.0, 16.0), (3.0, 10.0, 30.0)
+#: Multiples of the configured learning rate.
+OUR_RATES = (0.5, 2.0, 4.0)
 #: Of a loss that is summed over tokens and features: a thousand times a thousand.
 DEAD_PENALTIES = (1e-9, 1e-8, 1e-7)
 
@@ -59,13 +62,13 @@ class BaselineSettings:
 
 
 @dataclass(frozen=True, kw_only=True)
-class Rival:
-    """An algorithm of others.
+class Contender:
+    """An algorithm.
 
     Attributes:
         name: what tables call it.
         train: trains it.
-        published: its authors' setting, None where they give none.
+        published: its authors' setting, of ours the configured one; None where they give none.
         candidates: settings to be tried, beside the published one.
     """
 
@@ -80,36 +83,39 @@ class Rival:
         return (*(() if self.published is None else (self.published,)), *self.candidates)
 
 
-def rivals(n_features: int) -> tuple[Rival, ...]:
-    """The algorithms we compare with.
+def all_contenders(n_features: int, our_rate: float) -> tuple[Contender, ...]:
+    """Ours, then the algorithms we compare with.
 
     Args:
         n_features: features per layer, by which one of them sets its learning rate.
+        our_rate: learning rate of our configuration.
     """
     automatic = eleuther.published_learning_rate(n_features)
     fixed = crosslayer.PUBLISHED_LEARNING_RATE
     rates = tuple(Setting(learning_rate=automatic * factor) for factor in ELEUTHER_RATES)
+    own = tuple(Setting(learning_rate=our_rate * factor) for factor in OUR_RATES)
     penalised = tuple(replace(rate, dead_penalty=penalty) for rate in rates[:2] for penalty in DEAD_PENALTIES)
     return (
-        Rival(
+        Contender(name=OURS, train=ours.train_ours, published=Setting(learning_rate=our_rate), candidates=own),
+        Contender(
             name="clt-training untied",
             train=eleuther.train_untied,
             published=Setting(learning_rate=automatic),
             candidates=rates,
         ),
-        Rival(
+        Contender(
             name="clt-training tied",
             train=eleuther.train_tied,
             published=Setting(learning_rate=automatic),
             candidates=rates,
         ),
-        Rival(
+        Contender(
             name="clt-training untied, dead-latent loss",
             train=eleuther.train_untied,
             published=None,
             candidates=penalised,
         ),
-        Rival(
+        Contender(
             name="crosslayer-coding BatchTopK",
             train=crosslayer.train_batch_topk,
             published=Setting(learning_rate=fixed),
@@ -138,11 +144,11 @@ def bench_baselines(settings: BaselineSettings) -> BaselineReport:
     with _threads(settings.threads), tempfile.TemporaryDirectory(prefix="clt-bench-") as scratch:
         machine = this_machine(_PACKAGES, Path(scratch))
         problem = make_problem(config, steps, settings.folder or Path(scratch), Path(scratch) / "clt")
-        contenders = rivals(problem.architecture.n_features)
+        contenders = all_contenders(problem.architecture.n_features, problem.job.optimizer.learning_rate)
         if settings.quick:
-            contenders = tuple(replace(rival, candidates=rival.candidates[:1]) for rival in contenders)
+            contenders = tuple(replace(each, candidates=each.candidates[:1]) for each in contenders)
         trials = list(_try(problem, contenders, max(seeds) + 1))
-        rows = _compare(problem, _entries(problem, contenders, trials), seeds)
+        rows = _compare(problem, _entries(contenders, trials), seeds)
     return BaselineReport(
         machine=machine,
         setting=_words(problem, seeds, settings.threads, settings.quick),
@@ -163,12 +169,14 @@ class _Entry:
     setting: Setting
 
 
-def _try(problem: Problem, contenders: Sequence[Rival], seed: int) -> Iterator[Trial]:
-    for rival in contenders:
-        for setting in rival.trials:
-            trained = rival.train(problem, seed, setting)
-            found = trial(rival.name, setting, measure(trained.predict, problem.validation))
-            log.info("bench: trial: %s, %s: FVU %.5f, dead %.4f", rival.name, setting, found.fvu, found.dead_fraction)
+def _try(problem: Problem, contenders: Sequence[Contender], seed: int) -> Iterator[Trial]:
+    for contender in contenders:
+        for setting in contender.trials:
+            trained = contender.train(problem, seed, setting)
+            found = trial(contender.name, setting, measure(trained.predict, problem.validation))
+            log.info(
+                "bench: trial: %s, %s: FVU %.5f, dead %.4f", *(found.name, setting, found.fvu, found.dead_fraction)
+            )
             yield found
 
 
@@ -178,16 +186,16 @@ def best_trial(trials: Sequence[Trial], name: str) -> Setting:
     return min(own, key=lambda entry: math.inf if math.isnan(entry.fvu) else entry.fvu).setting
 
 
-def _entries(problem: Problem, contenders: Sequence[Rival], trials: Sequence[Trial]) -> list[_Entry]:
-    configured = Setting(learning_rate=problem.job.optimizer.learning_rate)
-    entries = [_Entry(name="ours", how="configured", train=ours.train_ours, setting=configured)]
-    for rival in contenders:
-        tuned = best_trial(trials, rival.name)
-        if rival.published is not None:
-            how: How = "published, also best" if tuned == rival.published else "published"
-            entries.append(_Entry(name=rival.name, how=how, train=rival.train, setting=rival.published))
-        if tuned != rival.published:
-            entries.append(_Entry(name=rival.name, how="tuned", train=rival.train, setting=tuned))
+def _entries(contenders: Sequence[Contender], trials: Sequence[Trial]) -> list[_Entry]:
+    entries = []
+    for each in contenders:
+        tuned = best_trial(trials, each.name)
+        if each.published is not None:
+            given: How = "configured" if each.name == OURS else "published"
+            how: How = f"{given}, also best" if tuned == each.published else given
+            entries.append(_Entry(name=each.name, how=how, train=each.train, setting=each.published))
+        if tuned != each.published:
+            entries.append(_Entry(name=each.name, how="tuned", train=each.train, setting=tuned))
     return entries
 
 

@@ -12,7 +12,10 @@ from clt.launch.bench.machine import Machine, describe
 from clt.launch.bench.report import Claim, claim, claims_text, markdown_table
 from clt.launch.bench.train_baselines_measure import HeldOut, Run, Setting
 
-How = Literal["published", "published, also best", "tuned", "configured"]
+How = Literal["published", "published, also best", "tuned", "configured", "configured, also best"]
+
+#: What tables call this project's training.
+OURS = "ours"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -92,8 +95,9 @@ class BaselineReport:
 
     @property
     def claims(self) -> tuple[Claim, ...]:
-        """What is promised: less error and no more dead features than every rival."""
-        ours, *rivals = self.rows
+        """What is promised: less error and no more dead features than every rival, ours with its best setting."""
+        ours = [row for row in self.rows if row.name == OURS][-1]
+        rivals = [row for row in self.rows if row.name != OURS]
         claims = []
         for row in rivals:
             against = f"ours / {row.name}, {row.how}"

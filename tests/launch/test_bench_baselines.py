@@ -17,7 +17,7 @@ from clt.launch.bench import train_baselines_crosslayer as crosslayer
 from clt.launch.bench import train_baselines_eleuther as eleuther
 from clt.launch.bench import train_baselines_ours as ours
 from clt.launch.bench.machine import this_machine
-from clt.launch.bench.train_baselines import best_trial, rivals
+from clt.launch.bench.train_baselines import all_contenders, best_trial
 from clt.launch.bench.train_baselines_data import Batch, ChannelMoments, channel_moments
 from clt.launch.bench.train_baselines_measure import HeldOut, Prediction, Run, Setting, learn, measure
 from clt.launch.bench.train_baselines_report import BaselineReport, Row, Trial
@@ -128,9 +128,9 @@ def test_schedules_and_published_rates_are_those_of_the_authors() -> None:
     assert eleuther.published_learning_rate(1024) == pytest.approx(8e-4)
     assert [eleuther.rate_factor(step, 2, 6) for step in range(7)] == [0, 0.5, 1, 0.75, 0.5, 0.25, 0]
     assert [crosslayer.rate_factor(step, 10) for step in (0, 7, 8, 9)] == [1, 1, 1, 0.5]
-    tried = {rival.name: rival.trials for rival in rivals(1024)}
+    tried = {each.name: each.trials for each in all_contenders(1024, 1e-3)}
     assert [setting.learning_rate for setting in tried["clt-training untied"]] == pytest.approx(
-        [8e-4, 1.6e-3, 3.2e-3, 6.4e-3]
+        [8e-4, 3.2e-3, 6.4e-3, 1.28e-2]
     )
     assert [setting.learning_rate for setting in tried["crosslayer-coding BatchTopK"]] == pytest.approx(
         [3e-4, 9e-4, 3e-3, 9e-3]
@@ -331,7 +331,7 @@ def test_command_trains_everyone_on_equal_terms_and_writes_the_report(tmp_path: 
     assert result.stdout.startswith("| claim |") and "Quick: the numbers mean nothing." in result.stdout
     tree = json.loads((tmp_path / "new" / "report.json").read_text())
     assert tree["machine"]["packages"] and tree["rows"][0]["name"] == "ours"
-    assert {row["name"] for row in tree["rows"]} == {"ours", *(rival.name for rival in rivals(64))}
+    assert {row["name"] for row in tree["rows"]} == {each.name for each in all_contenders(64, 1e-3)}
     for row in tree["rows"]:
         (run,) = row["runs"]
         assert f"| {row['name']} | {row['how']}: " in result.stdout
