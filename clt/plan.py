@@ -16,7 +16,7 @@ from clt.metrics import METRICS_FILE, read_metrics
 from clt.model import target_layers
 from clt.parallel import check_world
 from clt.plan_counts import Flops, Memory, StepTraffic, dense_flops, flops, memory, store_bytes_per_token, traffic
-from clt.plan_job import NUMERICS, Job, MeshShape, Numerics, Parameters, pairs, parameters
+from clt.plan_job import Job, MeshShape, Numerics, Parameters, numerics_of, pairs, parameters
 from clt.plan_speed import Machine, StepTime, step_time
 
 #: Worlds that are tried for the smallest one that fits.
@@ -83,7 +83,7 @@ def plan(
     *,
     world: int | None = None,
     tokens: float | None = None,
-    numerics: Numerics = NUMERICS["float32"],
+    numerics: Numerics | None = None,
 ) -> Plan:
     """Plans a job on the mesh of its configuration.
 
@@ -93,7 +93,7 @@ def plan(
         machine: where it runs, one device per rank.
         world: processes; absent: one model group.
         tokens: tokens to train on; absent: all steps of the job.
-        numerics: types of weights and optimizer.
+        numerics: types of weights and optimizer; absent: those of the configuration.
 
     Returns:
         The plan.
@@ -104,16 +104,20 @@ def plan(
     group = config.mesh.layer * config.mesh.column
     world = world or group
     check_world(world, config.mesh.layer, config.mesh.column)
-    shape = MeshShape(
-        data=world // group, layer=config.mesh.layer, column=config.mesh.column, zero=config.mesh.zero_stage
-    )
+    numerics, data = numerics or numerics_of(config.optimizer), world // group
+    zero = config.zero_stage(data) if config.mesh.zero_stage is not None or data > 1 else numerics.zero[0]
+    shape = MeshShape(data=data, layer=config.mesh.layer, column=config.mesh.column, zero=zero)
     if config.data.batch_tokens % shape.data:
         raise ConfigError(
             f"data.batch_tokens={config.data.batch_tokens} does not divide over {shape.data} data ranks; "
             f"take a multiple of {shape.data}"
         )
     if shape.zero not in numerics.zero:
-        raise ConfigError(f"mesh.zero_stage={shape.zero} does not go with {numerics.name}; set mesh.zero_stage=0")
+        raise ConfigError(
+            f"mesh.zero_stage={shape.zero} does not go with {numerics.name}; set mesh.zero_stage={numerics.zero[0]}"
+        )
+    if data > 1 and not numerics.replicas:
+        raise ConfigError(f"{numerics.name} takes no replicas, and these are {data}; raise mesh.layer or mesh.column")
     job = Job(config=config, clt=clt, mesh=shape, numerics=numerics)
     return _planned(job, machine, tokens or config.steps * config.data.batch_tokens)
 
@@ -160,8 +164,10 @@ def alternatives(chosen: Plan, world: int | None = None, numerics: Numerics | No
     job = replace(chosen.job, numerics=numerics or chosen.job.numerics)
     found = []
     for shape in meshes(job, world or job.mesh.world):
+        if shape.data > 1 and not job.numerics.replicas:
+            continue
         if shape.zero not in job.numerics.zero:
-            shape = replace(shape, zero=0)
+            shape = replace(shape, zero=job.numerics.zero[0])
         found.append(_planned(replace(job, mesh=shape), chosen.machine, chosen.tokens))
     fitting = [candidate for candidate in found if candidate.fits]
     # To three digits: what differs less is no difference for a projection.

@@ -16,8 +16,8 @@ from clt.plan_job import Job, Sum, pairs, parameters, width
 
 #: Bytes of a feature number in memory, of an activation's gradient, and of a number that all ranks add up.
 INDEX, CODE_GRADIENT, SCALAR = 4, 4, 8
-#: Bytes of a number of the activations as batches bring them.
-RAW = 4
+#: Bytes of a float32, and of a number of the activations as batches bring them.
+FLOAT, RAW = 4, 4
 #: Most bytes of pre-activations that the Triton encoder holds at a time (`clt.kernels.encode`).
 PRE_ACTIVATIONS = 512 * 2**20
 #: Most numbers that DeepSpeed reduces at once (`clt.engine`).
@@ -33,7 +33,7 @@ class Memory(Sum):
     Attributes:
         weights: as the kernels read them.
         gradients: kept after the backward pass; 1/data of them under ZeRO.
-        optimizer: moments and master copy; 1/data of them under ZeRO.
+        optimizer: moments and master copy, 1/data of them under ZeRO; and the running mean of the weights.
         buffers: gradients on their way: DeepSpeed's bucket, all gradients once under ZeRO-1, and the decoder gradients
             of AuxK for one target before they are added up.
         inputs: activations as read and standardised.
@@ -114,7 +114,7 @@ def memory(job: Job, share: LayerShare) -> Memory:
     With p parameters of the share, n replicas, and w, g, m, o bytes of a weight, gradient, master and moments: ZeRO-0
     holds p (w + g + m + o) and flattens gradients in buckets. ZeRO-1 and 2 hold p w + p (g + 4 + o) / n, where the 4 is
     DeepSpeed's float32 master, made for float32 weights too; ZeRO-1 also holds all gradients, p g, until they are
-    reduced.
+    reduced, and bfloat16 gradients are widened to float32 for the step. A running mean of the weights is 4 p more.
 
     Args:
         job: the job.
@@ -123,32 +123,35 @@ def memory(job: Job, share: LayerShare) -> Memory:
     Returns:
         The bytes.
     """
-    kind, zero, tokens, clt = job.numerics, job.mesh.zero, job.batch, job.clt
+    kind, zero, tokens, clt = job.numerics, job.mesh.zero, job.part, job.clt
     own, columns = parameters(clt, share).total, width(clt, share)
     split = job.mesh.data if zero else 1
     largest = max((pairs(clt, [target]) for target in share.targets), default=0) * clt.n_features * columns
     buffers = kind.gradient * (min(own, max(BUCKET, largest)) + (own if zero == 1 else 0))
     if job.auxk_batch:
         buffers += kind.gradient * largest
+    if kind.master:
+        buffers += kind.master * own // split
+    mean = FLOAT * own if job.config.optimizer.ema_decay else 0
     x_layers, n_targets = len(input_layers(clt, share)), len(share.targets)
-    raw = tokens * (x_layers + n_targets) * clt.d_model * RAW
+    raw = job.batch * (x_layers + n_targets) * clt.d_model * RAW
     standardised = tokens * (x_layers * clt.d_model + n_targets * columns) * kind.weight
     return Memory(
         weights=own * kind.weight,
         gradients=own * kind.gradient / split,
-        optimizer=own * (kind.moments + (max(kind.master, 4) if zero else kind.master)) / split,
+        optimizer=own * (kind.moments + (max(kind.master, FLOAT) if zero else kind.master)) / split + mean,
         buffers=buffers,
         inputs=raw + standardised,
         pre_activations=_pre_activations(job, len(share.sources)),
         codes=_code_memory(job, len(share.sources)),
         # AuxK stacks the residuals of its tokens and leaves its own.
-        residuals=n_targets * columns * kind.weight * (tokens + 2 * job.auxk_batch),
+        residuals=n_targets * columns * kind.weight * (tokens + 2 * job.auxk_part),
     )
 
 
 def _pre_activations(job: Job, own_sources: int) -> int:
     """A chunk of one layer's; rules that compare tokens, layers or norms hold those of all own layers several times."""
-    layer = job.batch * job.clt.n_features * job.numerics.weight
+    layer = job.part * job.clt.n_features * job.numerics.weight
     if job.clt.sparsity.kind == "topk" and not job.clt.sparsity.uses_decoder_norm:
         return min(layer, PRE_ACTIVATIONS) if own_sources else 0
     # As computed, as compared, stacked, and for joint_topk token by token (`clt.encoding`, `clt.sparsity`).
@@ -157,7 +160,7 @@ def _pre_activations(job: Job, own_sources: int) -> int:
 
 def _code_memory(job: Job, own_sources: int) -> int:
     """Own codes; everybody's, as they travel too; their gradients; and slot and token numbers by feature."""
-    slots = job.batch * job.slots + job.auxk_batch * job.auxk_slots
+    slots = job.part * job.slots + job.auxk_part * job.auxk_slots
     code, layers = job.numerics.weight + INDEX, len(source_layers(job.clt))
     received = code + index_dtype(job.clt.n_features).itemsize + CODE_GRADIENT + 2 * INDEX
     return slots * (own_sources * code + layers * received)

@@ -10,7 +10,7 @@ from collections.abc import Iterable
 from dataclasses import astuple, dataclass
 from typing import Literal
 
-from clt.config import CLTConfig, TrainConfig
+from clt.config import CLTConfig, OptimizerSettings, TrainConfig
 from clt.model import LayerShare, sources_of, target_layers
 from clt.parallel import deal_layers
 
@@ -39,8 +39,8 @@ class Numerics:
         gradient: bytes of a stored gradient; 0 where the optimizer is part of the backward pass.
         master: bytes of a float32 copy of a weight; 0 for none.
         moments: bytes of all moments of a weight.
-        zero: ZeRO stages it works with.
-        built: whether this version can train so; the others are plans.
+        zero: ZeRO stages it works with, the usual one first.
+        replicas: whether the data axis may exceed 1.
     """
 
     name: str
@@ -48,8 +48,8 @@ class Numerics:
     gradient: int
     master: int
     moments: int
-    zero: tuple[int, ...] = (0, 1, 2)
-    built: bool = False
+    zero: tuple[Literal[0, 1, 2], ...] = (0, 1, 2)
+    replicas: bool = True
 
     @property
     def bytes_per_parameter(self) -> int:
@@ -66,17 +66,34 @@ class Numerics:
         return self.gradient + 2 * (self.master or self.weight) + 2 * self.moments + (self.weight if self.master else 0)
 
 
-#: Bytes per parameter 16, 16, 10, 6 and 4 (research note clt_training.md, section 3.3).
+_BYTES = {"float32": 4, "bfloat16": 2, "int8": 1}
+
+
+def numerics_of(settings: OptimizerSettings) -> Numerics:
+    """The types that a job's optimizer settings ask for."""
+    if settings.kind == "row_adam":
+        weight, moment = _BYTES[settings.weights], _BYTES[settings.moments]
+        # Without momentum there is one moment; no gradient of a matrix is stored.
+        moments = moment if settings.betas[0] == 0 else 2 * moment
+        name = f"row_adam, {settings.weights} weights, {settings.moments} moments"
+        return Numerics(name=name, weight=weight, gradient=0, master=0, moments=moments, zero=(0,), replicas=False)
+    if settings.weights == "bfloat16_master":
+        return Numerics(name="adam, bfloat16_master weights", weight=2, gradient=2, master=4, moments=8, zero=(1, 2))
+    return Numerics(name="adam, float32 weights", weight=4, gradient=4, master=0, moments=8)
+
+
+def _row_adam(weights: str, moments: str, beta1: float) -> OptimizerSettings:
+    return OptimizerSettings(kind="row_adam", weights=weights, moments=moments, betas=(beta1, 0.999), gradient_clip=0)
+
+
+#: What a job would take with other types; 16, 16, 8, 6, 4 and 3 bytes per parameter.
 NUMERICS = {
-    kind.name: kind
-    for kind in (
-        Numerics(name="float32", weight=4, gradient=4, master=0, moments=8, built=True),
-        Numerics(name="bf16-master", weight=2, gradient=2, master=4, moments=8),
-        Numerics(name="bf16-master-adam8", weight=2, gradient=2, master=4, moments=2, zero=(0,)),
-        Numerics(name="bf16-adam8", weight=2, gradient=2, master=0, moments=2, zero=(0,)),
-        # Row-sparse Adam with beta1 = 0 inside the backward pass, bfloat16 second moment: no gradient is stored.
-        Numerics(name="bf16-row", weight=2, gradient=0, master=0, moments=2, zero=(0,)),
-    )
+    "float32": numerics_of(OptimizerSettings()),
+    "bf16-master": numerics_of(OptimizerSettings(weights="bfloat16_master")),
+    "row-float32": numerics_of(_row_adam("float32", "float32", 0)),
+    "row-bf16-momentum": numerics_of(_row_adam("bfloat16", "bfloat16", 0.9)),
+    "row-bf16": numerics_of(_row_adam("bfloat16", "bfloat16", 0)),
+    "row-bf16-int8": numerics_of(_row_adam("bfloat16", "int8", 0)),
 }
 
 
@@ -122,10 +139,20 @@ class Job:
         return self.config.data.batch_tokens // self.mesh.data
 
     @property
-    def auxk_batch(self) -> int:
-        """Tokens of those that AuxK looks at: every n-th, as `clt.objective` takes them; 0 without AuxK."""
+    def part(self) -> int:
+        """Tokens of them that go forward and backward at once."""
+        return self.batch // self.config.data.micro_batches
+
+    @property
+    def auxk_part(self) -> int:
+        """Tokens of a part that AuxK looks at: every n-th, as `clt.objective` takes them; 0 without AuxK."""
         auxk = self.config.auxk
-        return -(-self.batch // round(1 / auxk.token_fraction)) if auxk.coefficient else 0
+        return -(-self.part // round(1 / auxk.token_fraction)) if auxk.coefficient else 0
+
+    @property
+    def auxk_batch(self) -> int:
+        """Tokens of a step that AuxK looks at."""
+        return self.auxk_part * self.config.data.micro_batches
 
     @property
     def slots(self) -> int:

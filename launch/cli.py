@@ -95,8 +95,8 @@ def plan(
     gpus: Annotated[int | None, typer.Option(min=1, help="Devices; absent: mesh.layer x mesh.column.")] = None,
     tokens: Annotated[float | None, typer.Option(min=1, help="Tokens to train on; absent: all steps.")] = None,
     numerics: Annotated[
-        str, typer.Option(help="float32, or one that is not built yet: see the last table of the report.")
-    ] = "float32",
+        str | None, typer.Option(help="What-if of other types: a name of the last table of the report.")
+    ] = None,
     file: Annotated[Path | None, typer.Option("--json", metavar="FILE", help="Also write the report as JSON.")] = None,
 ) -> None:
     """Counts memory, traffic and arithmetic of a training job, projects its speed, and says where it fits."""

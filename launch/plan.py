@@ -34,7 +34,7 @@ class PlanRequest:
         gpu: a key of `clt.plan_speed.MACHINES`.
         gpus: devices; absent: one model group.
         tokens: tokens to train on; absent: all steps of the job.
-        numerics: a key of `clt.plan_job.NUMERICS`.
+        numerics: a key of `clt.plan_job.NUMERICS`; None: what the configuration says.
     """
 
     config: Path
@@ -43,7 +43,7 @@ class PlanRequest:
     gpu: str = "h200"
     gpus: int | None = None
     tokens: float | None = None
-    numerics: str = "float32"
+    numerics: str | None = None
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -93,7 +93,7 @@ def make_plan(request: PlanRequest) -> PlanReport:
     """
     if request.gpu not in MACHINES:
         raise ConfigError(f"--gpu {request.gpu}: no such machine; take one of {', '.join(MACHINES)}")
-    if request.numerics not in NUMERICS:
+    if request.numerics is not None and request.numerics not in NUMERICS:
         raise ConfigError(f"--numerics {request.numerics}: no such kind; take one of {', '.join(NUMERICS)}")
     config = load_config(TrainConfig, request.config, request.overrides)
     n_layers, d_model = dimensions(config, request.model)
@@ -104,7 +104,7 @@ def make_plan(request: PlanRequest) -> PlanReport:
         MACHINES[request.gpu],
         world=request.gpus,
         tokens=request.tokens,
-        numerics=NUMERICS[request.numerics],
+        numerics=None if request.numerics is None else NUMERICS[request.numerics],
     )
     return PlanReport(
         plan=chosen,
@@ -213,8 +213,7 @@ def _meshes_text(report: PlanReport) -> str:
 
 def _smallest_text(report: PlanReport) -> str:
     rows = [("numerics", "bytes/parameter", "fewest", "mesh", "tokens/s", "all tokens in")]
-    for kind, p in zip(NUMERICS.values(), report.smallest, strict=True):
-        name = kind.name if kind.built else f"{kind.name} (not built)"
+    for (name, kind), p in zip(NUMERICS.items(), report.smallest, strict=True):
         found = ("none", "-", "-", "-")
         if p is not None:
             found = (str(p.job.mesh.world), _mesh(p.job), _rate(p), duration_text(p.seconds))
@@ -233,9 +232,7 @@ def _architecture(job: Job) -> str:
 
 
 def _numerics(job: Job) -> str:
-    kind = job.numerics
-    built = "" if kind.built else "; NOT BUILT yet"
-    return f"{kind.name}: {kind.bytes_per_parameter} bytes per parameter without ZeRO{built}"
+    return f"{job.numerics.name}: {job.numerics.bytes_per_parameter} bytes per parameter without ZeRO"
 
 
 def _mesh(job: Job) -> str:

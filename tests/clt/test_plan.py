@@ -42,7 +42,8 @@ def config(**keys: Any) -> TrainConfig:
 
 def job(train: TrainConfig, n_layers: int = 32, d_model: int = 4096, data: int = 1, numerics: str = "float32") -> Job:
     clt = CLTConfig.resolve(train.clt, n_layers, d_model)
-    mesh = MeshShape(data=data, layer=train.mesh.layer, column=train.mesh.column, zero=train.mesh.zero_stage)
+    zero = train.zero_stage(data)
+    mesh = MeshShape(data=data, layer=train.mesh.layer, column=train.mesh.column, zero=zero)
     return Job(config=train, clt=clt, mesh=mesh, numerics=NUMERICS[numerics])
 
 
@@ -78,8 +79,7 @@ def test_largest_published_transcoder_has_its_94_billion_parameters() -> None:
     ("numerics", "per_parameter", "t16", "full"),
     [
         ("bf16-master", 16, 227.6e9, 300.6e9),
-        ("bf16-master-adam8", 10, 142.3e9, 187.9e9),
-        ("bf16-adam8", 6, 85.4e9, 112.7e9),
+        ("row-bf16-momentum", 6, 85.4e9, 112.7e9),
     ],
 )
 def test_bytes_per_parameter_are_those_of_the_note(numerics: str, per_parameter: int, t16: float, full: float) -> None:
@@ -92,7 +92,7 @@ def test_bytes_per_parameter_are_those_of_the_note(numerics: str, per_parameter:
 def test_adam_moves_28_bytes_per_parameter() -> None:
     assert NUMERICS["float32"].optimizer_traffic == NUMERICS["bf16-master"].optimizer_traffic == 28
     # Weight and second moment in bfloat16, each read and written inside the backward pass.
-    assert NUMERICS["bf16-row"].optimizer_traffic == 8
+    assert NUMERICS["row-bf16"].optimizer_traffic == 8
 
 
 @pytest.mark.parametrize(("n_targets", "sparse", "dense"), [(16, 0.42e12, 340.8e12), (None, 0.57e12, 453e12)])
@@ -299,14 +299,15 @@ def test_dense_products_win_where_k_is_a_large_share_of_the_features() -> None:
     assert many.decode == pytest.approx(49 * product + 2 * 4 * 4096 * 16_384 / 4.32e12)
 
 
-def test_sixteen_bytes_of_llava_fill_two_gpus_and_six_bytes_one() -> None:
+def test_llava_fits_one_gpu_without_stored_gradients_and_needs_more_with_them() -> None:
     found = llava_plan()
     needed = {}
     for name, kind in NUMERICS.items():
         fewest = smallest(found, kind)
         needed[name] = fewest.job.mesh.world if fewest else 0
-    assert needed["bf16-master"] == 2 and needed["bf16-adam8"] == needed["bf16-row"] == 1
-    assert needed["float32"] in (2, 4)
+    # 14.23 G parameters at 16 bytes are 228 GB, at 8 bytes 114 of the 127 GB that can be used.
+    assert all(needed[name] == 1 for name in NUMERICS if name.startswith("row"))
+    assert needed["bf16-master"] in (2, 4) and needed["float32"] in (2, 4)
 
 
 def test_alternatives_fit_and_come_fastest_first() -> None:
@@ -336,7 +337,7 @@ def test_a_mesh_that_cannot_be_is_one_line(keys: dict[str, Any], world: int | No
 def test_zero_is_refused_where_the_optimizer_cannot() -> None:
     train = config(mesh={"zero_stage": 1})
     with pytest.raises(ConfigError, match=r"mesh\.zero_stage=1"):
-        plan(train, CLTConfig.resolve(train.clt, 32, 4096), H200, numerics=NUMERICS["bf16-row"])
+        plan(train, CLTConfig.resolve(train.clt, 32, 4096), H200, numerics=NUMERICS["row-bf16"])
 
 
 def test_measured_speed_is_the_median_of_the_second_half(tmp_path: Path) -> None:

@@ -89,7 +89,7 @@ def test_plan_prints_every_part(job: Path) -> None:
         "projected step",
         "nothing measured",
         "meshes of 4 that fit",
-        "bf16-row (not built)",
+        "row-bf16-int8",
     ):
         assert words in text, text
     assert "measured  " not in text
@@ -115,9 +115,9 @@ def test_measured_speed_stands_beside_the_projection(job: Path, tmp_path: Path) 
 
 def test_tokens_and_numerics_are_options(job: Path, tmp_path: Path) -> None:
     options = ("--model", "width=32,layers=4", "--set", "mesh.zero_stage=0", "--json", tmp_path / "r.json")
-    planned(job, *options, "--tokens", "1e6", "--numerics", "bf16-row")
+    planned(job, *options, "--tokens", "1e6", "--numerics", "row-bf16")
     tree = json.loads((tmp_path / "r.json").read_text())
-    assert tree["tokens"] == 1e6 and tree["numerics"] == "bf16-row" and tree["traffic"]["gradients"] == 0
+    assert tree["tokens"] == 1e6 and tree["numerics"].startswith("row_adam, bfloat16") and tree["traffic"]["gradients"] == 0
     assert tree["store_bytes"] == 1e6 * 2 * 4 * 32 * 2
 
 
