@@ -10,6 +10,7 @@ import pytest
 import torch
 from toy_job import ToyBatches, toy_scaling
 
+from clt.columns import COLUMN_DIMS, own_columns
 from clt.config import AuxKSettings, CLTConfig, SparsitySettings
 from clt.encoding import decoder_squares
 from clt.engine import joined_job
@@ -29,7 +30,8 @@ SPARSITY: dict[str, dict[str, Any]] = {
     "jumprelu": {"threshold": 0.3},
     "relu": {},
 }
-MESHES = {"layer": 2, "data": 1}
+#: Ranks of the layer and of the column axis, of two.
+MESHES = {"layer": (2, 1), "data": (1, 1), "column": (1, 2)}
 
 Tensors = dict[str, torch.Tensor]
 
@@ -47,7 +49,7 @@ def _clt(name: str, share: LayerShare, levels: int | None, dtype: torch.dtype) -
         weights = {"W_enc": torch.randn(F, D, generator=draw), "W_dec": torch.randn(L, F, D, generator=draw)}
         for key, own in layer_tensors(clt, layer).items():
             if key in weights:
-                value = weights[key][: len(own)]
+                value = own_columns(key, weights[key][: len(own)], share.columns)
                 own.data = (value * levels).round() / levels if levels else value / 4
     return clt.to(dtype)
 
@@ -60,10 +62,9 @@ def _inputs(levels: int | None, share: LayerShare, mesh: Mesh) -> torch.Tensor:
     return x[list(share.sources), mesh.data_rank * rows : (mesh.data_rank + 1) * rows]
 
 
-def selections(layer_size: int) -> Tensors:
+def selections(mesh: Mesh) -> Tensors:
     """What every rule selects in training and after it, by data rank and layer."""
-    mesh = Mesh.create(layer_size)
-    share = deal_layers(_config("topk"), layer_size)[mesh.layer_rank]
+    share = deal_layers(_config("topk"), mesh.layer_size, mesh.column_size)[mesh.model_rank]
     results = {}
     for name in SPARSITY:
         # Coarse levels make most scores tie.
@@ -82,11 +83,10 @@ def selections(layer_size: int) -> Tensors:
     return {key: value.detach().to(torch.float64) for key, value in results.items()}
 
 
-def gradients(layer_size: int) -> Tensors:
+def gradients(mesh: Mesh) -> Tensors:
     """Loss and gradients of a step in float64, summed or averaged over the ranks as training does."""
-    mesh = Mesh.create(layer_size)
-    shares = deal_layers(_config("topk"), layer_size)
-    share = shares[mesh.layer_rank]
+    shares = deal_layers(_config("topk"), mesh.layer_size, mesh.column_size)
+    share = shares[mesh.model_rank]
     results = {}
     for name in SPARSITY:
         clt = _clt(name, share, None, torch.float64)
@@ -100,7 +100,10 @@ def gradients(layer_size: int) -> Tensors:
         for layer in sorted({*share.sources, *share.targets}):
             for key, parameter in layer_tensors(clt, layer).items():
                 gradient = torch.zeros_like(parameter) if parameter.grad is None else parameter.grad
-                results[f"{name}/{layer}/{key}"] = mesh.all_reduce(gradient, "data") / mesh.data_size
+                name_of_part = f"{name}/{layer}/{key}"
+                if share.columns is not None and key in COLUMN_DIMS:
+                    name_of_part += f"/columns {share.columns.start}"
+                results[name_of_part] = mesh.all_reduce(gradient, "data") / mesh.data_size
         results[f"{name}/l0"] = mesh.all_reduce(seen.l0_L.sum().double(), "world") / mesh.data_size
     return results
 
@@ -132,26 +135,37 @@ def collectives() -> Tensors:
     return counts | {"squares": decoder_squares(clt, Peers(mesh=mesh)).detach()}
 
 
-def everything(layer_size: int) -> Tensors:
+def everything(layer_size: int, column_size: int) -> Tensors:
     """The cases of one mesh."""
-    found = {f"selections/{key}": value for key, value in selections(layer_size).items()}
-    return found | {f"gradients/{key}": value for key, value in gradients(layer_size).items()}
+    mesh = Mesh.create(layer_size, column_size)
+    found = {f"selections/{key}": value for key, value in selections(mesh).items()}
+    return found | {f"gradients/{key}": value for key, value in gradients(mesh).items()}
 
 
 @pytest.fixture(scope="module")
 def unsharded() -> Tensors:
     """One process that owns everything and sees all tokens."""
     with joined_job():
-        return everything(1)
+        return everything(1, 1)
 
 
 @pytest.fixture(scope="module", params=sorted(MESHES))
 def sharded(request: pytest.FixtureRequest, run_ranks: Callable[..., list[Tensors]]) -> Tensors:
     """Both ranks' results; what both have is alike on both."""
-    first, second = run_ranks(everything, 2, layer_size=MESHES[request.param])
+    layer_size, column_size = MESHES[request.param]
+    first, second = run_ranks(everything, 2, layer_size=layer_size, column_size=column_size)
     for key in first.keys() & second.keys():
         torch.testing.assert_close(first[key], second[key], rtol=1e-9, atol=1e-12)
-    return first | second
+    return _joined(first | second)
+
+
+def _joined(found: Tensors) -> Tensors:
+    """With the columns of split gradients put together."""
+    parts = sorted(key for key in found if "/columns " in key)
+    for key in dict.fromkeys(key.partition("/columns ")[0] for key in parts):
+        own = [found.pop(part) for part in parts if part.startswith(f"{key}/columns ")]
+        found[key] = torch.cat(own, dim=COLUMN_DIMS[key.rpartition("/")[2]])
+    return found
 
 
 @pytest.mark.parametrize("name", SPARSITY)
