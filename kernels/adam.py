@@ -7,31 +7,24 @@ moves only when it is touched, where Adam would let it drift on old momentum.
 
 Adam: Kingma and Ba, https://arxiv.org/abs/1412.6980, algorithm 1.
 
-Numbers kept as bfloat16 are rounded stochastically, because an update smaller than half a unit in the last place
-would be lost by rounding to nearest. The noise is a hash of seed, step, element number and tensor: no generator state,
-and the same bits wherever it is computed.
+Parameters and moments are stored and rounded as `clt.kernels.storage` says.
 """
 
 from __future__ import annotations
 
 import math
+from collections.abc import Mapping
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
+from clt.kernels import packed
 from clt.kernels.dtypes import accumulator
-
-#: Streams of noise: which tensor is rounded, below 4.
-PARAM, MOMENT_1, MOMENT_2 = 0, 1, 2
-
-#: Multipliers of the hash, below 2^31 so that int64 products with 32-bit numbers do not overflow.
-MULTIPLIER_1, MULTIPLIER_2, MULTIPLIER_3 = 0x21F0AAAD, 0x735A2D97, 0x31848BAB
+from clt.kernels.storage import MOMENT_1, MOMENT_2, PARAM, Memory
 
 #: Rows that the plain update works on at a time.
 _ROWS = 128
-
-_LOW_32 = 0xFFFFFFFF
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -91,16 +84,21 @@ class RowAdamState:
     """Moments of one parameter [..,F,D].
 
     Attributes:
-        v_RD: [..,F,D] second moments as of each row's last touch; float32 or bfloat16, float64 for float64 parameters.
+        v_RD: [..,F,D] second moments as of each row's last touch; float32, bfloat16 or uint8 codes, float64 for
+            float64 parameters.
         m_RD: [..,F,D] first moments of the same dtype; None iff beta1 is 0.
         last_step_R: [..,F] int32 step of the last touch, 0 for never.
         seed: of the stochastic rounding.
+        v_exponents_RG: [..,F,G] uint8 exponents of the codes' groups; None iff the moments are not codes.
+        m_exponents_RG: likewise of the first moments.
     """
 
     v_RD: Tensor
     m_RD: Tensor | None
     last_step_R: Tensor
     seed: int
+    v_exponents_RG: Tensor | None = None
+    m_exponents_RG: Tensor | None = None
 
     @classmethod
     def zeros(cls, param: Tensor, settings: RowAdam, dtype: torch.dtype | None = None) -> RowAdamState:
@@ -109,75 +107,71 @@ class RowAdamState:
         Args:
             param: [..,F,D] parameter.
             settings: of the optimizer.
-            dtype: of the moments: bfloat16, or None for float32 (float64 for a float64 parameter).
+            dtype: of the moments: bfloat16, uint8, or None for float32 (float64 for a float64 parameter).
 
         Raises:
             ValueError: for another dtype.
         """
         wide = accumulator(param.dtype)
         dtype = dtype or wide
-        if dtype != wide and not (dtype == torch.bfloat16 and wide == torch.float32):
-            raise ValueError(f"moments of {dtype} for a parameter of {param.dtype}: want {wide}, or torch.bfloat16")
-        shape, device = param.shape, param.device
+        if dtype != wide and not (dtype in (torch.bfloat16, torch.uint8) and wide == torch.float32):
+            narrow = ", torch.bfloat16 or torch.uint8" if wide == torch.float32 else ""
+            raise ValueError(f"moments of {dtype} for a parameter of {param.dtype}: want {wide}{narrow}")
+
+        def zeros(width: int) -> Tensor:
+            return torch.zeros((*param.shape[:-1], width), dtype=dtype, device=param.device)
+
+        d, groups = param.shape[-1], packed.n_groups(param.shape[-1])
+        has_m, has_exponents = settings.beta1 > 0, dtype == torch.uint8
         return cls(
-            v_RD=torch.zeros(shape, dtype=dtype, device=device),
-            m_RD=torch.zeros(shape, dtype=dtype, device=device) if settings.beta1 > 0 else None,
-            last_step_R=torch.zeros(shape[:-1], dtype=torch.int32, device=device),
+            v_RD=zeros(d),
+            m_RD=zeros(d) if has_m else None,
+            last_step_R=torch.zeros(param.shape[:-1], dtype=torch.int32, device=param.device),
             seed=settings.seed,
+            v_exponents_RG=zeros(groups) if has_exponents else None,
+            m_exponents_RG=zeros(groups) if has_exponents and has_m else None,
         )
+
+    def moments(self) -> dict[str, Tensor]:
+        """The moments as of each row's last touch, as checkpoints hold them.
+
+        Returns:
+            "exp_avg_sq" and, with beta1 above 0, "exp_avg": [..,F,D] float32, float64 for float64 parameters; they
+            share memory with the state where it holds just that.
+        """
+        wide = accumulator(self.v_RD.dtype)
+        return {name: memory.read(slice(None), wide).view_as(self.v_RD) for name, memory in self._memories().items()}
+
+    def load(self, moments: Mapping[str, Tensor], last_step_R: Tensor) -> None:
+        """Takes over moments: exactly those that `moments` of such a state gave, others rounded to nearest.
+
+        Args:
+            moments: by the names of `moments`, [..,F,D].
+            last_step_R: [..,F] step of each row's last touch.
+
+        Raises:
+            ValueError: for other names or shapes.
+        """
+        memories = self._memories()
+        shapes = {name: tuple(moment.shape) for name, moment in moments.items()}
+        wanted = {name: tuple(self.v_RD.shape) for name in memories}
+        if shapes != wanted or last_step_R.shape != self.last_step_R.shape:
+            raise ValueError(f"moments {shapes} with steps {tuple(last_step_R.shape)} do not fit: want {wanted}")
+        for name, memory in memories.items():
+            moment = moments[name].to(self.v_RD.device, accumulator(self.v_RD.dtype))
+            memory.write(slice(None), moment.reshape(memory.numbers_RD.shape))
+        self.last_step_R.copy_(last_step_R)
+
+    def _memories(self) -> dict[str, Memory]:
+        """The moments by their names in checkpoints."""
+        memories = {"exp_avg_sq": Memory.of(self.v_RD, self.v_exponents_RG, MOMENT_2)}
+        if self.m_RD is not None:
+            memories["exp_avg"] = Memory.of(self.m_RD, self.m_exponents_RG, MOMENT_1)
+        return memories
 
     def touch(self, touched_R: Tensor, hyper: Tensor) -> None:
         """Records that the touched rows [..,F] were updated at the step of `hyper`; no host synchronisation."""
         torch.where(touched_R, hyper[8].int(), self.last_step_R, out=self.last_step_R)
-
-
-def mix(x: Tensor) -> Tensor:
-    """Bijection of 32-bit integers, held in int64, in which every input bit flips every output bit half the time.
-
-    Source: shifts and multipliers found by https://github.com/skeeto/hash-prospector.
-    """
-    x = ((x ^ (x >> 16)) * MULTIPLIER_1) & _LOW_32
-    x = ((x ^ (x >> 15)) * MULTIPLIER_2) & _LOW_32
-    return x ^ (x >> 15)
-
-
-def noise(offset: Tensor, step: Tensor, seed: int, stream: int) -> Tensor:
-    """Uniform integers below 2^16, a function of the arguments only.
-
-    Args:
-        offset: int64 element numbers within the parameter, any shape; elements 2^32 apart share their noise.
-        step: [] number of the step.
-        seed: of the stochastic rounding.
-        stream: PARAM, MOMENT_1 or MOMENT_2.
-
-    Returns:
-        int64 of the shape of offset.
-    """
-    own = mix(torch.tensor(seed, device=offset.device))
-    key = mix((own + step.long() * 4 + stream) & _LOW_32)
-    # Step and stream enter before the last round, so that a kernel which rounds several tensors shares the first two.
-    return (((mix((offset & _LOW_32) ^ own) ^ key) * MULTIPLIER_3) & _LOW_32) >> 16
-
-
-def round_stochastically(x: Tensor, noise_bits: Tensor) -> Tensor:
-    """float32 to bfloat16: one of the two neighbours, the mean over the noise being x; NaN and infinity are kept.
-
-    Args:
-        x: float32, any shape.
-        noise_bits: int64 below 2^16 of that shape.
-    """
-    bits = ((x.view(torch.int32).long() & _LOW_32) + noise_bits) >> 16
-    bits = torch.where(x.isnan(), 0x7FC0, bits)
-    return bits.to(torch.int16).view(torch.bfloat16)
-
-
-def _store(memory_RD: Tensor, rows: Tensor, x: Tensor, hyper: Tensor, seed: int, stream: int) -> None:
-    """Writes x into some rows, rounded stochastically where the memory is bfloat16."""
-    if memory_RD.dtype == torch.bfloat16:
-        d = memory_RD.shape[1]
-        offset = rows[:, None] * d + torch.arange(d, device=rows.device)
-        x = round_stochastically(x, noise(offset, hyper[8], seed, stream))
-    memory_RD[rows] = x
 
 
 def _decay(log2_beta: Tensor, steps: Tensor) -> Tensor:
@@ -196,21 +190,20 @@ def row_adam_(param: Tensor, grad: Tensor, state: RowAdamState, hyper: Tensor, t
         touched: [..,F] bool, rows to update.
     """
     d = param.shape[-1]
-    last_R = state.last_step_R.view(-1)
-    m_RD = None if state.m_RD is None else state.m_RD.view(-1, d)
-    tables = (param.view(-1, d), grad.reshape(-1, d), state.v_RD.view(-1, d), m_RD)
+    last_R, grad_RD, memories = state.last_step_R.view(-1), grad.reshape(-1, d), state._memories()
+    tables = (Memory.of(param, None, PARAM), memories["exp_avg_sq"], memories.get("exp_avg"))
     # A few rows at a time: what lies between reading and writing them stays in the cache.
     for rows in touched.reshape(-1).nonzero()[:, 0].split(_ROWS):
         missed_R1 = (hyper[8] - last_R[rows].to(hyper.dtype))[:, None]
-        _update_rows(*tables, rows, missed_R1, hyper, state.seed)
+        _update_rows(*tables, grad_RD[rows], rows, missed_R1, hyper, state.seed)
     state.touch(touched, hyper)
 
 
 def _update_rows(
-    param_RD: Tensor,
-    grad_RD: Tensor,
-    v_RD: Tensor,
-    m_RD: Tensor | None,
+    param: Memory,
+    second: Memory,
+    first: Memory | None,
+    grad: Tensor,
     rows: Tensor,
     missed_R1: Tensor,
     hyper: Tensor,
@@ -219,14 +212,14 @@ def _update_rows(
     """Adam step on some rows that were last touched so many steps ago."""
     learning_rate, beta1, beta2, eps, correction1, correction2, log1, log2, _ = hyper.unbind()
     wide = hyper.dtype
-    direction = grad = grad_RD[rows].to(wide)
-    v = v_RD[rows].to(wide).mul_(_decay(log2, missed_R1)).add_((grad * grad).mul_(1.0 - beta2))
-    _store(v_RD, rows, v, hyper, seed, MOMENT_2)
-    if m_RD is not None:
-        direction = m_RD[rows].to(wide) * _decay(log1, missed_R1) + (1.0 - beta1) * grad
-        _store(m_RD, rows, direction, hyper, seed, MOMENT_1)
+    direction = grad = grad.to(wide)
+    v = second.read(rows, wide).mul_(_decay(log2, missed_R1)).add_((grad * grad).mul_(1.0 - beta2))
+    second.write_stochastically(rows, v, hyper, seed)
+    if first is not None:
+        direction = first.read(rows, wide) * _decay(log1, missed_R1) + (1.0 - beta1) * grad
+        first.write_stochastically(rows, direction, hyper, seed)
     # Through float64: the vectorised float32 root of PyTorch is off by a unit in the last place now and then.
     root = v.double().sqrt_().to(wide)
     rescale = 1.0 / correction2.double().sqrt().to(wide)
     step_RD = torch.div(direction, root.mul_(rescale).add_(eps)).mul_(learning_rate / correction1)
-    _store(param_RD, rows, param_RD[rows].to(wide) - step_RD, hyper, seed, PARAM)
+    param.write_stochastically(rows, param.read(rows, wide) - step_RD, hyper, seed)

@@ -16,6 +16,7 @@ from clt.kernels.csr import FeatureCSR
 from clt.kernels.dtypes import accumulator
 from clt.kernels.grad_kernels import feature_kernel, join_kernel, slot_grad_kernel
 from clt.kernels.language import ACCUMULATOR
+from clt.kernels.optim import moment_tensors, whole_groups
 
 #: Scratch memory of one launch; sources are launched in groups that stay below it.
 SCRATCH_BYTES = 1 << 29
@@ -44,11 +45,13 @@ def _sum_features(
     sources, slots = coefficients_SN.shape
     tokens, d_model = rows_BD.shape
     spills = csr.spill_feature.shape[1]
+    config = whole_groups(config, state)
     chunks = triton.cdiv(d_model, config.block_d)
     wide, acc = accumulator(rows_BD.dtype), ACCUMULATOR[rows_BD.dtype]
     weights_B = None if weights_B is None else weights_B.contiguous()
     outputs = (scale, W_SFD, grad_W_SFD, grad_bias_SF)
-    adam = (state.v_RD, state.m_RD, state.last_step_R, hyper, state.seed) if state else (None, None, None, None, 0)
+    last_step, seed = (state.last_step_R, state.seed) if state else (None, 0)
+    adam = (*moment_tensors(state), last_step, hyper, seed)
     shape = {"D": d_model, "BLOCK_D": config.block_d, "UNROLL": config.unroll, "ACC": acc}
     launch = {"num_warps": config.num_warps, "enable_fp_fusion": True}
     group = max(1, SCRATCH_BYTES // (wide.itemsize * max(1, 2 * spills * d_model, chunks * slots)))

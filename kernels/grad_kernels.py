@@ -39,7 +39,7 @@ def _add_entries(acc, total, w, entry, tables, columns, COUNT: tl.constexpr, D: 
 def _finish_row(acc, total, row, chunk, columns, outputs, adam, D: tl.constexpr, BLOCK_D: tl.constexpr):
     """Stores the finished sum of a feature, or moves its weights by it; chunk 0 also stores the bias gradient."""
     SCALE, W, GRAD_W, GRAD_BIAS = outputs
-    V, M, LAST_STEP, HYPER, seed = adam
+    moments, LAST_STEP, HYPER, seed = adam
     if SCALE is not None:
         acc *= tl.load(SCALE).to(acc.dtype)
     if D % BLOCK_D == 0:
@@ -51,7 +51,8 @@ def _finish_row(acc, total, row, chunk, columns, outputs, adam, D: tl.constexpr,
         tl.store(GRAD_W + offset, round_to(acc, GRAD_W.dtype.element_ty), mask=mask)
     if HYPER is not None:
         w = tl.load(W + offset, mask=mask).to(acc.dtype)
-        w = update_row(w, acc, V, M, offset, mask, HYPER, tl.load(LAST_STEP + row), seed, M is not None, acc.dtype)
+        last = tl.load(LAST_STEP + row)
+        w = update_row(w, acc, moments, offset, mask, row, chunk, D, HYPER, last, seed, acc.dtype)
         store_param(W, offset, w, mask, HYPER, seed)
     if GRAD_BIAS is not None:
         tl.store(GRAD_BIAS + row, round_to(total, GRAD_BIAS.dtype.element_ty), mask=chunk == 0)
@@ -75,7 +76,9 @@ def feature_kernel(
     SPILL_BOUNDS,
     SPILL_FEATURE,
     V,
+    V_EXPONENTS,
     M,
+    M_EXPONENTS,
     LAST_STEP,
     HYPER,
     seed,
@@ -147,7 +150,8 @@ def feature_kernel(
                 tl.store(PART_TOTALS + place, total, mask=chunk == 0)
         else:
             outputs = (SCALE, W, GRAD_W, GRAD_BIAS)
-            _finish_row(acc, total, row, chunk, columns, outputs, (V, M, LAST_STEP, HYPER, seed), D, BLOCK_D)
+            adam = ((V, V_EXPONENTS, M, M_EXPONENTS), LAST_STEP, HYPER, seed)
+            _finish_row(acc, total, row, chunk, columns, outputs, adam, D, BLOCK_D)
 
 
 @triton.jit(do_not_specialize=["seed", "first_source", "n_features", "n_spills"])
@@ -161,7 +165,9 @@ def join_kernel(
     GRAD_W,
     GRAD_BIAS,
     V,
+    V_EXPONENTS,
     M,
+    M_EXPONENTS,
     LAST_STEP,
     HYPER,
     seed,
@@ -201,7 +207,8 @@ def join_kernel(
             total += tl.load(PART_TOTALS + place)
     row = source * n_features + feature
     outputs = (SCALE, W, GRAD_W, GRAD_BIAS)
-    _finish_row(acc, total, row, chunk, columns, outputs, (V, M, LAST_STEP, HYPER, seed), D, BLOCK_D)
+    adam = ((V, V_EXPONENTS, M, M_EXPONENTS), LAST_STEP, HYPER, seed)
+    _finish_row(acc, total, row, chunk, columns, outputs, adam, D, BLOCK_D)
 
 
 @triton.jit(do_not_specialize=["n_tokens", "k", "chunks"])

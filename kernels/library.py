@@ -263,7 +263,19 @@ def _decode_loss_backward(ctx: Any, grad_error: Tensor, _: Tensor | None) -> tup
 decode_loss.register_autograd(_decode_loss_backward, setup_context=_save_decode_loss)
 
 
-@torch.library.custom_op("clt::row_adam_", mutates_args=("param", "v", "m", "last_step"))
+#: What operators mutate of a `RowAdamState`.
+_STATE = ("v", "m", "last_step", "v_exponents", "m_exponents")
+
+
+def _state(
+    v: Tensor, m: Tensor | None, last_step: Tensor, seed: int, v_exponents: Tensor | None, m_exponents: Tensor | None
+) -> RowAdamState:
+    return RowAdamState(
+        v_RD=v, m_RD=m, last_step_R=last_step, seed=seed, v_exponents_RG=v_exponents, m_exponents_RG=m_exponents
+    )
+
+
+@torch.library.custom_op("clt::row_adam_", mutates_args=("param", *_STATE))
 @_on_own_device
 def row_adam_(
     param: Tensor,
@@ -272,10 +284,12 @@ def row_adam_(
     m: Tensor | None,
     last_step: Tensor,
     seed: int,
+    v_exponents: Tensor | None,
+    m_exponents: Tensor | None,
     hyper: Tensor,
     touched: Tensor,
 ) -> None:
-    state = RowAdamState(v_RD=v, m_RD=m, last_step_R=last_step, seed=seed)
+    state = _state(v, m, last_step, seed, v_exponents, m_exponents)
     implementation(param).row_adam_(param, grad, state, hyper, touched)
 
 
@@ -284,7 +298,7 @@ def _(*_: Any) -> None:
     return None
 
 
-@torch.library.custom_op("clt::decoder_step_", mutates_args=("W_dec", "v", "m", "last_step"))
+@torch.library.custom_op("clt::decoder_step_", mutates_args=("W_dec", *_STATE))
 @_on_own_device
 def decoder_step_(
     grad: Tensor,
@@ -298,9 +312,11 @@ def decoder_step_(
     m: Tensor | None,
     last_step: Tensor,
     seed: int,
+    v_exponents: Tensor | None,
+    m_exponents: Tensor | None,
     hyper: Tensor,
 ) -> Tensor:
-    state = RowAdamState(v_RD=v, m_RD=m, last_step_R=last_step, seed=seed)
+    state = _state(v, m, last_step, seed, v_exponents, m_exponents)
     grouping, paths = FeatureCSR.from_tensors(csr), implementation(W_dec)
     if hasattr(paths, "decoder_step_"):
         grad_values: Tensor = paths.decoder_step_(grad, values, indices, W_dec, grouping, weights, scale, state, hyper)
@@ -315,7 +331,7 @@ def _(grad: Tensor, values: Tensor, indices: Tensor, W_dec: Tensor, *_: Any) -> 
     return values.new_empty(values.shape, dtype=accumulator(W_dec.dtype))
 
 
-@torch.library.custom_op("clt::encoder_step_", mutates_args=("W_enc", "v", "m", "last_step"))
+@torch.library.custom_op("clt::encoder_step_", mutates_args=("W_enc", *_STATE))
 @_on_own_device
 def encoder_step_(
     grad_values: Tensor,
@@ -328,9 +344,11 @@ def encoder_step_(
     m: Tensor | None,
     last_step: Tensor,
     seed: int,
+    v_exponents: Tensor | None,
+    m_exponents: Tensor | None,
     hyper: Tensor,
 ) -> Tensor:
-    state = RowAdamState(v_RD=v, m_RD=m, last_step_R=last_step, seed=seed)
+    state = _state(v, m, last_step, seed, v_exponents, m_exponents)
     grouping, paths = FeatureCSR.from_tensors(csr), implementation(W_enc)
     if hasattr(paths, "encoder_step_"):
         grad_b: Tensor = paths.encoder_step_(grad_values, values, indices, x, W_enc, grouping, state, hyper)

@@ -440,5 +440,5 @@ def _tensors(csr: FeatureCSR | None) -> list[Tensor]:
     return [] if csr is None else csr.tensors()
 
 
-def _state(state: RowAdamState) -> tuple[Tensor, Tensor | None, Tensor, int]:
-    return state.v_RD, state.m_RD, state.last_step_R, state.seed
+def _state(state: RowAdamState) -> tuple[Tensor, Tensor | None, Tensor, int, Tensor | None, Tensor | None]:
+    return state.v_RD, state.m_RD, state.last_step_R, state.seed, state.v_exponents_RG, state.m_exponents_RG

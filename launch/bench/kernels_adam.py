@@ -20,7 +20,9 @@ SETTINGS = ops.RowAdam(learning_rate=LEARNING_RATE)
 
 def state_dtypes(dtype: torch.dtype) -> tuple[torch.dtype, ...]:
     """Precisions of Adam's moments that are compared: that of PyTorch's Adam, which is the weights', comes first."""
-    return (torch.bfloat16, torch.float32) if dtype == torch.bfloat16 else (dtype,)
+    if dtype == torch.bfloat16:
+        return torch.bfloat16, torch.float32, torch.uint8
+    return (torch.float32, torch.uint8) if dtype == torch.float32 else (dtype,)
 
 
 def ours_named(state_dtype: torch.dtype) -> str:
@@ -64,6 +66,8 @@ def _row_adam(problem: Problem, grad_SFD: Tensor, state_dtype: torch.dtype) -> R
 def restart(state: ops.RowAdamState, *pairs: tuple[Tensor, Tensor]) -> None:
     """Empties the moments and copies the second tensor of each pair into the first."""
     state.v_RD.zero_()
+    if state.v_exponents_RG is not None:
+        state.v_exponents_RG.zero_()
     state.last_step_R.zero_()
     for tensor, original in pairs:
         tensor.copy_(original)

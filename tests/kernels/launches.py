@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable
 from dataclasses import dataclass
 
@@ -29,6 +30,9 @@ SIZES = (
     Size(name="small", tokens=8192, d_model=768, n_features=16384, k=32, sources=12),
 )
 DTYPES = (torch.bfloat16, torch.float32)
+
+#: Precisions of Adam's moments.
+MOMENTS = (torch.float32, torch.uint8)
 
 
 def _empty(*shape: int, dtype: torch.dtype) -> Tensor:
@@ -89,8 +93,8 @@ class Layer:
         widths = (features + 1, slots, slots, features + 1, slots // SPLIT)
         return FeatureCSR.from_tensors([_empty(sources, width, dtype=torch.int32) for width in widths])
 
-    def adam(self, param: Tensor, beta1: float) -> RowAdamState:
-        return RowAdamState.zeros(param, RowAdam(learning_rate=1e-3, beta1=beta1))
+    def adam(self, param: Tensor, beta1: float, moments: torch.dtype = torch.float32) -> RowAdamState:
+        return RowAdamState.zeros(param, RowAdam(learning_rate=1e-3, beta1=beta1), moments)
 
 
 def _decode(layer: Layer) -> None:
@@ -106,24 +110,27 @@ def _decoder_grad(layer: Layer) -> None:
 
     codes = (*layer.codes(layer.size.sources), layer.w_dec, layer.csr(layer.size.sources))
     decoder_grad(layer.x, *codes, layer.weights, layer.scale)
-    decoder_step_(layer.x, *codes, None, layer.scale, layer.adam(layer.w_dec, 0.9), layer.hyper)
+    for moments in MOMENTS:
+        decoder_step_(layer.x, *codes, None, layer.scale, layer.adam(layer.w_dec, 0.9, moments), layer.hyper)
 
 
 def _encoder_grad(layer: Layer) -> None:
     from clt.kernels.grad import encoder_grad, encoder_step_
 
     values, indices = (codes[0] for codes in layer.codes(1))
-    grad_values, csr, state = values.float(), layer.csr(1), layer.adam(layer.w_enc, 0.0)
+    grad_values, csr = values.float(), layer.csr(1)
     encoder_grad(grad_values, values, indices, layer.x, layer.size.n_features, csr)
-    encoder_step_(grad_values, values, indices, layer.x, layer.w_enc, csr, state, layer.hyper)
+    for moments in MOMENTS:
+        state = layer.adam(layer.w_enc, 0.0, moments)
+        encoder_step_(grad_values, values, indices, layer.x, layer.w_enc, csr, state, layer.hyper)
 
 
-def _row_adam(layer: Layer) -> None:
+def _row_adam(layer: Layer, moments: torch.dtype = torch.float32) -> None:
     from clt.kernels.optim import row_adam_
 
     for beta1 in (0.0, 0.9):
         weights, touched = layer.w_enc, _empty(layer.size.n_features, dtype=torch.bool)
-        row_adam_(weights, weights, layer.adam(weights, beta1), layer.hyper, touched)
+        row_adam_(weights, weights, layer.adam(weights, beta1, moments), layer.hyper, touched)
 
 
 def _select(layer: Layer) -> None:
@@ -150,6 +157,7 @@ CASES: dict[str, Callable[[Layer], None]] = {
     "decoder_grad": _decoder_grad,
     "encoder_grad": _encoder_grad,
     "row_adam": _row_adam,
+    "row_adam_codes": functools.partial(_row_adam, moments=torch.uint8),
     "select": _select,
     "encode": _encode,
     "threshold": _threshold,

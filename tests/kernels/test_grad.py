@@ -1,6 +1,6 @@
 """The feature-major gradients and the Adam steps fused into them are held to the reference."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import pytest
 import torch
@@ -13,6 +13,7 @@ from clt.kernels.adam import RowAdam, RowAdamState
 from clt.kernels.configs import GatherConfig
 from clt.kernels.csr import FeatureCSR
 from clt.kernels.decode import decode_loss
+from clt.kernels.optim import moment_tensors
 
 from .conftest import random_codes
 
@@ -243,6 +244,32 @@ def test_fused_bfloat16_steps_round_as_the_reference_does(moments: torch.dtype, 
         if ours.dtype == torch.bfloat16:
             assert (ours != theirs).float().mean() < 0.01
         torch.testing.assert_close(ours, theirs, rtol=2.0**-7, atol=1e-6)
+
+
+@pytest.mark.parametrize(("dtype", "d"), [(torch.bfloat16, 37), (torch.float32, 300), (torch.bfloat16, 384)])
+def test_fused_steps_on_codes_have_the_bits_of_gradient_then_adam(dtype: torch.dtype, d: int, device: str) -> None:
+    if device == "cuda":
+        pytest.skip("compiled kernels fuse products with sums, each in its own way")
+    settings, case = RowAdam(learning_rate=1e-2, beta1=0.9, seed=5), replace(HOT, tokens=8, n_features=4, d=d)
+    W = _inputs(case, dtype, device).W
+    ours, theirs = ((W.clone(), RowAdamState.zeros(W, settings, torch.uint8)) for _ in range(2))
+    # One array stands for decoders and, its first source alone, for the encoder.
+    enc, enc_theirs = ((W[0].clone(), RowAdamState.zeros(W[0], settings, torch.uint8)) for _ in range(2))
+    for step in (1, 3):
+        inputs, hyper = _inputs(case, dtype, device, seed=step), settings.hyper(step, device, dtype)
+        head = (inputs.grad, inputs.values, inputs.indices)
+        # In float32 the stored gradient is the sum that the fused step holds in registers.
+        wide = [tensor.float() for tensor in (inputs.grad, inputs.values)]
+        _, grad_W = grad.decoder_grad(*wide, inputs.indices, theirs[0].float(), inputs.csr, None, None, config=OTHER)
+        grad.decoder_step_(*head, ours[0], inputs.csr, None, None, ours[1], hyper, SMALL)
+        adam.row_adam_(theirs[0], grad_W, theirs[1], hyper, inputs.csr.touched())
+        grad_values, values, indices, x, n_features, grouping = inputs.encoder()
+        grad_W, _ = grad.encoder_grad(grad_values, values, indices, x.float(), n_features, grouping, OTHER)
+        grad.encoder_step_(grad_values, values, indices, x, enc[0], grouping, enc[1], hyper, SMALL)
+        adam.row_adam_(enc_theirs[0], grad_W, enc_theirs[1], hyper, grouping.touched()[0])
+    for (mine, state), (expected, expected_state) in ((ours, theirs), (enc, enc_theirs)):
+        pairs = zip((mine, *moment_tensors(state)), (expected, *moment_tensors(expected_state)), strict=True)
+        assert all(torch.equal(a, b) for a, b in pairs)
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])

@@ -140,7 +140,9 @@ def test_gather_loops_load_rows_by_16_bytes_and_wait_for_no_other_warp(facts: li
 @pytest.mark.parametrize("kernel", ["_group_max_kernel", "_row_adam_kernel"])
 def test_streaming_kernels_load_by_16_bytes(facts: list[Facts], kernel: str) -> None:
     for fact in _of(facts, kernel):
-        assert fact.whole.wide > 0 and fact.whole.medium == 0, fact
+        # A lane's 8 columns are 16 bytes of weights, but 8 bytes of codes, of which there are two moments.
+        medium = 2 if fact.case == "row_adam_codes" else 0
+        assert fact.whole.wide > 0 and fact.whole.medium <= medium, fact
 
 
 @pytest.mark.parametrize("kernel", ["_histogram_kernel", "_count_equal_kernel"])

@@ -14,7 +14,7 @@ pytest.importorskip("triton")
 import triton
 import triton.language as tl
 
-from clt.kernels import adam, optim
+from clt.kernels import adam, optim, storage
 from clt.kernels.adam import RowAdam, RowAdamState
 from clt.kernels.configs import GatherConfig
 
@@ -46,23 +46,27 @@ def _assert_same(ours: Tensor, theirs: Tensor, moments: torch.dtype) -> None:
 
 
 @triton.jit
-def _noise_kernel(OUT, STEP, base, seed, STREAM: tl.constexpr):
+def _noise_kernel(OUT, STEP, base, seed, STREAM: tl.constexpr, BITS: tl.constexpr):
     """16 numbers of noise from element `base` on; one program."""
     lanes = tl.arange(0, 16)
-    tl.store(OUT + lanes, optim._noise(tl.cast(base, tl.int64) + lanes, tl.load(STEP), seed, STREAM).to(tl.int32))
+    tl.store(OUT + lanes, optim._noise(tl.cast(base, tl.int64) + lanes, tl.load(STEP), seed, STREAM, BITS).to(tl.int32))
 
 
 @settings(max_examples=60, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(
-    base=st.integers(0, 2**40), step=st.integers(1, 2**24 - 1), seed=st.integers(0, 2**31 - 1), stream=st.integers(0, 2)
+    base=st.integers(0, 2**40),
+    step=st.integers(1, 2**24 - 1),
+    seed=st.integers(0, 2**31 - 1),
+    stream=st.integers(0, 2),
+    bits=st.sampled_from((16, 19, 20)),
 )
 def test_noise_of_the_kernel_is_the_noise_of_the_reference(
-    device: str, base: int, step: int, seed: int, stream: int
+    device: str, base: int, step: int, seed: int, stream: int, bits: int
 ) -> None:
     ours = torch.empty(16, dtype=torch.int32, device=device)
     step_ = torch.tensor(float(step), device=device)
-    _noise_kernel[(1,)](ours, step_, base, seed, stream)
-    theirs = adam.noise(base + torch.arange(16, device=device), step_, seed, stream)
+    _noise_kernel[(1,)](ours, step_, base, seed, stream, bits)
+    theirs = storage.noise(base + torch.arange(16, device=device), step_, seed, stream, bits)
     assert torch.equal(ours.long(), theirs)
 
 
@@ -70,7 +74,7 @@ def test_noise_is_uniform_and_independent_of_neighbour_step_seed_and_stream() ->
     n = 1 << 18
 
     def noise(step: int = 1, seed: int = 3, stream: int = 0) -> Tensor:
-        return adam.noise(torch.arange(n), torch.tensor(float(step)), seed, stream).double() / 2**16 - 0.5
+        return storage.noise(torch.arange(n), torch.tensor(float(step)), seed, stream).double() / 2**16 - 0.5
 
     base = noise()
     # Five standard errors of the mean of n uniform numbers and of products of two of them.
@@ -86,7 +90,7 @@ def test_noise_is_uniform_and_independent_of_neighbour_step_seed_and_stream() ->
 @given(x=st.floats(width=32))
 def test_stochastic_rounding_yields_a_neighbour_and_its_mean_is_exact(x: float) -> None:
     every_noise = torch.arange(2**16)
-    rounded = adam.round_stochastically(torch.full((2**16,), x), every_noise).double()
+    rounded = storage.round_stochastically(torch.full((2**16,), x), every_noise).double()
     if math.isnan(x) or math.isinf(x):
         assert rounded.isnan().all() if math.isnan(x) else rounded.eq(x).all()
         return
