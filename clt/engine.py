@@ -102,6 +102,7 @@ class DeepSpeedEngine:
             dist_init_required=False,
         )
         self._create_state()
+        self._parameter_bytes = sum(parameter.nbytes for parameter in parameters)
 
     def train_step(
         self, parts: Iterable[StepInputs], learning_rate: float, stop: bool
@@ -116,11 +117,16 @@ class DeepSpeedEngine:
                 self._engine.step()
             losses.append(loss.detach())
             seen.append(observed)
+        # DeepSpeed starts its collectives itself, so they are counted here.
+        self._mesh.traffic.count("data", "all_reduce", self._parameter_bytes, self._mesh.data_size)
         check = self._check(torch.stack(losses).mean(), stop)
         if check.finite:
             for group in self._adam.param_groups:
                 group["lr"] = learning_rate
             self._engine.step()
+            if self._stage:
+                part = self._parameter_bytes // self._mesh.data_size
+                self._mesh.traffic.count("data", "all_gather", part, self._mesh.data_size)
         else:
             self._discard()
         return check, Observations.mean(seen)

@@ -13,6 +13,7 @@ import json
 import math
 import os
 import time
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from itertools import pairwise
@@ -31,6 +32,8 @@ from clt.parallel import Mesh
 
 METRICS_FILE = "metrics.jsonl"
 TENSORBOARD_FOLDER = "tensorboard"
+#: Tags of the bytes that the reporting rank sends, one for each axis of the mesh on which it sends any.
+BYTES_PER_STEP = "bytes_per_step"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -41,6 +44,7 @@ class Observations:
         error_M: [M_own] squared error per target over the store's variance.
         auxk: scalar, this rank's share of the auxiliary error before its coefficient.
         revival: scalar, this rank's share of the revival term before its weight.
+        penalty: scalar, this rank's share of the sparsity penalty before its weight; 0 for rules without one.
         l0_L: [L_own] active features per token of every source.
         fired_LF: [L_own,F] bool, features active in any token.
     """
@@ -48,6 +52,7 @@ class Observations:
     error_M: Tensor
     auxk: Tensor
     revival: Tensor
+    penalty: Tensor
     l0_L: Tensor
     fired_LF: Tensor
 
@@ -58,7 +63,7 @@ class Observations:
             return parts[0]
         means = {
             name: torch.stack([getattr(part, name) for part in parts]).mean(dim=0)
-            for name in ("error_M", "auxk", "revival", "l0_L")
+            for name in ("error_M", "auxk", "revival", "penalty", "l0_L")
         }
         return cls(**means, fired_LF=torch.stack([part.fired_LF for part in parts]).any(dim=0))
 
@@ -68,22 +73,26 @@ class WindowAverages:
     """Averages over the steps taken since the last report; without any, all but the dead fraction are NaN.
 
     Attributes:
-        loss: mean over targets of fvu, plus the weighted terms of dead features.
+        loss: mean over targets of fvu, plus the weighted terms of dead features and of the penalty.
         auxk: auxiliary error before its coefficient.
         revival: revival term before its weight.
+        penalty: sparsity penalty before its weight.
         fvu: by target layer.
         l0: by source layer.
         dead_fraction: by source layer, at the end of the window.
         tokens_per_second: over all ranks; skipped steps count too.
+        bytes_per_step: sent by this rank in a step, by axis of the mesh; skipped steps count too.
     """
 
     loss: float
     auxk: float
     revival: float
+    penalty: float
     fvu: Mapping[int, float]
     l0: Mapping[int, float]
     dead_fraction: Mapping[int, float]
     tokens_per_second: float
+    bytes_per_step: Mapping[str, float]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -116,6 +125,7 @@ class TrainingMetrics:
             "loss": seen.loss,
             "auxk": seen.auxk,
             "revival": seen.revival,
+            "penalty": seen.penalty,
             "learning_rate": self.learning_rate,
             "k": self.k,
             "gradient_norm": self.gradient_norm,
@@ -125,6 +135,7 @@ class TrainingMetrics:
         for name, layers in (("fvu", seen.fvu), ("l0", seen.l0), ("dead_fraction", seen.dead_fraction)):
             tags[f"{name}/mean"] = sum(layers.values()) / len(layers)
             tags |= {f"{name}/layer_{layer:02d}": value for layer, value in layers.items()}
+        tags |= {f"{BYTES_PER_STEP}/{axis}": value for axis, value in seen.bytes_per_step.items()}
         return {tag: value for tag, value in tags.items() if math.isfinite(value)}
 
 
@@ -140,7 +151,8 @@ class MetricsWindow:
     def __init__(self, config: CLTConfig, share: LayerShare, device: torch.device) -> None:
         self._all_targets, self._all_sources = target_layers(config), source_layers(config)
         self._targets, self._sources = list(share.targets), list(share.sources)
-        self._sums = torch.zeros(5, config.n_layers, dtype=torch.float64, device=device)
+        self._sums = torch.zeros(6, config.n_layers, dtype=torch.float64, device=device)
+        self._traffic: list[Counter[str]] = []
         self._loss, self._steps, self._tokens, self._start = 0.0, 0, 0, time.perf_counter()
 
     def add(self, seen: Observations, loss: float) -> None:
@@ -149,6 +161,7 @@ class MetricsWindow:
         self._sums[1, self._sources] += seen.l0_L
         self._sums[2, 0] += seen.auxk
         self._sums[3, 0] += seen.revival
+        self._sums[4, 0] += seen.penalty
         self._loss += loss
         self._steps += 1
 
@@ -160,6 +173,10 @@ class MetricsWindow:
         """Counts the tokens of a step, taken or not."""
         self._tokens += tokens
 
+    def add_traffic(self, sent: Counter[str]) -> None:
+        """Counts what this rank sent in a step, taken or not, by axis."""
+        self._traffic.append(sent)
+
     def close(self, dead_L: Tensor, mesh: Mesh) -> WindowAverages:
         """Averages over the window and all ranks, which must all call it; a new window starts.
 
@@ -168,19 +185,22 @@ class MetricsWindow:
             mesh: the processes.
         """
         means = self._sums / max(1, self._steps)
-        means[4, self._sources] = dead_L.to(means)
-        fvu, l0, auxk, revival, dead = mesh.all_reduce(means / mesh.data_size, "world").tolist()
+        means[5, self._sources] = dead_L.to(means)
+        fvu, l0, auxk, revival, penalty, dead = mesh.all_reduce(means / mesh.data_size, "world").tolist()
         unknown = 0.0 if self._steps else math.nan
         averages = WindowAverages(
             loss=self._loss / max(1, self._steps) + unknown,
             auxk=auxk[0] + unknown,
             revival=revival[0] + unknown,
+            penalty=penalty[0] + unknown,
             fvu={layer: fvu[layer] + unknown for layer in self._all_targets},
             l0={layer: l0[layer] + unknown for layer in self._all_sources},
             dead_fraction={layer: dead[layer] for layer in self._all_sources},
             tokens_per_second=self._tokens / (time.perf_counter() - self._start),
+            bytes_per_step={axis: total / len(self._traffic) for axis, total in sum(self._traffic, Counter()).items()},
         )
         self._sums.zero_()
+        self._traffic = []
         self._loss, self._steps, self._tokens, self._start = 0.0, 0, 0, time.perf_counter()
         return averages
 

@@ -123,9 +123,20 @@ class Mesh:
             message = str(error)
         except OSError as error:
             message = f"{error.filename or 'file system'}: {error.strerror or error}"
-        first = _first_message(message)
+        first = self._first_message(message)
         if first is not None:
             raise failure(first)
+
+    def _first_message(self, message: str | None) -> str | None:
+        """The message of the lowest rank that has one, on every rank; None when none has."""
+        world = dist.get_world_size()
+        speaker = torch.tensor(world if message is None else dist.get_rank())
+        if int(self.all_reduce(speaker, "world", dist.ReduceOp.MIN)) == world:
+            return None
+        text = (message or "").encode()[:_MESSAGE_BYTES]
+        buffer = torch.tensor(list(text.ljust(_MESSAGE_BYTES, b"\0")), dtype=torch.uint8)
+        dist.broadcast(buffer, int(speaker))
+        return bytes(buffer.tolist()).rstrip(b"\0").decode(errors="replace")
 
     def get_model_parallel_rank(self) -> int:
         """Place in the model group."""
@@ -219,16 +230,3 @@ def layers_of_rank(shares: tuple[LayerShare, ...], mesh: Mesh) -> tuple[int, ...
 def input_layers(config: CLTConfig, share: LayerShare) -> tuple[int, ...]:
     """Layers whose encoder input a rank reads: its sources, and its targets too when they have a skip connection."""
     return tuple(sorted({*share.sources, *(share.targets if config.skip else ())}))
-
-
-def _first_message(message: str | None) -> str | None:
-    """The message of the lowest rank that has one, on every rank; None when none has."""
-    world = dist.get_world_size()
-    speaker = torch.tensor(world if message is None else dist.get_rank())
-    dist.all_reduce(speaker, dist.ReduceOp.MIN)
-    if int(speaker) == world:
-        return None
-    text = (message or "").encode()[:_MESSAGE_BYTES]
-    buffer = torch.tensor(list(text.ljust(_MESSAGE_BYTES, b"\0")), dtype=torch.uint8)
-    dist.broadcast(buffer, int(speaker))
-    return bytes(buffer.tolist()).rstrip(b"\0").decode(errors="replace")

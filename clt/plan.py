@@ -12,7 +12,7 @@ from pathlib import Path
 
 from clt.config import CLTConfig, TrainConfig
 from clt.errors import ConfigError
-from clt.metrics import METRICS_FILE, read_metrics
+from clt.metrics import BYTES_PER_STEP, METRICS_FILE, read_metrics
 from clt.model import target_layers
 from clt.parallel import check_world
 from clt.plan_counts import Flops, Memory, StepTraffic, dense_flops, flops, memory, store_bytes_per_token, traffic
@@ -74,6 +74,19 @@ class Plan:
     def store_rate(self) -> float:
         """Bytes/s that the store must deliver for that, to all nodes together."""
         return self.tokens_per_second * self.store_bytes / self.tokens
+
+
+@dataclass(frozen=True, kw_only=True)
+class MeasuredRun:
+    """What a run of a job reported.
+
+    Attributes:
+        tokens_per_second: over all ranks.
+        bytes_per_step: sent by the reporting rank.
+    """
+
+    tokens_per_second: float
+    bytes_per_step: float
 
 
 def plan(
@@ -147,7 +160,8 @@ def meshes(job: Job, world: int) -> Iterator[MeshShape]:
         for column in _divisors(world // layer, job.clt.d_model):
             data = world // layer // column
             if job.clt.d_model % column == 0 and job.config.data.batch_tokens % data == 0:
-                yield MeshShape(data=data, layer=layer, column=column, zero=job.mesh.zero if data > 1 else 0)
+                zero = job.config.zero_stage(data) if data > 1 else 0
+                yield MeshShape(data=data, layer=layer, column=column, zero=zero)
 
 
 def alternatives(chosen: Plan, world: int | None = None, numerics: Numerics | None = None) -> list[Plan]:
@@ -183,8 +197,8 @@ def smallest(chosen: Plan, numerics: Numerics | None = None) -> Plan | None:
     return None
 
 
-def measured_tokens_per_second(output: Path) -> float | None:
-    """Median of what a run reported in the second half of its `metrics.jsonl`; None without such a run.
+def measured_run(output: Path) -> MeasuredRun | None:
+    """Medians of what a run reported in the second half of its `metrics.jsonl`; None without such a run.
 
     Raises:
         CheckpointError: the file is damaged.
@@ -192,9 +206,15 @@ def measured_tokens_per_second(output: Path) -> float | None:
     path = output / METRICS_FILE
     if not path.exists():
         return None
-    rates = [report["tokens_per_second"] for report in read_metrics(path) if "tokens_per_second" in report]
-    late = sorted(rates[len(rates) // 2 :])
-    return late[len(late) // 2] if late else None
+    reports = [report for report in read_metrics(path) if "tokens_per_second" in report]
+    late = reports[len(reports) // 2 :]
+    if not late:
+        return None
+    sent = [sum(value for tag, value in report.items() if tag.startswith(f"{BYTES_PER_STEP}/")) for report in late]
+    return MeasuredRun(
+        tokens_per_second=sorted(report["tokens_per_second"] for report in late)[len(late) // 2],
+        bytes_per_step=sorted(sent)[len(late) // 2],
+    )
 
 
 def _divisors(number: int, most: int) -> list[int]:

@@ -33,3 +33,10 @@ class Traffic:
     def sent(self, axis: str, collective: Collective) -> int:
         """Bytes sent so far."""
         return self._sent[axis, collective]
+
+    def by_axis(self) -> Counter[str]:
+        """Bytes sent so far on each axis."""
+        totals: Counter[str] = Counter()
+        for (axis, _), sent in self._sent.items():
+            totals[axis] += sent
+        return totals

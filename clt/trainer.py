@@ -134,10 +134,12 @@ class Trainer:
         hidden = not (self._bar and self._mesh.is_first)
         with self._reports() as writer, tqdm(total=config.steps, initial=first, disable=hidden, unit="step") as bar:
             while self._progress.step < config.steps:
+                sent = self._mesh.traffic.by_axis()
                 with self._mesh.together(StoreError):
                     batch = next(batches)
                     self._control.progress += 1
                 check = self._train_step(batch)
+                self._window.add_traffic(self._mesh.traffic.by_axis() - sent)
                 step, last = self._progress.step, self._progress.step == config.steps
                 if last or step % config.log_every == 0:
                     metrics = self._measure(check)

@@ -2,6 +2,7 @@
 
     clt bench kernels --json kernels.json
     clt bench kernels --size A --eleuther ../clt-training
+    clt bench train --json train.json
     clt bench baselines --folder runs/demo --json baselines.json
 
 The store has its own, `clt store bench`. A user's mistake is one line on standard error and exit code 2.
@@ -47,6 +48,34 @@ def kernels(
         )
         check_writable(file)
         report = bench_kernels(settings)
+        write_text(file, report.to_json())
+        return report.to_text()
+
+    set_up_logging()
+    raise typer.Exit(guarded(work))
+
+
+@bench_app.command()
+def train(
+    size: Annotated[
+        list[str] | None, typer.Option(metavar="NAME", help="gpt2, llava-slice, cpu, toy or toy-slice; repeatable.")
+    ] = None,
+    ranks: Annotated[
+        list[int] | None, typer.Option(metavar="N", help="Worlds on which bytes are counted: 1, 2, 4; repeatable.")
+    ] = None,
+    steps: Annotated[int | None, typer.Option(min=1, help="Measured steps; the best counts.")] = None,
+    quick: Annotated[bool, typer.Option("--quick", help="Toy sizes: shows that everything runs.")] = False,
+    file: Annotated[Path | None, typer.Option("--json", metavar="FILE", help="Also write the report as JSON.")] = None,
+) -> None:
+    """Measures whole training steps, memory and bytes between ranks, and projects them to many devices."""
+    from clt.launch.bench.train import TrainBenchSettings, bench_train
+
+    def work() -> str:
+        settings = TrainBenchSettings(
+            sizes=tuple(size or ()), ranks=tuple(dict.fromkeys(ranks or ())), steps=steps, quick=quick
+        )
+        check_writable(file)
+        report = bench_train(settings)
         write_text(file, report.to_json())
         return report.to_text()
 

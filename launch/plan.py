@@ -16,7 +16,7 @@ from clt.capture.store import open_store
 from clt.config import CLTConfig, TrainConfig, load_config
 from clt.errors import ConfigError, StoreError
 from clt.launch.store_text import count_text, duration_text, table
-from clt.plan import Plan, alternatives, measured_tokens_per_second, plan, smallest
+from clt.plan import MeasuredRun, Plan, alternatives, measured_run, plan, smallest
 from clt.plan_job import NUMERICS, Job, Sum
 from clt.plan_speed import MACHINES
 
@@ -54,13 +54,13 @@ class PlanReport:
         plan: on the mesh of the configuration.
         meshes: the fastest meshes of as many devices on which it fits.
         smallest: per kind of numerics, the job on the fewest devices, or None where none of the tried worlds is enough.
-        measured: tokens/s that a run of the job reported, or None without one.
+        measured: what a run of the job reported, or None without one.
     """
 
     plan: Plan
     meshes: tuple[Plan, ...]
     smallest: tuple[Plan | None, ...]
-    measured: float | None
+    measured: MeasuredRun | None
 
     def to_json(self) -> str:
         """The report as JSON; meshes other than the job's in short."""
@@ -68,7 +68,7 @@ class PlanReport:
         tree["meshes"] = [_short(p) for p in self.meshes]
         pairs = zip(NUMERICS, self.smallest, strict=True)
         tree["smallest"] = {name: None if p is None else _short(p) for name, p in pairs}
-        tree["measured_tokens_per_second"] = self.measured
+        tree["measured"] = None if self.measured is None else asdict(self.measured)
         return json.dumps(tree, indent=1)
 
     def to_text(self) -> str:
@@ -110,7 +110,7 @@ def make_plan(request: PlanRequest) -> PlanReport:
         plan=chosen,
         meshes=tuple(alternatives(chosen)[:_TABLE_ROWS]),
         smallest=tuple(smallest(chosen, kind) for kind in NUMERICS.values()),
-        measured=measured_tokens_per_second(config.output),
+        measured=measured_run(config.output),
     )
 
 
@@ -188,8 +188,12 @@ def _speed_text(report: PlanReport) -> str:
         ("it must deliver", f"{_si(p.store_rate, 'B')}/s; one disk of 7 GB/s per node: {count_text(disk)} tokens/s"),
     ]
     if report.measured is not None:
-        share = report.measured / p.tokens_per_second
-        facts.append(("measured", f"{count_text(report.measured)} tokens/s, {share:.2f} of the projection"))
+        seen = report.measured
+        share = seen.tokens_per_second / p.tokens_per_second
+        facts.append(("measured", f"{count_text(seen.tokens_per_second)} tokens/s, {share:.2f} of the projection"))
+        if seen.bytes_per_step:
+            counted = f"{_si(seen.bytes_per_step, 'B')} per step, {_si(p.traffic.total, 'B')} by the plan"
+            facts.append(("sent by a rank", counted))
     return table(rows) + "\n\n" + table(facts, left=2)
 
 

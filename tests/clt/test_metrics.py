@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+from collections import Counter
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -33,6 +34,7 @@ def _observations(errors: list[float], l0: list[float]) -> Observations:
         error_M=torch.tensor(errors),
         auxk=torch.tensor(sum(errors) / 10),
         revival=torch.tensor(-sum(errors)),
+        penalty=torch.tensor(3 * sum(errors)),
         l0_L=torch.tensor(l0),
         fired_LF=torch.zeros(2, 8, dtype=torch.bool),
     )
@@ -40,8 +42,8 @@ def _observations(errors: list[float], l0: list[float]) -> Observations:
 
 def _report(step: int, loss: float = 0.5) -> TrainingMetrics:
     averages = WindowAverages(
-        loss=loss, auxk=0.0, revival=0.0, fvu={1: 0.25, 2: 0.75}, l0={0: 2.0, 1: 1.0}, dead_fraction={0: 0.5, 1: 0.0},
-        tokens_per_second=10.0,
+        loss=loss, auxk=0.0, revival=0.0, penalty=0.0, fvu={1: 0.25, 2: 0.75}, l0={0: 2.0, 1: 1.0}, dead_fraction={0: 0.5, 1: 0.0},
+        tokens_per_second=10.0, bytes_per_step={"model": 7.0},
     )  # fmt: skip
     return TrainingMetrics(
         step=step, tokens=8 * step, averages=averages, learning_rate=1e-3, k=2, gradient_norm=1.0, skipped_steps=0
@@ -53,14 +55,18 @@ def test_window_averages_over_its_steps(mesh: Mesh) -> None:
     window.add(_observations([0.2, 0.4], [2.0, 1.0]), loss=0.3)
     window.add(_observations([0.4, 0.8], [2.0, 2.0]), loss=0.6)
     window.add_tokens(16)
+    window.add_traffic(Counter(model=10))
+    window.add_traffic(Counter(model=20, data=8))
     averages = window.close(torch.tensor([0.5, 0.25]), mesh)
     assert averages.loss == pytest.approx(0.45)
     assert averages.auxk == pytest.approx((0.06 + 0.12) / 2)
     assert averages.revival == pytest.approx(-(0.6 + 1.2) / 2)
+    assert averages.penalty == pytest.approx(3 * (0.6 + 1.2) / 2)
     assert averages.fvu == {1: pytest.approx(0.3), 2: pytest.approx(0.6)}
     assert averages.l0 == {0: 2.0, 1: 1.5}
     assert averages.dead_fraction == {0: 0.5, 1: 0.25}
     assert averages.tokens_per_second > 0
+    assert averages.bytes_per_step == {"model": 15, "data": 4}
 
 
 def test_window_starts_again_and_knows_nothing_without_steps(mesh: Mesh) -> None:
@@ -69,7 +75,7 @@ def test_window_starts_again_and_knows_nothing_without_steps(mesh: Mesh) -> None
     window.close(torch.zeros(2), mesh)
     averages = window.close(torch.zeros(2), mesh)
     assert math.isnan(averages.loss) and math.isnan(averages.fvu[1])
-    assert averages.dead_fraction == {0: 0.0, 1: 0.0}
+    assert averages.dead_fraction == {0: 0.0, 1: 0.0} and averages.bytes_per_step == {}
 
 
 def test_scalars_have_means_and_layers_and_no_nan() -> None:
@@ -77,6 +83,7 @@ def test_scalars_have_means_and_layers_and_no_nan() -> None:
     assert scalars["fvu/mean"] == 0.5
     assert scalars["fvu/layer_02"] == 0.75
     assert scalars["dead_fraction/layer_00"] == 0.5
+    assert scalars["bytes_per_step/model"] == 7
     assert "loss" not in scalars
 
 

@@ -16,7 +16,7 @@ from clt.errors import ConfigError
 from clt.exchange import exchange_bytes
 from clt.model import CrossLayerTranscoder
 from clt.parallel import deal_layers
-from clt.plan import Plan, alternatives, measured_tokens_per_second, plan, smallest
+from clt.plan import MeasuredRun, Plan, alternatives, measured_run, plan, smallest
 from clt.plan_counts import all_reduce, dense_flops, flops, memory, store_bytes_per_token, traffic
 from clt.plan_job import NUMERICS, Job, MeshShape, pairs, parameters
 from clt.plan_speed import MACHINES, step_time
@@ -340,12 +340,15 @@ def test_zero_is_refused_where_the_optimizer_cannot() -> None:
         plan(train, CLTConfig.resolve(train.clt, 32, 4096), H200, numerics=NUMERICS["row-bf16"])
 
 
-def test_measured_speed_is_the_median_of_the_second_half(tmp_path: Path) -> None:
-    assert measured_tokens_per_second(tmp_path) is None
+def test_speed_and_traffic_of_a_run_are_the_medians_of_its_second_half(tmp_path: Path) -> None:
+    assert measured_run(tmp_path) is None
     rates = [1, 2, 900, 100, 300, 200]
-    lines = [f'{{"step": {step}, "tokens_per_second": {rate}}}\n' for step, rate in enumerate(rates)]
+    lines = [
+        f'{{"step": {step}, "tokens_per_second": {rate}, "bytes_per_step/model": {rate}, "bytes_per_step/data": 5}}\n'
+        for step, rate in enumerate(rates)
+    ]
     (tmp_path / "metrics.jsonl").write_text("".join(lines))
-    assert measured_tokens_per_second(tmp_path) == 200
+    assert measured_run(tmp_path) == MeasuredRun(tokens_per_second=200, bytes_per_step=205)
 
 
 def test_reduced_numbers_of_the_engine_are_the_plans() -> None:

@@ -106,11 +106,14 @@ def test_dimensions_come_from_the_store(job: Path, tmp_path: Path) -> None:
     assert f"{model.n_layers} layers of {model.d_model};" in planned(job)
 
 
-def test_measured_speed_stands_beside_the_projection(job: Path, tmp_path: Path) -> None:
+def test_measured_speed_and_traffic_stand_beside_the_plan(job: Path, tmp_path: Path) -> None:
     (tmp_path / "out").mkdir()
-    (tmp_path / "out" / "metrics.jsonl").write_text('{"step": 10, "tokens_per_second": 1234}\n')
+    (tmp_path / "out" / "metrics.jsonl").write_text(
+        '{"step": 10, "tokens_per_second": 1234, "bytes_per_step/model": 4000, "bytes_per_step/world": 32}\n'
+    )
     text = planned(job, "--model", "layers=4,width=32", "--gpu", "cpu")
     assert re.search(r"measured +1\.23 k tokens/s, 0\.\d\d of the projection", text)
+    assert re.search(r"sent by a rank +4\.032 kB per step, 0 B by the plan", text)
 
 
 def test_tokens_and_numerics_are_options(job: Path, tmp_path: Path) -> None:
