@@ -58,13 +58,18 @@ class ForwardPass:
     dead: DeadPart | None
     terms: LossTerms
 
-    def observations(self) -> Observations:
-        """What is reported of it."""
+    def observations(self, penalty: Tensor | None = None) -> Observations:
+        """What is reported of it.
+
+        Args:
+            penalty: this rank's share of the sparsity penalty, if the rule has one.
+        """
         own = self.codes.own
         return Observations(
             error_M=self.terms.error_M,
             auxk=self.terms.auxk,
             revival=self.terms.revival,
+            penalty=torch.zeros_like(self.terms.auxk) if penalty is None else penalty,
             l0_L=(own.values.detach() > 0).sum(dim=(1, 2)) / self.x_LBD.shape[1],
             fired_LF=fired_features(own),
         )
@@ -121,12 +126,13 @@ class Objective(nn.Module):
             This rank's share of the loss, and what was seen.
         """
         passed = self.run(x_raw, y_raw, k, dead_LF, weights_B)
-        clt, total = self.transcoder, passed.terms.total
+        clt, total, penalty = self.transcoder, passed.terms.total, None
         if clt.config.sparsity.has_penalty:
             peers = Peers(mesh=self._exchange.mesh)
             weights = None if passed.weights_B is None else passed.weights_B.to(passed.x_LBD.dtype)
-            total = total + sparsity_loss(clt, passed.codes.own, penalty_weight, peers, weights)[0]
-        return total, passed.observations()
+            cost, penalty = sparsity_loss(clt, passed.codes.own, penalty_weight, peers, weights)
+            total = total + cost
+        return total, passed.observations(penalty)
 
     def run(
         self,

@@ -66,6 +66,17 @@ def test_training_learns_and_reports_every_scalar(mesh: Mesh, tmp_path: Path) ->
     assert last["loss"] == pytest.approx(last["fvu/mean"] + dead_terms, rel=1e-5)
 
 
+def test_penalty_is_reported_before_its_weight(mesh: Mesh, tmp_path: Path) -> None:
+    sparsity = {"kind": "relu", "penalty": 0.01, "penalty_warmup_steps": 4}
+    clt = {"n_features": 64, "k": 4, "sparsity": sparsity}
+    _fit(mesh, tmp_path, log_every=1, clt=clt, auxk={"coefficient": 0})
+    reports = read_metrics(tmp_path / "metrics.jsonl")
+    for step, report in enumerate(reports):
+        weight = 0.01 * min(1, step / 4)
+        assert report["penalty"] > 0
+        assert report["loss"] == pytest.approx(report["fvu/mean"] + weight * report["penalty"], rel=1e-5)
+
+
 def test_auxiliary_loss_starts_when_a_feature_can_be_dead(mesh: Mesh, tmp_path: Path) -> None:
     _fit(mesh, tmp_path, log_every=1, auxk={"dead_after_tokens": 128, "token_fraction": 0.5})
     reports = read_metrics(tmp_path / "metrics.jsonl")
