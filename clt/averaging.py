@@ -24,7 +24,7 @@ class WeightAverage:
 
     def __init__(self, module: nn.Module, decay: float) -> None:
         self._decay = decay
-        self._means = {
+        self._means: dict[Tensor, Tensor] = {
             parameter: parameter.detach().to(torch.promote_types(parameter.dtype, torch.float32), copy=True)
             for parameter in module.parameters()
         }

@@ -7,7 +7,7 @@ token and source layer, N tokens of a step, B = N / data tokens that a rank sees
 from __future__ import annotations
 
 from collections.abc import Iterable
-from dataclasses import astuple, dataclass
+from dataclasses import astuple, dataclass, replace
 from typing import Literal
 
 from clt.config import CLTConfig, OptimizerSettings, TrainConfig
@@ -82,18 +82,18 @@ def numerics_of(settings: OptimizerSettings) -> Numerics:
     return Numerics(name="adam, float32 weights", weight=4, gradient=4, master=0, moments=8)
 
 
-def _row_adam(weights: str, moments: str, beta1: float) -> OptimizerSettings:
-    return OptimizerSettings(kind="row_adam", weights=weights, moments=moments, betas=(beta1, 0.999), gradient_clip=0)
-
+_ROW_ADAM = OptimizerSettings(kind="row_adam", betas=(0.0, 0.999), gradient_clip=0)
 
 #: What a job would take with other types; 16, 16, 8, 6, 4 and 3 bytes per parameter.
 NUMERICS = {
     "float32": numerics_of(OptimizerSettings()),
     "bf16-master": numerics_of(OptimizerSettings(weights="bfloat16_master")),
-    "row-float32": numerics_of(_row_adam("float32", "float32", 0)),
-    "row-bf16-momentum": numerics_of(_row_adam("bfloat16", "bfloat16", 0.9)),
-    "row-bf16": numerics_of(_row_adam("bfloat16", "bfloat16", 0)),
-    "row-bf16-int8": numerics_of(_row_adam("bfloat16", "int8", 0)),
+    "row-float32": numerics_of(_ROW_ADAM),
+    "row-bf16-momentum": numerics_of(
+        replace(_ROW_ADAM, weights="bfloat16", moments="bfloat16", betas=OptimizerSettings().betas)
+    ),
+    "row-bf16": numerics_of(replace(_ROW_ADAM, weights="bfloat16", moments="bfloat16")),
+    "row-bf16-int8": numerics_of(replace(_ROW_ADAM, weights="bfloat16", moments="int8")),
 }
 
 

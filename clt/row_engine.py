@@ -54,7 +54,7 @@ class RowEngine:
         (beta1, beta2), rate = settings.betas, settings.learning_rate
         self._adam = ops.RowAdam(learning_rate=rate, beta1=beta1, beta2=beta2, eps=settings.eps)
         self.adam_steps = 0
-        self._states = {}
+        self._states: dict[Tensor, ops.RowAdamState] = {}
         for name, parameter in objective.named_parameters():
             # A bias is one row that moves at every step. It is small: its moments keep all digits.
             rows = parameter if parameter.dim() > 1 else parameter[None]

@@ -77,9 +77,7 @@ def card(clt: CrossLayerTranscoder) -> dict[str, Any]:
     }
 
 
-def load_transcoder(
-    folder: Path, share: LayerShare | None = None, averaged: bool = False
-) -> CrossLayerTranscoder:
+def load_transcoder(folder: Path, share: LayerShare | None = None, averaged: bool = False) -> CrossLayerTranscoder:
     """Reads a transcoder, or the share of it that a rank owns.
 
     Args:

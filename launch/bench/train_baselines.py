@@ -192,7 +192,8 @@ def _entries(contenders: Sequence[Contender], trials: Sequence[Trial]) -> list[_
         tuned = best_trial(trials, each.name)
         if each.published is not None:
             given: How = "configured" if each.name == OURS else "published"
-            how: How = f"{given}, also best" if tuned == each.published else given
+            also: How = "configured, also best" if each.name == OURS else "published, also best"
+            how = also if tuned == each.published else given
             entries.append(_Entry(name=each.name, how=how, train=each.train, setting=each.published))
         if tuned != each.published:
             entries.append(_Entry(name=each.name, how="tuned", train=each.train, setting=tuned))

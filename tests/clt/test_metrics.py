@@ -42,7 +42,8 @@ def _observations(errors: list[float], l0: list[float]) -> Observations:
 
 def _report(step: int, loss: float = 0.5) -> TrainingMetrics:
     averages = WindowAverages(
-        loss=loss, auxk=0.0, revival=0.0, penalty=0.0, fvu={1: 0.25, 2: 0.75}, l0={0: 2.0, 1: 1.0}, dead_fraction={0: 0.5, 1: 0.0},
+        loss=loss, auxk=0.0, revival=0.0, penalty=0.0,
+        fvu={1: 0.25, 2: 0.75}, l0={0: 2.0, 1: 1.0}, dead_fraction={0: 0.5, 1: 0.0},
         tokens_per_second=10.0, bytes_per_step={"model": 7.0},
     )  # fmt: skip
     return TrainingMetrics(
