@@ -13,7 +13,7 @@ from torch import Tensor
 from clt.parallel import Mesh
 
 #: Dimension along which each tensor of a target is split; the others belong to one rank as a whole.
-COLUMN_DIMS = {"W_dec": -1, "b_dec": 0, "W_skip": 0}
+COLUMN_DIMS = {"W_dec": -1, "b_dec": -1, "W_skip": 0}
 
 #: Prefix of tensors with one number for each row of a weight: the step at which an optimizer moved it last.
 LAST_STEP = "last_step"

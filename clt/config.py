@@ -87,11 +87,36 @@ class TranscoderSettings:
     """Neither train on nor replace the MLPs at the beginning-of-sequence token."""
     sparsity: SparsitySettings = SparsitySettings()
     """Which pre-activations become activations."""
+    tied_decoders: Literal["target", "source"] | None = None
+    """target: one decoder matrix per target, which all its sources share; source: one per source, which all its targets
+    share, with a learned scale per target and feature; absent: one per source and target (`clt.decoding`)."""
+    independent: Literal["sum", "mean", "nearest"] | None = None
+    """Trains each source alone against every whole target, and says how sources are combined afterwards: their sum,
+    their mean, or the nearest one below the target or at it; absent: sources are trained jointly, as a sum."""
+    source: int | None = Field(default=None, ge=0)
+    """Trains this source layer only, with `independent`; `clt join` makes one transcoder of all layers' outputs."""
 
     @model_validator(mode="after")
     def _k_fits(self) -> TranscoderSettings:
         if self.k > self.n_features:
             raise ValueError(f"k={self.k} exceeds n_features={self.n_features}; lower k")
+        return self
+
+    @model_validator(mode="after")
+    def _sources_are_independent(self) -> TranscoderSettings:
+        if self.independent is None:
+            if self.source is not None:
+                raise ValueError(f"source={self.source} trains one layer alone; set independent, or remove source")
+            return self
+        if self.tied_decoders is not None:
+            raise ValueError(f"tied_decoders={self.tied_decoders} does not go with independent; remove one of the two")
+        if self.skip:
+            raise ValueError("skip=true does not go with independent: every source would need its own; set skip=false")
+        if self.sparsity.kind in ("joint_topk", "batch_topk"):
+            raise ValueError(
+                f"sparsity.kind={self.sparsity.kind} compares source layers, which does not go with independent; "
+                "take topk, jumprelu or relu"
+            )
         return self
 
 
@@ -103,6 +128,12 @@ class CLTConfig(TranscoderSettings):
     """Decoder layers of the model, L = M."""
     d_model: int = Field(gt=0)
     """Width of the residual stream, D."""
+
+    @model_validator(mode="after")
+    def _source_has_targets(self) -> CLTConfig:
+        if self.source is not None and self.source + self.first_offset >= self.n_layers:
+            raise ValueError(f"source={self.source} has no target among the {self.n_layers} layers; lower source")
+        return self
 
     @classmethod
     def resolve(cls, settings: TranscoderSettings, n_layers: int, d_model: int) -> CLTConfig:
@@ -319,6 +350,14 @@ class TrainConfig:
     def _has_one_source(self) -> TrainConfig:
         if (self.store is None) == (self.streaming is None):
             raise ValueError("give either store or streaming")
+        return self
+
+    @model_validator(mode="after")
+    def _replaces_all_layers(self) -> TrainConfig:
+        if self.clt.source is not None and self.evaluation is not None and self.evaluation.replacement is not None:
+            raise ValueError(
+                f"evaluation.replacement needs all source layers and clt.source={self.clt.source} trains one; remove it"
+            )
         return self
 
     def zero_stage(self, data_size: int) -> Literal[0, 1, 2]:

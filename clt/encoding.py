@@ -92,12 +92,21 @@ def decoder_squares(clt: CrossLayerTranscoder, peers: Peers) -> Tensor:
     """
     device = next(clt.parameters()).device
     squares_LF = torch.zeros(clt.n_sources, clt.config.n_features, dtype=torch.float64, device=device)
-    for target in clt.share.targets:
-        rows = clt.source_rows(target)
-        squares_SF: Tensor = _RowSquares.apply(clt.W_dec[str(target)])
-        squares_LF = squares_LF + torch.nn.functional.pad(squares_SF, (0, 0, rows.start, clt.n_sources - rows.stop))
+    for name, W_SFD in clt.W_dec.items():
+        rows = clt.source_rows(int(name))
+        # Of a matrix that all sources share, each feature counts for every source.
+        squares_SF = _RowSquares.apply(W_SFD).expand(rows.stop - rows.start, -1)
+        squares_LF = squares_LF + _placed(squares_SF, rows.start, clt.n_sources)
+    for name, W_FD in clt.W_shared.items():
+        squares_F = clt.target_scale[name].double().square().sum(dim=0) * _RowSquares.apply(W_FD)
+        squares_LF = squares_LF + _placed(squares_F[None], clt.source_row(int(name)), clt.n_sources)
     summed: Tensor = _SumOverPeers.apply(squares_LF, peers)
     return summed
+
+
+def _placed(squares_SF: Tensor, start: int, n_rows: int) -> Tensor:
+    """[L,F]: zeros but for some rows."""
+    return torch.nn.functional.pad(squares_SF, (0, 0, start, n_rows - start - len(squares_SF)))
 
 
 def sum_by_feature(amounts_BK: Tensor, values_BK: Tensor, indices_BK: Tensor, n_features: int) -> Tensor:

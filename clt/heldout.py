@@ -19,6 +19,7 @@ from clt.dead_features import firing_counts
 from clt.model import CrossLayerTranscoder
 from clt.parallel import input_layers
 from clt.records import ActivationBatch, Modality, SparseCodes
+from clt.shared_decoders import shared_decoders
 from clt.sparsity import Peers
 
 #: Bins of log10(firing rate), a quarter of a decade each.
@@ -79,10 +80,11 @@ class HeldOutSums:
             self._tokens_G += modality_GB.sum(dim=1)
 
         codes = own if exchange is None else exchange(own)
+        shared = None if peers is None or peers.mesh is None else shared_decoders(clt, peers.mesh)
         for layer, y_BD in zip(share.targets, y_MBD.double(), strict=True):
             rows = clt.source_rows(layer)
             x_BD = x[x_layers.index(layer)] if clt.config.skip else None
-            found_BD = clt.decode_layer(layer, codes.values[rows], codes.indices[rows], x_BD)
+            found_BD = clt.decode_layer(layer, codes.values[rows], codes.indices[rows], x_BD, shared)
             self._error_NG[layer] += modality_GB @ (found_BD.double() - y_BD).square().sum(dim=1)
             self._square_NG[layer] += modality_GB @ y_BD.square().sum(dim=1)
             self._sum_NGD[layer, :, clt.columns] += modality_GB @ y_BD

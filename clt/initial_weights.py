@@ -53,17 +53,36 @@ def initial_encoder(config: CLTConfig, layer: int, seed: int) -> tuple[Tensor, T
     return W_FD / W_FD.norm(dim=1, keepdim=True), torch.full((config.n_features,), bias)
 
 
-def initial_decoder(config: CLTConfig, target: int, n_sources: int, seed: int, columns: slice) -> Tensor:
-    """Decoders [S,F,D_own] into one target: zeros, or uniform in +-1/sqrt(L*D) where norms rank the features.
+def initial_decoder(config: CLTConfig, target: int, sources: range, seed: int, columns: slice) -> Tensor:
+    """Decoders [S,F,D_own] into one target, S = 1 for one that its sources share: zeros, or random for norms to rank.
 
     Features are ranked by activation times decoder norm: without a norm none would be selected, nor get a gradient.
     """
-    width = len(range(config.d_model)[columns])
-    W_SFD = torch.zeros(n_sources, config.n_features, width)
+    shared = config.tied_decoders == "target"
+    W_SFD = torch.zeros(1 if shared else len(sources), config.n_features, len(range(config.d_model)[columns]))
     if config.sparsity.uses_decoder_norm:
         generator = torch.Generator().manual_seed(-1_000_003 * (seed + 1) - target - 1)
-        bound = 1 / math.sqrt(config.n_layers * config.d_model)
-        for W_FD in W_SFD:
-            drawn_FD = torch.rand(config.n_features, config.d_model, generator=generator)
-            W_FD.copy_((2 * drawn_FD[:, columns] - 1) * bound)
+        horizon = config.n_targets or config.n_layers
+        last = target - config.first_offset
+        # Of all sources, also when one is trained alone.
+        for source in range(max(0, last - horizon + 1), last + 1):
+            drawn_FD = _uniform(config, generator)[:, columns]
+            if shared:
+                W_SFD.copy_(drawn_FD)
+                break
+            if source in sources:
+                W_SFD[sources.index(source)].copy_(drawn_FD)
     return W_SFD
+
+
+def initial_shared_decoder(config: CLTConfig, source: int, seed: int) -> Tensor:
+    """Decoder [F,D] of a source that all its targets share, as `initial_decoder`."""
+    if not config.sparsity.uses_decoder_norm:
+        return torch.zeros(config.n_features, config.d_model)
+    return _uniform(config, torch.Generator().manual_seed(-1_000_003 * (seed + 1) - source - 1))
+
+
+def _uniform(config: CLTConfig, generator: torch.Generator) -> Tensor:
+    """[F,D] uniform in +-1/sqrt(L*D)."""
+    drawn_FD = torch.rand(config.n_features, config.d_model, generator=generator)
+    return (2 * drawn_FD - 1) / math.sqrt(config.n_layers * config.d_model)

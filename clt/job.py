@@ -83,6 +83,9 @@ def _check_row_adam(config: TrainConfig, clt: CLTConfig, data_size: int) -> None
             f"data.micro_batches={config.data.micro_batches} does not go with {key}, which stores no gradients to add "
             "to; set 1"
         )
+    for name, form in (("tied_decoders", clt.tied_decoders), ("independent", clt.independent)):
+        if form is not None:
+            raise ConfigError(f"clt.{name}={form} does not go with {key}; set optimizer.kind=adam")
     if clt.sparsity.has_penalty:
         raise ConfigError(
             f"clt.sparsity.kind={clt.sparsity.kind} does not go with {key}: its penalty moves all decoder rows; set "

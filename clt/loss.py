@@ -16,15 +16,20 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
 
 from clt.config import AuxKSettings, TokenWeights
+from clt.decoding import squared_error
 from clt.errors import ConfigError
 from clt.kernels import ops
 from clt.model import CrossLayerTranscoder
 from clt.records import Modality, SparseCodes
+
+if TYPE_CHECKING:
+    from clt.shared_decoders import SharedDecoders
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -94,9 +99,10 @@ def auxk_error(
     layer: int,
     values_SBK: Tensor,
     indices_SBK: Tensor,
-    missed_BD: Tensor,
+    missed: Tensor,
     csr: ops.FeatureCSR | None = None,
     weights_B: Tensor | None = None,
+    shared: SharedDecoders | None = None,
 ) -> tuple[Tensor, Tensor]:
     """Squared error of the dead features' reconstruction of what the live features miss in one target.
 
@@ -105,18 +111,18 @@ def auxk_error(
         layer: target layer owned here.
         values_SBK: [S,B,K] activations of the dead features of this target's sources.
         indices_SBK: [S,B,K] int32 feature numbers.
-        missed_BD: [B,D_own] standardised y - yhat of the same tokens; treated as a constant.
+        missed: [B,D_own] standardised y - yhat of the same tokens, [S,B,D_own] of independent sources; a constant.
         csr: grouping of these S layers, which the backward pass else builds itself.
         weights_B: [B] weight of each token; None for 1/B.
+        shared: decoders that belong to sources, if there are any that are not owned here.
 
     Returns:
         error [], weighted sum over tokens of the mean over all D channels as far as columns are owned here, and the
-        residual [B,D_own], reconstruction - missed, detached.
+        residual, reconstruction - missed, detached. Of independent sources the mean of their errors.
     """
-    zero_D = torch.zeros_like(missed_BD[0])
-    W_dec_SFD = clt.W_dec[str(layer)]
-    error, residual_BD = ops.decode_loss(values_SBK, indices_SBK, W_dec_SFD, zero_D, missed_BD, weights_B, csr=csr)
-    return clt.column_part(error), residual_BD
+    no_bias = torch.zeros_like(clt.b_dec[str(layer)])
+    error, residual = squared_error(clt, layer, values_SBK, indices_SBK, no_bias, missed, weights_B, None, csr, shared)
+    return clt.column_part(error), residual
 
 
 def revival(codes: SparseCodes, n_sources: int, weights_B: Tensor | None = None) -> Tensor:
@@ -136,23 +142,23 @@ def revival(codes: SparseCodes, n_sources: int, weights_B: Tensor | None = None)
 
 
 def combine(
-    error_M: Tensor, auxk_M: Tensor | None, revival: Tensor | None, settings: AuxKSettings, n_targets: int
+    error_M: Tensor, auxk_M: Tensor | None, revival: Tensor | None, settings: AuxKSettings, weights_M: Tensor
 ) -> LossTerms:
-    """The loss: mean over all targets of the squared error, plus the weighted terms of dead features.
+    """The loss: mean over all targets, or pairs, of the squared error, plus the weighted terms of dead features.
 
     Args:
         error_M: [M_own] from `CrossLayerTranscoder.decode_loss_layer`.
         auxk_M: [M_own] from `auxk_error`, or None without dead features.
         revival: scalar from the function of that name, or None without dead features.
         settings: weights of the two.
-        n_targets: targets of the whole transcoder, M.
+        weights_M: [M_own] of each target, from `clt.model.target_weight`.
 
     Returns:
         This rank's terms; summed over the model group they are the loss.
     """
-    total = error_M.sum() / n_targets
+    total = (error_M * weights_M).sum()
     auxk = lift = torch.zeros_like(total)
     if auxk_M is not None and revival is not None:
-        auxk, lift = auxk_M.sum() / n_targets, revival
+        auxk, lift = (auxk_M * weights_M).sum(), revival
         total = total + settings.coefficient * auxk + settings.revival * lift
     return LossTerms(total=total, error_M=error_M.detach(), auxk=auxk.detach(), revival=lift.detach())

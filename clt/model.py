@@ -5,8 +5,8 @@
 
 with source l writing to targets l + first_offset .. l + first_offset + n_targets - 1 (Ameisen et al. 2025, "Circuit
 Tracing", section 2). `encode` and `decode` work in standardised units, `forward` in the model's own. Weights are
-target-major: one tensor W_dec[t] [S_t,F,D] per target. A rank may own a share of the layers; the codes it lacks come
-from `clt.parallel`.
+target-major: one tensor W_dec[t] [S_t,F,D] per target; other forms of decoders are in `clt.decoding`, and `untied`
+turns them into this one. A rank may own a share of the layers; the codes it lacks come from `clt.exchange`.
 """
 
 from __future__ import annotations
@@ -14,17 +14,22 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor, nn
 
-from clt import encoding
+from clt import decoding, encoding
 from clt.config import CLTConfig
-from clt.initial_weights import LayerBuffers, initial_decoder, initial_encoder
+from clt.errors import ConfigError
+from clt.initial_weights import LayerBuffers, initial_decoder, initial_encoder, initial_shared_decoder
 from clt.kernels import ops
 from clt.records import ModelIdentity, SparseCodes
 from clt.scaling import Scaling
 from clt.sparsity import Peers
+
+if TYPE_CHECKING:
+    from clt.shared_decoders import SharedDecoders
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -64,14 +69,15 @@ def sources_of(config: CLTConfig, target: int) -> range:
     """Source layers that write to a target layer."""
     horizon = config.n_targets or config.n_layers
     last = target - config.first_offset
-    return range(max(0, last - horizon + 1), last + 1)
+    every = range(max(0, last - horizon + 1), last + 1)
+    return every if config.source is None else range(config.source, config.source + (config.source in every))
 
 
 def targets_of(config: CLTConfig, source: int) -> range:
     """Target layers that a source layer writes to."""
     horizon = config.n_targets or config.n_layers
     first = source + config.first_offset
-    return range(first, min(config.n_layers, first + horizon))
+    return range(first, min(config.n_layers, first + horizon) if config.source in (None, source) else first)
 
 
 def source_layers(config: CLTConfig) -> tuple[int, ...]:
@@ -82,6 +88,22 @@ def source_layers(config: CLTConfig) -> tuple[int, ...]:
 def target_layers(config: CLTConfig) -> tuple[int, ...]:
     """Layers whose MLP output is reconstructed: those with at least one source."""
     return tuple(layer for layer in range(config.n_layers) if sources_of(config, layer))
+
+
+def error_weight(config: CLTConfig) -> float:
+    """Weight of a reconstruction's squared error in the loss: 1/M for M targets; 1/P for P pairs of independent layers.
+
+    What an independent source learns must not depend on which others are trained beside it: P counts all of the model.
+    """
+    if config.independent is None:
+        return 1 / len(target_layers(config))
+    every = replace(config, source=None)
+    return 1 / sum(len(sources_of(every, target)) for target in target_layers(every))
+
+
+def target_weight(config: CLTConfig, target: int) -> float:
+    """Weight in the loss of what `CrossLayerTranscoder.decode_loss_layer` gives, a mean over independent sources."""
+    return error_weight(config) * (1 if config.independent is None else len(sources_of(config, target)))
 
 
 class CrossLayerTranscoder(nn.Module):
@@ -108,22 +130,31 @@ class CrossLayerTranscoder(nn.Module):
         self.scaling = scaling
         self.share = share or LayerShare.everything(config)
         self.provenance = provenance or Provenance()
-        D = config.d_model
-        D_own = D if self.share.columns is None else len(self.share.columns)
         self.W_enc, self.b_enc = nn.ParameterDict(), nn.ParameterDict()
         self.W_dec, self.b_dec, self.W_skip = nn.ParameterDict(), nn.ParameterDict(), nn.ParameterDict()
         self.log_threshold = nn.ParameterDict()
+        self.W_shared, self.target_scale = nn.ParameterDict(), nn.ParameterDict()
         self.decoder_norm, self.threshold = LayerBuffers(), LayerBuffers()
         for layer in self.share.sources:
             W_FD, b_F = initial_encoder(config, layer, seed)
             self.W_enc[str(layer)], self.b_enc[str(layer)] = nn.Parameter(W_FD), nn.Parameter(b_F)
             self._add_sparsity(layer)
+            if config.tied_decoders == "source":
+                self.W_shared[str(layer)] = nn.Parameter(initial_shared_decoder(config, layer, seed))
+                self.target_scale[str(layer)] = nn.Parameter(torch.ones(len(self.targets_of(layer)), config.n_features))
         for layer in self.share.targets:
-            W_SFD = initial_decoder(config, layer, len(self.sources_of(layer)), seed, self.columns)
-            self.W_dec[str(layer)] = nn.Parameter(W_SFD)
-            self.b_dec[str(layer)] = nn.Parameter(torch.zeros(D_own))
-            if config.skip:
-                self.W_skip[str(layer)] = nn.Parameter(torch.zeros(D_own, D))
+            self._add_target(layer, seed)
+
+    def _add_target(self, layer: int, seed: int) -> None:
+        """What is owned with a target layer."""
+        config, sources = self.config, self.sources_of(layer)
+        D_own = len(range(config.d_model)[self.columns])
+        if config.tied_decoders != "source":
+            self.W_dec[str(layer)] = nn.Parameter(initial_decoder(config, layer, sources, seed, self.columns))
+        biases = (D_own,) if config.independent is None else (len(sources), D_own)
+        self.b_dec[str(layer)] = nn.Parameter(torch.zeros(biases))
+        if config.skip:
+            self.W_skip[str(layer)] = nn.Parameter(torch.zeros(D_own, config.d_model))
 
     def _add_sparsity(self, layer: int) -> None:
         """What the rule of `config.sparsity` keeps for a source layer besides its encoder."""
@@ -138,7 +169,7 @@ class CrossLayerTranscoder(nn.Module):
             self.threshold[layer] = torch.tensor(torch.nan)
 
     def sources_of(self, target: int) -> range:
-        """Source layers of a target; W_dec[str(target)][i] belongs to sources_of(target)[i]."""
+        """Source layers of a target; free, W_dec[str(target)][i] belongs to sources_of(target)[i]."""
         return sources_of(self.config, target)
 
     def targets_of(self, source: int) -> range:
@@ -155,6 +186,11 @@ class CrossLayerTranscoder(nn.Module):
         """Source layers of the whole transcoder."""
         return len(source_layers(self.config))
 
+    @property
+    def n_sources_of_model(self) -> int:
+        """Source layers over which terms of the loss have their mean, also when one of them is trained alone."""
+        return len(source_layers(replace(self.config, source=None)))
+
     def source_row(self, layer: int) -> int:
         """Where a source layer stands in codes of all source layers."""
         return layer - source_layers(self.config)[0]
@@ -167,6 +203,10 @@ class CrossLayerTranscoder(nn.Module):
     def encoder(self, layer: int) -> tuple[Tensor, Tensor]:
         """W_enc [F,D] and b_enc [F] of a source layer owned here."""
         return self.W_enc[str(layer)], self.b_enc[str(layer)]
+
+    def decoder(self, source: int, target: int) -> Tensor:
+        """[F,D_own]: decoder vectors of a source into a target, whatever form the decoders have."""
+        return decoding.pair_decoder(self, source, target)
 
     def encode_layer(self, layer: int, x_BD: Tensor, k: int | None = None) -> tuple[Tensor, Tensor]:
         """Codes of one source layer by itself; rules that compare layers or tokens use their inference thresholds.
@@ -187,7 +227,14 @@ class CrossLayerTranscoder(nn.Module):
             return ops.encode_topk(x_BD, *self.encoder(layer), k or self.config.k)
         return encoding.encode_layer(self, layer, x_BD, k or self.config.k)
 
-    def decode_layer(self, layer: int, values_SBK: Tensor, indices_SBK: Tensor, x_BD: Tensor | None = None) -> Tensor:
+    def decode_layer(
+        self,
+        layer: int,
+        values_SBK: Tensor,
+        indices_SBK: Tensor,
+        x_BD: Tensor | None = None,
+        shared: SharedDecoders | None = None,
+    ) -> Tensor:
         """Reconstruction of one target layer.
 
         Args:
@@ -195,16 +242,19 @@ class CrossLayerTranscoder(nn.Module):
             values_SBK: [S,B,K] activations of this target's sources, in the order of `sources_of`.
             indices_SBK: [S,B,K] int32 feature numbers.
             x_BD: [B,D] standardised encoder input of this layer; needed when the config has a skip connection.
+            shared: decoders that belong to sources, if there are any that are not owned here.
 
         Returns:
             [B,D_own] standardised MLP output, the columns owned here.
         """
-        name = str(layer)
-        skip_BD = None
-        if self.config.skip:
-            assert x_BD is not None, "a transcoder with skip connection decodes from its input too"
-            skip_BD = x_BD @ self.W_skip[name].T
-        return ops.decode(values_SBK, indices_SBK, self.W_dec[name], self.b_dec[name], skip_BD)
+        return decoding.decode(self, layer, values_SBK, indices_SBK, self._skip(layer, x_BD), shared)
+
+    def _skip(self, layer: int, x_BD: Tensor | None) -> Tensor | None:
+        """[B,D_own] what the skip connection adds to a target layer; None without."""
+        if not self.config.skip:
+            return None
+        assert x_BD is not None, "a transcoder with skip connection decodes from its input too"
+        return x_BD @ self.W_skip[str(layer)].T
 
     def encode(self, x_LBD: Tensor, k: int | None = None, peers: Peers | None = None) -> SparseCodes:
         """Codes of the source layers owned here.
@@ -257,6 +307,7 @@ class CrossLayerTranscoder(nn.Module):
         x_BD: Tensor | None = None,
         csr: ops.FeatureCSR | None = None,
         weights_B: Tensor | None = None,
+        shared: SharedDecoders | None = None,
     ) -> tuple[Tensor, Tensor]:
         """Squared error of one target layer, without storing its reconstruction.
 
@@ -268,20 +319,18 @@ class CrossLayerTranscoder(nn.Module):
             x_BD: [B,D] standardised encoder input of this layer; needed when the config has a skip connection.
             csr: grouping of these S layers, which the backward pass else builds itself.
             weights_B: [B] weight of each token; None for 1/B.
+            shared: decoders that belong to sources, if there are any that are not owned here.
 
         Returns:
             error [], weighted sum over tokens of the mean over all D channels of the squared residual as far as columns
-            are owned here, and the residual [B,D_own], reconstruction - y, detached.
+            are owned here, and the residual [B,D_own], reconstruction - y, detached. Of independent sources the mean of
+            their errors, and [S,B,D_own].
         """
-        name = str(layer)
-        skip_BD = None
-        if self.config.skip:
-            assert x_BD is not None, "a transcoder with skip connection decodes from its input too"
-            skip_BD = x_BD @ self.W_skip[name].T
-        error, residual_BD = ops.decode_loss(
-            values_SBK, indices_SBK, self.W_dec[name], self.b_dec[name], y_BD, weights_B, skip_BD, csr
+        bias, skip_BD = self.b_dec[str(layer)], self._skip(layer, x_BD)
+        error, residual = decoding.squared_error(
+            self, layer, values_SBK, indices_SBK, bias, y_BD, weights_B, skip_BD, csr, shared
         )
-        return self.column_part(error), residual_BD
+        return self.column_part(error), residual
 
     @property
     def columns(self) -> slice:
@@ -313,8 +362,43 @@ class CrossLayerTranscoder(nn.Module):
         return self.scaling.restore_y(y_std, everything.targets)
 
     @torch.no_grad()
+    def untied(self) -> CrossLayerTranscoder:
+        """The same function with a decoder of its own for every source and target, whose sum it is: no variants.
+
+        Raises:
+            ConfigError: only one source layer was trained.
+        """
+        if self.config.source is not None:
+            raise ConfigError(
+                f"clt.source={self.config.source}: the transcoder has one source layer; join those of all layers first "
+                "('clt join')"
+            )
+        config = replace(self.config, tied_decoders=None, independent=None)
+        clt = CrossLayerTranscoder(config, self.scaling, self.share, provenance=self.provenance)
+        clt.to(next(self.parameters())).load_state_dict(self._common_state(), strict=False)
+        for layer in self.share.targets:
+            for row, source in enumerate(self.sources_of(layer)):
+                clt.W_dec[str(layer)][row] = self.decoder(source, layer)
+            if self.config.independent is not None:
+                clt.b_dec[str(layer)].copy_(decoding.combination(self, layer) @ self.b_dec[str(layer)])
+        return clt.requires_grad_(False).train(self.training)
+
+    def _common_state(self) -> dict[str, Tensor]:
+        """Weights and buffers that all forms of decoders have alike."""
+        own = ("W_dec.", "W_shared.", "target_scale.") + (("b_dec.",) if self.config.independent else ())
+        return {key: value for key, value in self.state_dict().items() if not key.startswith(own)}
+
+    @property
+    def has_variants(self) -> bool:
+        """Whether decoders are of another form than one for every source and target, summed."""
+        return self.config.tied_decoders is not None or self.config.independent is not None
+
+    @torch.no_grad()
     def folded(self) -> CrossLayerTranscoder:
-        """The same function with the scaling moved into the weights: raw inputs in, raw outputs out."""
+        """The same function with the scaling moved into the weights, and decoders untied: raw inputs in, raw outputs
+        out."""
+        if self.has_variants:
+            return self.untied().folded()
         D = self.config.d_model
         clt = CrossLayerTranscoder(
             self.config, Scaling.identity(self.config.n_layers, D), self.share, provenance=self.provenance

@@ -13,9 +13,10 @@ from clt.exchange import CodeExchange, CodeFlight
 from clt.kernels.dtypes import accumulator
 from clt.loss import LossTerms, auxk_error, combine, encode_dead, revival
 from clt.metrics import Observations
-from clt.model import CrossLayerTranscoder, target_layers
+from clt.model import CrossLayerTranscoder, target_layers, target_weight
 from clt.parallel import input_layers
 from clt.penalty import sparsity_loss
+from clt.shared_decoders import SharedDecoders, shared_decoders
 from clt.sparsity import Peers
 
 
@@ -97,6 +98,7 @@ class Objective(nn.Module):
         self.settings = settings
         self._x_layers = input_layers(transcoder.config, transcoder.share)
         self.n_targets = len(target_layers(transcoder.config))
+        self._weights = [target_weight(transcoder.config, layer) for layer in transcoder.share.targets]
         self.order = sorted(
             range(len(transcoder.share.targets)),
             key=lambda row: exchange.last_slot(transcoder.source_rows(transcoder.share.targets[row])),
@@ -156,18 +158,19 @@ class Objective(nn.Module):
         if weights_B is not None:
             weights_B = weights_B.to(accumulator(x.dtype))
 
+        shared = shared_decoders(clt, self._exchange.mesh)
         codes = self._send(x_LBD, k, returns)
         # Every n-th token of each rank: the share is exact and no random state has to be kept.
         tokens = slice(None, None, round(1 / self.settings.token_fraction))
         # Sent before anything is decoded: these codes are under way meanwhile, as are their gradients on the way back.
         dead_codes = None if dead_LF is None else self._send_dead(x_LBD[:, tokens], dead_LF, returns)
-        error_M, residuals = self._decode(codes, y_MBD, x_MBD, weights_B)
+        error_M, residuals = self._decode(codes, y_MBD, x_MBD, weights_B, shared)
         dead = auxk_M = lift = None
         if dead_codes is not None:
             some_B = None if weights_B is None else _of_some(weights_B, tokens)
-            missed = [-residual_BD[tokens] for residual_BD in residuals]
-            auxk_M, left = self._decode_dead(dead_codes, missed, some_B)
-            lift = revival(dead_codes.own, clt.n_sources, some_B)
+            missed = [-residual[..., tokens, :] for residual in residuals]
+            auxk_M, left = self._decode_dead(dead_codes, missed, some_B, shared)
+            lift = revival(dead_codes.own, clt.n_sources_of_model, some_B)
             dead = DeadPart(codes=dead_codes, x_LBD=x_LBD[:, tokens], residuals=left, weights_B=some_B)
         return ForwardPass(
             x_LBD=x_LBD,
@@ -176,7 +179,7 @@ class Objective(nn.Module):
             codes=codes,
             residuals=residuals,
             dead=dead,
-            terms=combine(error_M, auxk_M, lift, self.settings, self.n_targets),
+            terms=combine(error_M, auxk_M, lift, self.settings, error_M.new_tensor(self._weights)),
         )
 
     def _send(self, x_LBD: Tensor, k: int, returns: bool | None) -> CodeFlight:
@@ -196,7 +199,12 @@ class Objective(nn.Module):
         return self._exchange.send(pairs, (x_LBD.shape[1], k), config.n_features, x_LBD, returns)
 
     def _decode(
-        self, codes: CodeFlight, y_MBD: Tensor, x_MBD: Tensor | None, weights_B: Tensor | None
+        self,
+        codes: CodeFlight,
+        y_MBD: Tensor,
+        x_MBD: Tensor | None,
+        weights_B: Tensor | None,
+        shared: SharedDecoders | None,
     ) -> tuple[Tensor, list[Tensor]]:
         """Errors [M_own] and residuals [B,D_own] of the own targets."""
         clt = self.transcoder
@@ -205,12 +213,12 @@ class Objective(nn.Module):
             layer = clt.share.targets[row]
             values_SBK, indices_SBK, csr = codes.take(clt.source_rows(layer))
             x_BD = None if x_MBD is None else x_MBD[row]
-            found[row] = clt.decode_loss_layer(layer, values_SBK, indices_SBK, y_MBD[row], x_BD, csr, weights_B)
+            found[row] = clt.decode_loss_layer(layer, values_SBK, indices_SBK, y_MBD[row], x_BD, csr, weights_B, shared)
         codes.land()
         return torch.stack([found[row][0] for row in sorted(found)]), [found[row][1] for row in sorted(found)]
 
     def _decode_dead(
-        self, codes: CodeFlight, missed: list[Tensor], weights_B: Tensor | None
+        self, codes: CodeFlight, missed: list[Tensor], weights_B: Tensor | None, shared: SharedDecoders | None
     ) -> tuple[Tensor, list[Tensor]]:
         """Auxiliary errors [M_own] and their residuals [B,D_own]."""
         clt = self.transcoder
@@ -218,7 +226,7 @@ class Objective(nn.Module):
         for row in self.order:
             layer = clt.share.targets[row]
             values_SBK, indices_SBK, csr = codes.take(clt.source_rows(layer))
-            found[row] = auxk_error(clt, layer, values_SBK, indices_SBK, missed[row], csr, weights_B)
+            found[row] = auxk_error(clt, layer, values_SBK, indices_SBK, missed[row], csr, weights_B, shared)
         codes.land()
         return torch.stack([found[row][0] for row in sorted(found)]), [found[row][1] for row in sorted(found)]
 

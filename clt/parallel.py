@@ -199,7 +199,9 @@ def deal_layers(config: CLTConfig, layer_size: int, column_size: int = 1) -> tup
         )
     lonely_targets = [layer for layer in targets if layer not in sources]
     lonely_sources = [layer for layer in sources if layer not in targets]
-    source_with = {layer: layer for layer in targets} | dict(zip(lonely_targets, lonely_sources, strict=True))
+    # A source trained alone has one layer, and leaves its other targets without.
+    source_with = {layer: layer for layer in targets if layer in sources}
+    source_with |= dict(zip(lonely_targets, lonely_sources, strict=False))
 
     room = -(-len(targets) // layer_size)
     dealt: list[list[int]] = [[] for _ in range(layer_size)]
@@ -211,7 +213,7 @@ def deal_layers(config: CLTConfig, layer_size: int, column_size: int = 1) -> tup
     width = config.d_model // column_size
     return tuple(
         LayerShare(
-            sources=tuple(sorted(source_with[t] for t in own))[column::column_size],
+            sources=tuple(sorted(source_with[t] for t in own if t in source_with))[column::column_size],
             targets=tuple(sorted(own)),
             columns=range(column * width, (column + 1) * width) if column_size > 1 else None,
         )

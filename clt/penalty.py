@@ -20,7 +20,7 @@ import torch
 from torch import Tensor
 
 from clt.encoding import decoder_squares, in_window, sum_by_feature
-from clt.model import CrossLayerTranscoder, target_layers
+from clt.model import CrossLayerTranscoder, error_weight
 from clt.records import SparseCodes
 from clt.sparsity import Peers
 
@@ -57,7 +57,7 @@ def sparsity_loss(
         squares_F = squares_LF[clt.source_row(layer)]
         norm_F = squares_F.clamp(min=_LEAST_SQUARE).sqrt().to(values_BK.dtype)
         tanh_BK: Tensor = _TanhPenalty.apply(values_BK, norm_F, indices_BK, settings.penalty_scale)
-        penalty = penalty + tanh_BK.sum(dim=1) @ weights_B / clt.n_sources
+        penalty = penalty + tanh_BK.sum(dim=1) @ weights_B / clt.n_sources_of_model
         if str(layer) not in clt.log_threshold:
             continue
         log_threshold_F = clt.log_threshold[str(layer)]
@@ -81,9 +81,9 @@ def _owed(
     t_BK = clt.log_threshold[str(layer)].detach().exp()[chosen]
     squares_BK = squares_F.to(values_BK.dtype)[chosen]
     c_BK = settings.penalty_scale * squares_BK.clamp(min=_LEAST_SQUARE).sqrt()
-    half_curvature_BK = squares_BK / (clt.config.d_model * len(target_layers(clt.config)))
+    half_curvature_BK = squares_BK * (error_weight(clt.config) / clt.config.d_model)
     at_threshold_BK = torch.tanh(c_BK * t_BK) - t_BK * c_BK / torch.cosh(c_BK * values_BK).square()
-    gain_BK = -t_BK.square() * half_curvature_BK + weight / clt.n_sources * at_threshold_BK
+    gain_BK = -t_BK.square() * half_curvature_BK + weight / clt.n_sources_of_model * at_threshold_BK
     amounts_BK = -(t_BK / settings.bandwidth) * gain_BK * weights_B[:, None]
     amounts_BK = torch.where(in_window(values_BK, t_BK, settings.bandwidth), amounts_BK, 0)
     return sum_by_feature(amounts_BK, values_BK, indices_BK, codes.n_features)

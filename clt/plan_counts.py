@@ -10,7 +10,7 @@ from dataclasses import dataclass
 
 from clt.config import CLTConfig
 from clt.exchange import index_dtype, slot_count
-from clt.model import LayerShare, source_layers, target_layers
+from clt.model import LayerShare, source_layers, target_layers, targets_of
 from clt.parallel import input_layers
 from clt.plan_job import Job, Sum, pairs, parameters, width
 
@@ -39,7 +39,9 @@ class Memory(Sum):
         inputs: activations as read and standardised.
         pre_activations: as many as the rule of sparsity needs at once.
         codes: own and everybody's values and indices, their gradients, and the grouping by feature.
-        residuals: of the own targets.
+        residuals: of the own targets; of every source of them if these are independent.
+        shared_decoders: those of all sources on every rank, where they belong to sources, with their gradients, which
+            are also packed, sent and received.
     """
 
     weights: float
@@ -50,6 +52,7 @@ class Memory(Sum):
     pre_activations: float
     codes: float
     residuals: float
+    shared_decoders: float
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -63,6 +66,7 @@ class StepTraffic(Sum):
         auxk: the same three for the codes of dead features.
         gradients: mean of the gradients over the data axis.
         weights: ZeRO's all-gather of updated weights over the data axis.
+        shared_decoders: decoders that belong to sources, and their gradients on the way back.
         selection: what ranks tell each other to select features, beyond topk.
         bookkeeping: which features fired, the finite check and the messages of `Mesh.together`.
     """
@@ -73,13 +77,14 @@ class StepTraffic(Sum):
     auxk: float
     gradients: float
     weights: float
+    shared_decoders: float
     selection: float
     bookkeeping: float
 
     @property
     def model_axis(self) -> float:
         """What travels inside a model group (layer x column)."""
-        return self.values + self.indices + self.code_gradients + self.auxk + self.selection
+        return self.values + self.indices + self.code_gradients + self.auxk + self.shared_decoders + self.selection
 
     @property
     def data_axis(self) -> float:
@@ -126,7 +131,8 @@ def memory(job: Job, share: LayerShare) -> Memory:
     kind, zero, tokens, clt = job.numerics, job.mesh.zero, job.part, job.clt
     own, columns = parameters(clt, share).total, width(clt, share)
     split = job.mesh.data if zero else 1
-    largest = max((pairs(clt, [target]) for target in share.targets), default=0) * clt.n_features * columns
+    matrices = 1 if clt.tied_decoders == "target" else max(pairs(clt, [target]) for target in share.targets)
+    largest = matrices * clt.n_features * columns
     buffers = kind.gradient * (min(own, max(BUCKET, largest)) + (own if zero == 1 else 0))
     if job.auxk_batch:
         buffers += kind.gradient * largest
@@ -145,8 +151,21 @@ def memory(job: Job, share: LayerShare) -> Memory:
         pre_activations=_pre_activations(job, len(share.sources)),
         codes=_code_memory(job, len(share.sources)),
         # AuxK stacks the residuals of its tokens and leaves its own.
-        residuals=n_targets * columns * kind.weight * (tokens + 2 * job.auxk_part),
+        residuals=_residuals(clt, share) * columns * kind.weight * (tokens + 2 * job.auxk_part),
+        shared_decoders=len(source_layers(clt)) * _shared_numbers(clt, columns) * (kind.weight + 3 * CODE_GRADIENT),
     )
+
+
+def _residuals(clt: CLTConfig, share: LayerShare) -> int:
+    """Reconstructions that are held against a target."""
+    return len(share.targets) if clt.independent is None else pairs(clt, share.targets)
+
+
+def _shared_numbers(clt: CLTConfig, columns: int) -> int:
+    """Numbers of decoders and scales that travel to a rank from one source, where they belong to sources."""
+    if clt.tied_decoders != "source":
+        return 0
+    return clt.n_features * (columns + max(len(targets_of(clt, layer)) for layer in source_layers(clt)))
 
 
 def _pre_activations(job: Job, own_sources: int) -> int:
@@ -193,6 +212,11 @@ def traffic(job: Job) -> StepTraffic:
         auxk=auxk_slots * (kind.weight + index + CODE_GRADIENT),
         gradients=all_reduce(own * kind.gradient, mesh.data),
         weights=own * kind.weight * (mesh.data - 1) / mesh.data if mesh.zero else 0,
+        shared_decoders=(mesh.model - 1)
+        * most_sources
+        * _shared_numbers(job.clt, width(job.clt, shares[0]))
+        * (kind.weight + CODE_GRADIENT)
+        * job.config.data.micro_batches,
         selection=_selection(job),
         bookkeeping=all_reduce(most_sources * job.clt.n_features, mesh.data) + all_reduce(AGREED * SCALAR, mesh.world),
     )

@@ -11,7 +11,7 @@ from dataclasses import astuple, dataclass, replace
 from typing import Literal
 
 from clt.config import CLTConfig, OptimizerSettings, TrainConfig
-from clt.model import LayerShare, sources_of, target_layers
+from clt.model import LayerShare, sources_of, target_layers, targets_of
 from clt.parallel import deal_layers
 
 #: A guess: the token and layer with most active features has so many times k of them, where the rule lets them differ.
@@ -172,12 +172,16 @@ class Job:
 
 @dataclass(frozen=True, kw_only=True)
 class Parameters(Sum):
-    """Numbers of weights: encoders L F D, biases and JumpReLU's thresholds L F, decoders P F D and M D, skip M D^2."""
+    """Numbers of weights: encoders L F D, biases and JumpReLU's thresholds L F, decoders P F D and M D, skip M D^2.
+
+    Tied decoders are M F D, or L F D with P F scales; independent ones have P D biases.
+    """
 
     encoders: int
     encoder_biases: int
     thresholds: int
     decoders: int
+    decoder_scales: int
     decoder_biases: int
     skip: int
 
@@ -192,6 +196,16 @@ def pairs(clt: CLTConfig, targets: Iterable[int] | None = None) -> int:
     return sum(len(sources_of(clt, target)) for target in (target_layers(clt) if targets is None else targets))
 
 
+def decoder_matrices(clt: CLTConfig, share: LayerShare) -> int:
+    """Matrices [F,D] of decoders that a share owns: a matrix that belongs to a target is split by columns."""
+    match clt.tied_decoders:
+        case "source":
+            return len(share.sources)
+        case "target":
+            return len(share.targets)
+    return pairs(clt, share.targets)
+
+
 def width(clt: CLTConfig, share: LayerShare) -> int:
     """Columns of D of a share's decoders."""
     return clt.d_model if share.columns is None else len(share.columns)
@@ -201,11 +215,15 @@ def parameters(clt: CLTConfig, share: LayerShare | None = None) -> Parameters:
     """Numbers of weights of a share, by default of the whole."""
     share = share or LayerShare.everything(clt)
     n_sources, n_targets, columns = len(share.sources), len(share.targets), width(clt, share)
+    by_source = clt.tied_decoders == "source"
+    scales = sum(len(targets_of(clt, layer)) for layer in share.sources) if by_source else 0
+    biases = n_targets if clt.independent is None else pairs(clt, share.targets)
     return Parameters(
         encoders=n_sources * clt.n_features * clt.d_model,
         encoder_biases=n_sources * clt.n_features,
         thresholds=n_sources * clt.n_features if clt.sparsity.kind == "jumprelu" else 0,
-        decoders=pairs(clt, share.targets) * clt.n_features * columns,
-        decoder_biases=n_targets * columns,
+        decoders=decoder_matrices(clt, share) * clt.n_features * (clt.d_model if by_source else columns),
+        decoder_scales=scales * clt.n_features,
+        decoder_biases=biases * columns,
         skip=n_targets * columns * clt.d_model if clt.skip else 0,
     )

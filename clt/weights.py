@@ -2,7 +2,7 @@
 
 transcoder.json              format, architecture, model identity, store id, code version
 scaling.safetensors          mean_x, rms_x, mean_y, rms_y
-layer_00.safetensors ...     W_enc, b_enc of source 0; W_dec, b_dec (W_skip) of target 0
+layer_00.safetensors ...     W_enc, b_enc (W_shared, target_scale) of source 0; W_dec, b_dec (W_skip) of target 0
 """
 
 from __future__ import annotations
@@ -45,7 +45,7 @@ def average_file(layer: int) -> str:
 def layer_tensors(clt: CrossLayerTranscoder, layer: int) -> dict[str, Tensor]:
     """The parameters of one layer that this process owns, by their name in the file."""
     groups = {"W_enc": clt.W_enc, "b_enc": clt.b_enc, "W_dec": clt.W_dec, "b_dec": clt.b_dec, "W_skip": clt.W_skip}
-    groups["log_threshold"] = clt.log_threshold
+    groups |= {"log_threshold": clt.log_threshold, "W_shared": clt.W_shared, "target_scale": clt.target_scale}
     return {key: group[str(layer)] for key, group in groups.items() if str(layer) in group}
 
 

@@ -4,6 +4,7 @@
     clt capture --config configs/capture/toy.yaml --set source.toy.n=100
     clt plan configs/train/llava_7b.yaml --model layers=32,width=4096 --gpus 8
     clt train --config configs/train/toy.yaml --dry-run
+    clt join runs/seed/clt runs/seed/layer_*
     clt evaluate --config configs/evaluate/toy.yaml
     clt attribute --config configs/attribute/toy.yaml --set index=3
     clt view runs/demo/graph
@@ -82,6 +83,17 @@ def train(config: Config, overrides: Overrides = None, dry_run: DryRun = False) 
         return config_to_yaml(job).rstrip() if dry_run else train_until_stopped(job)
 
     _run(work)
+
+
+@app.command()
+def join(
+    out: Annotated[Path, typer.Argument(help="Folder for the whole transcoder.")],
+    folders: Annotated[list[Path], typer.Argument(help="Outputs of jobs with `clt.source`, one for every source.")],
+) -> None:
+    """Makes one transcoder of source layers that were trained independently, each by its own job; prints its folder."""
+    from clt.join import join_folders
+
+    _run(lambda: join_folders(folders, out))
 
 
 @app.command()

@@ -16,8 +16,9 @@ from clt.capture.store import open_store
 from clt.config import CLTConfig, TrainConfig, load_config
 from clt.errors import ConfigError, StoreError
 from clt.launch.store_text import count_text, duration_text, table
+from clt.model import LayerShare
 from clt.plan import MeasuredRun, Plan, alternatives, measured_run, plan, smallest
-from clt.plan_job import NUMERICS, Job, Sum
+from clt.plan_job import NUMERICS, Job, Sum, decoder_matrices
 from clt.plan_speed import MACHINES
 
 _TABLE_ROWS = 6
@@ -143,6 +144,12 @@ def dimensions(config: TrainConfig, model: str | None) -> tuple[int, int]:
     return int(given["layers"]), int(given["width"])
 
 
+def _decoders_text(p: Plan) -> str:
+    clt, matrices = p.job.clt, decoder_matrices(p.job.clt, LayerShare.everything(p.job.clt))
+    tied = f", tied for {p.pairs:,} sources and targets" if clt.tied_decoders else ""
+    return f"{matrices:,} of [F,D]{tied}"
+
+
 def _size_text(p: Plan) -> str:
     job, whole = p.job, p.parameters
     most, least = p.rank_parameters
@@ -150,7 +157,7 @@ def _size_text(p: Plan) -> str:
     rows = [
         ("architecture", _architecture(job)),
         ("parameters", f"{_g(whole.total)}: encoders {_g(whole.encoders)}, decoders {_g(whole.decoders)}{skip}"),
-        ("decoders", f"{p.pairs:,} of [F,D]"),
+        ("decoders", _decoders_text(p)),
         ("mesh", f"{_mesh(job)} = {job.mesh.world} x {p.machine.name}, ZeRO-{job.mesh.zero}"),
         (
             "a rank",

@@ -9,6 +9,7 @@ hand and end with exit code 0. `--dry-run` prints the resolved configuration and
 
 from __future__ import annotations
 
+import logging
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -19,12 +20,15 @@ from clt.engine import joined_job
 from clt.faults import JobControl, stop_on_signals
 from clt.launch.activations import open_activations
 from clt.launch.evaluators import make_evaluators, open_heldout
+from clt.launch.logs import job_rank
 from clt.launch.script import run_script
 from clt.loss import modality_weights
 from clt.model import CrossLayerTranscoder, Provenance
 from clt.parallel import Mesh, deal_layers, input_layers
 from clt.scaling import Scaling
 from clt.trainer import Trainer
+
+log = logging.getLogger(__name__)
 
 
 def train(config: TrainConfig, progress_bar: bool | None = None, control: JobControl | None = None) -> Path:
@@ -41,6 +45,12 @@ def train(config: TrainConfig, progress_bar: bool | None = None, control: JobCon
     Raises:
         CLTError: what a user can cause; the same on all ranks.
     """
+    if config.clt.independent is not None and job_rank() == 0:
+        log.warning(
+            "clt.independent=%s: each source alone learns all of its targets' outputs, so that sums over sources count "
+            "them many times; the default trains sources jointly",
+            config.clt.independent,
+        )
     activations = open_activations(config)
     heldout = open_heldout(config, activations)
     model = activations.model

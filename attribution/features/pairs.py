@@ -69,8 +69,7 @@ def decoder_norms(clt: CrossLayerTranscoder, source: int) -> Tensor:
     """[F] float64 on the CPU: length of each feature's decoder vectors, over all targets of its layer together."""
     squares = torch.zeros(clt.config.n_features, dtype=torch.float64)
     for target in clt.targets_of(source):
-        W_FD = clt.W_dec[str(target)][source - clt.sources_of(target).start]
-        squares += W_FD.detach().double().square().sum(1).cpu()
+        squares += clt.decoder(source, target).detach().double().square().sum(1).cpu()
     return squares.sqrt()
 
 

@@ -28,6 +28,8 @@ ARCHITECTURES = [
     {"read_site": "resid_post", "first_offset": 1, "n_targets": 2},
     {"sparsity": SparsitySettings(kind="jumprelu", threshold=0.7)},
     {"sparsity": SparsitySettings(kind="relu")},
+    {"tied_decoders": "target", "skip": True},
+    {"tied_decoders": "source", "n_targets": 2},
 ]
 
 
@@ -72,8 +74,8 @@ def reference_logits(adapter, clt, inputs):
             if not clt.sources_of(target):
                 return output
             y = clt.b_dec[str(target)]
-            for i, source in enumerate(clt.sources_of(target)):
-                y = y + codes[source] @ clt.W_dec[str(target)][i]
+            for source in clt.sources_of(target):
+                y = y + codes[source] @ clt.decoder(source, target)
             if config.skip:
                 y = y + (x[target] - clt.scaling.mean_x[target]) / clt.scaling.rms_x[target] @ clt.W_skip[str(target)].T
             y = y * clt.scaling.rms_y[target] + clt.scaling.mean_y[target]

@@ -44,10 +44,12 @@ def _auxk_error(clt: CrossLayerTranscoder, codes: SparseCodes, missed_MBD: Tenso
 
 def test_combine_weighs_the_terms_as_the_settings_say() -> None:
     settings = AuxKSettings(coefficient=0.5, revival=0.25)
-    terms = combine(torch.tensor([0.2, 0.4]), torch.tensor([1.0, 3.0]), torch.tensor(-2.0), settings, n_targets=4)
+    terms = combine(
+        torch.tensor([0.2, 0.4]), torch.tensor([1.0, 3.0]), torch.tensor(-2.0), settings, torch.full((2,), 1 / 4)
+    )
     assert terms.total.item() == pytest.approx((0.2 + 0.4) / 4 + 0.5 * (1 + 3) / 4 + 0.25 * -2)
     assert terms.auxk.item() == pytest.approx(1.0) and terms.revival.item() == -2.0
-    assert combine(torch.tensor([0.2]), None, None, settings, n_targets=1).total.item() == pytest.approx(0.2)
+    assert combine(torch.tensor([0.2]), None, None, settings, torch.ones(1)).total.item() == pytest.approx(0.2)
 
 
 def test_encode_dead_selects_among_dead_features_only() -> None:

@@ -23,6 +23,7 @@ from clt.plan_speed import MACHINES, step_time
 from clt.scaling import Scaling
 
 ROOT = Path(__file__).resolve().parent.parent.parent
+KINDS = ["topk", "joint_topk", "batch_topk", "jumprelu", "relu"]
 H200 = MACHINES["h200"]
 
 
@@ -65,6 +66,34 @@ def test_parameters_of_llava_are_those_of_the_note(
     assert counted.encoders == 32 * 8192 * 4096 and counted.decoders == decoders
     assert counted.encoder_biases == 32 * 8192 and counted.decoder_biases == 32 * 4096
     assert counted.total == pytest.approx(total, rel=5e-4)
+
+
+@pytest.mark.parametrize(
+    ("form", "decoders", "scales", "biases"),
+    # 32 targets; 32 sources with 392 scales of 8,192 features; 392 pairs.
+    [
+        ({"tied_decoders": "target"}, 32, 0, 32),
+        ({"tied_decoders": "source"}, 32, 392, 32),
+        ({"independent": "mean"}, 392, 0, 392),
+    ],
+)
+def test_parameters_of_other_forms_of_decoders_by_hand(
+    form: dict[str, str], decoders: int, scales: int, biases: int
+) -> None:
+    clt = job(config(clt={"n_features": 8192, "k": 32, "n_targets": 16, **form})).clt
+    counted = parameters(clt)
+    assert counted.decoders == decoders * 8192 * 4096
+    assert counted.decoder_scales == scales * 8192 and counted.decoder_biases == biases * 4096
+
+
+def test_decoders_of_sources_travel_whole_and_their_gradients_back() -> None:
+    planned = job(config(clt={"n_features": 8192, "k": 32, "n_targets": 16, "tied_decoders": "source"}))
+    # Of 32 sources a rank of eight lacks 28: 4,096 columns and 16 scales of each feature, 4 bytes there and 4 back.
+    assert traffic(planned).shared_decoders == 28 * 8192 * (4096 + 16) * 8
+    split = replace(planned, mesh=replace(planned.mesh, layer=4, column=2))
+    assert traffic(split).shared_decoders == 28 * 8192 * (2048 + 16) * 8
+    # As received, and gradients added up, packed and received.
+    assert memory(planned, planned.shares()[0]).shared_decoders == 32 * 8192 * (4096 + 16) * 16
 
 
 def test_largest_published_transcoder_has_its_94_billion_parameters() -> None:
@@ -197,8 +226,16 @@ def jobs(draw: st.DrawFn) -> Job:
             "k": draw(st.integers(1, n_features)),
             "n_targets": draw(st.none() | st.integers(1, n_layers)),
             "first_offset": first_offset,
-            "skip": draw(st.booleans()),
-            "sparsity": {"kind": draw(st.sampled_from(["topk", "joint_topk", "batch_topk", "jumprelu", "relu"]))},
+            **draw(
+                st.fixed_dictionaries(
+                    {
+                        "skip": st.booleans(),
+                        "sparsity": st.fixed_dictionaries({"kind": st.sampled_from(KINDS)}),
+                        "tied_decoders": st.sampled_from([None, "target", "source"]),
+                    }
+                )
+                | st.fixed_dictionaries({"independent": st.sampled_from(["sum", "mean", "nearest"])})
+            ),
         },
         "data": {"batch_tokens": data * draw(st.integers(1, 50))},
         "auxk": {"coefficient": draw(st.sampled_from([0, 0.03]))},

@@ -35,13 +35,14 @@ def make_objective(config: CLTConfig, mesh: Mesh, dtype: torch.dtype) -> tuple[O
     share = shares[mesh.model_rank]
     clt = CrossLayerTranscoder(config, scaling(config), share).to(dtype)
     whole = CrossLayerTranscoder(config, scaling(config))
-    for layer in share.targets:
+    for layer in range(config.n_layers):
         draw = torch.Generator().manual_seed(layer)
-        for key in ("W_dec", "b_dec", "W_skip"):
-            group = getattr(whole, key)
+        for key in ("W_dec", "b_dec", "W_skip", "W_shared", "target_scale"):
+            group, own = getattr(whole, key), getattr(clt, key)
             if str(layer) in group:
                 random = torch.randn(group[str(layer)].shape, generator=draw) / config.d_model
-                getattr(clt, key)[str(layer)].data = own_columns(key, random, share.columns).to(dtype).contiguous()
+                if str(layer) in own:
+                    own[str(layer)].data = own_columns(key, random, share.columns).to(dtype).contiguous()
     dead_LF = torch.zeros(len(share.sources), config.n_features, dtype=torch.bool)
     dead_LF[:, ::3] = True
     return Objective(clt, CodeExchange(mesh, shares), AUXK), dead_LF

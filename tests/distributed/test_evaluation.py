@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -11,6 +12,7 @@ import torch
 from torch import Tensor
 from toy_job import D_MODEL, N_LAYERS, global_batch, toy_config, toy_scaling, toy_trainer
 
+from clt.columns import own_columns
 from clt.config import CLTConfig, SparsitySettings
 from clt.engine import joined_job
 from clt.errors import StoreError
@@ -28,6 +30,10 @@ ARCHITECTURES: dict[str, dict[str, Any]] = {
     "joint_topk": {"sparsity": SparsitySettings(kind="joint_topk")},
     "batch_topk": {"sparsity": SparsitySettings(kind="batch_topk")},
     "jumprelu": {"sparsity": SparsitySettings(kind="jumprelu")},
+    "one_decoder_per_target": {"tied_decoders": "target", "skip": True},
+    "one_decoder_per_source": {"tied_decoders": "source", "n_targets": 3},
+    "mean_of_independent": {"independent": "mean"},
+    "nearest_of_independent": {"independent": "nearest", "n_targets": 3},
 }
 MESHES = {"data": (1, 1), "layer": (2, 1), "column": (1, 2)}
 TOKENS = 70
@@ -38,16 +44,16 @@ def _transcoder(name: str, share: LayerShare | None = None) -> CrossLayerTransco
     config = CLTConfig(n_features=32, k=4, n_layers=N_LAYERS, d_model=D_MODEL, **ARCHITECTURES[name])
     draw = torch.Generator().manual_seed(3)
     clt = CrossLayerTranscoder(config, toy_scaling(), share).double().requires_grad_(False)
-    for group in (clt.W_dec, clt.b_dec, clt.W_skip):
+    for key in ("W_dec", "b_dec", "W_skip", "W_shared", "target_scale"):
         for layer in range(N_LAYERS):
-            whole = torch.randn(N_LAYERS, config.n_features, D_MODEL, generator=draw, dtype=torch.float64) / 8
-            if str(layer) not in group:
+            random = torch.randn(N_LAYERS, config.n_features, D_MODEL, generator=draw, dtype=torch.float64) / 8
+            if str(layer) not in getattr(clt, key):
                 continue
-            own = group[str(layer)]
-            if group is clt.W_dec:
-                own.copy_(whole[: len(own), :, clt.columns])
-            else:
-                own.copy_(whole[0, 0, clt.columns] if own.dim() == 1 else whole[0, :D_MODEL][clt.columns])
+            own = getattr(clt, key)[str(layer)]
+            width = config.n_features if key == "target_scale" else D_MODEL
+            shape = (D_MODEL, D_MODEL) if key == "W_skip" else (*own.shape[:-1], width)
+            whole = random.flatten()[: math.prod(shape)].view(shape)
+            own.copy_(own_columns(key, whole, share and share.columns))
     for layer in clt.share.sources:
         for buffer in layer_buffers(clt, layer).values():
             buffer.fill_(0.3 + layer / 10)

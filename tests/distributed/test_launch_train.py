@@ -110,6 +110,20 @@ def test_bad_input_is_one_line_and_exit_code_2(
     assert not (tmp_path / "out").exists()
 
 
+def test_one_source_layer_trains_alone_with_a_warning(
+    job: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert main([str(job), "clt.independent=mean", "clt.source=2", "steps=5"]) == 0
+    warnings = [line for line in capsys.readouterr().err.splitlines() if "WARNING" in line]
+    assert (
+        len(warnings) == 1
+        and "clt.independent=mean" in warnings[0]
+        and "the default trains sources jointly" in warnings[0]
+    )
+    clt = CrossLayerTranscoder.from_pretrained(tmp_path / "out")
+    assert clt.config.source == 2 and clt.share.sources == (2,) and clt.share.targets == (2, 3)
+
+
 @pytest.mark.skipif(torch.cuda.is_available(), reason="Triton runs here")
 def test_kernels_that_cannot_run_here_are_refused_by_name(
     job: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]

@@ -20,6 +20,9 @@ TOKENS = 32
 #: layer x column of the meshes of each world; the rest is the data axis.
 MESHES = {2: [[1, 1], [2, 1], [1, 2]], 4: [[1, 1], [2, 1], [1, 2], [4, 1], [2, 2], [1, 4]]}
 
+#: Forms of decoders (`clt.decoding`).
+VARIANTS: list[dict[str, Any]] = [{}, {"tied_decoders": "target"}, {"tied_decoders": "source"}, {"independent": "sum"}]
+
 Ranks = list[dict[str, Tensor]]
 
 
@@ -28,6 +31,7 @@ def architectures(draw: st.DrawFn) -> CLTConfig:
     """Small configs with enough targets for four layer ranks and a width that four column ranks split."""
     offset = draw(st.sampled_from([0, 1]))
     n_features = draw(st.integers(8, 40))
+    variant = draw(st.sampled_from(VARIANTS))
     config = CLTConfig(
         n_layers=draw(st.integers(4 + offset, 7)),
         d_model=4 * draw(st.integers(1, 5)),
@@ -35,7 +39,8 @@ def architectures(draw: st.DrawFn) -> CLTConfig:
         k=draw(st.integers(1, min(6, n_features - 1))),
         n_targets=draw(st.none() | st.integers(1, 7)),
         first_offset=offset,
-        skip=draw(st.booleans()),
+        skip=draw(st.booleans()) and "independent" not in variant,
+        **variant,
     )
     assert len(target_layers(config)) >= 4
     return config
@@ -47,9 +52,9 @@ def some_cases(configs: dict[str, Any], meshes: list[list[int]], long: list[str]
     return run_cases(configs, meshes, ["one_step"], TOKENS) | run_cases(few, meshes, ["fifty_steps"], TOKENS)
 
 
-def _check(configs: list[CLTConfig], world: int, run_ranks: Callable[..., Ranks]) -> None:
+def _check(configs: list[CLTConfig], world: int, run_ranks: Callable[..., Ranks], long: int = 1) -> None:
     trees = {f"config{number}": tree_of(config) for number, config in enumerate(configs)}
-    arguments: dict[str, Any] = {"configs": trees, "long": ["config0"]}
+    arguments: dict[str, Any] = {"configs": trees, "long": list(trees)[:long]}
     with joined_job():
         unsharded = some_cases(meshes=[[1, 1]], **arguments)
     ranks = run_ranks(some_cases, world, meshes=MESHES[world], **arguments)
@@ -80,6 +85,14 @@ def _examples(configs: int, examples: int) -> Callable[..., Any]:
 @_examples(configs=5, examples=1)
 def test_random_config_on_two_ranks_equals_unsharded(run_ranks: Callable[..., Ranks], configs: list[CLTConfig]) -> None:
     _check(configs, 2, run_ranks)
+
+
+@pytest.mark.parametrize("world", [2, pytest.param(4, marks=pytest.mark.slow)])
+def test_every_form_of_decoders_on_many_ranks_equals_unsharded(run_ranks: Callable[..., Ranks], world: int) -> None:
+    shape: dict[str, Any] = {"n_layers": 5, "d_model": 8, "n_features": 20, "k": 3, "n_targets": 4}
+    # Five sources on two ranks, or on four, of which columns leave some without any; fifty steps of the first two.
+    variants = [{"tied_decoders": "source"}, {"independent": "mean", "source": 1}, *VARIANTS[1:]]
+    _check([CLTConfig(**shape, **variant) for variant in variants], world, run_ranks, long=2)
 
 
 @pytest.mark.slow

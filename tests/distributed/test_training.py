@@ -36,6 +36,12 @@ MESHES = {
 MOVES = [("data_zero2", "layer_zero1"), ("layer_zero1", "column_zero1"), ("column_zero1", "data_zero1")]
 #: What it trains then; columns split a skip connection too.
 SKIP = {"log_every": 1, "clt": {"n_features": 64, "k": 4, "skip": True}}
+#: Other forms of decoders, and how they move.
+FORMS = {
+    "tied_target": ("data_zero2", "layer_zero1", {"tied_decoders": "target", "skip": True}),
+    "tied_source": ("layer_zero1", "column_zero1", {"tied_decoders": "source"}),
+    "independent": ("column_zero1", "layer_zero1", {"independent": "mean"}),
+}
 #: Meshes whose loss curves are compared.
 CURVES = ("data_zero1", "layer_zero1", "column_zero1")
 #: A gradient norm that the first step exceeds.
@@ -50,6 +56,10 @@ def _fit(output: Path, mesh: dict[str, int], job: dict[str, Any] | None = None, 
     except CLTError as error:
         return f"{type(error).__name__}: {error}"
     return ""
+
+
+def _form(form: dict[str, Any]) -> dict[str, Any]:
+    return {"log_every": 1, "clt": {"n_features": 64, "k": 4, **form}}
 
 
 def all_cases(root: str) -> dict[str, Tensor]:
@@ -70,6 +80,9 @@ def all_cases(root: str) -> dict[str, Tensor]:
         moved = folder / "moved" / f"{old} {new}"
         _fit(moved, MESHES[old], SKIP, broken_step=4)
         errors[moved.name] = _fit(moved, MESHES[new], SKIP)
+    for name, (old, new, form) in FORMS.items():
+        _fit(folder / "moved" / name, MESHES[old], _form(form), broken_step=4)
+        errors[name] = _fit(folder / "moved" / name, MESHES[new], _form(form))
     damaged = folder / "damaged"
     _fit(damaged, MESHES["layer_zero1"], broken_step=4)
     if os.environ["RANK"] == "0":
@@ -103,6 +116,8 @@ def one_rank(tmp_path_factory: pytest.TempPathFactory) -> Path:
         _fit(root / "nan", {"layer": 1}, nan_steps=(2,))
         _fit(root / "curve", {"layer": 1}, {"steps": 50, "log_every": 1, "checkpoint_every": 50})
         _fit(root / "logged", {"layer": 1}, SKIP)
+        for name, (_, _, form) in FORMS.items():
+            _fit(root / name, {"layer": 1}, _form(form))
     return root
 
 
@@ -193,11 +208,13 @@ def test_damaged_layer_of_one_rank_is_told_by_all_ranks(two_ranks: Path) -> None
     assert first.startswith(f"{CheckpointError.__name__}: ") and "step_00000003/layer_03.safetensors" in first
 
 
-@pytest.mark.parametrize(("old", "new"), MOVES)
-def test_job_moves_to_another_mesh(old: str, new: str, two_ranks: Path, one_rank: Path) -> None:
-    assert _errors(two_ranks, f"{old} {new}") == ["", ""]
-    expected = read_metrics(one_rank / "logged" / "metrics.jsonl")
-    found = read_metrics(two_ranks / "moved" / f"{old} {new}" / "metrics.jsonl")
+@pytest.mark.parametrize(
+    ("name", "unmoved"), [*((f"{old} {new}", "logged") for old, new in MOVES), *zip(FORMS, FORMS, strict=True)]
+)
+def test_job_moves_to_another_mesh(name: str, unmoved: str, two_ranks: Path, one_rank: Path) -> None:
+    assert _errors(two_ranks, name) == ["", ""]
+    expected = read_metrics(one_rank / unmoved / "metrics.jsonl")
+    found = read_metrics(two_ranks / "moved" / name / "metrics.jsonl")
     assert [report["step"] for report in found] == [1, 2, 3, 4, 5, 6]
     assert [r["loss"] for r in found] == pytest.approx([r["loss"] for r in expected], rel=1e-4)
 
