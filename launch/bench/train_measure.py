@@ -22,7 +22,6 @@ from clt.plan_speed import Machine
 
 log = logging.getLogger(__name__)
 
-NAIVE = "dense products, torch.topk, autograd, fused Adam"
 #: A network namespace of its own, in which the loopback interface carries nothing else.
 _ISOLATED = ("unshare", "--map-root-user", "--net")
 #: data, layer, column, ZeRO: every axis by itself, and together, by how many ranks there are.
@@ -149,12 +148,11 @@ def measure_size(size: Size, steps: int, machine: Machine) -> tuple[Row, ...]:
                 absent=seen.absent,
             )
         )
-    (seen,) = run_task(Task(size=size.name, variant=DENSE, steps=steps))
-    rows.append(
-        Row(
-            name=NAIVE, tokens=size.batch_tokens, steps=seen.steps, peak_bytes=seen.peak_bytes, absent=seen.absent
+    for name in (name for name, dtype in DENSE.items() if dtype in size.dense):
+        (seen,) = run_task(Task(size=size.name, variant=name, steps=steps))
+        rows.append(
+            Row(name=name, tokens=size.batch_tokens, steps=seen.steps, peak_bytes=seen.peak_bytes, absent=seen.absent)
         )
-    )  # fmt: skip
     for row in rows:
         speed = row.absent or f"best step {row.best_s:.4f} s of {len(row.steps)}"
         log.info("bench: %s: %s: %s", size.name, row.name, speed)

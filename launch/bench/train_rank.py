@@ -31,7 +31,7 @@ from clt.engine import joined_job, local_device
 from clt.launch.bench.train_clock import PhaseClock
 from clt.launch.bench.train_dense import DenseTranscoder
 from clt.launch.bench.train_memory import PeakMemory
-from clt.launch.bench.train_sizes import SIZES, Size, train_config
+from clt.launch.bench.train_sizes import SIZES, Dtype, Size, train_config
 from clt.launch.bench.train_slice import given_codes, lone_rank
 from clt.metrics import MetricsWriter
 from clt.model import CrossLayerTranscoder
@@ -40,8 +40,8 @@ from clt.records import ActivationBatch, TokenTable
 from clt.scaling import Scaling
 from clt.trainer import Trainer
 
-#: The naive way, instead of the name of a variant.
-DENSE = "dense"
+#: The naive way in each type, instead of the name of a variant.
+DENSE: dict[str, Dtype] = {"dense, float32": "float32", "dense, bfloat16": "bfloat16"}
 #: Steps before the measured ones; from the second on there are dead features.
 WARM_UP = 3
 _LINK_BYTES, _LINK_ROUNDS = 2**25, 5
@@ -53,7 +53,7 @@ class Task:
 
     Attributes:
         size: a key of `SIZES`.
-        variant: name of one of its variants, or `DENSE`.
+        variant: name of one of its variants, or a key of `DENSE`.
         data: replicas.
         layer: ranks of the layer axis.
         column: ranks of the column axis.
@@ -150,8 +150,10 @@ def measure(task: Task) -> RankResult:
         memory = PeakMemory(device)
         transcoder, x, y = _problem(size, mesh, device)
         clock = PhaseClock(device)
-        if task.variant == DENSE:
-            return _dense(DenseTranscoder(transcoder.to(device), size), x, y, task.steps, clock, memory)
+        if task.variant in DENSE:
+            dtype = getattr(torch, DENSE[task.variant])
+            dense = DenseTranscoder(transcoder.to(device, dtype), size)
+            return _dense(dense, x.to(dtype), y.to(dtype), task.steps, clock, memory)
         batches = _Batches(x, y, task, mesh, clock)
         variant = next(variant for variant in size.variants if variant.name == task.variant)
         layer = max(task.layer, size.ranks)

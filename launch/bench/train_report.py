@@ -12,6 +12,7 @@ from clt.launch.bench.report import Claim, claims_text, markdown_table
 from clt.launch.bench.train_clock import PHASES
 from clt.launch.bench.train_measure import Row, TrafficRow
 from clt.launch.bench.train_projection import DEVICES, LINKED, Projection
+from clt.launch.bench.train_rank import DENSE
 from clt.launch.store_text import count_text
 from clt.plan_job import MeshShape
 
@@ -31,12 +32,22 @@ class SizeTable:
     Attributes:
         size: its name.
         words: the size in words.
-        rows: variants, the default first and the same without AuxK second; the naive way last.
+        rows: variants, the default first and the same without AuxK second; then the naive way.
     """
 
     size: str
     words: str
     rows: tuple[Row, ...]
+
+    @property
+    def plain(self) -> Row:
+        """The default without AuxK, which the naive way does not have."""
+        return self.rows[1]
+
+    @property
+    def dense(self) -> Row:
+        """The naive way in the default's type."""
+        return next(row for row in self.rows if row.name in DENSE)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -95,9 +106,17 @@ def _anchors_text(anchors: Sequence[Anchor], link: float | None) -> str:
 
 
 def _size_text(table: SizeTable) -> str:
-    head = ("", "tokens/s best", "median", "ms best", "of the roofline", "against dense", "peak memory", "planned")
-    dense = table.rows[-1]
-    rows = []
+    head = (
+        "",
+        "tokens/s best",
+        "median",
+        "ms best",
+        "of the roofline",
+        "against dense, float32",
+        "peak memory",
+        "planned",
+    )
+    dense, rows = table.dense, []
     for row in table.rows:
         if row.absent is not None:
             rows.append((row.name, row.absent, *[""] * (len(head) - 2)))
@@ -114,7 +133,7 @@ def _size_text(table: SizeTable) -> str:
                 _bytes(row.planned_bytes),
             )
         )
-    return f"**{table.words}**\n\n{markdown_table(head, rows)}\n\n{_phases_text(table.rows[:-1])}"
+    return f"**{table.words}**\n\n{markdown_table(head, rows)}\n\n{_phases_text(table.rows)}"
 
 
 def _phases_text(rows: Sequence[Row]) -> str:

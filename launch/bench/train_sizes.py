@@ -5,10 +5,12 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 from clt.config import CLTConfig, TrainConfig, parse_config
 from clt.plan_job import Job, MeshShape, numerics_of
+
+Dtype = Literal["float32", "bfloat16"]
 
 #: Steps that a job believes it has: enough that no schedule ends within a benchmark.
 _STEPS = 1_000_000
@@ -72,6 +74,7 @@ class Size:
         batch_tokens: tokens of a step.
         ranks: layer ranks that own the transcoder, of which one is measured; the codes of the others are given.
         variants: ways to train it; the first is what a job is by default, the second the same without AuxK.
+        dense: types in which the naive way is tried, float32 first.
     """
 
     name: str
@@ -83,6 +86,7 @@ class Size:
     batch_tokens: int
     ranks: int = 1
     variants: tuple[Variant, ...] = (DEFAULT, PLAIN)
+    dense: tuple[Dtype, ...] = ("float32",)
 
     def __str__(self) -> str:
         targets = f"{self.n_targets} targets" if self.n_targets else "all later targets"
@@ -118,6 +122,7 @@ SIZES = {
             n_targets=None,
             batch_tokens=16384,
             variants=_ON_A_GPU,
+            dense=("float32", "bfloat16"),
         ),
         Size(
             name="llava-slice",
@@ -129,6 +134,7 @@ SIZES = {
             batch_tokens=16384,
             ranks=8,
             variants=_ON_A_GPU,
+            dense=("float32", "bfloat16"),
         ),
         Size(
             name="cpu",
