@@ -42,7 +42,7 @@ class TrainBenchSettings:
     Attributes:
         sizes: names in `SIZES`; empty for gpt2 and llava-slice on a GPU, cpu on a CPU.
         ranks: worlds on which bytes are counted, of 1, 2 and 4; empty for all three.
-        steps: measured steps; None for 20 on a GPU and 10 on a CPU.
+        steps: measured steps; None for 20 on a GPU and 5 in each of three turns on a CPU.
         quick: a toy size, one mesh of two ranks, two steps: shows that everything runs, and its numbers mean nothing.
     """
 
@@ -66,7 +66,8 @@ def bench_train(settings: TrainBenchSettings) -> TrainReport:
     """
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     sizes, worlds = _sizes(settings, device), _worlds(settings)
-    steps = settings.steps or (2 if settings.quick else 20 if device.type == "cuda" else 10)
+    steps = settings.steps or (2 if settings.quick else 20 if device.type == "cuda" else 5)
+    turns = 1 if settings.quick or device.type == "cuda" else 3
     machine = this_machine(_PACKAGES, Path())
     rounds, n_bytes = (2, 2**26) if settings.quick else (10, (4 if device.type == "cuda" else 1) * 2**29)
     stream = memory_anchors(device, n_bytes, rounds)
@@ -75,7 +76,7 @@ def bench_train(settings: TrainBenchSettings) -> TrainReport:
         found = size_anchors(size, device, rounds)
         anchors += [*found.products.values(), found.gather]
         ceilings = anchored_machine(stream, found)
-        rows = measure_size(size, steps, ceilings)
+        rows = measure_size(size, steps, turns, ceilings)
         tables.append(SizeTable(size=size.name, words=str(size), rows=rows))
         pieces.append(make_pieces(size, rows, ceilings))
     traffic_size = SIZES["toy" if settings.quick else _TRAFFIC_SIZE]
@@ -83,7 +84,7 @@ def bench_train(settings: TrainBenchSettings) -> TrainReport:
     traffic, link = measure_traffic(traffic_size, meshes, 2, can_isolate())
     return TrainReport(
         machine=machine,
-        setting=_setting(device, steps),
+        setting=_setting(device, turns, steps),
         anchors=tuple(anchors),
         link=link,
         tables=tuple(tables),
@@ -155,14 +156,14 @@ def _traffic_claims(rows: tuple[TrafficRow, ...]) -> list[Claim]:
     return [*claims, claim(text, over, counted, "<=", _HEADERS)]
 
 
-def _setting(device: torch.device, steps: int) -> str:
+def _setting(device: torch.device, turns: int, steps: int) -> str:
     backend = ops.backend_of(torch.empty(0, device=device))
     if device.type == "cuda":
         where = f"{torch.cuda.get_device_name(device)}, CUDA {torch.version.cuda}"
     else:
         where = f"CPU, {torch.get_num_threads()} threads"
     return (
-        f"{where}; backend {backend}; {steps} steps after three others, one process, activations in its memory; every "
-        "feature that the step before did not use counts as dead. Dense: all features decoded, torch.topk, autograd, "
-        "fused Adam, no clipping. Planned: memory by `clt plan`."
+        f"{where}; backend {backend}; {steps} steps after three others, in each of {turns} turns; one process, its "
+        "activations in memory; every feature that the step before did not use counts as dead. Dense: all features "
+        "decoded, torch.topk, autograd, fused Adam, no clipping. Planned: memory by `clt plan`."
     )

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import logging
+import math
 import shutil
 import statistics
 import subprocess
@@ -17,7 +18,7 @@ from clt.launch.bench.train_anchors import least_time
 from clt.launch.bench.train_rank import DENSE, RankResult, Task
 from clt.launch.bench.train_sizes import Size, planned_job
 from clt.plan_counts import memory, traffic
-from clt.plan_job import MeshShape
+from clt.plan_job import Job, MeshShape
 from clt.plan_speed import Machine
 
 log = logging.getLogger(__name__)
@@ -123,40 +124,40 @@ def can_isolate() -> bool:
     return subprocess.run([*_ISOLATED, "true"], capture_output=True, check=False).returncode == 0
 
 
-def measure_size(size: Size, steps: int, machine: Machine) -> tuple[Row, ...]:
-    """All variants of a size and the naive way, each in a process of its own.
+def measure_size(size: Size, steps: int, turns: int, machine: Machine) -> tuple[Row, ...]:
+    """All variants of a size and the naive way, by turns, each turn in a process of its own.
 
     Args:
         size: what is trained.
-        steps: measured steps of each.
+        steps: measured steps of each turn.
+        turns: of each; more than one where the machine has other work, which then strikes all of them.
         machine: its ceilings.
     """
-    rows: list[Row] = []
-    for variant in size.variants:
-        (seen,) = run_task(Task(size=size.name, variant=variant.name, steps=steps))
-        job = planned_job(size, variant)
-        least = least_time(job, machine)
-        rows.append(
-            Row(
-                name=variant.name,
-                tokens=size.batch_tokens,
-                steps=seen.steps,
-                peak_bytes=seen.peak_bytes,
-                planned_bytes=memory(job, job.shares()[0]).total,
-                least_s=least.total,
-                least=vars(least),
-                absent=seen.absent,
-            )
-        )
-    for name in (name for name, dtype in DENSE.items() if dtype in size.dense):
-        (seen,) = run_task(Task(size=size.name, variant=name, steps=steps))
-        rows.append(
-            Row(name=name, tokens=size.batch_tokens, steps=seen.steps, peak_bytes=seen.peak_bytes, absent=seen.absent)
-        )
-    for row in rows:
-        speed = row.absent or f"best step {row.best_s:.4f} s of {len(row.steps)}"
-        log.info("bench: %s: %s: %s", size.name, row.name, speed)
-    return tuple(rows)
+    planned = {variant.name: planned_job(size, variant) for variant in size.variants}
+    names = [*planned, *(name for name, dtype in DENSE.items() if dtype in size.dense)]
+    seen: dict[str, list[RankResult]] = {name: [] for name in names}
+    for _ in range(turns):
+        for name in names:
+            seen[name] += run_task(Task(size=size.name, variant=name, steps=steps))
+            last = seen[name][-1]
+            best = min((sum(step.values()) for step in last.steps), default=math.nan)
+            log.info("bench: %s: %s: %s", size.name, name, last.absent or f"best step {best:.4f} s")
+    return tuple(_row(size, name, seen[name], planned.get(name), machine) for name in names)
+
+
+def _row(size: Size, name: str, seen: Sequence[RankResult], job: Job | None, machine: Machine) -> Row:
+    """The steps of all turns; `job` is None for the naive way."""
+    least = None if job is None else least_time(job, machine)
+    return Row(
+        name=name,
+        tokens=size.batch_tokens,
+        steps=tuple(step for turn in seen for step in turn.steps),
+        peak_bytes=max((turn.peak_bytes for turn in seen if turn.peak_bytes is not None), default=None),
+        planned_bytes=None if job is None else memory(job, job.shares()[0]).total,
+        least_s=None if least is None else least.total,
+        least=None if least is None else vars(least),
+        absent=next((turn.absent for turn in seen if turn.absent), None),
+    )
 
 
 def measure_traffic(
