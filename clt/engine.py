@@ -140,10 +140,11 @@ class DeepSpeedEngine:
             if number < self._micro_batches:
                 # Between micro-batches only counts.
                 self._engine.step()
+            if number == self._micro_batches or self._stage == 2:
+                # DeepSpeed starts its collectives itself, so they are counted here. ZeRO-2 keeps no whole gradients.
+                self._mesh.traffic.count("data", "all_reduce", self._parameter_bytes, self._mesh.data_size)
             losses.append(loss.detach())
             seen.append(observed)
-        # DeepSpeed starts its collectives itself, so they are counted here.
-        self._mesh.traffic.count("data", "all_reduce", self._parameter_bytes, self._mesh.data_size)
         check = self._check(torch.stack(losses).mean(), stop)
         if check.finite:
             for group in self._adam.param_groups:
