@@ -9,7 +9,8 @@ from torch import Tensor, nn
 
 from clt.config import AuxKSettings
 from clt.dead_features import fired_features
-from clt.exchange import CodeExchange, CodeFlight
+from clt.exchange import CodeExchange
+from clt.flight import CodeFlight
 from clt.kernels.dtypes import accumulator
 from clt.loss import LossTerms, auxk_error, combine, encode_dead, revival
 from clt.metrics import Observations

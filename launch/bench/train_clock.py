@@ -16,7 +16,7 @@ from typing import Any, Literal
 
 import torch
 
-from clt import exchange
+from clt import exchange, flight
 from clt.kernels import ops
 
 Phase = Literal["encode", "exchange", "decode", "backward", "optimizer", "other"]
@@ -25,10 +25,10 @@ PHASES: tuple[Phase, ...] = ("encode", "exchange", "decode", "backward", "optimi
 #: What is called in each phase. Exchange is collectives, waiting for them, and the grouping of codes by feature.
 _CALLS: tuple[tuple[Any, str, Phase], ...] = (
     (ops, "encode_topk", "encode"),
-    (exchange.CodeExchange, "_gather", "exchange"),
+    (exchange.CodeExchange, "gather", "exchange"),
     (exchange.CodeExchange, "_sum", "exchange"),
-    (exchange._Cargo, "await_rows", "exchange"),
-    (exchange._Cargo, "await_all", "exchange"),
+    (flight.Cargo, "await_rows", "exchange"),
+    (flight.Cargo, "await_all", "exchange"),
     (ops, "decode_loss", "decode"),
     (ops, "decoder_step_", "backward"),
     (ops, "encoder_step_", "backward"),

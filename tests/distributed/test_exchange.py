@@ -11,7 +11,8 @@ from sharded_steps import AUXK, batch_of, make_objective
 from torch import Tensor
 
 from clt.config import CLTConfig
-from clt.exchange import CodeExchange, exchange_bytes, index_dtype
+from clt.exchange import CodeExchange, exchange_bytes
+from clt.flight import index_dtype
 from clt.model import target_layers
 from clt.objective import Objective
 from clt.parallel import Mesh, deal_layers
