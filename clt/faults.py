@@ -21,8 +21,9 @@ from types import FrameType
 #: Signals that ask a job to write a checkpoint and end.
 STOP_SIGNALS = (signal.SIGTERM, signal.SIGINT)
 
-#: Signals in the first so many seconds are one request: torchrun passes on the Ctrl-C that the terminal sends to all.
-ONE_REQUEST_SECONDS = 1.0
+#: Signals in the first so many seconds are one request: torchrun passes on the Ctrl-C that the terminal sends to all,
+#: and takes its time on a busy machine.
+ONE_REQUEST_SECONDS = 3.0
 
 
 @dataclass
@@ -78,7 +79,12 @@ def _listen(receiver: socket.socket, control: JobControl) -> None:
         name = signal.Signals(number).name
         if not control.stop_requested:
             control.stop_requested, first = True, time.monotonic()
-            print(f"{name}: stopping after this step, with a checkpoint; once more ends at once", file=sys.stderr)
+            print(
+                f"{name}: stopping after this step, with a checkpoint; once more, "
+                f"after {ONE_REQUEST_SECONDS:g} s, ends at once",
+                file=sys.stderr,
+                flush=True,
+            )
         elif time.monotonic() - first > ONE_REQUEST_SECONDS:
             print(f"{name} again: ending without a checkpoint", file=sys.stderr, flush=True)
             os._exit(128 + number)

@@ -69,7 +69,8 @@ def agree_on_token(store: dist.Store, rank: int, world: int, timeout_seconds: fl
                 return own
         elif store.check(["clt/answer"]):
             answer = json.loads(store.get("clt/answer"))
-            if answer["words"][rank] == own:
+            # An earlier start may have had fewer ranks.
+            if answer["words"][rank : rank + 1] == [own]:
                 store.set(f"clt/seen/{rank}", answer["token"])
                 return str(answer["token"])
         time.sleep(_POLL_SECONDS)

@@ -6,7 +6,8 @@ far its main thread is, and where. When a main thread has got nothing done withi
 failed, the signs tell which rank is missing. The first to find out writes the verdict into the store; every rank that
 lives prints it and ends, wherever its main thread is stuck.
 
-One thread talks to the store and another judges: the store may be on the machine that froze.
+One thread talks to the store and another judges: the store may be on the machine that froze. They count their own
+turns, not seconds: on a machine too busy to let them run, nobody else is silent.
 """
 
 from __future__ import annotations
@@ -64,7 +65,7 @@ def find_lost(signs: Mapping[int, Sign], silent_seconds: Mapping[int, float], pa
 
     Args:
         signs: last sign by rank, absent for ranks that have left none.
-        silent_seconds: age of these signs.
+        silent_seconds: age of these signs, at least.
         patience: seconds after which a rank counts as silent.
     """
     for rank, sign in sorted(signs.items()):
@@ -116,10 +117,10 @@ class Watch:
         self._end = ""
         self._asking = False
         self._proposal, self._verdict = "", ""
+        #: Talks with the store so far, and by rank the number of the one that brought its last sign.
         self._beat = 0
         self._signs: dict[int, Sign] = {}
-        self._changed: dict[int, float] = {}
-        self._heard = time.monotonic()
+        self._brought: dict[int, int] = {}
         self._progress, self._since = control.progress, time.monotonic()
         self._talker = threading.Thread(target=self._talk, name="clt-watch-store", daemon=True)
         self._judge = threading.Thread(target=self._watch, name="clt-watch", daemon=True)
@@ -170,26 +171,34 @@ class Watch:
     def _missing(self) -> str:
         """Looks at the signs for as long as it takes to see who is silent; empty if nobody is missing."""
         self._asking = True
-        deadline = time.monotonic() + self._patience + 3 * self._interval
-        while time.monotonic() < deadline:
+        first = last = self._beat
+        unanswered = 0
+        while unanswered <= 2 * _SILENT_INTERVALS:
             time.sleep(self._interval / 2)
+            if self._end:
+                # The main thread has moved on, to its way out, where the talks are quicker too.
+                return ""
             if self._verdict:
                 return self._verdict
-            # An old sign means something only if the store has answered since.
-            signs, changed = dict(self._signs), dict(self._changed)
-            ages = {rank: self._heard - changed[rank] for rank in signs}
+            unanswered = 0 if self._beat != last else unanswered + 1
+            last = self._beat
+            signs, brought = dict(self._signs), dict(self._brought)
+            ages = {rank: (last - brought[rank]) * self._interval for rank in signs}
             if line := find_lost(signs, ages, self._patience):
                 return line
-        if time.monotonic() - self._heard > self._patience:
-            return (
-                f"rank 0, or the launcher with the job's store, did not answer within {self._patience:g} s; see its log"
-            )
-        return find_behind(dict(self._signs), self._world, self._timeout) if self._stalled() else ""
+            if last - first > _SILENT_INTERVALS + 2:
+                return find_behind(signs, self._world, self._timeout) if self._stalled() else ""
+        return f"rank 0, or the launcher with the job's store, did not answer within {self._patience:g} s; see its log"
 
     def _agree(self, line: str) -> str:
         """The verdict of the first rank that proposed one; returns when the others have had time to read it."""
         self._proposal = line
-        time.sleep(3 * self._interval)
+        for _ in range(2 * _SILENT_INTERVALS):
+            if self._verdict:
+                break
+            time.sleep(self._interval / 2)
+        # The store may go with this process.
+        time.sleep(2 * self._interval)
         return self._verdict or line
 
     def _talk(self) -> None:
@@ -198,7 +207,7 @@ class Watch:
             try:
                 self._exchange()
             except (dist.DistError, ConnectionError):
-                # The store went with rank 0 or its launcher. If that was not the job's end, `_heard` tells.
+                # The store went with rank 0 or its launcher. If that was not the job's end, `_beat` tells.
                 return
             if over:
                 return
@@ -206,13 +215,12 @@ class Watch:
 
     def _exchange(self) -> None:
         """Leaves a sign, reads the verdict, and the signs of the others when somebody asks for them."""
-        self._beat += 1
         place, waiting = _place_of(self._main)
-        own = Sign(beat=self._beat, progress=self._control.progress, place=place, waiting=waiting, end=self._end)
+        own = Sign(beat=self._beat + 1, progress=self._control.progress, place=place, waiting=waiting, end=self._end)
         self._store.set(_key(self._rank), json.dumps(asdict(own)))
         if self._asking:
             self._read_signs()
-        self._heard = time.monotonic()
+        self._beat += 1
         if self._proposal:
             self._verdict = self._store.compare_set(_VERDICT, "", self._proposal).decode()
         elif self._store.check([_VERDICT]):
@@ -226,7 +234,7 @@ class Watch:
             sign, rank = Sign(**json.loads(text)), int(key.rpartition("/")[2])
             if rank not in self._signs or self._signs[rank].beat != sign.beat:
                 # In this order: the other thread copies them the other way round.
-                self._changed[rank] = time.monotonic()
+                self._brought[rank] = self._beat
                 self._signs[rank] = sign
 
     def _all_ended(self) -> bool:

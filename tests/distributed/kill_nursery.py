@@ -131,6 +131,12 @@ class Nursery:
         killer.join()
         return [codes[process] for process in processes]
 
+    def trains(self, scratch: Path, rank: int, process: int) -> bool:
+        """Waits until a rank trains; False if it has ended before that."""
+        while process in self._alive and not (scratch / f"trains_{rank}").exists():
+            time.sleep(0.002)
+        return process in self._alive
+
     def kill_all(self) -> None:
         """Kills what still runs."""
         for process in list(self._alive):
@@ -145,9 +151,8 @@ class Nursery:
         if blow is None or blow.point in POINTS:
             return
         victim = processes[blow.victim]
-        while victim in self._alive and not (scratch / f"trains_{blow.victim}").exists():
-            time.sleep(0.002)
-        time.sleep(blow.delay)
+        if self.trains(scratch, blow.victim, victim):
+            time.sleep(blow.delay)
         if victim in self._alive:
             self._kill(victim)
 

@@ -20,8 +20,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TextIO
 
-import torch
-
 sys.path.insert(0, str(Path(__file__).parent))
 
 #: Where the blow can fall in a checkpoint: what is done to which file of the output folder.
@@ -173,6 +171,7 @@ def work(job: Job) -> int:
 def serve(answers: TextIO) -> None:
     """Answers `{"fork": job}` with a process id and `{"wait": process id or -1}` with process id and wait status."""
     import deepspeed  # noqa: F401
+    import torch._dynamo  # the first kernel does it otherwise, for as long as a rank waits on a busy machine
     import toy_job  # noqa: F401
 
     torch.set_num_threads(1)

@@ -114,12 +114,12 @@ def same_bits(left: Path, right: Path) -> None:
         assert all(torch.equal(expected[key], found[key]) for key in expected), path.name
 
 
-def wait_for(path: Path, process: subprocess.Popen[str]) -> None:
-    """Waits until a process has made a file or folder."""
-    deadline = time.monotonic() + 120
-    while not path.exists():
+def wait_for(path: Path, process: subprocess.Popen[str], size: int = 0) -> None:
+    """Waits until a process has made a file or folder, of more than so many bytes."""
+    deadline = time.monotonic() + 240
+    while not path.exists() or path.stat().st_size <= size:
         assert process.poll() is None, process.communicate()[1]
-        assert time.monotonic() < deadline, f"{path} did not appear"
+        assert time.monotonic() < deadline, f"{path} did not appear, or has no more than {size} bytes"
         time.sleep(0.002)
 
 
