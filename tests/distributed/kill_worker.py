@@ -8,6 +8,7 @@ at a named point of a checkpoint.
 
 from __future__ import annotations
 
+import importlib
 import json
 import os
 import re
@@ -20,7 +21,12 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TextIO
 
+import torch
+
 sys.path.insert(0, str(Path(__file__).parent))
+
+#: What PyTorch, DeepSpeed and the reports import when a rank is first in need of it: seconds on a busy machine.
+LATE_IMPORTS = ("torch._dynamo", "deepspeed.runtime.zero.muon.muon_optimizer", "torch.utils.tensorboard")
 
 #: Where the blow can fall in a checkpoint: what is done to which file of the output folder.
 #: half: half of it is on disk. from, to: before and after a rename, or the making of a folder.
@@ -171,9 +177,10 @@ def work(job: Job) -> int:
 def serve(answers: TextIO) -> None:
     """Answers `{"fork": job}` with a process id and `{"wait": process id or -1}` with process id and wait status."""
     import deepspeed  # noqa: F401
-    import torch._dynamo  # the first kernel does it otherwise, for as long as a rank waits on a busy machine
     import toy_job  # noqa: F401
 
+    for module in LATE_IMPORTS:
+        importlib.import_module(module)
     torch.set_num_threads(1)
     for line in sys.stdin:
         request = json.loads(line)

@@ -314,7 +314,7 @@ def _told(nursery: Nursery, seen: int) -> list[str]:
     ],
 )
 def test_lost_rank_is_named_by_the_one_that_lives(how: int, victim: int, nursery: Nursery, tmp_path: Path) -> None:
-    seen, mesh = len(nursery.log.read_text()), {"layer": 2, "timeout_seconds": 8}
+    seen, mesh = len(nursery.log.read_text()), {"layer": 2, "timeout_seconds": 10}
     processes, scratch = nursery.start(tmp_path / "out", mesh, 2, {rank: {"steps": 100_000} for rank in range(2)})
     assert nursery.trains(scratch, victim, processes[victim])
     os.kill(processes[victim], how)
@@ -331,13 +331,13 @@ def test_lost_rank_is_named_by_the_one_that_lives(how: int, victim: int, nursery
 
 
 def test_rank_that_hangs_is_named_by_all(nursery: Nursery, tmp_path: Path) -> None:
-    seen, mesh = len(nursery.log.read_text()), {"layer": 1, "timeout_seconds": 8}
+    seen, mesh = len(nursery.log.read_text()), {"layer": 1, "timeout_seconds": 10}
     processes, _ = nursery.start(tmp_path / "out", mesh, 2, {1: {"hanging_step": 3}})
     assert dict(nursery.wait() for _ in processes) == dict.fromkeys(processes, EXIT_LOST_RANK)
     lines = _told(nursery, seen)
     assert len(lines) == 2 and lines[0] == lines[1]
     assert re.match(
-        rf"error: rank 1 \(process {processes[1]} on \S+, at clt.trainer line \d+\) did not answer within 8 s;",
+        rf"error: rank 1 \(process {processes[1]} on \S+, at clt.trainer line \d+\) did not answer within 10 s;",
         lines[0],
     )
     assert _last(tmp_path / "out").name == "step_00000002"

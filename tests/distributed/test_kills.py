@@ -46,8 +46,8 @@ SHAPES = {
     "data_zero2": Shape(world=2, mesh={"layer": 1, "zero_stage": 2}),
     "layer": Shape(world=2, writers=2, mesh={"layer": 2}),
 }
-#: What a rank does not wait longer for; ten times the pause between its signs of life.
-TIMEOUT = 10
+#: What a rank does not wait longer for. A killed one is noticed at once: only a busy machine takes time.
+TIMEOUT = 60
 
 
 @pytest.fixture(scope="module")
