@@ -1,0 +1,265 @@
+"""Every supported architecture, as a tiny random model: sites, batches, replaced MLPs, generation, image grids."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+from PIL import Image
+from torch import Tensor, nn
+
+from clt.capture.adapter import ModelAdapter, PromptInputs
+from clt.capture.hooks import attach
+from clt.errors import InputError, ModelError
+from clt.records import Modality
+
+from .tiny_models import IMAGE_PROCESSORS, MODELS, make_adapter, prompt_for
+
+LAYER = 1
+#: Longer than Gemma's window of 8.
+LONG = "the cat sat on a red mat what is the blue cat ?"
+
+
+@pytest.fixture(scope="module", params=list(MODELS))
+def name(request: pytest.FixtureRequest) -> str:
+    return str(request.param)
+
+
+@pytest.fixture(scope="module")
+def adapter(name: str) -> ModelAdapter:
+    return make_adapter(name)
+
+
+@pytest.fixture(scope="module")
+def prompts(name: str, adapter: ModelAdapter) -> list[PromptInputs]:
+    """Without an image, with one and with two, of different sizes; text models get text of these lengths."""
+    if name not in IMAGE_PROCESSORS:
+        return [adapter.prepare(text) for text in ("the cat", LONG, "what is red ?")]
+    pictures = [[], [picture(48, 32)], [picture(32, 64), picture(32, 32)]]
+    texts = zip((LONG, "the cat", "what is red ?"), pictures, strict=True)
+    return [adapter.prepare(prompt_for(name, text, len(images)), images) for text, images in texts]
+
+
+@pytest.fixture(scope="module")
+def batch(adapter: ModelAdapter, prompts: list[PromptInputs]) -> PromptInputs:
+    return adapter.collate(prompts)
+
+
+def picture(width: int, height: int) -> Image.Image:
+    random = torch.Generator().manual_seed(width + height)
+    return Image.fromarray(torch.randint(0, 256, (height, width, 3), generator=random, dtype=torch.uint8).numpy())
+
+
+def named_parts(name: str, layer: Any) -> dict[str, tuple[nn.Module, bool]]:
+    """Kind of site -> module by the name that the architecture gives it, and whether the site is its output."""
+    if name == "gpt2":
+        norm, attn, attn_out, mlp_out = layer.ln_2, layer.attn, layer.attn, layer.mlp
+    elif name.startswith("gemma"):
+        norm, attn = layer.pre_feedforward_layernorm, layer.self_attn
+        attn_out, mlp_out = layer.post_attention_layernorm, layer.post_feedforward_layernorm
+    else:
+        norm, attn, attn_out, mlp_out = layer.post_attention_layernorm, layer.self_attn, layer.self_attn, layer.mlp
+    heads = attn.c_proj if name == "gpt2" else attn.o_proj
+    return {
+        "resid_pre": (layer, False),
+        "z": (heads, False),
+        "attn_out": (attn_out, True),
+        "resid_mid": (norm, False),
+        "mlp_in": (layer.mlp, False),
+        "mlp_out": (mlp_out, True),
+        "resid_post": (layer, True),
+    }
+
+
+def plain_hooks(adapter: ModelAdapter, inputs: PromptInputs, parts: dict[str, tuple[nn.Module, bool]]) -> Any:
+    found: dict[str, Tensor] = {}
+    handles = []
+    for kind, (module, of_output) in parts.items():
+
+        def hook(
+            _module: nn.Module, args: Any, kwargs: Any, output: Any, kind: str = kind, out: bool = of_output
+        ) -> None:
+            value = output if out else (args[0] if args else kwargs["hidden_states"])
+            found[kind] = (value[0] if isinstance(value, tuple) else value).clone()
+
+        handles.append(module.register_forward_hook(hook, with_kwargs=True))
+    adapter.forward(inputs)
+    for handle in handles:
+        handle.remove()
+    return found
+
+
+@torch.no_grad()
+def test_sites_are_bit_equal_to_plain_hooks(name: str, adapter: ModelAdapter, batch: PromptInputs) -> None:
+    parts = named_parts(name, adapter.layers[LAYER])
+    del parts["z"]  # in another attention function: see below
+    expected = plain_hooks(adapter, batch, parts)
+    with attach(adapter, [f"lm.{LAYER}.{kind}" for kind in parts]) as found:
+        adapter.forward(batch)
+    for kind in parts:
+        assert torch.equal(found[f"lm.{LAYER}.{kind}"], expected[kind]), kind
+    at = {kind: found[f"lm.{LAYER}.{kind}"] for kind in parts}
+    assert torch.equal(at["resid_mid"], at["resid_pre"] + at["attn_out"])
+    assert torch.equal(at["resid_post"], at["resid_mid"] + at["mlp_out"])
+
+
+@torch.no_grad()
+def test_sites_inside_attention_are_what_it_computes(name: str, adapter: ModelAdapter, batch: PromptInputs) -> None:
+    before, parts = adapter.forward(batch), named_parts(name, adapter.layers[LAYER])
+    with attach(adapter, ["lm.*.[qkvz]", "lm.*.pattern", "lm.*.scores"]) as found:
+        plain = plain_hooks(adapter, batch, {"z": parts["z"]})["z"]
+        logits = adapter.forward(batch)
+    # float32 and another order of summation
+    torch.testing.assert_close(logits[batch.real_mask], before[batch.real_mask], atol=5e-5, rtol=1e-5)
+    q, k, v, z, pattern, scores = (found[f"lm.{LAYER}.{kind}"] for kind in ("q", "k", "v", "z", "pattern", "scores"))
+    n, s = batch.real_mask.shape
+    assert q.shape == z.shape == (n, adapter.n_heads, s, adapter.head_dim)
+    assert k.shape == v.shape == (n, adapter.n_kv_heads, s, adapter.head_dim)
+    assert scores.shape == pattern.shape == (n, adapter.n_heads, s, s)
+    assert torch.equal(z.transpose(1, 2).flatten(2), plain)
+    groups = adapter.n_heads // adapter.n_kv_heads
+    torch.testing.assert_close(pattern @ v.repeat_interleave(groups, dim=1), z)
+    attends = pattern[0, 0][batch.real_mask[0]] > 0
+    assert not attends[:, ~batch.real_mask[0]].any()
+    # What a head attends to, it attends to by its scores.
+    of_scores = scores[0, 0][batch.real_mask[0]].masked_fill(~attends, -torch.inf).softmax(-1)
+    torch.testing.assert_close(pattern[0, 0][batch.real_mask[0]], of_scores)
+
+
+@torch.no_grad()
+def test_gemmas_sliding_layers_see_their_window_only() -> None:
+    for name in ("gemma2", "gemma3_text"):
+        adapter = make_adapter(name)
+        with attach(adapter, ["lm.*.pattern"]) as found:
+            adapter.forward(adapter.prepare(LONG))
+        for layer, first_seen in ((0, 6), (1, 0)):
+            last = found[f"lm.{layer}.pattern"][0, 0, -1]
+            assert (len(last), int(last.nonzero()[0])) == (14, first_seen)
+
+
+@torch.no_grad()
+def test_vision_sites_and_bridges_are_recorded_and_edited(
+    name: str, adapter: ModelAdapter, batch: PromptInputs
+) -> None:
+    sites = [site for site in adapter.site_names() if not site.startswith("lm.")]
+    assert bool(sites) == (name in IMAGE_PROCESSORS)
+    if not sites:
+        return
+    before = adapter.forward(batch)
+    with attach(adapter, sites) as found:
+        logits = adapter.forward(batch)
+    torch.testing.assert_close(logits[batch.real_mask], before[batch.real_mask], atol=5e-5, rtol=1e-5)
+    assert set(found) == set(sites)
+    at = {kind: found[f"vision.0.{kind}"] for kind in ("resid_pre", "attn_out", "resid_mid", "mlp_out", "resid_post")}
+    assert torch.equal(at["resid_mid"], at["resid_pre"] + at["attn_out"])
+    assert torch.equal(at["resid_post"], at["resid_mid"] + at["mlp_out"])
+    assert torch.equal(found["vision.1.resid_pre"], at["resid_post"])
+    with_images = (batch.tokens.modality == Modality.IMAGE).any(1)
+    for site in ("vision.0.resid_mid", "vision.1.resid_post", *(site for site in sites if site.startswith("bridge"))):
+        with attach(adapter, edit={site: lambda value: value + torch.linspace(0, 1, value.shape[-1])}):
+            moved = (adapter.forward(batch) - before).abs().amax((1, 2)) > 1e-3
+        assert torch.equal(moved, with_images), site
+
+
+@torch.no_grad()
+def test_a_padded_batch_gives_what_each_prompt_gives(
+    adapter: ModelAdapter, batch: PromptInputs, prompts: list[PromptInputs]
+) -> None:
+    sites = [f"lm.{layer}.{kind}" for layer in range(adapter.n_layers) for kind in ("resid_mid", "mlp_out")]
+    with attach(adapter, sites) as together:
+        logits = adapter.forward(batch)
+    for row, prompt in enumerate(prompts):
+        with attach(adapter, sites) as alone:
+            expected = adapter.forward(prompt)
+        length = expected.shape[1]
+        assert int(batch.real_mask[row].sum()) == length
+        # float32 and another order of summation
+        torch.testing.assert_close(logits[row, -length:], expected[0], atol=5e-5, rtol=1e-4)
+        for site in sites:
+            torch.testing.assert_close(together[site][row, -length:], alone[site][0], atol=5e-5, rtol=1e-4)
+
+
+@torch.no_grad()
+def test_mlps_replaced_by_their_own_outputs_leave_the_logits_alone(
+    adapter: ModelAdapter, batch: PromptInputs, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    sites = [f"lm.{layer}.mlp_out" for layer in range(adapter.n_layers)]
+    with attach(adapter, sites) as found:
+        before = adapter.forward(batch)
+    recorded = {site: value.clone() for site, value in found.items()}
+    for layer in range(adapter.n_layers):
+        monkeypatch.setattr(adapter.mlp(layer), "forward", torch.zeros_like)
+    without = adapter.forward(batch)
+    with attach(adapter, edit={site: lambda _, y=recorded[site]: y for site in sites}):
+        replaced = adapter.forward(batch)
+    real = batch.real_mask
+    torch.testing.assert_close(replaced[real], before[real], atol=1e-5, rtol=0)
+    assert (without[real] - before[real]).abs().max() > 0.1, "the MLPs do something"
+
+
+@torch.no_grad()
+def test_generation_with_a_cache_is_the_greedy_continuation(adapter: ModelAdapter, batch: PromptInputs) -> None:
+    generated = adapter.generate(batch, 5)
+    n_new = max(map(len, generated))
+    ids = torch.tensor([row + [0] * (n_new - len(row)) for row in generated])
+    # One forward without cache over prompts and answers; what comes after an answer's end is not looked at.
+    whole = dict(batch.model_inputs)
+    for key, new in (
+        ("input_ids", ids),
+        ("attention_mask", torch.ones_like(ids)),
+        ("position_ids", batch.real_mask.sum(1, keepdim=True) + torch.arange(n_new)),
+        ("mm_token_type_ids", torch.zeros_like(ids)),
+        ("token_type_ids", torch.zeros_like(ids)),
+    ):
+        if key in whole:
+            whole[key] = torch.cat([whole[key], new], 1)
+    logits = adapter.model(**whole, use_cache=False).logits[:, -n_new - 1 :]
+    for row, answer in enumerate(generated):
+        for step, token in enumerate(answer):
+            assert logits[row, step, token] >= logits[row, step].max() - 1e-4, (row, step)
+        assert len(answer) == 5 or answer[-1] == adapter.tokenizer.eos_token_id
+
+
+@pytest.mark.parametrize(
+    ("pattern", "near"),
+    [("lm.*.mlp_ot", "lm.0.mlp_out"), ("lm.7.resid_mid", "lm.1.resid_mid"), ("decoder.*.mlp_out", "lm.0.mlp_out")],
+)
+def test_a_pattern_that_matches_nothing_lists_near_names(adapter: ModelAdapter, pattern: str, near: str) -> None:
+    with pytest.raises(ModelError, match=r"unknown site.*did you mean") as error, attach(adapter, [pattern]):
+        pass
+    assert near in str(error.value)
+    assert "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize("name", list(IMAGE_PROCESSORS))
+@torch.no_grad()
+def test_rows_and_columns_of_image_tokens_are_those_of_the_picture(name: str) -> None:
+    adapter = make_adapter(name)
+    for block in adapter.structure.vision_blocks:  # patches that do not mix
+        for parameter in block.o_proj.parameters():
+            parameter.zero_()
+    width, pixel = (64, (22, 42)) if adapter.size_matters else (32, (11, 21))
+    plain = picture(width, 32)
+    changed = plain.copy()
+    changed.putpixel((pixel[1], pixel[0]), tuple(255 - value for value in plain.getpixel((pixel[1], pixel[0]))))  # type: ignore[union-attr]
+    prompt, embeds = prompt_for(name, "the cat", 1), []
+    for image in (plain, changed):
+        inputs = adapter.prepare(prompt, [image])
+        with attach(adapter, ["lm.embed"]) as found:
+            adapter.forward(inputs)
+        embeds.append(found["lm.embed"][0])
+    tokens = inputs.tokens.select(0)
+    grid = (int(tokens.patch_row.max()) + 1, int(tokens.patch_col.max()) + 1)
+    cell = (pixel[0] * grid[0] // 32, pixel[1] * grid[1] // width)
+    differs = (embeds[0] != embeds[1]).any(1).nonzero()[:, 0]
+    seen = {(int(tokens.patch_row[at]), int(tokens.patch_col[at])) for at in differs}
+    assert cell in seen
+    # A view of the whole picture beside the parts shows the pixel in the coarse patch whose middle is near.
+    assert len(differs) == (2 if name in ("llava_next", "idefics3", "smolvlm") else 1)
+    assert all(max(abs(row - cell[0]), abs(col - cell[1])) <= 1 for row, col in seen)
+    sizes = [(32, width)] if adapter.size_matters else 1
+    assert adapter.count_tokens(prompt, sizes) == len(tokens.modality)
+    if adapter.size_matters:
+        with pytest.raises(InputError, match="give the sizes"):
+            adapter.count_tokens(prompt, 1)
