@@ -234,7 +234,7 @@ def _common(model: Any, tokenizer: Any, image_processor: Any) -> dict[str, Any]:
     }
 
 
-def _view(model: Any, merge: int = 1) -> dict[str, Patch]:
+def _view(model: Any, merge: int = 1) -> dict[str, Any]:
     """Size of a view in pixels and in tokens, from the configuration of the tower."""
     vision = model.config.vision_config
     size = vision.image_size

@@ -54,6 +54,12 @@ class PromptInputs:
         """[N,S] bool: tokens that are not padding."""
         return self.tokens.modality != Modality.PAD
 
+    def grid(self, prompt: int, image: int) -> tuple[int, int]:
+        """Rows and columns of the patches of an image of a prompt."""
+        tokens = self.tokens.select(prompt)
+        patches = tokens.image == image
+        return int(tokens.patch_row[patches].max()) + 1, int(tokens.patch_col[patches].max()) + 1
+
     @property
     def answer_mask(self) -> Tensor:
         """[N,S] bool: columns whose next token is an answer token or the end of sequence, those that predict it."""
@@ -118,6 +124,9 @@ class PromptEncoder:
         columns: list[_Column] = []
         for index, token_id in enumerate(self._prompt_ids(prompt, texts)):
             if self.images is not None and token_id == self.images.token_id:
+                if self.images.counts_positions and columns and columns[-1].image >= 0:
+                    # The model takes neighbours for one picture and numbers its positions wrongly.
+                    raise InputError(f"{_quoted(prompt)} has an image right after an image; write text between them")
                 columns += self._block_columns(*blocks.pop(0))
             else:
                 bos = index == 0 and token_id == self.tokenizer.bos_token_id

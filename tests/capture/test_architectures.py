@@ -2,19 +2,28 @@
 
 from __future__ import annotations
 
+import json
+from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 from PIL import Image
 from torch import Tensor, nn
+from transformers import Gemma3Processor, Idefics3Processor, LlavaNextProcessor
+from transformers.models.idefics3.image_processing_pil_idefics3 import Idefics3ImageProcessorPil
 
 from clt.capture.adapter import ModelAdapter, PromptInputs
+from clt.capture.examples import JsonlSource, SourceSettings
 from clt.capture.hooks import attach
+from clt.capture.loading import Processor
+from clt.capture.run import CaptureConfig, capture, plan_capture
+from clt.capture.store import open_store
 from clt.errors import InputError, ModelError
 from clt.records import Modality
 
-from .tiny_models import IMAGE_PROCESSORS, MODELS, make_adapter, prompt_for
+from .test_run import natural_rows
+from .tiny_models import IMAGE_PROCESSORS, MODELS, make_adapter, make_words, prompt_for
 
 LAYER = 1
 #: Longer than Gemma's window of 8.
@@ -263,3 +272,83 @@ def test_rows_and_columns_of_image_tokens_are_those_of_the_picture(name: str) ->
     if adapter.size_matters:
         with pytest.raises(InputError, match="give the sizes"):
             adapter.count_tokens(prompt, 1)
+
+
+def official_processor(name: str) -> Any:
+    images, words = IMAGE_PROCESSORS[name](), make_words()
+    if name == "gemma3":
+        return Gemma3Processor(images, words, image_seq_length=4)
+    if name == "idefics3":
+        return Idefics3Processor(images, words, image_seq_len=4)
+    settings: dict[str, Any] = {"vision_feature_select_strategy": "default", "num_additional_image_tokens": 1}
+    return LlavaNextProcessor(images, words, patch_size=8, image_token="<image>", **settings)
+
+
+@pytest.mark.parametrize("name", ["llava_next", "gemma3", "idefics3"])
+def test_prompts_are_those_of_the_models_own_processor(name: str) -> None:
+    pictures = [picture(48, 32), picture(20, 70)]
+    prompt = prompt_for(name, "the cat", 2)
+    ours = make_adapter(name).prepare(f"<s>{prompt}", pictures).model_inputs
+    theirs = official_processor(name)(text=[f"<s>{prompt}"], images=[pictures], return_tensors="pt")
+    compared = set(theirs) & set(ours)
+    assert compared >= {"input_ids", "pixel_values"}
+    for key in compared:
+        assert torch.equal(ours[key], theirs[key].to(ours[key].dtype)), key
+
+
+def test_a_picture_that_is_not_split_is_one_view() -> None:
+    made = make_adapter("idefics3")
+    images = Idefics3ImageProcessorPil(do_image_splitting=False, max_image_size={"longest_edge": 32})
+    adapter = ModelAdapter(made.model, Processor(tokenizer=make_words(), image_processor=images))
+    inputs = adapter.prepare("<image> the cat", [picture(48, 32)])
+    assert inputs.grid(0, 0) == (2, 2)
+    adapter.forward(inputs)
+
+
+def test_neighbouring_images_of_qwen_are_an_error() -> None:
+    adapter = make_adapter("qwen2_vl")
+    with pytest.raises(InputError, match="write text between them"):
+        adapter.prepare("<image><image> what is red ?", [picture(32, 32), picture(32, 32)])
+
+
+@pytest.mark.parametrize("name", list(MODELS))
+@torch.no_grad()
+def test_a_saved_model_is_loaded_and_captured(name: str, tmp_path: Path) -> None:
+    made = make_adapter(name)
+    made.model.save_pretrained(tmp_path / "model")
+    made.tokenizer.save_pretrained(tmp_path / "model")
+    records: list[dict[str, object]] = [{"prompt": LONG, "answer": "red"}, {"prompt": "the cat"}]
+    if name in IMAGE_PROCESSORS:
+        made.image_processor.save_pretrained(tmp_path / "model")
+        for size in ((48, 32), (32, 64)):
+            picture(*size).save(tmp_path / f"{size[0]}.png")
+        records += [{"prompt": prompt_for(name, "what is red ?", 2), "image": ["48.png", "32.png"]}]
+        records += [{"prompt": prompt_for(name, "the", 1), "image": "32.png", "answer": "blue"}]
+    file = tmp_path / "prompts.jsonl"
+    file.write_text("".join(json.dumps(record) + "\n" for record in records))
+    config = CaptureConfig(
+        model=str(tmp_path / "model"),
+        output=str(tmp_path / "store"),
+        source=SourceSettings(jsonl=JsonlSource(file=file)),
+        store_dtype="float32",
+        rows_per_unit=256,
+    )
+    capture(config)
+    # Its own tokenizer: transformers splits words as Qwen2 does, whatever was saved.
+    adapter = config.load()
+    assert adapter.identity.fingerprint == made.identity.fingerprint
+    assert torch.equal(adapter.forward(made.prepare(LONG)), made.forward(made.prepare(LONG)))
+    store, job = open_store(config.output), plan_capture(config, adapter)
+    acts, tokens = natural_rows(store)
+    first = 0
+    for sample, length in enumerate(job.lengths):
+        example = job.source.load(sample)
+        inputs = adapter.prepare(example.prompt, example.images, example.answer)
+        with attach(adapter, store.sites) as found:
+            adapter.forward(inputs)
+        expected = torch.stack([found[site][0] for site in store.sites], dim=1)
+        # float32; padding and batching change the order of summation
+        torch.testing.assert_close(acts[first : first + length], expected, atol=5e-5, rtol=1e-4)
+        assert torch.equal(tokens["patch_row"][first : first + length], inputs.tokens.patch_row[0])
+        first += length
+    assert first == len(acts)

@@ -185,14 +185,16 @@ def make_words() -> Any:
     tokenizer = Tokenizer(models.WordLevel(_IDS, unk_token="<unk>"))
     split = [pre_tokenizers.Split(" ", "removed"), pre_tokenizers.Split("\n\n", "isolated")]
     tokenizer.pre_tokenizer = pre_tokenizers.Sequence([*split, pre_tokenizers.Split("\n", "isolated")])
-    return hf.PreTrainedTokenizerFast(
+    words = hf.PreTrainedTokenizerFast(
         tokenizer_object=tokenizer,
         pad_token="<pad>",
         bos_token="<s>",
         eos_token="</s>",
         unk_token="<unk>",
-        additional_special_tokens=["<image>", *_MARKS, *_PLACES],
+        extra_special_tokens={"image_token": "<image>", "boi_token": "<start>", "eoi_token": "<end>"},
     )
+    words.add_tokens([*_MARKS, *_PLACES], special_tokens=True)
+    return words
 
 
 def make_adapter(name: str) -> ModelAdapter:
