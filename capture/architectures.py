@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
+from clt.capture.hooks import attach
 from clt.capture.image_tokens import IMAGE_TOKENS, MakeImageTokens
 from clt.capture.structure import Structure, discover
 from clt.errors import ModelError
@@ -105,8 +106,6 @@ def require_residual_stream(adapter: ModelAdapter) -> None:
     Raises:
         ModelError: a block does something else, such as running its branches side by side or scaling them.
     """
-    from clt.capture.hooks import attach
-
     kinds = ("resid_pre", "attn_out", "resid_mid", "mlp_out", "resid_post")
     layers = range(adapter.n_layers)
     ids = torch.arange(_TRIAL_TOKENS, device=adapter.device)[None] % adapter.vocab_size

@@ -23,8 +23,8 @@ Queries, keys, values, scores, pattern and z exist only inside the attention fun
 the decoder or the tower runs an attention function of ours, registered with transformers together with a mask function:
 without the latter the model would silently stop being causal. In a call with a key-value cache the query axis of these
 sites is the new tokens only, and keys are those in the cache, of which a sliding layer keeps its window. Towers that
-run the patches of all images as one sequence (Qwen) have [patches,D] sites and none inside attention, which they call
-once per image or window.
+run the patches of all images as one sequence (Qwen) have [patches,D] sites and, of those inside attention, which they
+call once per image or window, z alone [patches,H,dh].
 """
 
 from __future__ import annotations
@@ -134,10 +134,15 @@ def _hook(site: _Site, place: Place) -> Callable[[], None]:
 
         return place.module.register_forward_hook(after, prepend=True).remove
 
+    def through(value: Tensor) -> Tensor:
+        if place.n_heads is None:
+            return site.pass_through(value)
+        return site.pass_through(value.unflatten(-1, (place.n_heads, -1))).flatten(-2)
+
     def before(_module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[tuple[Any, ...], Any]:
         if args:
-            return (site.pass_through(args[0]), *args[1:]), kwargs
-        return args, {**kwargs, "hidden_states": site.pass_through(kwargs["hidden_states"])}
+            return (through(args[0]), *args[1:]), kwargs
+        return args, {**kwargs, "hidden_states": through(kwargs["hidden_states"])}
 
     return place.module.register_forward_pre_hook(before, prepend=True, with_kwargs=True).remove
 

@@ -274,10 +274,9 @@ def _batches(samples: range, lengths: Sequence[int], batch_size: int) -> Iterato
 def _count_tokens(adapter: ModelAdapter, source: ExampleSource, sample: int) -> int:
     """Tokens of a sample; its images are opened only if their sizes matter."""
     text = source.texts[sample]
-    if not adapter.size_matters:
-        return adapter.count_tokens(text.prompt, text.n_images, text.answer)
-    sizes = [(image.height, image.width) for image in source.load(sample).images]
-    return adapter.count_tokens(text.prompt, sizes, text.answer)
+    pictures = source.load(sample).images if adapter.size_matters else ()
+    images = [(picture.height, picture.width) for picture in pictures] if adapter.size_matters else text.n_images
+    return adapter.count_tokens(text.prompt, images, text.answer)
 
 
 def _captured_dtype(adapter: ModelAdapter) -> torch.dtype:

@@ -41,10 +41,12 @@ class Place:
     Attributes:
         module: the module whose input, output or attention function the site's tensor passes.
         end: which of them.
+        n_heads: heads into which the tensor's last axis is split; None leaves it whole.
     """
 
     module: nn.Module
     end: End
+    n_heads: int | None = None
 
 
 class Sites:
@@ -57,13 +59,12 @@ class Sites:
 
     def __init__(self, structure: Structure, model_name: str) -> None:
         places: dict[str, Place] = {}
-        inside = not structure.is_packed
         for number, block in enumerate(structure.vision_blocks):
-            places |= _of_block(f"vision.{number}", block, inside)
+            places |= _of_block(f"vision.{number}", block, structure.packed_heads)
         places |= {name: Place(module=bridge, end="output") for name, bridge in structure.bridges.items()}
         places["lm.embed"] = Place(module=structure.layers[0].block, end="input")
         for number, block in enumerate(structure.layers):
-            places |= _of_block(f"lm.{number}", block, True)
+            places |= _of_block(f"lm.{number}", block)
         places["lm.final"] = Place(module=structure.final_norm, end="input")
         self._places = places
         n_blocks = len(structure.vision_blocks)
@@ -101,12 +102,15 @@ class Sites:
         return ModelError(f"unknown {what} '{name}' in {self._model}{hint}")
 
 
-def _of_block(prefix: str, block: Block, inside_attention: bool) -> dict[str, Place]:
-    return {
-        f"{prefix}.{kind}": Place(module=getattr(block, part), end=end)
-        for kind, (part, end) in _KINDS.items()
-        if inside_attention or end != "attention"
-    }
+def _of_block(prefix: str, block: Block, packed_heads: int | None = None) -> dict[str, Place]:
+    places = {}
+    for kind, (part, end) in _KINDS.items():
+        if packed_heads is None or end != "attention":
+            places[f"{prefix}.{kind}"] = Place(module=getattr(block, part), end=end)
+        elif kind == "z":
+            # The attention function runs once per image or window; at the projection the sequence is whole again.
+            places[f"{prefix}.{kind}"] = Place(module=block.o_proj, end="input", n_heads=packed_heads)
+    return places
 
 
 def _near(name: str, names: Sequence[str]) -> list[str]:

@@ -71,7 +71,8 @@ class Structure:
         lm_head: unembedding.
         vision: the vision tower; None for text models.
         vision_blocks: its blocks in order.
-        is_packed: the tower runs the patches of all images as one sequence [patches,D], cut up inside its attention.
+        packed_heads: heads of a tower that runs the patches of all images as one sequence [patches,D] and cuts it up
+            inside its attention (Qwen); None for other towers.
         bridges: site name -> module from the tower to the language model.
     """
 
@@ -81,7 +82,7 @@ class Structure:
     lm_head: nn.Module
     vision: nn.Module | None = None
     vision_blocks: tuple[Block, ...] = ()
-    is_packed: bool = False
+    packed_heads: int | None = None
     bridges: Mapping[str, nn.Module] = field(default_factory=dict)
 
 
@@ -110,7 +111,7 @@ def discover(model: Any) -> Structure:
         **text,
         vision=vision,
         vision_blocks=tuple(discover_block(block) for block in _blocks(vision)),
-        is_packed=hasattr(vision, "spatial_merge_size"),
+        packed_heads=vision.config.num_heads if hasattr(vision, "spatial_merge_size") else None,
         bridges=_bridges(model, vision),
     )
 

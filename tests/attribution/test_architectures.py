@@ -7,6 +7,7 @@ import torch
 from PIL import Image
 
 from clt.attribution.attribute import AttributionSettings, attribute
+from clt.attribution.faithfulness import check_edges
 from clt.attribution.replacement import ReplacementModel
 from clt.capture.adapter import ModelAdapter, PromptInputs
 from clt.errors import ModelError
@@ -44,7 +45,7 @@ def test_recorded_errors_make_the_replacement_model_the_model(name, make_random_
 
 
 @pytest.mark.parametrize("name", list(MODELS))
-def test_attribution_is_complete_or_refused_in_one_line(name, make_random_clt):
+def test_edges_are_what_interventions_measure_or_attribution_is_refused_in_one_line(name, make_random_clt):
     adapter = make_adapter(name)
     inputs, clt = question(name, adapter), make_random_clt(adapter)
     settings = AttributionSettings(max_feature_nodes=8)
@@ -57,6 +58,9 @@ def test_attribution_is_complete_or_refused_in_one_line(name, make_random_clt):
     # Every row sums to its value: nothing that acts is missing. float32.
     scale = graph.edges.abs().sum(1)
     assert ((graph.edges.sum(1) - graph.row_values).abs() <= 1e-4 * scale).all()
+    report = check_edges(adapter, clt, inputs, graph, n_edges=12, per_kind=3)
+    # The graph is float32, the interventions run in float64.
+    assert max(report.max_rel_error, report.column_max_rel_error) <= 1e-5
     # LLaVA's image processor crops the centre.
     expected = [] if name not in IMAGE_PROCESSORS else [(16, 0, 48, 32) if name == "llava" else (0, 0, 64, 32)]
     assert [image.box for image in graph.images] == expected

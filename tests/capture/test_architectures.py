@@ -1,4 +1,4 @@
-"""Every supported architecture, as a tiny random model: sites, batches, replaced MLPs, generation, image grids."""
+"""Every supported architecture, as a tiny random model: sites, batches, replaced MLPs, generation, capture."""
 
 from __future__ import annotations
 
@@ -8,22 +8,18 @@ from typing import Any
 
 import pytest
 import torch
-from PIL import Image
 from torch import Tensor, nn
-from transformers import Gemma3Processor, Idefics3Processor, LlavaNextProcessor
-from transformers.models.idefics3.image_processing_pil_idefics3 import Idefics3ImageProcessorPil
 
 from clt.capture.adapter import ModelAdapter, PromptInputs
 from clt.capture.examples import JsonlSource, SourceSettings
 from clt.capture.hooks import attach
-from clt.capture.loading import Processor
 from clt.capture.run import CaptureConfig, capture, plan_capture
 from clt.capture.store import open_store
-from clt.errors import InputError, ModelError
+from clt.errors import ModelError
 from clt.records import Modality
 
 from .test_run import natural_rows
-from .tiny_models import IMAGE_PROCESSORS, MODELS, make_adapter, make_words, prompt_for
+from .tiny_models import IMAGE_PROCESSORS, MODELS, make_adapter, picture, prompt_for
 
 LAYER = 1
 #: Longer than Gemma's window of 8.
@@ -53,11 +49,6 @@ def prompts(name: str, adapter: ModelAdapter) -> list[PromptInputs]:
 @pytest.fixture(scope="module")
 def batch(adapter: ModelAdapter, prompts: list[PromptInputs]) -> PromptInputs:
     return adapter.collate(prompts)
-
-
-def picture(width: int, height: int) -> Image.Image:
-    random = torch.Generator().manual_seed(width + height)
-    return Image.fromarray(torch.randint(0, 256, (height, width, 3), generator=random, dtype=torch.uint8).numpy())
 
 
 def named_parts(name: str, layer: Any) -> dict[str, tuple[nn.Module, bool]]:
@@ -156,16 +147,25 @@ def test_vision_sites_and_bridges_are_recorded_and_edited(
     if not sites:
         return
     before = adapter.forward(batch)
+    heads = adapter.structure.vision_blocks[0].o_proj
     with attach(adapter, sites) as found:
+        plain = plain_hooks(adapter, batch, {"z": (heads, False)})["z"]
         logits = adapter.forward(batch)
     torch.testing.assert_close(logits[batch.real_mask], before[batch.real_mask], atol=5e-5, rtol=1e-5)
     assert set(found) == set(sites)
+    z = found["vision.0.z"]
+    assert torch.equal(z.flatten(1) if name.startswith("qwen") else z.transpose(1, 2).flatten(2), plain)
     at = {kind: found[f"vision.0.{kind}"] for kind in ("resid_pre", "attn_out", "resid_mid", "mlp_out", "resid_post")}
     assert torch.equal(at["resid_mid"], at["resid_pre"] + at["attn_out"])
     assert torch.equal(at["resid_post"], at["resid_mid"] + at["mlp_out"])
     assert torch.equal(found["vision.1.resid_pre"], at["resid_post"])
     with_images = (batch.tokens.modality == Modality.IMAGE).any(1)
-    for site in ("vision.0.resid_mid", "vision.1.resid_post", *(site for site in sites if site.startswith("bridge"))):
+    for site in (
+        "vision.0.z",
+        "vision.0.resid_mid",
+        "vision.1.resid_post",
+        *(site for site in sites if site.startswith("bridge")),
+    ):
         with attach(adapter, edit={site: lambda value: value + torch.linspace(0, 1, value.shape[-1])}):
             moved = (adapter.forward(batch) - before).abs().amax((1, 2)) > 1e-3
         assert torch.equal(moved, with_images), site
@@ -208,8 +208,12 @@ def test_mlps_replaced_by_their_own_outputs_leave_the_logits_alone(
 
 
 @torch.no_grad()
-def test_generation_with_a_cache_is_the_greedy_continuation(adapter: ModelAdapter, batch: PromptInputs) -> None:
+def test_generation_with_a_cache_is_the_greedy_continuation(
+    adapter: ModelAdapter, batch: PromptInputs, prompts: list[PromptInputs]
+) -> None:
+    before = adapter.forward(prompts[0])
     generated = adapter.generate(batch, 5)
+    assert torch.equal(adapter.forward(prompts[0]), before), "a generation leaves nothing behind in the model"
     n_new = max(map(len, generated))
     ids = torch.tensor([row + [0] * (n_new - len(row)) for row in generated])
     # One forward without cache over prompts and answers; what comes after an answer's end is not looked at.
@@ -239,76 +243,6 @@ def test_a_pattern_that_matches_nothing_lists_near_names(adapter: ModelAdapter, 
         pass
     assert near in str(error.value)
     assert "\n" not in str(error.value)
-
-
-@pytest.mark.parametrize("name", list(IMAGE_PROCESSORS))
-@torch.no_grad()
-def test_rows_and_columns_of_image_tokens_are_those_of_the_picture(name: str) -> None:
-    adapter = make_adapter(name)
-    for block in adapter.structure.vision_blocks:  # patches that do not mix
-        for parameter in block.o_proj.parameters():
-            parameter.zero_()
-    width, pixel = (64, (22, 42)) if adapter.size_matters else (32, (11, 21))
-    plain = picture(width, 32)
-    changed = plain.copy()
-    changed.putpixel((pixel[1], pixel[0]), tuple(255 - value for value in plain.getpixel((pixel[1], pixel[0]))))  # type: ignore[union-attr]
-    prompt, embeds = prompt_for(name, "the cat", 1), []
-    for image in (plain, changed):
-        inputs = adapter.prepare(prompt, [image])
-        with attach(adapter, ["lm.embed"]) as found:
-            adapter.forward(inputs)
-        embeds.append(found["lm.embed"][0])
-    tokens = inputs.tokens.select(0)
-    grid = (int(tokens.patch_row.max()) + 1, int(tokens.patch_col.max()) + 1)
-    cell = (pixel[0] * grid[0] // 32, pixel[1] * grid[1] // width)
-    differs = (embeds[0] != embeds[1]).any(1).nonzero()[:, 0]
-    seen = {(int(tokens.patch_row[at]), int(tokens.patch_col[at])) for at in differs}
-    assert cell in seen
-    # A view of the whole picture beside the parts shows the pixel in the coarse patch whose middle is near.
-    assert len(differs) == (2 if name in ("llava_next", "idefics3", "smolvlm") else 1)
-    assert all(max(abs(row - cell[0]), abs(col - cell[1])) <= 1 for row, col in seen)
-    sizes = [(32, width)] if adapter.size_matters else 1
-    assert adapter.count_tokens(prompt, sizes) == len(tokens.modality)
-    if adapter.size_matters:
-        with pytest.raises(InputError, match="give the sizes"):
-            adapter.count_tokens(prompt, 1)
-
-
-def official_processor(name: str) -> Any:
-    images, words = IMAGE_PROCESSORS[name](), make_words()
-    if name == "gemma3":
-        return Gemma3Processor(images, words, image_seq_length=4)
-    if name == "idefics3":
-        return Idefics3Processor(images, words, image_seq_len=4)
-    settings: dict[str, Any] = {"vision_feature_select_strategy": "default", "num_additional_image_tokens": 1}
-    return LlavaNextProcessor(images, words, patch_size=8, image_token="<image>", **settings)
-
-
-@pytest.mark.parametrize("name", ["llava_next", "gemma3", "idefics3"])
-def test_prompts_are_those_of_the_models_own_processor(name: str) -> None:
-    pictures = [picture(48, 32), picture(20, 70)]
-    prompt = prompt_for(name, "the cat", 2)
-    ours = make_adapter(name).prepare(f"<s>{prompt}", pictures).model_inputs
-    theirs = official_processor(name)(text=[f"<s>{prompt}"], images=[pictures], return_tensors="pt")
-    compared = set(theirs) & set(ours)
-    assert compared >= {"input_ids", "pixel_values"}
-    for key in compared:
-        assert torch.equal(ours[key], theirs[key].to(ours[key].dtype)), key
-
-
-def test_a_picture_that_is_not_split_is_one_view() -> None:
-    made = make_adapter("idefics3")
-    images = Idefics3ImageProcessorPil(do_image_splitting=False, max_image_size={"longest_edge": 32})
-    adapter = ModelAdapter(made.model, Processor(tokenizer=make_words(), image_processor=images))
-    inputs = adapter.prepare("<image> the cat", [picture(48, 32)])
-    assert inputs.grid(0, 0) == (2, 2)
-    adapter.forward(inputs)
-
-
-def test_neighbouring_images_of_qwen_are_an_error() -> None:
-    adapter = make_adapter("qwen2_vl")
-    with pytest.raises(InputError, match="write text between them"):
-        adapter.prepare("<image><image> what is red ?", [picture(32, 32), picture(32, 32)])
 
 
 @pytest.mark.parametrize("name", list(MODELS))

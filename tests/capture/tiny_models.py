@@ -7,6 +7,7 @@ from typing import Any
 
 import torch
 import transformers as hf
+from PIL import Image
 from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers.models.gemma3.image_processing_pil_gemma3 import Gemma3ImageProcessorPil
 from transformers.models.idefics3.image_processing_pil_idefics3 import Idefics3ImageProcessorPil
@@ -216,3 +217,9 @@ def prompt_for(name: str, text: str, n_images: int = 0) -> str:
     """A prompt in the model's own notation, its images first."""
     image = {"gemma3": "<start>"}.get(name, "<start><image><end>" if name.startswith("qwen") else "<image>")
     return f"{image} " * n_images + text
+
+
+def picture(width: int, height: int) -> Image.Image:
+    """A picture of random pixels, the same every time for a size."""
+    random = torch.Generator().manual_seed(width + height)
+    return Image.fromarray(torch.randint(0, 256, (height, width, 3), generator=random, dtype=torch.uint8).numpy())
