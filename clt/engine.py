@@ -8,10 +8,13 @@ that it can be restored.
 
 from __future__ import annotations
 
+import atexit
+import gc
 import math
 import os
 import sys
 import warnings
+import weakref
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from datetime import timedelta
@@ -20,6 +23,10 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
+
+# Its functions keep the world of the moment as default of an argument. Left to PyTorch, which needs it for the first
+# kernel, the import would fall into the job, and its world would stay (see `_leave`).
+import torch.distributed.nn
 from torch import Tensor, nn
 
 from clt.config import MeshSettings, OptimizerSettings
@@ -33,6 +40,11 @@ from clt.watch import watched
 _MOMENTS = (FIRST_MOMENT, SECOND_MOMENT)
 _LARGEST_BUCKET = 500_000_000
 _PATIENCE_SECONDS = MeshSettings().timeout_seconds
+#: DeepSpeed's engines in this process. Hooks of their gradients keep them, in cycles that Python does not see.
+_engines: weakref.WeakSet[Any] = weakref.WeakSet()
+
+# For `_leave`: the last cycles that hold a process group.
+atexit.register(gc.collect)
 
 # DeepSpeed 0.19 calls a collective that torch 2.13 has renamed; users of this project cannot change that.
 warnings.filterwarnings("ignore", message=r".*all_gather_into_tensor. is deprecated", category=FutureWarning)
@@ -58,8 +70,20 @@ def joined_job(timeout_seconds: float = _PATIENCE_SECONDS, control: JobControl |
         timeout = timedelta(seconds=timeout_seconds)
         dist.init_process_group(backend, store=store, rank=rank, world_size=world, timeout=timeout)
         deepspeed.init_distributed(backend, auto_mpi_discovery=False, verbose=False)
-        stack.callback(deepspeed.comm.destroy_process_group)
+        stack.callback(_leave, deepspeed)
         yield
+
+
+def _leave(deepspeed: ModuleType) -> None:
+    """Ends DeepSpeed's engines and the process groups, so that none outlives the interpreter.
+
+    Gloo's threads let go of a tensor under the interpreter's lock. One that is being torn down ends threads that wait
+    for it, and that aborts the process (exit code 134) after a job that was complete. A group waits for its threads
+    when the last reference goes: after this only frames and cycles hold one, and at exit there are no frames.
+    """
+    while _engines:
+        _engines.pop().destroy()
+    deepspeed.comm.destroy_process_group()
 
 
 def local_device() -> torch.device:
@@ -101,6 +125,7 @@ class DeepSpeedEngine:
             config=deepspeed_config(sum(p.numel() for p in parameters), settings, zero_stage, micro_batches),
             dist_init_required=False,
         )
+        _engines.add(self._engine)
         self._create_state()
         self._parameter_bytes = sum(parameter.nbytes for parameter in parameters)
 
@@ -115,10 +140,11 @@ class DeepSpeedEngine:
             if number < self._micro_batches:
                 # Between micro-batches only counts.
                 self._engine.step()
+            if number == self._micro_batches or self._stage == 2:
+                # DeepSpeed starts its collectives itself, so they are counted here. ZeRO-2 keeps no whole gradients.
+                self._mesh.traffic.count("data", "all_reduce", self._parameter_bytes, self._mesh.data_size)
             losses.append(loss.detach())
             seen.append(observed)
-        # DeepSpeed starts its collectives itself, so they are counted here.
-        self._mesh.traffic.count("data", "all_reduce", self._parameter_bytes, self._mesh.data_size)
         check = self._check(torch.stack(losses).mean(), stop)
         if check.finite:
             for group in self._adam.param_groups:

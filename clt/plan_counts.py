@@ -191,8 +191,8 @@ def traffic(job: Job) -> StepTraffic:
     With R = layer x column ranks of a model group of up to S encoders each, B tokens, K slots, n replicas and p
     parameters of the largest share. Model axis, as `clt.exchange.exchange_bytes`: (R-1) S B K times w for the values, 2
     (4 from F = 32,769 on) for the indices and 4 for their gradients; for AuxK the same with its own tokens and slots.
-    Data axis: an all-reduce of the gradients, 2 p g (n-1)/n (what DeepSpeed does under ZeRO-1 and 2 too) and, under
-    these, an all-gather of the weights, p w (n-1)/n.
+    Data axis: an all-reduce of the gradients, 2 p g (n-1)/n (what DeepSpeed does under ZeRO-1 and 2 too, under ZeRO-2
+    for every micro-batch) and, under these, an all-gather of the weights, p w (n-1)/n.
 
     Args:
         job: the job.
@@ -210,7 +210,7 @@ def traffic(job: Job) -> StepTraffic:
         indices=slots * index,
         code_gradients=slots * CODE_GRADIENT,
         auxk=auxk_slots * (kind.weight + index + CODE_GRADIENT),
-        gradients=all_reduce(own * kind.gradient, mesh.data),
+        gradients=all_reduce(own * kind.gradient, mesh.data) * (job.config.data.micro_batches if mesh.zero == 2 else 1),
         weights=own * kind.weight * (mesh.data - 1) / mesh.data if mesh.zero else 0,
         shared_decoders=(mesh.model - 1)
         * most_sources

@@ -27,8 +27,10 @@ _MULTIPLIER_2 = tl.constexpr(storage.MULTIPLIER_2)
 _MULTIPLIER_3 = tl.constexpr(storage.MULTIPLIER_3)
 _GROUP = tl.constexpr(packed.GROUP)
 _BROKEN = tl.constexpr(packed.BROKEN)
-# How many bits and octaves codes keep: those of second moments, then those of first ones, which are signed.
-_KEPT = tl.constexpr(tuple(packed.mantissa_bits(signed) for signed in (False, True)))
+_KEPT = tl.constexpr(packed.MANTISSA_BITS)
+_UNITS = tl.constexpr(1 << packed.MANTISSA_BITS)
+_DROPPED = tl.constexpr(packed.DROPPED_BITS)
+# How many octaves codes reach: those of second moments, then those of first ones, which are signed.
 _REACH = tl.constexpr(tuple(packed.reach(signed) for signed in (False, True)))
 
 
@@ -75,7 +77,7 @@ def _groups(place):
 def _spread(exponent, SIGNED: tl.constexpr):
     """Units that code 0 stands for, for each column of the groups with these exponents; see `clt.kernels.packed`."""
     GROUPS: tl.constexpr = exponent.shape[0]
-    origin = (exponent - _REACH[SIGNED]) * (1 << _KEPT[SIGNED])
+    origin = (exponent - _REACH[SIGNED]) * _UNITS
     return tl.reshape(tl.broadcast_to(origin[:, None], [GROUPS, _GROUP]), [GROUPS * _GROUP])
 
 
@@ -92,10 +94,10 @@ def _load_moment(NUMBERS, EXPONENTS, place, SIGNED: tl.constexpr, ACC: tl.conste
         size = code
         if SIGNED:
             size = code & 0x7F
-        bits = tl.where(size == 0, 0, (size + origin) << (23 - _KEPT[SIGNED]))
+        bits = tl.where(size == 0, 0, (size + origin) << _DROPPED)
         if SIGNED:
             bits |= (code >> 7) << 31
-        is_broken = origin == (_BROKEN - _REACH[SIGNED]) * (1 << _KEPT[SIGNED])
+        is_broken = origin == (_BROKEN - _REACH[SIGNED]) * _UNITS
         return tl.where(is_broken, 0x7FC00000, bits).to(tl.float32, bitcast=True)
 
 
@@ -107,16 +109,15 @@ def _store_moment(NUMBERS, EXPONENTS, place, x, step, seed, STREAM: tl.constexpr
         _store(NUMBERS, offset, x, mask, step, seed, STREAM)
     else:
         SIGNED: tl.constexpr = STREAM == _MOMENT_1
-        DROP: tl.constexpr = 23 - _KEPT[SIGNED]
         SMALLEST: tl.constexpr = 0 if SIGNED else 1
         bits = x.to(tl.int32, bitcast=True)
         magnitude = tl.minimum(bits & 0x7FFFFFFF, 0x7F800000)
         if mask is not None:
             magnitude = tl.where(mask, magnitude, 0)
-        noise = _noise(offset, step, seed, STREAM, DROP).to(tl.int32)
-        units = tl.where(magnitude == 0, 0, tl.maximum((magnitude + noise) >> DROP, SMALLEST))
+        noise = _noise(offset, step, seed, STREAM, _DROPPED).to(tl.int32)
+        units = tl.where(magnitude == 0, 0, tl.maximum((magnitude + noise) >> _DROPPED, SMALLEST))
         largest = tl.max(tl.reshape(units, [offset.shape[0] // _GROUP, _GROUP]), axis=1)
-        exponent = largest >> _KEPT[SIGNED]
+        exponent = largest >> _KEPT
         code = tl.where(units == 0, 0, tl.maximum(units - _spread(exponent, SIGNED), SMALLEST))
         if SIGNED:
             code |= (bits >> 24) & 0x80

@@ -88,7 +88,7 @@ class Memory:
     def noise_bits(self) -> int:
         """Bits that storing a float32 cuts off, 0 where nothing is rounded stochastically."""
         if self.exponents_RG is not None:
-            return packed.dropped_bits(self.stream == MOMENT_1)
+            return packed.DROPPED_BITS
         return 16 if self.numbers_RD.dtype == torch.bfloat16 else 0
 
     def read(self, rows: Tensor | slice, dtype: torch.dtype) -> Tensor:

@@ -20,7 +20,7 @@ from clt.launch.bench.machine import this_machine
 from clt.launch.bench.report import Claim, claim
 from clt.launch.bench.train_anchors import anchored_machine, size_anchors
 from clt.launch.bench.train_measure import MESHES, TrafficRow, can_isolate, measure_size, measure_traffic
-from clt.launch.bench.train_projection import PROJECTED, Pieces, Projection, make_pieces, project
+from clt.launch.bench.train_projection import PROJECTED, Pieces, Projection, project
 from clt.launch.bench.train_report import SizeTable, TrainReport
 from clt.launch.bench.train_sizes import DEFAULT, SIZES, Size, planned_job
 from clt.plan_counts import memory
@@ -71,14 +71,16 @@ def bench_train(settings: TrainBenchSettings) -> TrainReport:
     machine = this_machine(_PACKAGES, Path())
     rounds, n_bytes = (2, 2**26) if settings.quick else (10, (4 if device.type == "cuda" else 1) * 2**29)
     stream = memory_anchors(device, n_bytes, rounds)
-    anchors, tables, pieces = [*stream], [], []
+    anchors, tables = [*stream], []
+    pieces: list[Pieces] = []
     for size in sizes:
         found = size_anchors(size, device, rounds)
         anchors += [*found.products.values(), found.gather]
         ceilings = anchored_machine(stream, found)
         rows = measure_size(size, steps, turns, ceilings)
         tables.append(SizeTable(size=size.name, words=str(size), rows=rows))
-        pieces.append(make_pieces(size, rows, ceilings))
+        if rows[0].absent is None:
+            pieces.append(Pieces(size=size, row=rows[0], machine=ceilings))
     traffic_size = SIZES["toy" if settings.quick else _TRAFFIC_SIZE]
     meshes = [mesh for world in worlds for mesh in MESHES[world][: 1 if settings.quick else None]]
     traffic, link = measure_traffic(traffic_size, meshes, 2, can_isolate())
@@ -89,7 +91,7 @@ def bench_train(settings: TrainBenchSettings) -> TrainReport:
         link=link,
         tables=tuple(tables),
         traffic=traffic,
-        projections=_projections([each for each in pieces if each is not None]),
+        projections=_projections(pieces),
         claims=(*_speed_claims(tables), *_traffic_claims(traffic)),
     )
 

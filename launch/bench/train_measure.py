@@ -198,4 +198,5 @@ def measure_traffic(
             )
         )
         links += [rank.link for rank in seen if rank.link is not None]
+        log.info("bench: %s: %d bytes counted, %d by the formula", job.mesh, rows[-1].counted, planned.total)
     return tuple(rows), max(links, default=None)

@@ -32,14 +32,12 @@ class Pieces:
 
     Attributes:
         size: what was trained.
-        plain: the row without AuxK.
-        auxk_s: seconds that AuxK adds.
+        row: of the default variant; AuxK is part of its phases, and as large a part of the job's.
         machine: ceilings of the device at that size.
     """
 
     size: Size
-    plain: Row
-    auxk_s: float
+    row: Row
     machine: Machine
 
 
@@ -75,15 +73,6 @@ class Projection:
         return self.tokens / (sum(self.seconds.values()) + self.links_s)
 
 
-def make_pieces(size: Size, rows: tuple[Row, ...], machine: Machine) -> Pieces | None:
-    """Pieces of a measured size; None if its variants could not be measured."""
-    default, plain, *_ = rows
-    if default.absent or plain.absent:
-        return None
-    auxk_s = max(0.0, default.best_s - plain.best_s)
-    return Pieces(size=size, plain=plain, auxk_s=auxk_s, machine=machine)
-
-
 def project(pieces: Pieces, job_size: Size, devices: tuple[int, ...] = DEVICES) -> Iterator[Projection]:
     """A job on more and more devices, with the same tokens of a step, and with tokens in proportion to devices.
 
@@ -107,7 +96,7 @@ def _best_job(size: Size, world: int) -> Job | None:
 
 
 def _projected(pieces: Pieces, name: str, job: Job) -> Projection:
-    took = pieces.plain.phases | {"AuxK": pieces.auxk_s}
+    took = pieces.row.phases
     measured = planned_job(pieces.size, DEFAULT)
     known, wanted = (_work(each, pieces.machine) for each in (measured, job))
     moved = traffic(job)
@@ -133,7 +122,6 @@ def _work(job: Job, machine: Machine) -> dict[str, float]:
         "encode": least.encode,
         "decode": least.decode,
         "backward": least.decoder_gradients + least.encoder_gradients,
-        "AuxK": least_time(job, machine).auxk,
         "optimizer": least.optimizer,
         # Codes are taken in and grouped by feature; what is left reads and standardises inputs.
         "exchange": need.codes,

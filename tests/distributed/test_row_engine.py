@@ -209,6 +209,14 @@ def test_step_that_is_not_finite_moves_nothing(alone: Mesh, tmp_path: Path) -> N
     [
         ({"data": {"batch_tokens": 64, "micro_batches": 2}}, r"data\.micro_batches=2 does not go with optimizer\.kind"),
         ({"mesh": {"zero_stage": 1}}, r"mesh\.zero_stage=1 does not go with optimizer\.kind=row_adam"),
+        (
+            {"clt": {"n_features": 64, "k": 4, "tied_decoders": "source"}},
+            r"clt\.tied_decoders=source does not go with optimizer\.kind=row_adam",
+        ),
+        (
+            {"clt": {"n_features": 64, "k": 4, "independent": "sum"}},
+            r"clt\.independent=sum does not go with optimizer\.kind=row_adam",
+        ),
         ({"clt": {"n_features": 64, "k": 4, "sparsity": {"kind": "relu"}}}, r"clt\.sparsity\.kind=relu does not go"),
     ],
 )

@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor
-from toy_job import architecture, toy_config, toy_trainer
+from toy_job import BATCH_TOKENS, architecture, toy_config, toy_trainer
 
 from clt.metrics import read_metrics
 from clt.parallel import Mesh
@@ -20,14 +20,16 @@ AXES = ("model", "data", "world")
 #: Dead features from the third of six steps on, so that the last report is of two steps with all that can travel.
 AUXK = {"dead_after_tokens": 128, "token_fraction": 0.25}
 #: data, layer, column, ZeRO.
-TWO_RANKS = [(1, 2, 1, 0), (1, 1, 2, 0), (2, 1, 1, 0), (2, 1, 1, 1)]
+TWO_RANKS = [(1, 2, 1, 0), (1, 1, 2, 0), (2, 1, 1, 0), (2, 1, 1, 1), (2, 1, 1, 2)]
 FOUR_RANKS = [(1, 4, 1, 0), (1, 2, 2, 0), (2, 2, 1, 0), (4, 1, 1, 0), (2, 1, 2, 2)]
 Shape = tuple[int, int, int, int]
 
 
 def _settings(layer: int, column: int, zero: int, with_auxk: bool) -> dict[str, Any]:
     auxk = AUXK if with_auxk else {"coefficient": 0}
-    return {"mesh": {"layer": layer, "column": column, "zero_stage": zero}, "auxk": auxk}
+    # ZeRO-2 reduces after every micro-batch, the others once a step.
+    data = {"batch_tokens": BATCH_TOKENS, "micro_batches": 2 if zero else 1}
+    return {"mesh": {"layer": layer, "column": column, "zero_stage": zero}, "auxk": auxk, "data": data}
 
 
 def runs(outputs: str, shapes: list[Shape]) -> dict[str, Tensor]:

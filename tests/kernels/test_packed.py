@@ -31,27 +31,27 @@ def _raw(state: RowAdamState) -> list[Tensor]:
     return [tensor for tensor in optim.moment_tensors(state) if tensor is not None]
 
 
-def _number(units: Tensor, signed: bool) -> Tensor:
+def _number(units: Tensor) -> Tensor:
     """What so many units in the last kept bit of float32 mean."""
-    return (units.int() << packed.dropped_bits(signed)).view(F32).double()
+    return (units.int() << packed.DROPPED_BITS).view(F32).double()
 
 
-def _noise(shape: torch.Size, signed: bool) -> Tensor:
-    return torch.randint(1 << packed.dropped_bits(signed), shape)
+def _noise(shape: torch.Size) -> Tensor:
+    return torch.randint(1 << packed.DROPPED_BITS, shape)
 
 
 @settings(max_examples=300, deadline=None)
 @given(numbers=st.lists(finite, min_size=1, max_size=300), signed=st.booleans(), nearest=st.booleans())
 def test_codes_keep_what_they_promise_and_pack_again_exactly(numbers: list[float], signed: bool, nearest: bool) -> None:
     x = torch.tensor(numbers) if signed else torch.tensor(numbers).abs()
-    codes, exponents = packed.pack(x, signed, None if nearest else _noise(x.shape, signed))
+    codes, exponents = packed.pack(x, signed, None if nearest else _noise(x.shape))
     y = packed.unpack(codes, exponents, signed)
     again = packed.pack(y, signed)
     assert torch.equal(again[0], codes) or bool((exponents == packed.BROKEN).any())
     assert torch.equal(again[1], exponents)
-    kept, columns = packed.mantissa_bits(signed), len(numbers)
+    kept, columns = packed.MANTISSA_BITS, len(numbers)
     exponent = packed._spread(exponents.long(), columns)
-    smallest = _number(((exponent - packed.reach(signed)) * (1 << kept)).clamp(min=0) + 1, signed)
+    smallest = _number(((exponent - packed.reach(signed)) * (1 << kept)).clamp(min=0) + 1)
     # The largest may round up to infinity.
     sound = exponent < packed.BROKEN
     assert sound.all() or x.abs().max() > torch.finfo(F32).max * (1 - 2.0**-kept)
@@ -68,7 +68,7 @@ def test_codes_keep_what_they_promise_and_pack_again_exactly(numbers: list[float
 @given(x=st.floats(2.0**-100, 2.0**100, width=32), negative=st.booleans(), signed=st.booleans())
 def test_the_mean_over_all_noise_is_the_number_itself(x: float, negative: bool, signed: bool) -> None:
     x = -x if signed and negative else x
-    every_noise = torch.arange(1 << packed.dropped_bits(signed)).view(-1, packed.GROUP)
+    every_noise = torch.arange(1 << packed.DROPPED_BITS).view(-1, packed.GROUP)
     rounded = packed.unpack(*packed.pack(torch.full(every_noise.shape, x), signed, every_noise), signed).double()
     assert len(rounded.unique()) <= 2
     assert rounded.mean().item() == pytest.approx(x, rel=1e-12, abs=0)
@@ -76,11 +76,12 @@ def test_the_mean_over_all_noise_is_the_number_itself(x: float, negative: bool, 
 
 def test_codes_of_numbers_worked_out_by_hand() -> None:
     x = torch.tensor([1.0, 1.5, 1.96875, 2.0**-14, 1.1 * 2.0**-15, 2.0**-40, 0.0])
-    # Nearest of the 4-bit mantissas: 1.96875 rounds up to 2, so that E is 128 and 2 has 15 octaves below it.
+    # Nearest of the 3-bit mantissas: 1.96875 rounds up to 2, so that E is 128 and 2 has 31 octaves below it, or 15.
     codes, exponents = packed.pack(x, signed=False)
     assert exponents.tolist() == [128]
-    assert codes.tolist() == [224, 232, 240, 1, 1, 1, 0]
-    assert packed.unpack(codes, exponents, signed=False).tolist() == [1, 1.5, 2, *[1.0625 * 2.0**-14] * 3, 0]
+    assert codes.tolist() == [240, 244, 248, 128, 121, 1, 0]
+    small = [2.0**-14, 1.125 * 2.0**-15, 1.125 * 2.0**-30]
+    assert packed.unpack(codes, exponents, signed=False).tolist() == [1, 1.5, 2, *small, 0]
     codes, exponents = packed.pack(-x, signed=True)
     assert exponents.tolist() == [128]
     assert codes.tolist() == [0x80 | 112, 0x80 | 116, 0x80 | 120, 0x80, 0x80, 0x80, 0x80]
@@ -92,7 +93,7 @@ def test_codes_of_numbers_worked_out_by_hand() -> None:
 def test_a_number_that_is_not_finite_makes_its_group_nan(broken: float, signed: bool) -> None:
     x = torch.rand(2, 300)
     x[1, 130] = broken
-    codes, exponents = packed.pack(x, signed, _noise(x.shape, signed))
+    codes, exponents = packed.pack(x, signed, _noise(x.shape))
     y = packed.unpack(codes, exponents, signed)
     assert exponents[1, 1] == packed.BROKEN and y[1, 128:256].isnan().all()
     assert y[0].isfinite().all() and y[1, :128].isfinite().all() and y[1, 256:].isfinite().all()
@@ -243,8 +244,8 @@ def _train(moments: torch.dtype, beta1: float, steps: int = 300) -> float:
     rows, d, k, tokens = 48, 160, 4, 32
     generator = torch.Generator().manual_seed(0)
     truth = torch.randn(rows, d, generator=generator)
-    # Gradients of one row differ a hundredfold between channels: nearly all that codes of second moments reach.
-    scale = torch.logspace(-1, 1, d)
+    # Gradients of one row differ ten thousandfold between channels, as those of outlier channels do.
+    scale = torch.logspace(-2, 2, d)
     # Some features fire often and some seldom.
     frequency = torch.logspace(-1.5, 0, rows)
     adam_ = RowAdam(learning_rate=0.02, beta1=beta1, beta2=0.99)
