@@ -103,15 +103,14 @@ def graph_images(adapter: ModelAdapter, inputs: PromptInputs) -> tuple[GraphImag
         adapter: the model, whose image processor may have cropped.
         inputs: one prompt.
     """
-    tokens = inputs.tokens.select(0)
     found = []
     for number, picture in enumerate(inputs.images[0]):
-        patches = tokens.image == number
-        grid = (int(tokens.patch_row[patches].max()) + 1, int(tokens.patch_col[patches].max()) + 1)
         small = picture.convert("RGB")
         small.thumbnail((_PICTURE_SIDE, _PICTURE_SIDE), Image.Resampling.LANCZOS)
-        box = seen_box(adapter.image_processor, *small.size)
-        found.append(GraphImage(pixels=torch.from_numpy(np.array(small)), grid=grid, box=box))
+        # Models that follow a picture's shape see all of it, whatever crop their image processor names.
+        whole = (0.0, 0.0, float(small.width), float(small.height))
+        box = whole if adapter.size_matters else seen_box(adapter.image_processor, *small.size)
+        found.append(GraphImage(pixels=torch.from_numpy(np.array(small)), grid=inputs.grid(0, number), box=box))
     return tuple(found)
 
 

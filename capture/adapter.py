@@ -1,16 +1,14 @@
 """One view of a decoder model, with or without images: modules by name, prompts to tensors, forward and generate.
 
 First stage of the journey: everything that touches a Hugging Face model goes through `ModelAdapter`, which finds the
-parts of the model by discovery (`get_decoder`, `get_output_embeddings`, `config.get_text_config`) and says so when a
-part is missing. Supported now: LLaVA and plain Llama.
+parts of the model by discovery (`clt.capture.structure`) and says so when a part is missing. docs/models.md lists the
+supported models and how to add one.
 
 Shape letters: N prompts, S prompt length with padding, V vocabulary.
 """
 
 from __future__ import annotations
 
-import difflib
-import re
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -19,9 +17,11 @@ from typing import TYPE_CHECKING, Any, cast
 import torch
 from torch import Tensor, nn
 
-from clt.capture.loading import SUPPORTED, identify, load_model
+from clt.capture.architectures import Architecture, attention_of, find_architecture, require_residual_stream
+from clt.capture.loading import identify, load_model
 from clt.capture.prompts import PromptEncoder, PromptInputs, collate
-from clt.errors import ModelError
+from clt.capture.sites import Sites
+from clt.capture.structure import Structure
 from clt.records import ModelIdentity, TokenTable
 
 if TYPE_CHECKING:
@@ -29,34 +29,12 @@ if TYPE_CHECKING:
 
 __all__ = ["ModelAdapter", "PromptInputs"]
 
-_DECODERS = ("LlamaModel",)
-_LAYER_PARTS = {
-    "attn": "self_attn",
-    "attn_norm": "input_layernorm",
-    "mlp_norm": "post_attention_layernorm",
-    "mlp": "mlp",
-    "v_proj": "self_attn.v_proj",
-    "o_proj": "self_attn.o_proj",
-}
-#: Which part of a layer a site hangs on, in the order of the forward pass.
-_SITE_PARTS = {
-    "resid_pre": "layer",
-    "scores": "attn",
-    "pattern": "attn",
-    "z": "attn",
-    "attn_out": "attn",
-    "resid_mid": "mlp_norm",
-    "mlp_in": "mlp",
-    "mlp_out": "mlp",
-    "resid_post": "layer",
-}
-
 
 class ModelAdapter:
     """A frozen model with its tokenizer, its parts by name and its prompts.
 
     Args:
-        model: a Hugging Face model; it is put in eval mode, frozen, and set to `sdpa` attention.
+        model: a Hugging Face model; it is put in eval mode, frozen, and set to its fastest attention (`sdpa`).
         processor_or_tokenizer: a processor with `tokenizer` and `image_processor`, or a tokenizer for text models.
         identity: who the model is; absent: its class name and the fingerprint of its weights.
 
@@ -66,24 +44,17 @@ class ModelAdapter:
 
     def __init__(self, model: Any, processor_or_tokenizer: Any, identity: ModelIdentity | None = None) -> None:
         name = type(model).__name__
-        if name not in SUPPORTED:
-            raise ModelError(f"{name}: this model class is not supported; supported are {', '.join(SUPPORTED)}")
+        architecture = find_architecture(name)
         self.model = model.eval().requires_grad_(False)
-        self.model.set_attn_implementation("sdpa")
+        self.model.set_attn_implementation(attention_of(type(model)))
         self.identity: ModelIdentity = identity or identify(self.model, name, "local")
         self.tokenizer: Any = getattr(processor_or_tokenizer, "tokenizer", processor_or_tokenizer)
-        self.decoder: Any = self.model.get_decoder()
-        if type(self.decoder).__name__ not in _DECODERS:
-            found = type(self.decoder).__name__
-            raise ModelError(f"{name}: its decoder {found} is not supported; supported are {', '.join(_DECODERS)}")
-        self.layers: nn.ModuleList = cast(nn.ModuleList, _part(self.decoder, "layers"))
-        self.final_norm: nn.Module = _part(self.decoder, "norm")
-        self.lm_head: nn.Module = self.model.get_output_embeddings()
-        if self.lm_head is None:
-            raise ModelError(f"{name}: get_output_embeddings() found no language-model head")
-        for layer in self.layers:
-            for path in _LAYER_PARTS.values():
-                _part(layer, path)
+        self.structure: Structure = architecture.structure(self.model)
+        self.sites = Sites(self.structure, self.identity.name)
+        self.decoder: Any = self.structure.decoder
+        self.layers: tuple[nn.Module, ...] = tuple(block.block for block in self.structure.layers)
+        self.final_norm: nn.Module = self.structure.final_norm
+        self.lm_head: nn.Module = self.structure.lm_head
         text = self.model.config.get_text_config()
         self.n_layers: int = len(self.layers)
         self.n_heads: int = text.num_attention_heads
@@ -91,7 +62,9 @@ class ModelAdapter:
         self.head_dim: int = getattr(text, "head_dim", None) or text.hidden_size // self.n_heads
         self.d_model: int = text.hidden_size
         self.vocab_size: int = cast(Tensor, self.lm_head.weight).shape[0]
-        self._encoder = self._prompt_encoder(getattr(processor_or_tokenizer, "image_processor", None))
+        self._encoder = self._prompt_encoder(architecture, getattr(processor_or_tokenizer, "image_processor", None))
+        if not architecture.is_tested:
+            require_residual_stream(self)
 
     @classmethod
     def from_pretrained(
@@ -129,41 +102,40 @@ class ModelAdapter:
     @property
     def image_token_id(self) -> int | None:
         """Vocabulary id of the image placeholder; None for text models."""
-        return self._encoder.image_token_id
+        return None if self._encoder.images is None else self._encoder.images.token_id
 
     @property
     def image_processor(self) -> Any:
         """Hugging Face image processor; None for text models."""
-        return self._encoder.image_processor
+        return None if self._encoder.images is None else self._encoder.images.image_processor
 
     def attn(self, layer: int) -> nn.Module:
         """Self-attention of a layer."""
-        return self._layer_part(layer, "attn")
+        return self.structure.layers[layer].attn
 
     def attn_norm(self, layer: int) -> nn.Module:
         """Norm before the attention of a layer."""
-        return self._layer_part(layer, "attn_norm")
+        return self.structure.layers[layer].attn_norm
 
     def mlp_norm(self, layer: int) -> nn.Module:
         """Norm before the MLP of a layer."""
-        return self._layer_part(layer, "mlp_norm")
+        return self.structure.layers[layer].mlp_norm
 
     def mlp(self, layer: int) -> nn.Module:
-        """MLP of a layer; its output is what the branch adds to the residual stream."""
-        return self._layer_part(layer, "mlp")
+        """MLP of a layer; its output is what the branch adds, unless a norm follows (Gemma): see site `mlp_out`."""
+        return self.structure.layers[layer].mlp
 
     def v_proj(self, layer: int) -> nn.Module:
         """Value projection of a layer, weight [n_kv_heads * head_dim, d_model]."""
-        return self._layer_part(layer, "v_proj")
+        return self.structure.layers[layer].v_proj
 
     def o_proj(self, layer: int) -> nn.Module:
         """Output projection of a layer's attention, weight [d_model, n_heads * head_dim]."""
-        return self._layer_part(layer, "o_proj")
+        return self.structure.layers[layer].o_proj
 
     def site_names(self) -> tuple[str, ...]:
         """All sites that can be read or edited, in the order of the forward pass; described in `clt.capture.hooks`."""
-        inner = [f"lm.{layer}.{kind}" for layer in range(self.n_layers) for kind in _SITE_PARTS]
-        return ("lm.embed", *inner, "lm.final")
+        return self.sites.names
 
     def module_for(self, site: str) -> nn.Module:
         """The module a site hangs on.
@@ -177,17 +149,7 @@ class ModelAdapter:
         Raises:
             ModelError: no such site; lists similar names.
         """
-        if site == "lm.embed":
-            return self.layers[0]
-        if site == "lm.final":
-            return self.final_norm
-        match = re.fullmatch(r"lm\.(0|[1-9]\d*)\.(\w+)", site)
-        if match is None or int(match[1]) >= self.n_layers or match[2] not in _SITE_PARTS:
-            near = difflib.get_close_matches(site, self.site_names(), n=4, cutoff=0.5)
-            hint = f"; did you mean {', '.join(near)}?" if near else ""
-            raise ModelError(f"unknown site '{site}' in {self.identity.name} with {self.n_layers} layers{hint}")
-        part = _SITE_PARTS[match[2]]
-        return self.layers[int(match[1])] if part == "layer" else self._layer_part(int(match[1]), part)
+        return self.sites.place(site).module
 
     def prepare(self, prompt: str, images: Sequence[Image.Image] = (), answer: str | None = None) -> PromptInputs:
         """Turns one prompt, its images and optionally its answer into a batch of one.
@@ -214,9 +176,20 @@ class ModelAdapter:
         start = inputs.answer_start.to(self.device)
         return replace(inputs, model_inputs=model_inputs, tokens=tokens, answer_start=start)
 
-    def count_tokens(self, prompt: str, n_images: int = 0, answer: str | None = None) -> int:
-        """Number of tokens that `prepare` would give, without looking at the images; same arguments and errors."""
-        return self._encoder.count(prompt, n_images, answer)
+    @property
+    def size_matters(self) -> bool:
+        """Whether the size of an image decides how many tokens it becomes."""
+        return self._encoder.images is not None and self._encoder.images.size_matters
+
+    def count_tokens(self, prompt: str, images: int | Sequence[tuple[int, int]] = 0, answer: str | None = None) -> int:
+        """Number of tokens that `prepare` would give, without looking at the images; same errors.
+
+        Args:
+            prompt: see `prepare`.
+            images: height and width of each image in pixels; where `size_matters` is false, how many there are will do.
+            answer: see `prepare`.
+        """
+        return self._encoder.count(prompt, images, answer)
 
     def collate(self, batch: Sequence[PromptInputs]) -> PromptInputs:
         """Joins batches into one, padded on the left.
@@ -227,7 +200,8 @@ class ModelAdapter:
         Returns:
             A batch of all their prompts in order; S is the longest length.
         """
-        return collate(batch, self._pad_id())
+        images = self._encoder.images
+        return collate(batch, self._pad_id(), 0 if images is None else images.join_axis)
 
     def forward(self, inputs: PromptInputs) -> Tensor:
         """Runs the model once.
@@ -267,32 +241,12 @@ class ModelAdapter:
         new = ids[:, inputs.model_inputs["input_ids"].shape[1] :].tolist()
         return [row[: row.index(eos) + 1] if eos in row else row for row in new]
 
-    def _layer_part(self, layer: int, part: str) -> nn.Module:
-        return _part(self.layers[layer], _LAYER_PARTS[part])
-
     def _pad_id(self) -> int:
         pad, eos = self.tokenizer.pad_token_id, self.tokenizer.eos_token_id
         return pad if pad is not None else (eos or 0)
 
-    def _prompt_encoder(self, image_processor: Any) -> PromptEncoder:
-        config = self.model.config
-        vision = getattr(config, "vision_config", None)
-        side = getattr(vision, "image_size", 0)
-        return PromptEncoder(
-            model_name=self.identity.name,
-            tokenizer=self.tokenizer,
-            image_processor=image_processor,
-            image_token_id=None if vision is None else config.image_token_id,
-            image_size=(side, side) if isinstance(side, int) else (side[0], side[1]),
-            patch_size=1 if vision is None else vision.patch_size,
-            has_class_token=getattr(config, "vision_feature_select_strategy", None) == "full",
-        )
-
-
-def _part(module: nn.Module, path: str) -> nn.Module:
-    found: Any = module
-    for name in path.split("."):
-        found = getattr(found, name, None)
-        if found is None:
-            raise ModelError(f"{type(module).__name__}: no module '{path}' found; this structure is not supported")
-    return found
+    def _prompt_encoder(self, architecture: Architecture, image_processor: Any) -> PromptEncoder:
+        images = None
+        if architecture.image_tokens is not None:
+            images = architecture.image_tokens(self.model, self.tokenizer, image_processor)
+        return PromptEncoder(model_name=self.identity.name, tokenizer=self.tokenizer, images=images)

@@ -4,19 +4,27 @@ Used by capture, by the replacement model and by every intervention. A site is a
 
     lm.embed                       what enters block 0                              [N,S,D]
     lm.{l}.resid_pre               residual stream entering block l                 [N,S,D]
-    lm.{l}.scores                  attention scores, scaled, before mask and softmax [N,H,S,S]
+    lm.{l}.q                       queries as they meet the keys: normed, rotated   [N,H,S,dh]
+    lm.{l}.k, lm.{l}.v             keys likewise, and values                        [N,G,S,dh]
+    lm.{l}.scores                  attention scores, scaled (and capped), before mask and softmax [N,H,S,S]
     lm.{l}.pattern                 attention probabilities                          [N,H,S,S]
     lm.{l}.z                       output of each head before the output projection [N,H,S,dh]
-    lm.{l}.attn_out                what the attention branch adds                   [N,S,D]
+    lm.{l}.attn_out                what the attention branch adds, after its norm   [N,S,D]
     lm.{l}.resid_mid               residual stream entering the MLP's norm          [N,S,D]
     lm.{l}.mlp_in                  input of the MLP, after its norm                 [N,S,D]
-    lm.{l}.mlp_out                 what the MLP branch adds                         [N,S,D]
+    lm.{l}.mlp_out                 what the MLP branch adds, after its norm (Gemma) [N,S,D]
     lm.{l}.resid_post              residual stream leaving block l                  [N,S,D]
     lm.final                       what enters the final norm                       [N,S,D]
+    vision.{b}.*                   the same kinds in block b of the vision tower    [views,patches,D]
+    bridge.out                     what leaves the projector for the language model [images,tokens,D]
+    bridge.{i}.out                 what is added after decoder layer i (Qwen3-VL)   [tokens,D]
 
-Scores, pattern and z exist only inside the attention function, so while one of them is asked for the decoder runs an
-attention function of ours, registered with transformers together with a mask function: without the latter the model
-would silently stop being causal. In a call with a key-value cache the query axis of these sites is the new tokens only.
+Queries, keys, values, scores, pattern and z exist only inside the attention function, so while one of them is asked for
+the decoder or the tower runs an attention function of ours, registered with transformers together with a mask function:
+without the latter the model would silently stop being causal. In a call with a key-value cache the query axis of these
+sites is the new tokens only, and keys are those in the cache, of which a sliding layer keeps its window. Towers that
+run the patches of all images as one sequence (Qwen) have [patches,D] sites and, of those inside attention, which they
+call once per image or window, z alone [patches,H,dh].
 """
 
 from __future__ import annotations
@@ -34,12 +42,11 @@ from clt.errors import ModelError
 
 if TYPE_CHECKING:
     from clt.capture.adapter import ModelAdapter
+    from clt.capture.sites import Place
 
 Edit = Callable[[Tensor], Tensor]
 
 _ATTENTION = "clt_sites"
-_ATTENTION_KINDS = ("scores", "pattern", "z")
-_OUTPUT_KINDS = ("attn_out", "mlp_out", "resid_post")
 #: Sites tapped on each attention module, newest `attach` first; read by `_attention` when that module runs.
 _taps: WeakKeyDictionary[nn.Module, list[Mapping[str, _Site]]] = WeakKeyDictionary()
 
@@ -56,32 +63,34 @@ def attach(
 
     Args:
         adapter: the model.
-        read: sites to record.
+        read: sites to record, by name or by shell pattern such as `lm.*.mlp_out`.
         edit: site to a function of its tensor that returns the tensor to go on with, same shape, dtype and device.
 
     Yields:
         Site to recorded tensor, filled as the model runs.
 
     Raises:
-        ModelError: a site is unknown (similar names are listed), or an edit returns a tensor of another kind.
+        ModelError: a site is unknown or a pattern matches none (similar names are listed), or an edit returns a tensor
+            of another kind.
     """
     recorded: dict[str, Tensor] = {}
     edits = dict(edit or {})
-    wanted = set(read)
+    wanted = adapter.sites.matching(read)
     sites = [
         _Site(name=name, edit=edits.get(name), record=recorded if name in wanted else None)
-        for name in dict.fromkeys([*edits, *read])
+        for name in dict.fromkeys([*edits, *wanted])
     ]
-    modules = [adapter.module_for(site.name) for site in sites]
+    places = [adapter.sites.place(site.name) for site in sites]
     with ExitStack() as stack:
-        tapped: dict[nn.Module, dict[str, _Site]] = {}
-        for site, module in zip(sites, modules, strict=True):
-            if site.kind in _ATTENTION_KINDS:
-                tapped.setdefault(module, {})[site.kind] = site
+        tapped: dict[str, dict[nn.Module, dict[str, _Site]]] = {}
+        for site, place in zip(sites, places, strict=True):
+            if place.end == "attention":
+                tower = site.name.partition(".")[0]
+                tapped.setdefault(tower, {}).setdefault(place.module, {})[site.kind] = site
             else:
-                stack.callback(_hook(site, module))
-        if tapped:
-            stack.enter_context(_own_attention(adapter, tapped))
+                stack.callback(_hook(site, place))
+        for tower, modules in tapped.items():
+            stack.enter_context(_own_attention(adapter, tower, modules))
         yield recorded
 
 
@@ -113,49 +122,57 @@ class _Site:
         return value
 
 
-def _hook(site: _Site, module: nn.Module) -> Callable[[], None]:
+def _hook(site: _Site, place: Place) -> Callable[[], None]:
     """Registers the hook of a site that is a module's input or output; returns what removes it."""
     # First in line: transformers' own recorders of hidden states are hooks too and must see the edited tensor.
-    if site.kind in _OUTPUT_KINDS:
+    if place.end == "output":
 
         def after(_module: nn.Module, _args: Any, output: Any) -> Any:
             if isinstance(output, tuple):
                 return (site.pass_through(output[0]), *output[1:])
             return site.pass_through(output)
 
-        return module.register_forward_hook(after, prepend=True).remove
+        return place.module.register_forward_hook(after, prepend=True).remove
+
+    def through(value: Tensor) -> Tensor:
+        if place.n_heads is None:
+            return site.pass_through(value)
+        return site.pass_through(value.unflatten(-1, (place.n_heads, -1))).flatten(-2)
 
     def before(_module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[tuple[Any, ...], Any]:
         if args:
-            return (site.pass_through(args[0]), *args[1:]), kwargs
-        return args, {**kwargs, "hidden_states": site.pass_through(kwargs["hidden_states"])}
+            return (through(args[0]), *args[1:]), kwargs
+        return args, {**kwargs, "hidden_states": through(kwargs["hidden_states"])}
 
-    return module.register_forward_pre_hook(before, prepend=True, with_kwargs=True).remove
+    return place.module.register_forward_pre_hook(before, prepend=True, with_kwargs=True).remove
 
 
 @contextmanager
-def _own_attention(adapter: ModelAdapter, tapped: Mapping[nn.Module, Mapping[str, _Site]]) -> Iterator[None]:
-    """Runs the decoder with our attention function, the given modules tapped."""
+def _own_attention(
+    adapter: ModelAdapter, tower: str, tapped: Mapping[nn.Module, Mapping[str, _Site]]
+) -> Iterator[None]:
+    """Runs the decoder ("lm") or the vision tower with our attention function, the given modules tapped."""
     from transformers import AttentionInterface
     from transformers.masking_utils import AttentionMaskInterface, eager_mask
 
     AttentionInterface.register(_ATTENTION, _attention)
     AttentionMaskInterface.register(_ATTENTION, eager_mask)
-    before = adapter.decoder.config._attn_implementation
-    for module, sites in tapped.items():
-        _taps.setdefault(module, []).insert(0, sites)
+    module: Any = adapter.decoder if tower == "lm" else adapter.structure.vision
+    before = module.config._attn_implementation
+    for attention, sites in tapped.items():
+        _taps.setdefault(attention, []).insert(0, sites)
     try:
-        _set_attention(adapter, _ATTENTION)
+        _set_attention(adapter, tower, _ATTENTION)
         yield
     finally:
-        for module, sites in tapped.items():
-            _taps[module] = [other for other in _taps[module] if other is not sites]
-        _set_attention(adapter, before)
+        for attention, sites in tapped.items():
+            _taps[attention] = [other for other in _taps[attention] if other is not sites]
+        _set_attention(adapter, tower, before)
 
 
-def _set_attention(adapter: ModelAdapter, name: str) -> None:
-    model = adapter.model
-    model.set_attn_implementation({"text_config": name} if "text_config" in model.config.sub_configs else name)
+def _set_attention(adapter: ModelAdapter, tower: str, name: str) -> None:
+    model, part = adapter.model, "text_config" if tower == "lm" else "vision_config"
+    model.set_attn_implementation({part: name} if part in model.config.sub_configs else name)
 
 
 def _attention(
@@ -166,6 +183,7 @@ def _attention(
     attention_mask: Tensor | None,
     scaling: float | None = None,
     dropout: float = 0.0,
+    softcap: float | None = None,
     **_: Any,
 ) -> tuple[Tensor, Tensor]:
     """Attention as transformers calls it: query [N,H,S,dh], key, value [N,Hkv,T,dh] to z [N,S,H,dh] and pattern."""
@@ -178,9 +196,12 @@ def _attention(
                 tensor = sites[kind].pass_through(tensor)
         return tensor
 
+    query, key, value = site("q", query), site("k", key), site("v", value)
     groups = query.shape[1] // key.shape[1]
     key, value = key.repeat_interleave(groups, dim=1), value.repeat_interleave(groups, dim=1)
     scores = query @ key.transpose(2, 3) * (query.shape[-1] ** -0.5 if scaling is None else scaling)
+    if softcap is not None:
+        scores = softcap * torch.tanh(scores / softcap)
     scores = site("scores", scores)
     if attention_mask is not None:
         scores = scores + attention_mask[..., : key.shape[2]]

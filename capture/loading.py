@@ -18,11 +18,10 @@ from typing import Any, cast
 import torch
 from torch import nn
 
+from clt.capture.architectures import attention_of, find_architecture
 from clt.errors import ModelError
 from clt.records import ModelIdentity
 
-#: Model classes whose structure, residual stream and image tokens are known to be read right.
-SUPPORTED = ("LlavaForConditionalGeneration", "LlamaForCausalLM")
 _DTYPES = ("float32", "bfloat16", "float16", "float64")
 
 
@@ -75,13 +74,16 @@ def _load(path: str, revision: str | None, dtype: str, device: str) -> tuple[Any
 
     config = transformers.AutoConfig.from_pretrained(path, revision=revision)
     architecture = (getattr(config, "architectures", None) or [type(config).__name__])[0]
-    if architecture not in SUPPORTED:
-        raise ModelError(f"{path}: {architecture} is not supported; supported are {', '.join(SUPPORTED)}")
-    model, report = getattr(transformers, architecture).from_pretrained(
+    try:
+        find_architecture(architecture)
+    except ModelError as error:
+        raise ModelError(f"{path}: {error}") from None
+    model_class = getattr(transformers, architecture)
+    model, report = model_class.from_pretrained(
         path,
         revision=revision,
         dtype=getattr(torch, dtype),
-        attn_implementation="sdpa",
+        attn_implementation=attention_of(model_class),
         use_safetensors=True,
         output_loading_info=True,
     )

@@ -134,7 +134,7 @@ def plan_capture(config: CaptureConfig, adapter: ModelAdapter | None = None) -> 
     """
     adapter = adapter or config.load()
     source = open_source(config.source)
-    lengths = tuple(adapter.count_tokens(text.prompt, text.n_images, text.answer) for text in source.texts)
+    lengths = tuple(_count_tokens(adapter, source, sample) for sample in range(len(source.texts)))
     sites = tuple(f"lm.{layer}.{kind}" for kind in (config.read_site, "mlp_out") for layer in range(adapter.n_layers))
     group = SiteGroup(name="lm", sites=sites, width=adapter.d_model)
     rows, chunk = _sizes(config, len(sites) * adapter.d_model * TORCH_DTYPES[config.store_dtype].itemsize)
@@ -269,6 +269,14 @@ def _batches(samples: range, lengths: Sequence[int], batch_size: int) -> Iterato
     by_length = sorted(samples, key=lambda sample: (-lengths[sample], sample))
     for start in range(0, len(by_length), batch_size):
         yield by_length[start : start + batch_size]
+
+
+def _count_tokens(adapter: ModelAdapter, source: ExampleSource, sample: int) -> int:
+    """Tokens of a sample; its images are opened only if their sizes matter."""
+    text = source.texts[sample]
+    pictures = source.load(sample).images if adapter.size_matters else ()
+    images = [(picture.height, picture.width) for picture in pictures] if adapter.size_matters else text.n_images
+    return adapter.count_tokens(text.prompt, images, text.answer)
 
 
 def _captured_dtype(adapter: ModelAdapter) -> torch.dtype:

@@ -13,7 +13,7 @@ import pytest
 import torch
 from PIL import Image
 from safetensors.torch import load_file, save_file
-from transformers import GPT2Config, GPT2LMHeadModel
+from transformers import OPTConfig, OPTForCausalLM
 
 from clt.capture.adapter import ModelAdapter
 from clt.capture.loading import identify
@@ -173,7 +173,7 @@ def test_parts_have_the_shapes_of_the_configuration(llava: ModelAdapter, llama: 
         for part in (adapter.attn, adapter.attn_norm, adapter.mlp_norm, adapter.mlp):
             assert any(part(2) is module for module in adapter.layers[2].modules())
         for site in adapter.site_names():
-            assert any(adapter.module_for(site) is module for module in adapter.decoder.modules())
+            assert any(adapter.module_for(site) is module for module in adapter.model.modules())
 
 
 @pytest.mark.parametrize("site", ["lm.3.mlp_out", "lm.0.mlpout", "lm.00.z", "lm.-1.z", "vision.0.z", "lm.0.layer", ""])
@@ -210,8 +210,9 @@ def test_fingerprint_follows_the_values_of_the_weights(llama_folder: Path) -> No
 
 
 def test_unsupported_class_is_an_error() -> None:
-    model = GPT2LMHeadModel(GPT2Config(vocab_size=21, n_embd=8, n_layer=1, n_head=1))
-    with pytest.raises(ModelError, match=r"GPT2LMHeadModel.*not supported"):
+    sizes = {"hidden_size": 8, "word_embed_proj_dim": 8, "ffn_dim": 8, "num_hidden_layers": 1, "num_attention_heads": 1}
+    model = OPTForCausalLM(OPTConfig(vocab_size=21, **sizes))
+    with pytest.raises(ModelError, match=r"OPTForCausalLM is not supported; register_adapter"):
         ModelAdapter(model, make_tokenizer())
 
 
@@ -239,7 +240,7 @@ DAMAGES: dict[str, tuple[Callable[[Path], Any], str]] = {
     "no folder": (shutil.rmtree, "no such model folder"),
     "no config": (lambda f: (f / "config.json").unlink(), "has no config.json"),
     "config not JSON": (lambda f: (f / "config.json").write_text("{"), "not valid JSON"),
-    "other class": (lambda f: _set_config(f, architectures=["GPT2LMHeadModel"], model_type="gpt2"), "GPT2LMHeadModel"),
+    "other class": (lambda f: _set_config(f, architectures=["OPTForCausalLM"], model_type="opt"), "OPTForCausalLM"),
     "unknown type": (lambda f: _set_config(f, model_type="nosuch"), "nosuch"),
     "no weights": (lambda f: (f / "model.safetensors").unlink(), "model.safetensors"),
     "truncated weights": (lambda f: _truncate(f / "model.safetensors"), "cannot be loaded"),
