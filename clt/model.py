@@ -127,7 +127,7 @@ class CrossLayerTranscoder(nn.Module):
     ) -> None:
         super().__init__()
         self.config = config
-        self.scaling = scaling
+        self.scaling = scaling.per_token() if config.layer_norm else scaling
         self.share = share or LayerShare.everything(config)
         self.provenance = provenance or Provenance()
         self.W_enc, self.b_enc = nn.ParameterDict(), nn.ParameterDict()
