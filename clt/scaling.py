@@ -49,6 +49,16 @@ class Scaling:
             rms_y=_positive(stats_y.rms),
         )
 
+    def to(self, like: Tensor) -> Scaling:
+        """All tensors in the dtype and on the device of another."""
+        return replace(
+            self,
+            mean_x=self.mean_x.to(like),
+            rms_x=self.rms_x.to(like),
+            mean_y=self.mean_y.to(like),
+            rms_y=self.rms_y.to(like),
+        )
+
     def per_token(self) -> Scaling:
         """The same for outputs; encoder inputs are standardised by LayerNorm (without weight and bias) alone."""
         zeros, ones = torch.zeros_like(self.mean_x), torch.ones_like(self.rms_x)

@@ -59,9 +59,7 @@ def load_kokosdev(
             n_targets = file.matrix("dec.weight")[0] // D
             if not n_targets:
                 raise CheckpointError(f"{path}: key 'dec.weight' has fewer rows than the width {D}")
-            k, combine = k or notes.get("k"), combine or notes.get("combine")
-            if k is not None and not (isinstance(k, int) and 0 < k <= F):
-                raise ConfigError(f"k={k!r}: there are {F} features; give the number that was active in training")
+            k, combine = _choices(notes, F, k, combine)
             config = CLTConfig(
                 n_layers=len(paths) + 1,
                 d_model=D,
@@ -71,13 +69,23 @@ def load_kokosdev(
                 first_offset=1,
                 read_site=read_site or "mlp_in",
                 layer_norm=True,
-                independent="sum" if combine not in get_args(Combination) else combine,
+                independent=combine,
                 sparsity=SparsitySettings(kind="topk" if k else "relu"),
             )
             clt = empty_transcoder(config, dtype)
         _fill(clt, layer, file, n_targets)
     assert clt is not None
     return clt
+
+
+def _choices(
+    notes: dict[str, Any], n_features: int, k: int | None, combine: Combination | None
+) -> tuple[int | None, Combination]:
+    """What the caller says, else what `save_seed_files` noted, else what their code does by default."""
+    k, noted = k or notes.get("k"), notes.get("combine")
+    if k is not None and not (isinstance(k, int) and 0 < k <= n_features):
+        raise ConfigError(f"k={k!r}: there are {n_features} features; give the number that was active in training")
+    return k, combine or (noted if noted in get_args(Combination) else "sum")
 
 
 def _read(path: Path, layer: int) -> tuple[ForeignFile, dict[str, Any]]:

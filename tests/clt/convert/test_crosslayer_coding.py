@@ -101,7 +101,7 @@ def test_a_checkpoint_of_theirs_is_read_as_they_read_it(form: dict[str, Any], tm
         ({"normalization_method": "other"}, "normalization_method='other'"),
         ({"mlp_input_template": "blocks.{}.other"}, "mlp_input_template=.*--read-site"),
         ({"num_layers": 0}, "'num_layers' is 0"),
-        ({"num_features": F + 1}, "encoders.0.weight' has shape"),
+        ({"num_features": F + 1}, "encoders.2.weight' has shape"),
     ],
 )
 def test_settings_without_an_equivalent_are_refused(form: dict[str, Any], place: str, tmp_path: Path) -> None:
