@@ -105,10 +105,10 @@ def read_pickled(path: Path) -> dict[str, Any]:
     except pickle.UnpicklingError as error:
         reason = str(error).partition("\n")[0]
         raise CheckpointError(f"{path}: holds more than tensors, or is damaged; nothing was run ({reason})") from None
-    except (OSError, RuntimeError, EOFError, ValueError) as error:
-        raise CheckpointError(
-            f"{path}: not a readable torch file ({str(error).strip().partition(chr(10))[0]})"
-        ) from None
+    except Exception as error:
+        # A damaged stream of instructions fails wherever it happens to: IndexError, KeyError, struct.error, ...
+        reason = str(error).strip().partition("\n")[0] or type(error).__name__
+        raise CheckpointError(f"{path}: not a readable torch file ({reason})") from None
     if not isinstance(tree, dict):
         raise CheckpointError(f"{path}: holds {type(tree).__name__}, a dict is wanted")
     return tree

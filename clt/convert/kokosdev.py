@@ -82,7 +82,8 @@ def _choices(
     notes: dict[str, Any], n_features: int, k: int | None, combine: Combination | None
 ) -> tuple[int | None, Combination]:
     """What the caller says, else what `save_seed_files` noted, else what their code does by default."""
-    k, noted = k or notes.get("k"), notes.get("combine")
+    noted: Any = notes.get("combine")
+    k = k or notes.get("k")
     if k is not None and not (isinstance(k, int) and 0 < k <= n_features):
         raise ConfigError(f"k={k!r}: there are {n_features} features; give the number that was active in training")
     return k, combine or (noted if noted in get_args(Combination) else "sum")

@@ -46,7 +46,7 @@ def save(folder: Path, d_model: int = 4, **changes: object) -> CrossLayerTransco
 def test_topk_becomes_thresholds_on_the_tokens_of_a_store(tmp_path: Path) -> None:
     store = make_store(tmp_path / "store", LENGTHS)
     save(tmp_path / "clt")
-    words = [tmp_path / "clt", tmp_path / "out", "--to", "circuit_tracer"]
+    words: list[str | Path] = [tmp_path / "clt", tmp_path / "out", "--to", "circuit_tracer"]
     refused(run(*words), "sparsity.kind=topk", "--calibrate")
     assert not (tmp_path / "out").exists()
     result = run(*words, "--calibrate", tmp_path / "store", "--tokens", "40")
@@ -62,7 +62,7 @@ def test_topk_becomes_thresholds_on_the_tokens_of_a_store(tmp_path: Path) -> Non
 def test_the_seeds_files_are_written_and_read_back(tmp_path: Path) -> None:
     make_store(tmp_path / "store", LENGTHS)
     clt = save(tmp_path / "clt", first_offset=1, layer_norm=True)
-    words = [tmp_path / "clt", tmp_path / "out", "--to", "kokosdev"]
+    words: list[str | Path] = [tmp_path / "clt", tmp_path / "out", "--to", "kokosdev"]
     refused(run(*words), "--calibrate")
     assert run(*words, "--calibrate", tmp_path / "store").exit_code == 0
     assert {path.name for path in (tmp_path / "out").iterdir()} == {

@@ -5,12 +5,16 @@ from __future__ import annotations
 import json
 import os
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any
 
 import pytest
 import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
 from clt.config import SparsitySettings
+from clt.convert.files import read_pickled
 from clt.convert.kokosdev import load_kokosdev
 from clt.convert.seed_files import save_seed_files
 from clt.errors import CheckpointError, ConfigError, StoreError
@@ -134,6 +138,22 @@ def test_a_pickle_bomb_does_not_run(inside: bool, tmp_path: Path) -> None:
     with pytest.raises(CheckpointError, match=r"transcoder_L1.pt: holds more than tensors") as error:
         load_kokosdev(folder)
     assert not crater.exists() and "\n" not in str(error.value)
+
+
+@settings(max_examples=60, deadline=None)
+@given(data=st.data(), old=st.booleans())
+def test_flipped_bytes_are_refused_or_do_not_matter(data: st.DataObject, old: bool) -> None:
+    with TemporaryDirectory() as folder:
+        path = Path(folder) / "file.pt"
+        torch.save({"layer": 1, "state": {"a": torch.ones(3)}}, path, _use_new_zipfile_serialization=not old)
+        contents = bytearray(path.read_bytes())
+        for place in data.draw(st.lists(st.integers(0, min(len(contents), 500) - 1), min_size=1, max_size=8)):
+            contents[place] = data.draw(st.integers(0, 255))
+        path.write_bytes(contents)
+        try:
+            assert isinstance(read_pickled(path), dict)
+        except CheckpointError as error:
+            assert "file.pt" in str(error) and "\n" not in str(error)
 
 
 def _truncate(path: Path) -> None:
