@@ -28,6 +28,7 @@ from clt.attribution.sources import Readouts, Sources
 from clt.attribution.targets import LogitTargets, ResolvedTarget, TargetSettings, resolve_targets
 from clt.capture.adapter import ModelAdapter, PromptInputs
 from clt.config import STRICT
+from clt.errors import ConfigError
 from clt.model import CrossLayerTranscoder
 
 log = logging.getLogger(__name__)
@@ -76,6 +77,8 @@ def attribute(
     started = time.perf_counter()
     # Checks that the two fit, and folds.
     folded = ReplacementModel(adapter, clt).clt
+    if folded.config.layer_norm:
+        raise ConfigError("clt.layer_norm: encoders that normalise each token are not linear; train without it")
     frozen = FrozenModel(adapter, record(adapter, inputs, clt.config.read_site))
     sources = Sources(frozen, folded.to(frozen.dtype), inputs.tokens.select(0))
     targets = resolve_targets(adapter, inputs, sources, settings.targets)

@@ -178,6 +178,7 @@ class LiveEdits:
             if first:
                 self._advance(x_NWD.shape[1])
             x_BD = x_NWD.reshape(-1, x_NWD.shape[2]).to(next(self.clt.parameters()).dtype)
+            x_BD = self.clt.scaling.normalise_x(x_BD)
             self._inputs[layer] = x_BD
             if layer in self.sources:
                 self.codes[layer] = self.clt.encode_layer(layer, x_BD)

@@ -85,6 +85,9 @@ class TranscoderSettings:
     """What the encoders read: the residual stream entering the MLP's norm by default."""
     drop_bos: bool = False
     """Neither train on nor replace the MLPs at the beginning-of-sequence token."""
+    layer_norm: bool = False
+    """x_t is normalised by the token's own mean and deviation over channels, as in the seed documents' encoders, not by
+    the site's; attribution graphs cannot be computed then."""
     sparsity: SparsitySettings = SparsitySettings()
     """Which pre-activations become activations."""
     tied_decoders: Literal["target", "source"] | None = None

@@ -127,7 +127,7 @@ class CrossLayerTranscoder(nn.Module):
     ) -> None:
         super().__init__()
         self.config = config
-        self.scaling = scaling
+        self.scaling = scaling.per_token() if config.layer_norm else scaling
         self.share = share or LayerShare.everything(config)
         self.provenance = provenance or Provenance()
         self.W_enc, self.b_enc = nn.ParameterDict(), nn.ParameterDict()
@@ -403,7 +403,7 @@ class CrossLayerTranscoder(nn.Module):
         clt = CrossLayerTranscoder(
             self.config, Scaling.identity(self.config.n_layers, D), self.share, provenance=self.provenance
         ).to(next(self.parameters()))
-        scaling = replace(self.scaling, **{k: v.to(next(self.parameters())) for k, v in self.scaling.tensors().items()})
+        scaling = self.scaling.to(next(self.parameters()))
         for layer in self.share.sources:
             name = str(layer)
             clt.W_enc[name].copy_(self.W_enc[name] / scaling.rms_x[layer])

@@ -6,10 +6,11 @@ which every target has variance 1; `CrossLayerTranscoder.folded` moves the scali
 
 from __future__ import annotations
 
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, fields, replace
 
 import torch
 from torch import Tensor
+from torch.nn.functional import layer_norm
 
 from clt.records import SiteStats
 
@@ -23,12 +24,14 @@ class Scaling:
         rms_x: [L] float32, scalar scale of every encoder input.
         mean_y: [M,D] float32, mean of every MLP output.
         rms_y: [M] float32, scalar scale of every MLP output.
+        layer_norm: encoder inputs are standardised by each token's own mean and deviation first.
     """
 
     mean_x: Tensor
     rms_x: Tensor
     mean_y: Tensor
     rms_y: Tensor
+    layer_norm: bool = False
 
     @classmethod
     def identity(cls, n_layers: int, d_model: int) -> Scaling:
@@ -46,14 +49,34 @@ class Scaling:
             rms_y=_positive(stats_y.rms),
         )
 
+    def to(self, like: Tensor) -> Scaling:
+        """All tensors in the dtype and on the device of another."""
+        return replace(
+            self,
+            mean_x=self.mean_x.to(like),
+            rms_x=self.rms_x.to(like),
+            mean_y=self.mean_y.to(like),
+            rms_y=self.rms_y.to(like),
+        )
+
+    def per_token(self) -> Scaling:
+        """The same for outputs; encoder inputs are standardised by LayerNorm (without weight and bias) alone."""
+        zeros, ones = torch.zeros_like(self.mean_x), torch.ones_like(self.rms_x)
+        return replace(self, mean_x=zeros, rms_x=ones, layer_norm=True)
+
     def tensors(self) -> dict[str, Tensor]:
-        """All fields by name, for saving."""
-        return {f.name: getattr(self, f.name) for f in fields(self)}
+        """All tensors by name, for saving."""
+        return {f.name: getattr(self, f.name) for f in fields(self) if f.name != "layer_norm"}
+
+    def normalise_x(self, x: Tensor) -> Tensor:
+        """Encoder inputs [...,D] normalised token by token, where `layer_norm` says so: what folding leaves."""
+        return layer_norm(x, x.shape[-1:]) if self.layer_norm else x
 
     def standardise_x(self, x_LBD: Tensor, layers: tuple[int, ...]) -> Tensor:
         """Standardised encoder inputs of the given layers, [len(layers),B,D]."""
         index = list(layers)
         mean_L1D, rms_L11 = self.mean_x[index][:, None], self.rms_x[index][:, None, None]
+        x_LBD = self.normalise_x(x_LBD)
         return (x_LBD - mean_L1D.to(x_LBD)) / rms_L11.to(x_LBD)
 
     def standardise_y(self, y_MBD: Tensor, layers: tuple[int, ...], columns: slice = slice(None)) -> Tensor:

@@ -5,6 +5,7 @@
     clt plan configs/train/llava_7b.yaml --model layers=32,width=4096 --gpus 8
     clt train --config configs/train/toy.yaml --dry-run
     clt join runs/seed/clt runs/seed/layer_*
+    clt convert runs/toy/clt runs/toy/circuit_tracer --to circuit_tracer --calibrate runs/toy/store
     clt evaluate --config configs/evaluate/toy.yaml
     clt attribute --config configs/attribute/toy.yaml --set index=3
     clt view runs/demo/graph
@@ -22,7 +23,8 @@ from typing import Annotated, Any
 
 import typer
 
-from clt.config import config_to_yaml, load_config
+from clt.config import ReadSite, config_to_yaml, load_config
+from clt.convert import Combination, Format
 from clt.launch.bench_cli import bench_app
 from clt.launch.logs import set_up_logging
 from clt.launch.script import check_writable, guarded, write_text
@@ -94,6 +96,42 @@ def join(
     from clt.join import join_folders
 
     _run(lambda: join_folders(folders, out))
+
+
+@app.command()
+def convert(
+    source: Annotated[Path, typer.Argument(help="Folder of the transcoder.")],
+    target: Annotated[Path, typer.Argument(help="New folder.")],
+    read_as: Annotated[Format, typer.Option("--from", help="Format of the source.")] = "native",
+    write_as: Annotated[Format, typer.Option("--to", help="Format of the target.")] = "native",
+    calibrate: Annotated[
+        str | None,
+        typer.Option(
+            metavar="STORE", help="Give every feature a threshold, or measure the seed's mapping, on its tokens."
+        ),
+    ] = None,
+    tokens: Annotated[int, typer.Option(min=1, help="Tokens of that store; all are held in memory.")] = 100_000,
+    read_site: Annotated[ReadSite | None, typer.Option(help="What encoders read, if the files do not say it.")] = None,
+    k: Annotated[int | None, typer.Option(min=1, help="kokosdev: active features of a TopK transcoder.")] = None,
+    combine: Annotated[
+        Combination | None, typer.Option(help="kokosdev: how a target's sources are combined; absent: their sum.")
+    ] = None,
+) -> None:
+    """Converts a transcoder from or to the format of another project (docs/formats.md); prints the new folder."""
+    from clt.launch.convert import ConvertRequest, run
+
+    request = ConvertRequest(
+        source=source,
+        target=target,
+        read_as=read_as,
+        write_as=write_as,
+        store=calibrate,
+        tokens=tokens,
+        read_site=read_site,
+        k=k,
+        combine=combine,
+    )
+    _run(lambda: run(request))
 
 
 @app.command()

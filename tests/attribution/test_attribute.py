@@ -263,6 +263,11 @@ def test_features_that_read_what_they_write_are_refused(adapter, inputs, make_ra
         attribute(adapter, make_random_clt(adapter, read_site="resid_post"), inputs)
 
 
+def test_encoders_with_a_norm_of_their_own_are_refused(adapter, inputs, make_random_clt):
+    with pytest.raises(ConfigError, match="layer_norm"):
+        attribute(adapter, make_random_clt(adapter, layer_norm=True), inputs)
+
+
 def test_two_prompts_are_refused(adapter, inputs, make_random_clt):
     with pytest.raises(GraphError, match="2 prompts"):
         attribute(adapter, make_random_clt(adapter), adapter.collate([inputs, inputs]))

@@ -30,6 +30,7 @@ ARCHITECTURES = [
     {"sparsity": SparsitySettings(kind="relu")},
     {"tied_decoders": "target", "skip": True},
     {"tied_decoders": "source", "n_targets": 2},
+    {"layer_norm": True, "read_site": "mlp_in", "skip": True},
 ]
 
 
@@ -44,9 +45,17 @@ def prepared(adapter, count=1, seed=11, answer=False):
     return [adapter.prepare(e.prompt, e.images, e.answer if answer else None) for e in examples]
 
 
+def standardised(clt, layer, x):
+    """What the encoder of a layer sees of raw inputs [...,D]."""
+    if clt.config.layer_norm:
+        centred = x - x.mean(-1, keepdim=True)
+        return centred / (centred.square().mean(-1, keepdim=True) + 1e-5).sqrt()
+    return (x - clt.scaling.mean_x[layer]) / clt.scaling.rms_x[layer]
+
+
 def dense_codes(clt, layer, x):
-    """Activations of standardised inputs as a dense [...,F] tensor."""
-    x = (x - clt.scaling.mean_x[layer]) / clt.scaling.rms_x[layer]
+    """Activations of raw inputs as a dense [...,F] tensor."""
+    x = standardised(clt, layer, x)
     z = (x @ clt.W_enc[str(layer)].T + clt.b_enc[str(layer)]).relu()
     if clt.config.sparsity.has_penalty:
         thresholds = clt.log_threshold[str(layer)].exp() if str(layer) in clt.log_threshold else 0
@@ -77,7 +86,7 @@ def reference_logits(adapter, clt, inputs):
             for source in clt.sources_of(target):
                 y = y + codes[source] @ clt.decoder(source, target)
             if config.skip:
-                y = y + (x[target] - clt.scaling.mean_x[target]) / clt.scaling.rms_x[target] @ clt.W_skip[str(target)].T
+                y = y + standardised(clt, target, x[target]) @ clt.W_skip[str(target)].T
             y = y * clt.scaling.rms_y[target] + clt.scaling.mean_y[target]
             return torch.where(acts[..., None], y, output)
 

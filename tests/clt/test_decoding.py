@@ -38,6 +38,7 @@ FORMS: dict[str, dict[str, Any]] = {
     "sum": {"independent": "sum"},
     "mean": {"independent": "mean", "n_targets": 3, "sparsity": SparsitySettings(kind="relu")},
     "nearest": {"independent": "nearest", "first_offset": 1},
+    "layer_norm": {"independent": "sum", "first_offset": 1, "layer_norm": True},
 }
 
 
@@ -138,7 +139,7 @@ def loss_by_definition(clt: CrossLayerTranscoder, x_LBD: Tensor, y_MBD: Tensor) 
     return torch.stack(errors).mean()
 
 
-@pytest.mark.parametrize("name", ["target", "source", "source_later", "sum", "nearest"])
+@pytest.mark.parametrize("name", ["target", "source", "source_later", "sum", "nearest", "layer_norm"])
 def test_loss_and_gradients_are_those_of_the_definition(name: str) -> None:
     clt = make(FORMS[name])
     x, y = torch.randn(2, L, B, D, dtype=torch.float64)

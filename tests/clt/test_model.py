@@ -36,6 +36,9 @@ def _dense_forward(clt: CrossLayerTranscoder, x_LBD: Tensor) -> dict[int, Tensor
     """The definition, written with dense activations."""
     s = {k: v.double() for k, v in clt.scaling.tensors().items()}
     x_std = (x_LBD - s["mean_x"][:, None]) / s["rms_x"][:, None, None]
+    if clt.config.layer_norm:
+        centred = x_LBD - x_LBD.mean(dim=2, keepdim=True)
+        x_std = centred / (centred.square().mean(dim=2, keepdim=True) + 1e-5).sqrt()
     z = {}
     for layer in source_layers(clt.config):
         pre = torch.relu(x_std[layer] @ clt.W_enc[str(layer)].T + clt.b_enc[str(layer)])
@@ -58,6 +61,7 @@ VARIANTS = [
     {"n_targets": 2},
     {"skip": True},
     {"first_offset": 1, "n_targets": 2, "skip": True},
+    {"layer_norm": True, "skip": True},
 ]
 
 

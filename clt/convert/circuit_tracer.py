@@ -1,0 +1,218 @@
+"""Transcoders of circuit-tracer: cross-layer ones in both directions, sets of single-layer ones read only.
+
+    config.yaml               model_kind, model_name, feature_input_hook, feature_output_hook
+    W_enc_{i}.safetensors     W_enc_{i} [F,D], b_enc_{i} [F], b_dec_{i} [D], threshold_{i} [F] for JumpReLU
+    W_dec_{i}.safetensors     W_dec_{i} [F,L-i,D]: decoders of source i into layers i, i + 1, ..., L - 1
+
+    layer_{i}.safetensors     of a set: W_enc [F,D], W_dec [F,D], b_enc, b_dec, W_skip, activation_function.threshold
+
+It computes mlp_t = b_dec_t + sum over i <= t of a_i W_dec_i[:, t - i], where a is pre if pre > threshold and else 0,
+or a ReLU if there are no thresholds. Every layer is a source and a target, so what a horizon or a first offset leaves
+out becomes zeros. Its releases up to 0.5.0 ignore the W_skip_{i} of a cross-layer transcoder that later states of it
+write: they are read, but not written. It multiplies them from the right, x W_skip, and those of sets x W_skip^T.
+"""
+
+from __future__ import annotations
+
+import logging
+from pathlib import Path
+
+import torch
+import yaml
+from torch import Tensor
+
+from clt.config import CLTConfig, ReadSite, SparsitySettings
+from clt.convert.files import ForeignFile, empty_transcoder, new_folder, numbered, read_yaml, refuse
+from clt.errors import CheckpointError, ConfigError
+from clt.model import CrossLayerTranscoder
+from clt.tensor_files import write_tensors
+
+log = logging.getLogger(__name__)
+
+CONFIG_FILE = "config.yaml"
+
+#: Names that TransformerLens has for our sites.
+HOOKS: dict[str, ReadSite] = {
+    "hook_resid_mid": "resid_mid",
+    "mlp.hook_in": "mlp_in",
+    "hook_resid_pre": "resid_pre",
+    "hook_resid_post": "resid_post",
+}
+OUTPUT_HOOKS = ("hook_mlp_out", "mlp.hook_out")
+
+
+def load_circuit_tracer(folder: Path, *, read_site: ReadSite | None = None) -> CrossLayerTranscoder:
+    """Reads a cross-layer transcoder or a set of single-layer ones.
+
+    Args:
+        folder: with its config.yaml.
+        read_site: what the encoders read; absent: what feature_input_hook names.
+
+    Returns:
+        The transcoder, in raw units, of the kind relu or jumprelu; k says nothing.
+
+    Raises:
+        CheckpointError: a file is missing, damaged or of another shape; names file and key.
+    """
+    path = folder / CONFIG_FILE
+    settings = read_yaml(path)
+    kind, hook, written = (settings.get(key) for key in ("model_kind", "feature_input_hook", "feature_output_hook"))
+    if read_site is None and str(hook) not in HOOKS:
+        refuse(path, "feature_input_hook", hook, f"is none of {', '.join(HOOKS)}; say what it is (--read-site)")
+    if written not in OUTPUT_HOOKS:
+        refuse(path, "feature_output_hook", written, "only outputs of MLPs can be reconstructed (hook_mlp_out)")
+    site = read_site or HOOKS[str(hook)]
+    match kind:
+        case "cross_layer_transcoder":
+            return _load_cross_layer(folder, site)
+        case "transcoder_set":
+            return _load_set(folder, site)
+    refuse(path, "model_kind", kind, "cross_layer_transcoder or transcoder_set is wanted")
+
+
+def save_circuit_tracer(clt: CrossLayerTranscoder, folder: Path) -> None:
+    """Writes a cross-layer transcoder for circuit-tracer, with the scaling folded into its weights.
+
+    Args:
+        clt: a whole transcoder of the kind jumprelu or relu.
+        folder: new or empty.
+
+    Raises:
+        ConfigError: the format has no place for what the transcoder is.
+        CheckpointError: the folder is not empty or cannot be written.
+    """
+    check_pointwise(clt, "circuit-tracer")
+    if clt.config.skip:
+        raise ConfigError("clt.skip: circuit-tracer ignores W_skip of cross-layer transcoders; train without it")
+    plain, config = clt.folded(), clt.config
+    hook = next(name for name, site in HOOKS.items() if site == config.read_site)
+    model = clt.provenance.model
+    with new_folder(folder) as temporary:
+        for layer in range(config.n_layers):
+            write_tensors(temporary / f"W_enc_{layer}.safetensors", _encoder_tensors(plain, layer))
+            decoders = [pair_or_zeros(plain, layer, target) for target in range(layer, config.n_layers)]
+            write_tensors(temporary / f"W_dec_{layer}.safetensors", {f"W_dec_{layer}": torch.stack(decoders, dim=1)})
+        settings = {
+            "model_kind": "cross_layer_transcoder",
+            "model_name": "unknown" if model is None else model.name,
+            "feature_input_hook": hook,
+            "feature_output_hook": OUTPUT_HOOKS[0],
+        }
+        (temporary / CONFIG_FILE).write_text(yaml.safe_dump(settings, sort_keys=False), encoding="utf-8")
+    note_zeros(plain, "circuit-tracer")
+
+
+def check_pointwise(clt: CrossLayerTranscoder, reader: str) -> None:
+    """ConfigError unless every feature is judged by itself, from a linear map of raw inputs."""
+    kind = clt.config.sparsity.kind
+    if kind not in ("jumprelu", "relu"):
+        raise ConfigError(
+            f"clt.sparsity.kind={kind}: {reader} compares no features; convert to thresholds first "
+            "(--calibrate STORE --tokens N, or clt.thresholds.to_jumprelu)"
+        )
+    if clt.config.layer_norm:
+        raise ConfigError(f"clt.layer_norm: {reader} has no LayerNorm before its encoders; train without it")
+
+
+def pair_or_zeros(clt: CrossLayerTranscoder, source: int, target: int) -> Tensor:
+    """[F,D]: decoder of a source into a target, zeros where the transcoder has none."""
+    if target in clt.targets_of(source):
+        return clt.decoder(source, target)
+    return torch.zeros(clt.config.n_features, clt.config.d_model, dtype=clt.dtype)
+
+
+def note_zeros(clt: CrossLayerTranscoder, reader: str) -> None:
+    """Says how much of what was written for a reader that knows neither horizon nor first offset is zeros."""
+    config = clt.config
+    every = config.n_layers * (config.n_layers + 1) // 2
+    zeros = every - sum(len(clt.targets_of(source)) for source in range(config.n_layers))
+    if zeros:
+        gib = config.n_features * config.d_model * clt.dtype.itemsize / 2**30
+        log.warning(
+            "%s has no horizon and no first offset: %d of its %d decoder matrices are zeros, %.2f of %.2f GiB",
+            *(reader, zeros, every, zeros * gib, every * gib),
+        )
+
+
+def _encoder_tensors(clt: CrossLayerTranscoder, layer: int) -> dict[str, Tensor]:
+    name, F, D = str(layer), clt.config.n_features, clt.config.d_model
+    like = next(clt.parameters())
+    # A layer that is no source never fires: its pre-activations are 0.
+    W_FD, b_F = clt.encoder(layer) if name in clt.W_enc else (like.new_zeros(F, D), like.new_zeros(F))
+    tensors = {"W_enc": W_FD, "b_enc": b_F, "b_dec": clt.b_dec[name] if name in clt.b_dec else like.new_zeros(D)}
+    if clt.config.sparsity.kind == "jumprelu":
+        tensors["threshold"] = clt.log_threshold[name].exp() if name in clt.log_threshold else like.new_zeros(F)
+    return {f"{key}_{layer}": tensor for key, tensor in tensors.items()}
+
+
+def _load_cross_layer(folder: Path, read_site: ReadSite) -> CrossLayerTranscoder:
+    encoders, decoders = (numbered(folder, rf"{part}_(\d+)\.safetensors") for part in ("W_enc", "W_dec"))
+    if len(encoders) != len(decoders):
+        raise CheckpointError(f"{folder}: {len(encoders)} files of encoders, {len(decoders)} of decoders; fetch all")
+    L = len(encoders)
+    clt, F, D = None, 0, 0
+    for layer, (path_enc, path_dec) in enumerate(zip(encoders, decoders, strict=True)):
+        file, name = ForeignFile.safetensors(path_enc), str(layer)
+        if clt is None:
+            clt = _like(file, "W_enc_0", f"threshold_{layer}", "W_skip_0", L, None, read_site)
+            F, D = clt.config.n_features, clt.config.d_model
+        clt.W_enc[name].copy_(file.take(f"W_enc_{layer}", F, D))
+        clt.b_enc[name].copy_(file.take(f"b_enc_{layer}", F))
+        clt.b_dec[name].copy_(file.take(f"b_dec_{layer}", D))
+        if clt.config.sparsity.kind == "jumprelu":
+            clt.log_threshold[name].copy_(_log_threshold(file, f"threshold_{layer}", F))
+        if clt.config.skip:
+            clt.W_skip[name].copy_(file.take(f"W_skip_{layer}", D, D).T)
+        file.end()
+        file = ForeignFile.safetensors(path_dec)
+        W_FTD = file.take(f"W_dec_{layer}", F, L - layer, D)
+        for place, target in enumerate(clt.targets_of(layer)):
+            clt.W_dec[str(target)][layer].copy_(W_FTD[:, place])
+        file.end()
+    assert clt is not None
+    return clt
+
+
+def _load_set(folder: Path, read_site: ReadSite) -> CrossLayerTranscoder:
+    paths = numbered(folder, r"layer_(\d+)\.safetensors")
+    threshold, clt = "activation_function.threshold", None
+    for layer, path in enumerate(paths):
+        file, name = ForeignFile.safetensors(path), str(layer)
+        clt = clt or _like(file, "W_enc", threshold, "W_skip", len(paths), 1, read_site)
+        F, D = clt.config.n_features, clt.config.d_model
+        clt.W_enc[name].copy_(file.take("W_enc", F, D))
+        clt.b_enc[name].copy_(file.take("b_enc", F))
+        clt.b_dec[name].copy_(file.take("b_dec", D))
+        clt.W_dec[name][0].copy_(file.take("W_dec", F, D))
+        if clt.config.sparsity.kind == "jumprelu":
+            clt.log_threshold[name].copy_(_log_threshold(file, threshold, F))
+        if clt.config.skip:
+            clt.W_skip[name].copy_(file.take("W_skip", D, D))
+        file.end()
+    assert clt is not None
+    return clt
+
+
+def _like(
+    file: ForeignFile, W_enc: str, threshold: str, W_skip: str, n_layers: int, n_targets: int | None, site: ReadSite
+) -> CrossLayerTranscoder:
+    """An empty transcoder of the sizes and kind that the first layer's file shows."""
+    F, D, dtype = file.matrix(W_enc)
+    config = CLTConfig(
+        n_layers=n_layers,
+        d_model=D,
+        n_features=F,
+        k=F,
+        n_targets=n_targets,
+        skip=file.has(W_skip),
+        read_site=site,
+        sparsity=SparsitySettings(kind="jumprelu" if file.has(threshold) else "relu"),
+    )
+    return empty_transcoder(config, dtype)
+
+
+def _log_threshold(file: ForeignFile, key: str, n_features: int) -> Tensor:
+    threshold_F = file.take(key, n_features)
+    if bool((threshold_F < 0).any()):
+        raise CheckpointError(f"{file.path}: key '{key}' is negative somewhere: activations below zero have no place")
+    return threshold_F.log()

@@ -1,0 +1,218 @@
+"""Files of other projects, read with suspicion: nothing is run, and every surprise is one line with file and key."""
+
+from __future__ import annotations
+
+import json
+import pickle
+import re
+import shutil
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any, NoReturn
+
+import torch
+import yaml
+from safetensors import SafetensorError
+from torch import Tensor
+
+from clt.config import CLTConfig
+from clt.errors import CheckpointError
+from clt.manifest import temporary_name
+from clt.model import CrossLayerTranscoder
+from clt.scaling import Scaling
+from clt.weights import read_tensors
+
+
+class ForeignFile:
+    """The tensors of one file, taken by name; what nobody took until the end was not understood.
+
+    Args:
+        path: for messages.
+        tensors: by name.
+    """
+
+    def __init__(self, path: Path, tensors: Mapping[str, Any]) -> None:
+        self.path, self._tensors, self._taken = path, dict(tensors), set[str]()
+
+    @classmethod
+    def safetensors(cls, path: Path) -> ForeignFile:
+        """Reads a safetensors file; CheckpointError when it is missing or damaged."""
+        return cls(path, read_tensors(path))
+
+    def has(self, key: str) -> bool:
+        """Whether a tensor is there."""
+        return key in self._tensors
+
+    def matrix(self, key: str) -> tuple[int, int, torch.dtype]:
+        """Sizes of a matrix and the type that `take` gives its numbers; CheckpointError if there is none."""
+        tensor = self._tensors.get(key)
+        if not isinstance(tensor, Tensor):
+            raise CheckpointError(f"{self.path}: key '{key}' is missing; the checkpoint is incomplete")
+        if tensor.dim() != 2 or not tensor.numel():
+            raise CheckpointError(f"{self.path}: key '{key}' has shape {tuple(tensor.shape)}, a matrix is wanted")
+        return tensor.shape[0], tensor.shape[1], torch.promote_types(tensor.dtype, torch.float32)
+
+    def take(self, key: str, *shape: int | None) -> Tensor:
+        """A tensor of floating-point numbers, in float32 or wider.
+
+        Args:
+            key: its name.
+            shape: what it must be; None for a size that anything is good for.
+
+        Raises:
+            CheckpointError: it is missing, of another shape or type, or a number in it is NaN.
+        """
+        if key not in self._tensors:
+            raise CheckpointError(f"{self.path}: key '{key}' is missing; the checkpoint is incomplete")
+        tensor = self._tensors[key]
+        self._taken.add(key)
+        if not isinstance(tensor, Tensor) or not tensor.is_floating_point():
+            kind = tensor.dtype if isinstance(tensor, Tensor) else type(tensor).__name__
+            raise CheckpointError(f"{self.path}: key '{key}' is {kind}, not a tensor of floating-point numbers")
+        pairs = zip(shape, tensor.shape, strict=False)
+        if len(shape) != tensor.dim() or any(want not in (None, size) for want, size in pairs):
+            wanted = ", ".join("any" if size is None else str(size) for size in shape)
+            raise CheckpointError(
+                f"{self.path}: key '{key}' has shape {tuple(tensor.shape)}, ({wanted}) is wanted; another model's?"
+            )
+        if bool(tensor.isnan().any()):
+            raise CheckpointError(f"{self.path}: key '{key}' holds NaN; use another checkpoint")
+        return tensor.to(torch.promote_types(tensor.dtype, torch.float32))
+
+    def take_zeros(self, key: str, why: str, *shape: int | None) -> None:
+        """Takes a tensor that the transcoder has no place for, unless it is all zeros; CheckpointError says why."""
+        if bool(self.take(key, *shape).any()):
+            raise CheckpointError(f"{self.path}: key '{key}' is not zero, {why}")
+
+    def end(self) -> None:
+        """CheckpointError if a key is left that nobody took."""
+        for key in self._tensors:
+            if key not in self._taken:
+                raise CheckpointError(f"{self.path}: key '{key}' is not understood; it would be lost")
+
+
+def read_pickled(path: Path) -> dict[str, Any]:
+    """A dict of plain values and tensors that `torch.save` wrote; anything else in the file is refused, not run.
+
+    Raises:
+        CheckpointError: the file is missing, damaged, or holds objects.
+    """
+    try:
+        tree = torch.load(path, map_location="cpu", weights_only=True)
+    except FileNotFoundError:
+        raise CheckpointError(f"{path}: file is missing; the checkpoint is incomplete") from None
+    except pickle.UnpicklingError as error:
+        reason = str(error).partition("\n")[0]
+        raise CheckpointError(f"{path}: holds more than tensors, or is damaged; nothing was run ({reason})") from None
+    except Exception as error:
+        # A damaged stream of instructions fails wherever it happens to: IndexError, KeyError, struct.error, ...
+        reason = str(error).strip().partition("\n")[0] or type(error).__name__
+        raise CheckpointError(f"{path}: not a readable torch file ({reason})") from None
+    if not isinstance(tree, dict):
+        raise CheckpointError(f"{path}: holds {type(tree).__name__}, a dict is wanted")
+    return tree
+
+
+def read_json(path: Path) -> dict[str, Any]:
+    """A JSON object; CheckpointError when it is missing or something else."""
+    return _mapping(path, json.loads)
+
+
+def read_yaml(path: Path) -> dict[str, Any]:
+    """A YAML mapping of plain values; CheckpointError when it is missing or something else."""
+    return _mapping(path, yaml.safe_load)
+
+
+def whole_number(path: Path, tree: Mapping[str, Any], key: str, least: int = 1) -> int:
+    """An entry of a settings file; CheckpointError unless it is a whole number of at least `least`."""
+    value = tree.get(key)
+    if not isinstance(value, int) or isinstance(value, bool) or value < least:
+        raise CheckpointError(f"{path}: key '{key}' is {value!r}, a whole number of at least {least} is wanted")
+    return value
+
+
+def refuse(path: Path, key: str, value: Any, why: str) -> NoReturn:
+    """CheckpointError for an entry of a settings file that says what a transcoder cannot be."""
+    raise CheckpointError(f"{path}: {key}={value!r}: {why}")
+
+
+def numbered(folder: Path, pattern: str) -> list[Path]:
+    """Files or folders of layers 0, 1, ... in their order.
+
+    Args:
+        folder: where they lie.
+        pattern: regular expression of the whole name; its first group is the layer.
+
+    Raises:
+        CheckpointError: there are none, a layer is missing or comes twice.
+    """
+    found: dict[int, Path] = {}
+    if not folder.is_dir():
+        raise CheckpointError(f"{folder}: no such folder; name the folder of a checkpoint")
+    for path in sorted(folder.iterdir()):
+        match = re.fullmatch(pattern, path.name)
+        if match is None:
+            continue
+        layer = int(match[1])
+        if layer in found:
+            raise CheckpointError(f"{path}: layer {layer} comes twice, {found[layer].name} is it too; remove one")
+        found[layer] = path
+    if not found:
+        raise CheckpointError(f"{folder}: no file like '{pattern}'; is it a checkpoint of this format?")
+    for layer in range(max(found)):
+        if layer not in found:
+            raise CheckpointError(f"{folder}: layer {layer} is missing, no file like '{pattern}'; fetch all files")
+    return [found[layer] for layer in range(len(found))]
+
+
+def empty_transcoder(
+    config: CLTConfig, dtype: torch.dtype = torch.float32, scaling: Scaling | None = None
+) -> CrossLayerTranscoder:
+    """A transcoder to be filled with weights of another project; without scaling it reads and writes raw numbers."""
+    scaling = scaling or Scaling.identity(config.n_layers, config.d_model)
+    return CrossLayerTranscoder(config, scaling).to(dtype).requires_grad_(False).eval()
+
+
+@contextmanager
+def new_folder(target: Path) -> Iterator[Path]:
+    """A folder to fill; it gets its name when all is written, and what fails leaves nothing behind.
+
+    Args:
+        target: new, or an empty folder.
+
+    Yields:
+        The folder under a temporary name beside it.
+
+    Raises:
+        CheckpointError: there is something already, or it cannot be written.
+    """
+    if target.exists() and (not target.is_dir() or any(target.iterdir())):
+        raise CheckpointError(f"{target}: exists already; name a new folder")
+    temporary = target.with_name(temporary_name(target.name))
+    try:
+        shutil.rmtree(temporary, ignore_errors=True)
+        temporary.mkdir(parents=True)
+        yield temporary
+        temporary.replace(target)
+    except (OSError, SafetensorError) as error:
+        raise CheckpointError(f"{target}: cannot be written ({' '.join(str(error).split())})") from None
+    finally:
+        shutil.rmtree(temporary, ignore_errors=True)
+
+
+def write_json(path: Path, tree: Mapping[str, Any]) -> None:
+    """Writes a settings file."""
+    path.write_text(json.dumps(tree, indent=1) + "\n", encoding="utf-8")
+
+
+def _mapping(path: Path, parse: Any) -> dict[str, Any]:
+    try:
+        tree = parse(path.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        raise CheckpointError(f"{path}: file is missing; the checkpoint is incomplete") from None
+    except (OSError, ValueError, yaml.YAMLError) as error:
+        raise CheckpointError(f"{path}: cannot be read ({' '.join(str(error).split())})") from None
+    if not isinstance(tree, dict):
+        raise CheckpointError(f"{path}: holds {type(tree).__name__}, a mapping is wanted")
+    return tree

@@ -1,0 +1,319 @@
+"""Runs of EleutherAI's sparsify (single-layer transcoders) and clt-training (cross-layer ones, the same files).
+
+    {hookpoint}/cfg.json           activation, k, n_targets, ... of one layer
+    {hookpoint}/sae.safetensors    encoder.weight [F,D], encoder.bias [F], and decoders:
+        free        W_decs.{j} [F,D] into layer l + j; W_dec alone for one target
+        per_source_tied                W_dec [F,D] for all targets
+        coalesce_topk: concat          W_dec [F,D] of a target, for all its sources
+        coalesce_topk: per-layer       W_dec [S*F,D] of a target, a block for each of its sources in their order
+    b_decs.{j} / b_dec [D], W_skips.{j} / W_skip [D,D], post_encs.{j} / post_enc [F], post_enc_scales.{j} [F],
+    in_norm [1], out_norm [1]
+    config.json                    settings of the run; hookpoints_in says what the encoders read
+
+A source computes a = TopK(ReLU(W_enc x + b_enc), k) with x times sqrt(D) / in_norm, and its part of layer l + j is
+(a + post_enc_j where a > 0) * post_enc_scale_j through W_decs.j, + b_decs.j + x W_skips.j^T. A target adds up the parts
+of its sources (divide_cross_layer: the others' over their number) and multiplies by out_norm / sqrt(D).
+"""
+
+from __future__ import annotations
+
+import re
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from clt.config import CLTConfig, ReadSite
+from clt.convert.files import (
+    ForeignFile,
+    empty_transcoder,
+    new_folder,
+    read_json,
+    refuse,
+    whole_number,
+    write_json,
+)
+from clt.errors import CheckpointError, ConfigError
+from clt.model import CrossLayerTranscoder
+from clt.scaling import Scaling
+from clt.tensor_files import write_tensors
+
+CODER_FILE, SETTINGS_FILE, RUN_FILE = "sae.safetensors", "cfg.json", "config.json"
+
+_NORMS = ("ln_2", "post_attention_layernorm", "pre_feedforward_layernorm")
+
+
+@dataclass(frozen=True, kw_only=True)
+class _Layer:
+    """One hookpoint: its settings, and its tensors with the names that one target's have made those of several."""
+
+    number: int
+    folder: Path
+    settings: dict[str, Any]
+    file: ForeignFile
+
+    @property
+    def n_targets(self) -> int:
+        """Layers it writes to; 0 in the files of a coder that knows only its own."""
+        if "n_targets" not in self.settings:
+            return 0
+        return whole_number(self.folder / SETTINGS_FILE, self.settings, "n_targets", least=0)
+
+    @property
+    def coalesced(self) -> str | None:
+        """How the decoders of a target's sources lie together in the target's file, if they do."""
+        form = self.settings.get("coalesce_topk", "none")
+        return None if form == "none" else str(form)
+
+    def take(self, name: str, place: int, *shape: int | None) -> Tensor:
+        """A tensor of the j-th target: W_decs.1, or W_dec where there is one target; W_dec is W_decs.0 once more."""
+        several = f"{name}s.{place}"
+        if place or self.file.has(several) or (self.n_targets and not self.file.has(name)):
+            tensor = self.file.take(several, *shape)
+            if not place and self.file.has(name) and not torch.equal(tensor, self.file.take(name, *shape)):
+                raise CheckpointError(f"{self.file.path}: key '{name}' differs from '{several}'; they must be the same")
+            return tensor
+        return self.file.take(name, *shape)
+
+
+def load_sparsify(folder: Path, *, read_site: ReadSite | None = None) -> CrossLayerTranscoder:
+    """Reads a run of sparsify or clt-training.
+
+    Args:
+        folder: the run, with a folder for every layer from 0 on.
+        read_site: what the encoders read; absent: what the run's config.json says, the MLPs' inputs if it says nothing.
+
+    Returns:
+        The transcoder, of the kind topk, with in_norm and out_norm as its scaling.
+
+    Raises:
+        CheckpointError: a file is missing, damaged or of another shape, or says what no transcoder of ours can be.
+    """
+    layers = _layers(folder)
+    for layer in layers:
+        _refuse_unknown(layer, layers[0])
+    first = layers[0]
+    F, D, dtype = first.file.matrix("encoder.weight")
+    k = whole_number(first.folder / SETTINGS_FILE, first.settings, "k")
+    if k > F:
+        refuse(first.folder / SETTINGS_FILE, "k", k, f"there are {F} features only")
+    config = CLTConfig(
+        n_layers=len(layers),
+        d_model=D,
+        n_features=F,
+        k=k,
+        n_targets=max(1, first.n_targets),
+        skip=bool(first.settings.get("skip_connection")),
+        read_site=read_site or _read_site(folder),
+    )
+    clt = empty_transcoder(config, dtype, _scaling(layers, D))
+    for layer in layers:
+        _fill_target(clt, layer, layers)
+    for layer in layers:
+        clt.W_enc[str(layer.number)].copy_(layer.file.take("encoder.weight", F, D))
+        clt.b_enc[str(layer.number)].copy_(layer.file.take("encoder.bias", F))
+        layer.file.end()
+    return clt
+
+
+def save_sparsify(clt: CrossLayerTranscoder, folder: Path) -> None:
+    """Writes the layers as folders layers.{i}.mlp, for sparsify if every source has one target, else for clt-training.
+
+    Args:
+        clt: a whole transcoder of the kind topk whose sources write to their own layer first.
+        folder: new or empty.
+
+    Raises:
+        ConfigError: the format has no place for what the transcoder is.
+        CheckpointError: the folder is not empty or cannot be written.
+    """
+    config = clt.config
+    if config.sparsity.kind != "topk" or config.sparsity.decoder_norm:
+        raise ConfigError(f"clt.sparsity.kind={config.sparsity.kind}: sparsify knows topk without decoder norms only")
+    if config.first_offset:
+        raise ConfigError("clt.first_offset=1: a coder of sparsify writes to its own layer first; train with 0")
+    if config.layer_norm:
+        raise ConfigError("clt.layer_norm: sparsify has no LayerNorm before its encoders; train without it")
+    if config.read_site not in ("resid_mid", "mlp_in"):
+        raise ConfigError(f"clt.read_site={config.read_site}: a run of sparsify reads an MLP's or its norm's input")
+    plain = clt.folded()
+    names = [f"layers.{layer}.mlp" for layer in range(config.n_layers)]
+    with new_folder(folder) as temporary:
+        for layer, name in enumerate(names):
+            (temporary / name).mkdir()
+            write_tensors(temporary / name / CODER_FILE, _tensors(plain, layer))
+            write_json(temporary / name / SETTINGS_FILE, _settings(config, len(plain.targets_of(layer))))
+        norms = [name.replace("mlp", "post_attention_layernorm") for name in names]
+        reads_norm = config.read_site == "resid_mid"
+        write_json(
+            temporary / RUN_FILE,
+            {
+                "sae": _settings(config, 0),
+                "hookpoints": names,
+                "hookpoints_in": norms if reads_norm else [],
+                "cross_layer": 0 if config.n_targets == 1 else config.n_targets or config.n_layers,
+            },
+        )
+
+
+def _layers(folder: Path) -> list[_Layer]:
+    """The hookpoints of a run by layer."""
+    if not folder.is_dir():
+        raise CheckpointError(f"{folder}: no such folder; name the folder of a run")
+    found: dict[int, Path] = {}
+    for path in sorted(path.parent for path in folder.glob(f"*/{SETTINGS_FILE}")):
+        numbers = re.findall(r"(?:^|\.)(\d+)(?=\.|$)", path.name)
+        if len(numbers) != 1:
+            raise CheckpointError(f"{path}: its name does not say which layer it is; name it like layers.3.mlp")
+        layer = int(numbers[0])
+        if layer in found:
+            raise CheckpointError(f"{path}: layer {layer} comes twice, {found[layer].name} is it too; remove one")
+        found[layer] = path
+    if not found:
+        raise CheckpointError(f"{folder}: no folder with a {SETTINGS_FILE} in it; name the folder of a run")
+    for layer in range(max(found)):
+        if layer not in found:
+            raise CheckpointError(f"{folder}: layer {layer} is missing; a transcoder needs all layers from 0 on")
+    return [
+        _Layer(
+            number=layer,
+            folder=found[layer],
+            settings=read_json(found[layer] / SETTINGS_FILE),
+            file=ForeignFile.safetensors(found[layer] / CODER_FILE),
+        )
+        for layer in range(len(found))
+    ]
+
+
+def _refuse_unknown(layer: _Layer, first: _Layer) -> None:
+    """CheckpointError for settings that change what the weights mean in a way that no transcoder of ours has."""
+    path, settings = layer.folder / SETTINGS_FILE, layer.settings
+    alike = ("k", "skip_connection", "coalesce_topk", "per_source_tied", "divide_cross_layer", "post_encoder_scale")
+    if settings.get("activation", "topk") != "topk":
+        refuse(
+            path, "activation", settings["activation"], "depends on groups or on the batch; topk is what can be read"
+        )
+    if not settings.get("transcode", False):
+        refuse(path, "transcode", settings.get("transcode"), "is an autoencoder of one site, not a transcoder")
+    if settings.get("coalesce_topk", "none") not in ("none", "concat", "per-layer"):
+        refuse(path, "coalesce_topk", settings["coalesce_topk"], "none, concat and per-layer can be read")
+    for key, why in (
+        ("topk_coalesced", "lets every target choose among its sources' features anew; ours are chosen once"),
+        ("secondary_target_tied", "decodes every target twice; decoders here are applied once"),
+    ):
+        if settings.get(key):
+            refuse(path, key, True, why)
+    for key in alike:
+        if settings.get(key) != first.settings.get(key):
+            refuse(
+                path, key, settings.get(key), f"{first.folder.name} has {first.settings.get(key)!r}; one for all layers"
+            )
+
+
+def _read_site(folder: Path) -> ReadSite:
+    """What the run says of its encoders' inputs."""
+    path = folder / RUN_FILE
+    hooks = read_json(path).get("hookpoints_in") if path.exists() else None
+    if not hooks:
+        return "mlp_in"
+    if not isinstance(hooks, list):
+        refuse(path, "hookpoints_in", hooks, "a list is wanted")
+    for hook in hooks:
+        if str(hook).rpartition(".")[2] not in _NORMS:
+            refuse(path, "hookpoints_in", hook, "is no norm before an MLP; say what encoders read (--read-site)")
+    return "resid_mid"
+
+
+def _scaling(layers: list[_Layer], d_model: int) -> Scaling:
+    """in_norm and out_norm, the mean norms of inputs and outputs, as scales."""
+    scaling = Scaling.identity(len(layers), d_model)
+    for layer in layers:
+        if layer.settings.get("normalize_io"):
+            for key, rms in (("in_norm", scaling.rms_x), ("out_norm", scaling.rms_y)):
+                norm = layer.file.take(key, 1)
+                if not bool(norm > 0):
+                    raise CheckpointError(f"{layer.file.path}: key '{key}' is {float(norm):g}, it must be positive")
+                rms[layer.number] = norm[0] / d_model**0.5
+    return scaling
+
+
+def _fill_target(clt: CrossLayerTranscoder, goal: _Layer, layers: list[_Layer]) -> None:
+    """Copies decoders, bias and skip connection of one target."""
+    F, D, name, sources = clt.config.n_features, clt.config.d_model, str(goal.number), clt.sources_of(goal.number)
+    if max(1, goal.n_targets) != len(clt.targets_of(goal.number)):
+        wanted = f"{len(clt.targets_of(goal.number))} is wanted, one horizon for all; are layers missing?"
+        refuse(goal.folder / SETTINGS_FILE, "n_targets", goal.settings.get("n_targets"), wanted)
+    bias_D = goal.file.take("b_dec", D) if goal.coalesced else torch.zeros(D, dtype=clt.dtype)
+    for row, source in enumerate(sources):
+        layer, place = layers[source], goal.number - source
+        divided = goal.settings.get("divide_cross_layer") and place and not goal.coalesced
+        share = 1 / (len(sources) - 1) if divided else 1.0
+        clt.W_dec[name][row].copy_(_decoder(layer, goal, row, place, (len(sources), F, D)) * share)
+        _refuse_offset(layer, place, F)
+        if not goal.coalesced:
+            bias_D = bias_D + share * layer.take("b_dec", place, D)
+            if place and clt.config.skip:
+                layer.file.take_zeros(f"W_skips.{place}", "it maps a source's input; ours reads the target's own", D, D)
+    clt.b_dec[name].copy_(bias_D)
+    if clt.config.skip:
+        clt.W_skip[name].copy_(goal.take("W_skip", 0, D, D))
+
+
+def _decoder(layer: _Layer, goal: _Layer, row: int, place: int, sizes: tuple[int, int, int]) -> Tensor:
+    """[F,D] of a source into a target, with the scales of its features there."""
+    S, F, D = sizes
+    match goal.coalesced:
+        case "concat":
+            W_FD = goal.file.take("W_dec", F, D)
+        case "per-layer":
+            W_GD = goal.file.take("W_dec", None, D)
+            # clt-training allocates a block too many where the horizon ends.
+            if len(W_GD) % F or len(W_GD) < S * F:
+                raise CheckpointError(
+                    f"{goal.file.path}: key 'W_dec' has {len(W_GD)} rows, {S} blocks of {F} are wanted"
+                )
+            W_FD = W_GD[row * F : (row + 1) * F]
+        case _ if layer.settings.get("per_source_tied"):
+            W_FD = layer.file.take("W_dec", F, D)
+        case _:
+            W_FD = layer.take("W_dec", place, F, D)
+    if layer.settings.get("post_encoder_scale"):
+        W_FD = W_FD * layer.take("post_enc_scale", place, F)[:, None]
+    return W_FD
+
+
+def _refuse_offset(layer: _Layer, place: int, n_features: int) -> None:
+    for key in (f"post_encs.{place}", "post_enc"):
+        if layer.file.has(key):
+            layer.file.take_zeros(key, "an offset of active features, which a linear decoder lacks", n_features)
+
+
+def _tensors(clt: CrossLayerTranscoder, layer: int) -> dict[str, Tensor]:
+    """The file of one layer; the bias of a target is wholly its own layer's."""
+    W_FD, b_F = clt.encoder(layer)
+    tensors = {"encoder.weight": W_FD, "encoder.bias": b_F}
+    several = clt.config.n_targets != 1
+    for place, target in enumerate(clt.targets_of(layer)):
+        b_D = clt.b_dec[str(target)]
+        of_target = {"W_dec": clt.decoder(layer, target), "b_dec": torch.zeros_like(b_D) if place else b_D}
+        if clt.config.skip:
+            W_DD = clt.W_skip[str(target)]
+            of_target["W_skip"] = torch.zeros_like(W_DD) if place else W_DD
+        tensors |= {f"{key}s.{place}" if several else key: tensor for key, tensor in of_target.items()}
+    return tensors
+
+
+def _settings(config: CLTConfig, n_targets: int) -> dict[str, Any]:
+    """cfg.json; sparsify does not know, and skips, the number of targets."""
+    return {
+        "activation": "topk",
+        "normalize_decoder": False,
+        "num_latents": config.n_features,
+        "k": config.k,
+        "skip_connection": config.skip,
+        "transcode": True,
+        "n_targets": 0 if config.n_targets == 1 else n_targets,
+        "d_in": config.d_model,
+    }
