@@ -54,7 +54,7 @@ def given_codes(n_features: int) -> Iterator[None]:
     codes: dict[tuple[int, ...], tuple[Tensor, Tensor]] = {}
 
     def gather(self: CodeExchange, cargo: Any, slot: int, values_BK: Tensor, indices_BK: Tensor) -> None:
-        rows = self._rows[slot]
+        rows = self.slots.rows[slot]
         shape = tuple(values_BK.shape)
         if shape not in codes:
             codes[shape] = _draw(values_BK, n_features)
@@ -70,10 +70,10 @@ def given_codes(n_features: int) -> Iterator[None]:
             self._awaiting_sum.append((weakref.ref(cargo), slot))
 
     def sum_up(self: CodeExchange, cargo: Any, slot: int) -> None:
-        row = self._rows[slot][self.mesh.model_rank]
+        row = self.slots.rows[slot][self.mesh.model_rank]
         if row is not None:
             gradients_LBK = cargo.gradients()
-            parts_RBK = gradients_LBK.new_zeros(len(self._rows[slot]), *gradients_LBK.shape[1:])
+            parts_RBK = gradients_LBK.new_zeros(len(self.slots.rows[slot]), *gradients_LBK.shape[1:])
             parts_RBK[self.mesh.model_rank] = gradients_LBK[row]
             cargo.sums[slot] = (_Arrived(), parts_RBK)
 
