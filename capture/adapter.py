@@ -18,7 +18,7 @@ import torch
 from torch import Tensor, nn
 
 from clt.capture.architectures import Architecture, attention_of, find_architecture, require_residual_stream
-from clt.capture.loading import identify, load_model
+from clt.capture.loading import DeviceMap, Placement, Quantization, identify, load_model
 from clt.capture.prompts import PromptEncoder, PromptInputs, collate
 from clt.capture.sites import Sites
 from clt.capture.structure import Structure
@@ -68,7 +68,14 @@ class ModelAdapter:
 
     @classmethod
     def from_pretrained(
-        cls, path: str | Path, revision: str | None = None, dtype: str = "float32", device: str = "cpu"
+        cls,
+        path: str | Path,
+        revision: str | None = None,
+        dtype: str = "float32",
+        device: str = "cpu",
+        *,
+        device_map: DeviceMap | None = None,
+        quantization: Quantization | None = None,
     ) -> ModelAdapter:
         """Loads a model, its tokenizer and its image processor from a folder or from the hub.
 
@@ -77,14 +84,18 @@ class ModelAdapter:
             revision: hub revision; ignored for folders.
             dtype: float32, bfloat16, float16 or float64.
             device: torch device.
+            device_map: how `accelerate` spreads the model over all GPUs; then `device` is not used.
+            quantization: how `bitsandbytes` rounds the weights of linear layers; what they compute is in `dtype`.
 
         Returns:
             The adapter, its model on `device`.
 
         Raises:
-            ModelError: the folder does not exist, lacks a file, holds a damaged one, or a class that is not supported.
+            ModelError: the folder does not exist, lacks a file, holds a damaged one, or a class that is not supported;
+                a package is missing; or the model does not fit the devices.
         """
-        model, processor = load_model(str(path), revision, dtype, device)
+        placement = Placement(device=device, device_map=device_map, quantization=quantization)
+        model, processor = load_model(str(path), revision, dtype, placement)
         # The hub's commit, when there is one, says more than a branch.
         commit = getattr(model.config, "_commit_hash", None) or revision or "main"
         return cls(model, processor, identify(model, str(path), "local" if Path(path).is_dir() else commit))

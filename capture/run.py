@@ -249,8 +249,10 @@ def _run_batch(job: CaptureJob, unit: int, batch: Sequence[int]) -> tuple[Tensor
         # No logits are needed, and with a large vocabulary they would cost more than the layers.
         adapter.model(**inputs.model_inputs, use_cache=False, logits_to_keep=1)
     dtype = _captured_dtype(adapter)
-    kept = [recorded[site][inputs.real_mask].to(dtype).cpu() for site in job.spec.sites]
-    tokens = TokenTable(**{n: value[inputs.real_mask].cpu() for n, value in vars(inputs.tokens).items()})
+    # On the CPU, because layers may lie on other devices than the inputs.
+    real_mask = inputs.real_mask.cpu()
+    kept = [recorded[site][real_mask].to(dtype).cpu() for site in job.spec.sites]
+    tokens = TokenTable(**{n: value.cpu()[real_mask] for n, value in vars(inputs.tokens).items()})
     tokens = replace(tokens, sample=torch.tensor(batch).repeat_interleave(lengths))
     for site, values in zip(job.spec.sites, kept, strict=True):
         rounded = values.bfloat16() if job.spec.store_dtype == "bfloat16" else values
