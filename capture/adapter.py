@@ -162,13 +162,16 @@ class ModelAdapter:
         """
         return self.sites.place(site).module
 
-    def prepare(self, prompt: str, images: Sequence[Image.Image] = (), answer: str | None = None) -> PromptInputs:
+    def prepare(
+        self, prompt: str, images: Sequence[Image.Image] = (), answer: str | Sequence[int] | None = None
+    ) -> PromptInputs:
         """Turns one prompt, its images and optionally its answer into a batch of one.
 
         Args:
             prompt: formatted text with one placeholder (such as `<image>`) per image.
             images: pictures in the order of their placeholders.
-            answer: text whose tokens follow the prompt's, tokenized on its own, with an end-of-sequence token after it.
+            answer: text whose tokens follow the prompt's, tokenized on its own, with an end-of-sequence token after it;
+                or token ids as they are, from `generate` for instance.
 
         Returns:
             The batch on the model's device; a beginning-of-sequence token comes first exactly once if the tokenizer
@@ -192,7 +195,12 @@ class ModelAdapter:
         """Whether the size of an image decides how many tokens it becomes."""
         return self._encoder.images is not None and self._encoder.images.size_matters
 
-    def count_tokens(self, prompt: str, images: int | Sequence[tuple[int, int]] = 0, answer: str | None = None) -> int:
+    def count_tokens(
+        self,
+        prompt: str,
+        images: int | Sequence[tuple[int, int]] = 0,
+        answer: str | Sequence[int] | None = None,
+    ) -> int:
         """Number of tokens that `prepare` would give, without looking at the images; same errors.
 
         Args:

@@ -14,12 +14,14 @@ from clt.capture.hooks import attach
 from clt.config import parse_config
 from clt.errors import ConfigError, ModelError
 
+from .conftest import make_llama, make_tokenizer
 
-def activations(**settings: Any) -> torch.Tensor:
+
+def activations(site: str = "lm.2.mlp_out", **settings: Any) -> torch.Tensor:
     adapter = ModelChoice(**settings).load()
-    with torch.no_grad(), attach(adapter, ["lm.2.mlp_out"]) as recorded:
+    with torch.no_grad(), attach(adapter, [site]) as recorded:
         adapter.forward(adapter.prepare("the cat sat on a mat"))
-    return recorded["lm.2.mlp_out"]
+    return recorded[site]
 
 
 def test_the_model_runs_in_the_type_of_the_job(llama_folder: Path) -> None:
@@ -68,12 +70,18 @@ def test_a_model_that_is_spread_computes_the_same(llama_folder: Path) -> None:
     assert torch.equal(spread.cpu(), activations(model=str(llama_folder)))
 
 
-@pytest.mark.parametrize(("quantization", "error"), [("8bit", 0.05), ("4bit", 0.3)])
-def test_quantised_weights_compute_nearly_the_same(llama_folder: Path, quantization: str, error: float) -> None:
+@pytest.mark.parametrize(("quantization", "error"), [("8bit", 0.02), ("4bit", 0.15)])
+def test_quantised_weights_compute_nearly_the_same(tmp_path: Path, quantization: str, error: float) -> None:
     for package in ("bitsandbytes", "accelerate"):
         if importlib.util.find_spec(package) is None:
             pytest.skip(f"the optional package '{package}' is not installed")
-    rounded, exact = activations(model=str(llama_folder), quantization=quantization), activations(model=str(llama_folder))
+    # Widths that bitsandbytes packs on every device.
+    make_llama(hidden_size=64, intermediate_size=128, head_dim=32).save_pretrained(tmp_path)
+    make_tokenizer().save_pretrained(tmp_path)
+    # One linear map of exact inputs: deeper, random layers amplify any error.
+    rounded, exact = (
+        activations("lm.0.v", model=str(tmp_path), **settings) for settings in ({"quantization": quantization}, {})
+    )
     assert 0 < (rounded.float() - exact).norm() < error * exact.norm()
 
 

@@ -84,11 +84,11 @@ def test_bad_row_of_a_list_is_named(tmp_path: Path, value: Any, message: str) ->
 
 def test_a_column_that_no_row_has_is_named(tmp_path: Path) -> None:
     file = write(tmp_path / "x.json", list(ROWS))
-    with pytest.raises(InputError, match="no column 'qeury' for columns.prompt, the columns are id, image, query"):
+    with pytest.raises(InputError, match=r"no column 'qeury' for columns\.prompt, the columns are id, image, query"):
         source(json={"file": file, "columns": {"prompt": "qeury"}})
     with pytest.raises(InputError, match=r"no column 'label' for columns\.answer"):
         source(json={"file": file, "columns": {"prompt": "query", "answer": "label"}})
-    with pytest.raises(ConfigError, match="columns.prompt: null"):
+    with pytest.raises(ConfigError, match=r"columns\.prompt: null"):
         source(json={"file": file, "prompt_template": "the same for all"})
 
 
