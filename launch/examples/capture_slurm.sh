@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# Captures under Slurm, an array of any size:  sbatch --array 0-31 launch/examples/capture_slurm.sh CONFIG [key=value ...]
+# Captures under Slurm, an array of any size:  sbatch --array 0-31 launch/examples/capture_slurm.sh CONFIG [key=value]
 # Each task has one GPU and needs none of the others: a task takes its share of the units first and then whatever is
 # left, whoever finds all of them committed completes the store, and a task that is preempted is queued again.
 #SBATCH --job-name=clt-capture

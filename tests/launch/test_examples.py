@@ -110,7 +110,7 @@ def test_slurm_gives_two_minutes_of_grace_and_the_ranks_nearly_all_of_it() -> No
     assert re.search(r"^#SBATCH --requeue$", text, re.MULTILINE)
 
 
-def test_capture_scripts_fill_one_store_and_leave_a_finished_one_alone(tmp_path: Path) -> None:
+def test_capture_on_two_processes_and_by_one_task_of_an_array_is_the_same_store(tmp_path: Path) -> None:
     job = tmp_path / "job.yaml"
     job.write_text(
         f"model: examples/toy_vlm/checkpoints/base\noutput: {tmp_path}/store\nrows_per_unit: 256\n"
@@ -118,11 +118,9 @@ def test_capture_scripts_fill_one_store_and_leave_a_finished_one_alone(tmp_path:
     )
     done = run("capture.sh", str(job), WORKERS="2")
     assert done.returncode == 0, done.stderr
-    (store_id,) = done.stdout.split()
     task = {"SLURM_ARRAY_TASK_ID": "5", "SLURM_ARRAY_TASK_MIN": "4", "SLURM_ARRAY_TASK_COUNT": "2"}
-    assert run("capture_slurm.sh", str(job), **task).stdout.split() == [store_id]
     alone = run("capture_slurm.sh", str(job), f"output={tmp_path}/other", **task)
-    assert alone.stdout.split() == [store_id], "one task does the work of all when no other comes"
+    assert alone.stdout == done.stdout != "", "one task does the work of all when no other comes"
     missing = run("capture_slurm.sh", str(job))
     assert missing.returncode != 0 and "sbatch --array" in missing.stderr
 
