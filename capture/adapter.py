@@ -18,7 +18,7 @@ import torch
 from torch import Tensor, nn
 
 from clt.capture.architectures import Architecture, attention_of, find_architecture, require_residual_stream
-from clt.capture.loading import identify, load_model
+from clt.capture.loading import DeviceMap, Placement, Quantization, identify, load_model
 from clt.capture.prompts import PromptEncoder, PromptInputs, collate
 from clt.capture.sites import Sites
 from clt.capture.structure import Structure
@@ -68,7 +68,14 @@ class ModelAdapter:
 
     @classmethod
     def from_pretrained(
-        cls, path: str | Path, revision: str | None = None, dtype: str = "float32", device: str = "cpu"
+        cls,
+        path: str | Path,
+        revision: str | None = None,
+        dtype: str = "float32",
+        device: str = "cpu",
+        *,
+        device_map: DeviceMap | None = None,
+        quantization: Quantization | None = None,
     ) -> ModelAdapter:
         """Loads a model, its tokenizer and its image processor from a folder or from the hub.
 
@@ -77,14 +84,18 @@ class ModelAdapter:
             revision: hub revision; ignored for folders.
             dtype: float32, bfloat16, float16 or float64.
             device: torch device.
+            device_map: how `accelerate` spreads the model over all GPUs; then `device` is not used.
+            quantization: how `bitsandbytes` rounds the weights of linear layers; what they compute is in `dtype`.
 
         Returns:
             The adapter, its model on `device`.
 
         Raises:
-            ModelError: the folder does not exist, lacks a file, holds a damaged one, or a class that is not supported.
+            ModelError: the folder does not exist, lacks a file, holds a damaged one, or a class that is not supported;
+                a package is missing; or the model does not fit the devices.
         """
-        model, processor = load_model(str(path), revision, dtype, device)
+        placement = Placement(device=device, device_map=device_map, quantization=quantization)
+        model, processor = load_model(str(path), revision, dtype, placement)
         # The hub's commit, when there is one, says more than a branch.
         commit = getattr(model.config, "_commit_hash", None) or revision or "main"
         return cls(model, processor, identify(model, str(path), "local" if Path(path).is_dir() else commit))
@@ -151,13 +162,16 @@ class ModelAdapter:
         """
         return self.sites.place(site).module
 
-    def prepare(self, prompt: str, images: Sequence[Image.Image] = (), answer: str | None = None) -> PromptInputs:
+    def prepare(
+        self, prompt: str, images: Sequence[Image.Image] = (), answer: str | Sequence[int] | None = None
+    ) -> PromptInputs:
         """Turns one prompt, its images and optionally its answer into a batch of one.
 
         Args:
             prompt: formatted text with one placeholder (such as `<image>`) per image.
             images: pictures in the order of their placeholders.
-            answer: text whose tokens follow the prompt's, tokenized on its own, with an end-of-sequence token after it.
+            answer: text whose tokens follow the prompt's, tokenized on its own, with an end-of-sequence token after it;
+                or token ids as they are, from `generate` for instance.
 
         Returns:
             The batch on the model's device; a beginning-of-sequence token comes first exactly once if the tokenizer
@@ -181,7 +195,12 @@ class ModelAdapter:
         """Whether the size of an image decides how many tokens it becomes."""
         return self._encoder.images is not None and self._encoder.images.size_matters
 
-    def count_tokens(self, prompt: str, images: int | Sequence[tuple[int, int]] = 0, answer: str | None = None) -> int:
+    def count_tokens(
+        self,
+        prompt: str,
+        images: int | Sequence[tuple[int, int]] = 0,
+        answer: str | Sequence[int] | None = None,
+    ) -> int:
         """Number of tokens that `prepare` would give, without looking at the images; same errors.
 
         Args:

@@ -12,8 +12,9 @@ import re
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from importlib.util import find_spec
 from pathlib import Path
-from typing import Any, cast
+from typing import Any, Literal, cast
 
 import torch
 from torch import nn
@@ -21,6 +22,9 @@ from torch import nn
 from clt.capture.architectures import attention_of, find_architecture
 from clt.errors import ModelError
 from clt.records import ModelIdentity
+
+DeviceMap = Literal["auto", "balanced", "sequential"]
+Quantization = Literal["8bit", "4bit"]
 
 _DTYPES = ("float32", "bfloat16", "float16", "float64")
 
@@ -33,17 +37,73 @@ class Processor:
     image_processor: Any
 
 
-def load_model(path: str, revision: str | None, dtype: str, device: str) -> tuple[Any, Any]:
+@dataclass(frozen=True, kw_only=True)
+class Placement:
+    """Where the weights of a model go, and as what.
+
+    Attributes:
+        device: torch device of all of them.
+        device_map: instead of `device`, how they are spread over all GPUs.
+        quantization: how the weights of linear layers are rounded.
+    """
+
+    device: str
+    device_map: DeviceMap | None = None
+    quantization: Quantization | None = None
+
+    def check(self, path: str) -> None:
+        """Raises ModelError when the device cannot be used or a package is missing."""
+        try:
+            torch.empty(0, device=self.device)
+        except (RuntimeError, AssertionError) as error:
+            raise ModelError(f"device '{self.device}' cannot be used ({_first_line(error)}); choose another") from None
+        needed = {"bitsandbytes": self.quantization, "accelerate": self.quantization or self.device_map}
+        for package, reason in needed.items():
+            if reason is not None and find_spec(package) is None:
+                key = "quantization" if reason == self.quantization else "device_map"
+                raise ModelError(
+                    f"{path}: {key}: {reason} needs the package '{package}'; pip install {package}, or remove the key"
+                )
+
+    def arguments(self, dtype: str) -> dict[str, Any]:
+        """Of `from_pretrained`."""
+        from transformers import BitsAndBytesConfig
+
+        if self.device_map is None and self.quantization is None:
+            return {}
+        arguments: dict[str, Any] = {"device_map": self.device_map or {"": self.device}}
+        if self.quantization == "8bit":
+            arguments["quantization_config"] = BitsAndBytesConfig(load_in_8bit=True)
+        elif self.quantization == "4bit":
+            arguments["quantization_config"] = BitsAndBytesConfig(
+                load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_compute_dtype=getattr(torch, dtype)
+            )
+        return arguments
+
+    def put(self, model: Any, path: str) -> Any:
+        """The model where it shall be; ModelError when parts of it found no place on a device."""
+        if self.device_map is None and self.quantization is None:
+            return model.to(self.device)
+        homeless = next((name for name, weight in model.named_parameters() if weight.device.type == "meta"), None)
+        if homeless is not None:
+            raise ModelError(
+                f"{path}: the devices are too small for the model, first for {homeless}; use more GPUs, a narrower "
+                f"dtype or quantization"
+            )
+        return model
+
+
+def load_model(path: str, revision: str | None, dtype: str, placement: Placement) -> tuple[Any, Any]:
     """Loads a model and its processor.
 
     Args:
         path: folder or hub name.
         revision: hub revision; ignored for folders.
         dtype: float32, bfloat16, float16 or float64.
-        device: torch device.
+        placement: where its weights go.
 
     Returns:
-        The model on `device`, and its `Processor`, or its tokenizer if it takes no images.
+        The model, and its `Processor`, or its tokenizer if it takes no images.
 
     Raises:
         ModelError: a file is missing or damaged, or the class, dtype or device is not supported.
@@ -51,22 +111,19 @@ def load_model(path: str, revision: str | None, dtype: str, device: str) -> tupl
     _check_folder(path)
     if dtype not in _DTYPES:
         raise ModelError(f"dtype '{dtype}': expected one of {', '.join(_DTYPES)}")
-    try:
-        torch.empty(0, device=device)
-    except (RuntimeError, AssertionError) as error:
-        raise ModelError(f"device '{device}' cannot be used ({_first_line(error)}); choose another") from None
+    placement.check(path)
     from safetensors import SafetensorError
 
     try:
         with _quiet_transformers():
-            return _load(path, revision, dtype, device)
+            return _load(path, revision, dtype, placement)
     except ModelError:
         raise
     except (OSError, ValueError, KeyError, RuntimeError, ImportError, SafetensorError) as error:
         raise ModelError(f"{path}: the model cannot be loaded ({_first_line(error)}); check its files") from error
 
 
-def _load(path: str, revision: str | None, dtype: str, device: str) -> tuple[Any, Any]:
+def _load(path: str, revision: str | None, dtype: str, placement: Placement) -> tuple[Any, Any]:
     import transformers
 
     # By its module: older versions guard the top-level name with torchvision.
@@ -86,17 +143,19 @@ def _load(path: str, revision: str | None, dtype: str, device: str) -> tuple[Any
         attn_implementation=attention_of(model_class),
         use_safetensors=True,
         output_loading_info=True,
+        **placement.arguments(dtype),
     )
     # transformers would fill these with random numbers and only warn.
     missing = sorted(str(key) for key in [*report["missing_keys"], *report["mismatched_keys"]])
     if missing:
         raise ModelError(f"{path}: weights are missing or have another shape, first {missing[0]}; check its files")
+    model = placement.put(model, path)
     tokenizer = transformers.AutoTokenizer.from_pretrained(path, revision=revision)
     if getattr(config, "vision_config", None) is None:
-        return model.to(device), tokenizer
+        return model, tokenizer
     # The PIL backend gives the same pixels with and without torchvision installed.
     images = AutoImageProcessor.from_pretrained(path, revision=revision, backend="pil")
-    return model.to(device), Processor(tokenizer=tokenizer, image_processor=images)
+    return model, Processor(tokenizer=tokenizer, image_processor=images)
 
 
 @contextmanager

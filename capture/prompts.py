@@ -94,14 +94,14 @@ class PromptEncoder:
     images: ImageTokens | None
     _texts_of_sizes: dict[Size, ImageText] = field(default_factory=dict, init=False, repr=False, compare=False)
 
-    def count(self, prompt: str, images: int | Sequence[Size], answer: str | None) -> int:
+    def count(self, prompt: str, images: int | Sequence[Size], answer: str | Sequence[int] | None) -> int:
         """Number of tokens that `encode` would give, without looking at the images."""
         sizes: Sequence[Size] = [_ANY_SIZE] * images if isinstance(images, int) else images
         if isinstance(images, int) and images and self.images is not None and self.images.size_matters:
             raise InputError(f"{self.model_name}: the size of an image decides how many tokens it has; give the sizes")
         return len(self._columns(prompt, [self._text_of_size(size) for size in sizes])) + len(self._answer_ids(answer))
 
-    def encode(self, prompt: str, images: Sequence[Image.Image], answer: str | None) -> PromptInputs:
+    def encode(self, prompt: str, images: Sequence[Image.Image], answer: str | Sequence[int] | None) -> PromptInputs:
         """A batch of one on the CPU, pixels in float32; see `ModelAdapter.prepare`."""
         encoded = EncodedImages(model_inputs={}, texts=())
         if images:
@@ -157,9 +157,9 @@ class PromptEncoder:
             raise InputError(f"{_quoted(prompt)} has no tokens; write a prompt")
         return ids
 
-    def _answer_ids(self, answer: str | None) -> list[int]:
-        if answer is None:
-            return []
+    def _answer_ids(self, answer: str | Sequence[int] | None) -> list[int]:
+        if not isinstance(answer, str):
+            return [] if answer is None else [*answer]
         eos = self.tokenizer.eos_token_id
         return [*self.tokenizer(answer, add_special_tokens=False)["input_ids"], *([] if eos is None else [eos])]
 

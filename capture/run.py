@@ -24,9 +24,10 @@ from torch import Tensor
 from tqdm import tqdm
 
 from clt.capture.adapter import ModelAdapter
+from clt.capture.answers import Answer, Generation, make_answers
 from clt.capture.arrays import Compression
 from clt.capture.choice import ModelChoice
-from clt.capture.examples import ExampleSource, SourceSettings, open_source
+from clt.capture.examples import ExampleSource, SourceSettings, open_source, text_digest
 from clt.capture.hooks import attach
 from clt.capture.order import pack_units
 from clt.capture.rows import TORCH_DTYPES
@@ -57,6 +58,8 @@ class CaptureConfig(ModelChoice):
     """Folder or URL of the store; it is made, or gone on with if it holds an unfinished store of the same job."""
     source: SourceSettings
     """Where the examples come from."""
+    generate: Generation | None = None
+    """The model answers each prompt itself, and prompt and answer are captured; absent: the answers of the source."""
     read_site: ReadSite = "resid_mid"
     """What transcoders will read; stored for every layer beside `mlp_out`."""
     store_dtype: StoreDtype = "bfloat16"
@@ -83,6 +86,7 @@ class CaptureJob:
         adapter: the model.
         source: the examples.
         lengths: tokens of each example.
+        answers: what the model answered to each; None: the answers of the source.
         spec: what the store will hold.
         plan: which samples each unit holds.
     """
@@ -90,6 +94,7 @@ class CaptureJob:
     adapter: ModelAdapter
     source: ExampleSource
     lengths: tuple[int, ...]
+    answers: tuple[Answer, ...] | None
     spec: StoreSpec
     plan: CapturePlan
 
@@ -117,12 +122,16 @@ class CaptureJob:
         )
 
 
-def plan_capture(config: CaptureConfig, adapter: ModelAdapter | None = None) -> CaptureJob:
-    """Loads the model and decides what goes where, without running it or writing anything.
+def plan_capture(
+    config: CaptureConfig, adapter: ModelAdapter | None = None, *, longest_answers: bool = False
+) -> CaptureJob:
+    """Loads the model and decides what goes where; writes nothing, and runs the model only for `generate`.
 
     Args:
         config: the job.
         adapter: the model, if it is loaded already.
+        longest_answers: take every answer that is to be generated for as long as it may be, and generate none; the job
+            then tells sizes and cannot be run.
 
     Returns:
         The planned job.
@@ -134,7 +143,7 @@ def plan_capture(config: CaptureConfig, adapter: ModelAdapter | None = None) -> 
     """
     adapter = adapter or config.load()
     source = open_source(config.source)
-    lengths = tuple(_count_tokens(adapter, source, sample) for sample in range(len(source.texts)))
+    lengths, answers = _lengths(config, adapter, source, longest_answers)
     sites = tuple(f"lm.{layer}.{kind}" for kind in (config.read_site, "mlp_out") for layer in range(adapter.n_layers))
     group = SiteGroup(name="lm", sites=sites, width=adapter.d_model)
     rows, chunk = _sizes(config, len(sites) * adapter.d_model * TORCH_DTYPES[config.store_dtype].itemsize)
@@ -155,9 +164,9 @@ def plan_capture(config: CaptureConfig, adapter: ModelAdapter | None = None) -> 
         chunk_tokens=chunk,
         batch_size=config.batch_size,
         seed=config.seed,
-        source=source.digest(),
+        source=source.digest() if answers is None else text_digest([source.digest(), repr(answers)]),
     )
-    return CaptureJob(adapter=adapter, source=source, lengths=lengths, spec=spec, plan=plan)
+    return CaptureJob(adapter=adapter, source=source, lengths=lengths, answers=answers, spec=spec, plan=plan)
 
 
 def capture(config: CaptureConfig, *, adapter: ModelAdapter | None = None, progress: bool = False) -> str | None:
@@ -240,17 +249,22 @@ def capture_samples(
 
 def _run_batch(job: CaptureJob, unit: int, batch: Sequence[int]) -> tuple[Tensor, TokenTable]:
     """Activations [n, sites, D] and tokens [n] of some samples, sample by sample, without padding."""
-    examples = [job.source.load(sample) for sample in batch]
-    adapter = job.adapter
-    inputs = adapter.collate([adapter.prepare(e.prompt, e.images, e.answer) for e in examples])
+    adapter, prepared = job.adapter, []
+    for sample in batch:
+        example = job.source.load(sample)
+        answer = example.answer if job.answers is None else job.answers[sample]
+        prepared.append(adapter.prepare(example.prompt, example.images, answer))
+    inputs = adapter.collate(prepared)
     lengths = torch.tensor([job.lengths[sample] for sample in batch])
     assert torch.equal(inputs.real_mask.sum(1).cpu(), lengths), "count_tokens and prepare agree"
     with torch.no_grad(), attach(adapter, read=job.spec.sites) as recorded:
         # No logits are needed, and with a large vocabulary they would cost more than the layers.
         adapter.model(**inputs.model_inputs, use_cache=False, logits_to_keep=1)
     dtype = _captured_dtype(adapter)
-    kept = [recorded[site][inputs.real_mask].to(dtype).cpu() for site in job.spec.sites]
-    tokens = TokenTable(**{n: value[inputs.real_mask].cpu() for n, value in vars(inputs.tokens).items()})
+    # On the CPU, because layers may lie on other devices than the inputs.
+    real_mask = inputs.real_mask.cpu()
+    kept = [recorded[site][real_mask].to(dtype).cpu() for site in job.spec.sites]
+    tokens = TokenTable(**{n: value.cpu()[real_mask] for n, value in vars(inputs.tokens).items()})
     tokens = replace(tokens, sample=torch.tensor(batch).repeat_interleave(lengths))
     for site, values in zip(job.spec.sites, kept, strict=True):
         rounded = values.bfloat16() if job.spec.store_dtype == "bfloat16" else values
@@ -271,12 +285,34 @@ def _batches(samples: range, lengths: Sequence[int], batch_size: int) -> Iterato
         yield by_length[start : start + batch_size]
 
 
-def _count_tokens(adapter: ModelAdapter, source: ExampleSource, sample: int) -> int:
-    """Tokens of a sample; its images are opened only if their sizes matter."""
+def _lengths(
+    config: CaptureConfig, adapter: ModelAdapter, source: ExampleSource, longest_answers: bool
+) -> tuple[tuple[int, ...], tuple[Answer, ...] | None]:
+    """Tokens of each sample, and the answers if the model gives them."""
+    samples, generation = range(len(source.texts)), config.generate
+    if generation is None:
+        return tuple(_count_tokens(adapter, source, sample, True) for sample in samples), None
+    lengths = tuple(_count_tokens(adapter, source, sample, False) for sample in samples)
+    if longest_answers:
+        return tuple(length + generation.max_new_tokens for length in lengths), None
+    answers = make_answers(
+        adapter,
+        source,
+        lengths,
+        generation,
+        batch_size=config.batch_size,
+        output=config.output,
+        schedule=config.workers,
+    )
+    return tuple(length + len(answer) for length, answer in zip(lengths, answers, strict=True)), answers
+
+
+def _count_tokens(adapter: ModelAdapter, source: ExampleSource, sample: int, with_answer: bool) -> int:
+    """Tokens of a sample, or of its prompt alone; its images are opened only if their sizes matter."""
     text = source.texts[sample]
     pictures = source.load(sample).images if adapter.size_matters else ()
     images = [(picture.height, picture.width) for picture in pictures] if adapter.size_matters else text.n_images
-    return adapter.count_tokens(text.prompt, images, text.answer)
+    return adapter.count_tokens(text.prompt, images, text.answer if with_answer else None)
 
 
 def _captured_dtype(adapter: ModelAdapter) -> torch.dtype:

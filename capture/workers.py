@@ -9,17 +9,15 @@ from __future__ import annotations
 import logging
 import time
 from collections.abc import Collection, Generator
-from typing import TYPE_CHECKING, Literal
+from typing import Literal, Protocol
 
 from pydantic import Field, model_validator
 from pydantic.dataclasses import dataclass
 
 from clt.capture.layout import commit_path
 from clt.capture.leases import Leases
+from clt.capture.storage_base import Storage
 from clt.config import STRICT
-
-if TYPE_CHECKING:
-    from clt.capture.writer import StoreWriter
 
 log = logging.getLogger(__name__)
 
@@ -47,13 +45,24 @@ class Schedule:
         return self
 
 
-def assigned_units(writer: StoreWriter, schedule: Schedule, among: Collection[int] | None = None) -> Generator[int]:
+class Work(Protocol):
+    """Numbered units, each of which is done when its commit record is there: a `StoreWriter`, for instance."""
+
+    @property
+    def storage(self) -> Storage:
+        """Where the commit records are."""
+
+    def pending(self) -> list[int]:
+        """Units without a commit record."""
+
+
+def assigned_units(writer: Work, schedule: Schedule, among: Collection[int] | None = None) -> Generator[int]:
     """Units to capture, one at a time, each leased to this worker while the caller works on it.
 
     When all that is left is leased to others, waits until they have committed it, or takes over what they abandon.
 
     Args:
-        writer: of the store.
+        writer: of the store, or of whatever has units.
         schedule: which units this worker captures.
         among: units of the plan to which it is limited; absent: all.
 
@@ -84,7 +93,7 @@ def assigned_units(writer: StoreWriter, schedule: Schedule, among: Collection[in
         leases.sweep()
 
 
-def _in_order(writer: StoreWriter, schedule: Schedule, among: Collection[int] | None) -> list[int]:
+def _in_order(writer: Work, schedule: Schedule, among: Collection[int] | None) -> list[int]:
     """Pending units that a worker may capture, its own share first."""
     rank, world = schedule.rank, schedule.world
     pending = writer.pending() if among is None else sorted(set(writer.pending()).intersection(among))

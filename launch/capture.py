@@ -20,7 +20,7 @@ LEFT_TO_OTHERS = "done; units are left to other workers, the last of which compl
 
 def describe(config: CaptureConfig) -> str:
     """The resolved configuration and what the job would write."""
-    return f"{config_to_yaml(config)}# {plan_capture(config).summary()}"
+    return f"{config_to_yaml(config)}# {plan_capture(config, longest_answers=True).summary()}"
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -31,6 +31,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         describe,
         lambda config: capture(config, progress=sys.stderr.isatty()) or LEFT_TO_OTHERS,
         arguments,
+        ranks_agree=False,
     )
 
 

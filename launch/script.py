@@ -24,6 +24,7 @@ def run_script(
     describe: Callable[[T], str],
     work: Callable[[T], Any],
     arguments: Sequence[str] | None,
+    ranks_agree: bool = True,
 ) -> int:
     """Parses the arguments of a script and does its work.
 
@@ -33,6 +34,7 @@ def run_script(
         describe: what `--dry-run` prints of a configuration.
         work: the job; its result is printed by the first rank.
         arguments: the command line, `sys.argv` by default.
+        ranks_agree: see `guarded`.
 
     Returns:
         The exit code.
@@ -48,18 +50,24 @@ def run_script(
         config = load_config(kind, options.config, options.overrides)
         return describe(config) if options.dry_run else work(config)
 
-    return guarded(job)
+    return guarded(job, ranks_agree)
 
 
-def guarded(work: Callable[[], Any]) -> int:
+def guarded(work: Callable[[], Any], ranks_agree: bool = True) -> int:
     """Does work, prints its result, and turns a `CLTError` into one line and exit code 2.
 
-    In a job of several ranks all of them raise the same error; the first one tells it.
+    Args:
+        work: the job.
+        ranks_agree: in a job of several ranks all of them raise the same error, so that the first one tells it; false
+            where each works by itself and tells its own.
+
+    Returns:
+        The exit code.
     """
     try:
         result = work()
     except CLTError as error:
-        if job_rank() == 0:
+        if job_rank() == 0 or not ranks_agree:
             print(f"error: {error}", file=sys.stderr)
         return 2
     if job_rank() == 0 and result is not None:

@@ -72,7 +72,7 @@ def plan(
 
     def work() -> str:
         job = load_config(CaptureConfig, config, overrides or ())
-        report = capacity(plan_capture(job), job.output, measure=measure)
+        report = capacity(plan_capture(job, longest_answers=True), job.output, measure=measure)
         _write_json(file, report)
         return capacity_text(report)
 

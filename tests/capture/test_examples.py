@@ -150,8 +150,8 @@ def test_digest_follows_what_the_examples_are(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("tree", "message"),
     [
-        ({}, "exactly one of toy and jsonl"),
-        ({"toy": {"n": 1}, "jsonl": {"file": "x"}}, "exactly one of toy and jsonl"),
+        ({}, "exactly one of toy, jsonl, json, folder and dataset"),
+        ({"toy": {"n": 1}, "jsonl": {"file": "x"}}, "exactly one of toy, jsonl, json, folder and dataset"),
         ({"toy": {"n": 0}}, r"toy\.n: "),
         ({"toy": {"n": 1, "seeds": 2}}, r"unknown key 'toy\.seeds'"),
         ({"jsonl": {"file": "x", "prompt_template": "no place"}}, r"prompt_template has no \{prompt\}"),

@@ -119,6 +119,22 @@ def test_store_of_a_vision_language_model_holds_what_the_model_computes(tmp_path
     assert int((modality == Modality.IMAGE).sum()) == 4 * 9
 
 
+def test_prompts_of_similar_length_run_together_padded_on_the_left(tmp_path: Path, llama_folder: Path) -> None:
+    config = text_config(tmp_path, llama_folder, rows_per_unit=256)
+    adapter, masks = ModelAdapter.from_pretrained(llama_folder), []
+    adapter.model.register_forward_pre_hook(
+        lambda _, args, named: masks.append(named["attention_mask"]), with_kwargs=True
+    )
+    lengths = plan_capture(config, adapter).lengths
+    capture(config, adapter=adapter)
+    assert all((mask.diff(dim=1) >= 0).all() for mask in masks), "zeros, if any, come first"
+    assert sorted(int(n) for mask in masks for n in mask.sum(1)) == sorted(lengths)
+    assert masks[0].shape[1] == max(lengths), "memory runs out early, if it does"
+    in_order = [lengths[i : i + config.batch_size] for i in range(0, len(lengths), config.batch_size)]
+    padding = sum(max(batch) * len(batch) - sum(batch) for batch in in_order)
+    assert sum(int((mask == 0).sum()) for mask in masks) < padding / 2
+
+
 def test_bfloat16_store_holds_the_rounded_values(tmp_path: Path, llama_folder: Path) -> None:
     capture(text_config(tmp_path, llama_folder, output=str(tmp_path / "exact")))
     capture(text_config(tmp_path, llama_folder, output=str(tmp_path / "rounded"), store_dtype="bfloat16"))

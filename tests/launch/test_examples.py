@@ -45,11 +45,13 @@ def test_script_is_executable_shell(script: Path) -> None:
 @pytest.mark.parametrize("script", SCRIPTS, ids=lambda path: path.name)
 def test_what_a_script_starts_is_there_and_knows_its_options(script: Path) -> None:
     text = script.read_text().replace("\\\n", " ")
-    (command,) = [line for line in text.splitlines() if "torchrun" in line and not line.startswith("#")]
+    (command,) = [line for line in text.splitlines() if "launch/" in line and not line.startswith("#")]
     words = shlex.split(command.replace("; then", ""))
-    words = words[words.index("torchrun") + 1 :]
-    target = next(word for word in words if word.endswith(".py"))
+    target = next(word for word in words if word.startswith("launch/"))
     assert (ROOT / target).exists()
+    if "torchrun" not in words:
+        return
+    words = words[words.index("torchrun") + 1 :]
     options = {word for word in words[: words.index(target)] if word.startswith("--")}
     help_text = subprocess.run(
         [str(Path(sys.executable).parent / "torchrun"), "--help"], capture_output=True, text=True, check=True
@@ -106,3 +108,27 @@ def test_slurm_gives_two_minutes_of_grace_and_the_ranks_nearly_all_of_it() -> No
     (timeout,) = re.findall(r"--shutdown-timeout (\d+)", text)
     assert int(timeout) < int(grace)
     assert re.search(r"^#SBATCH --requeue$", text, re.MULTILINE)
+
+
+def test_capture_on_two_processes_and_by_one_task_of_an_array_is_the_same_store(tmp_path: Path) -> None:
+    job = tmp_path / "job.yaml"
+    job.write_text(
+        f"model: examples/toy_vlm/checkpoints/base\noutput: {tmp_path}/store\nrows_per_unit: 256\n"
+        "chunk_tokens: 64\nsource: {toy: {n: 12}}\n"
+    )
+    done = run("capture.sh", str(job), WORKERS="2")
+    assert done.returncode == 0, done.stderr
+    task = {"SLURM_ARRAY_TASK_ID": "5", "SLURM_ARRAY_TASK_MIN": "4", "SLURM_ARRAY_TASK_COUNT": "2"}
+    alone = run("capture_slurm.sh", str(job), f"output={tmp_path}/other", **task)
+    assert alone.stdout == done.stdout != "", "one task does the work of all when no other comes"
+    missing = run("capture_slurm.sh", str(job))
+    assert missing.returncode != 0 and "sbatch --array" in missing.stderr
+
+
+def test_capture_of_several_jobs_goes_on_after_one_that_fails(tmp_path: Path) -> None:
+    stand_in(tmp_path, "torchrun", 'echo "$@"; [ "${@: -1}" != bad.yaml ]')
+    done = run("capture_all.sh", "a.yaml", "bad.yaml", "c.yaml", PATH=f"{tmp_path}{os.pathsep}{PATH}", WORKERS="3")
+    assert done.returncode == 1 and done.stderr.strip() == "failed: bad.yaml"
+    assert [line.split()[-1] for line in done.stdout.splitlines()] == ["a.yaml", "bad.yaml", "c.yaml"]
+    assert "--nproc-per-node 3" in done.stdout
+    assert run("capture_all.sh", "a.yaml", PATH=f"{tmp_path}{os.pathsep}{PATH}").returncode == 0
