@@ -57,7 +57,7 @@ def _facts(clt: CrossLayerTranscoder) -> Iterator[tuple[str, object]]:
     yield "Decoders write", "mlp_out"
     yield "Layers x width", f"{config.n_layers} x {config.d_model}"
     yield "Features per layer", config.n_features
-    yield "Targets of a source", f"{config.n_targets or 'all'}, the first {config.first_offset} layers later"
+    yield "Targets of a source", f"{config.n_targets or 'all'} layers, from l + {config.first_offset} on"
     yield "Skip connection", "yes" if config.skip else "no"
     if clt.has_variants:
         yield "Decoders", f"tied: {config.tied_decoders}, independent: {config.independent}"
