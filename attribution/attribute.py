@@ -29,6 +29,7 @@ from clt.attribution.targets import LogitTargets, ResolvedTarget, TargetSettings
 from clt.capture.adapter import ModelAdapter, PromptInputs
 from clt.config import STRICT
 from clt.errors import ConfigError
+from clt.mapped import MappedDecoder
 from clt.model import CrossLayerTranscoder
 
 log = logging.getLogger(__name__)
@@ -111,9 +112,12 @@ def attribute(
 def fingerprint(clt: CrossLayerTranscoder) -> str:
     """Hex digest of a strided sample of every weight of a transcoder and of its scaling."""
     digest = hashlib.sha256()
-    for name, tensor in sorted({**clt.state_dict(), **clt.scaling.tensors()}.items()):
-        flat = tensor.detach().reshape(-1)
-        sample = flat[:: max(1, flat.numel() // 4096)].to("cpu", torch.float32).contiguous()
+    # Decoders that stay in their files are in no state dict.
+    decoders = {f"W_dec.{name}": W_SFD for name, W_SFD in clt.W_dec.items()}
+    for name, tensor in sorted({**clt.state_dict(), **decoders, **clt.scaling.tensors()}.items()):
+        step = max(1, tensor.shape.numel() // 4096)
+        flat = tensor.every(step) if isinstance(tensor, MappedDecoder) else tensor.detach().reshape(-1)[::step]
+        sample = flat.to("cpu", torch.float32).contiguous()
         digest.update(f"{name} {tuple(tensor.shape)}".encode() + sample.numpy().tobytes())
     return digest.hexdigest()
 

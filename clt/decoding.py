@@ -20,6 +20,7 @@ from torch import Tensor
 
 from clt.encoding import sum_by_feature
 from clt.kernels import ops
+from clt.mapped import MappedDecoder
 
 if TYPE_CHECKING:
     from clt.model import CrossLayerTranscoder
@@ -53,13 +54,15 @@ def decode(
     values_SBK, indices_SBK, W_SFD, csr = _slots(clt, layer, values_SBK, indices_SBK, None, shared)
     b_dec = clt.b_dec[str(layer)]
     if clt.config.independent is None:
+        values_SBK, indices_SBK, W_SFD, csr = _in_memory(values_SBK, indices_SBK, W_SFD, csr)
         return ops.decode(values_SBK, indices_SBK, W_SFD, b_dec, skip_BD, csr)
     weights_S = combination(clt, layer)
     if clt.config.independent == "nearest":
         values_SBK, indices_SBK, W_SFD, b_dec, weights_S = (
             tensor[-1:] for tensor in (values_SBK, indices_SBK, W_SFD, b_dec, weights_S)
         )
-    return ops.decode(values_SBK * weights_S[:, None, None], indices_SBK, W_SFD, weights_S @ b_dec, skip_BD)
+    slots = _in_memory(values_SBK * weights_S[:, None, None], indices_SBK, W_SFD, None)
+    return ops.decode(*slots[:3], weights_S @ b_dec, skip_BD)
 
 
 def combination(clt: CrossLayerTranscoder, layer: int) -> Tensor:
@@ -106,6 +109,7 @@ def squared_error(
     """
     values_SBK, indices_SBK, W_SFD, csr = _slots(clt, layer, values_SBK, indices_SBK, csr, shared)
     if clt.config.independent is None:
+        values_SBK, indices_SBK, W_SFD, csr = _in_memory(values_SBK, indices_SBK, W_SFD, csr)
         return ops.decode_loss(values_SBK, indices_SBK, W_SFD, b_dec, y, weights_B, skip_BD, csr)
     errors, residuals = [], []
     for row, y_BD in enumerate(y if y.dim() == 3 else y.expand(len(W_SFD), -1, -1)):
@@ -149,6 +153,13 @@ def _slots(
             scaled_SBK: Tensor = _Scaled.apply(values_SBK, scale_SF, indices_SBK)
             return scaled_SBK, indices_SBK, W_SFD, csr
     return values_SBK, indices_SBK, clt.W_dec[str(layer)], csr
+
+
+def _in_memory(values_SBK: Tensor, indices_SBK: Tensor, W_SFD: Tensor, csr: ops.FeatureCSR | None) -> Slots:
+    """The same, but of decoders that are in their file the rows that are needed."""
+    if isinstance(W_SFD, MappedDecoder):
+        return *W_SFD.of_active(values_SBK, indices_SBK), None
+    return values_SBK, indices_SBK, W_SFD, csr
 
 
 def _own_shared(clt: CrossLayerTranscoder, target: int) -> tuple[Tensor, Tensor]:

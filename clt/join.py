@@ -47,7 +47,8 @@ def join_transcoders(parts: Sequence[CrossLayerTranscoder]) -> CrossLayerTransco
     """
     _check_parts(parts)
     first = parts[0]
-    whole = CrossLayerTranscoder(replace(first.config, source=None), first.scaling, provenance=first.provenance)
+    provenance = replace(first.provenance, training=None)
+    whole = CrossLayerTranscoder(replace(first.config, source=None), first.scaling, provenance=provenance)
     whole.to(first.dtype).requires_grad_(False)
     for part in parts:
         (source,) = part.share.sources
@@ -79,7 +80,7 @@ def _check_parts(parts: Sequence[CrossLayerTranscoder]) -> None:
         known = part.scaling.tensors()
         if not (
             replace(part.config, source=None) == replace(first.config, source=None)
-            and part.provenance == first.provenance
+            and replace(part.provenance, training=first.provenance.training) == first.provenance
             and all(torch.equal(tensor, known[key]) for key, tensor in first.scaling.tensors().items())
         ):
             raise CheckpointError(

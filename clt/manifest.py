@@ -10,7 +10,9 @@ from __future__ import annotations
 import json
 import os
 import shutil
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from fnmatch import fnmatchcase
 from pathlib import Path
 from typing import Any
 
@@ -34,6 +36,46 @@ _CHUNK_BYTES = 1 << 22
 def temporary_name(name: str) -> str:
     """Name of a folder that is being written, or removed."""
     return f".{name}.tmp"
+
+
+@contextmanager
+def new_folder(target: Path, replaces: Sequence[str] = ()) -> Iterator[Path]:
+    """A folder to fill; it gets its name when all is written, and what fails leaves everything as it was.
+
+    Args:
+        target: new, an empty folder, or one that may be replaced.
+        replaces: wildcards of names; a folder that holds nothing else is replaced.
+
+    Yields:
+        The folder under a temporary name beside it.
+
+    Raises:
+        CheckpointError: there is something already, or it cannot be written.
+    """
+    target = target.resolve()
+    for path in [target] if target.is_file() else target.glob("*"):
+        if path == target or not any(fnmatchcase(path.name, pattern) for pattern in replaces):
+            held = "" if path == target or not replaces else f" and holds '{path.name}'"
+            raise CheckpointError(f"{target}: exists already{held}; name a new folder")
+    temporary, old = (target.with_name(temporary_name(name)) for name in (target.name, f"{target.name}.old"))
+    try:
+        shutil.rmtree(temporary, ignore_errors=True)
+        temporary.mkdir(parents=True)
+        yield temporary
+        for path in temporary.iterdir():
+            _sync(path)
+        if target.exists() and any(target.iterdir()):
+            shutil.rmtree(old, ignore_errors=True)
+            os.replace(target, old)
+        os.replace(temporary, target)
+        _sync(target.parent)
+    except (OSError, SafetensorError) as error:
+        if old.exists() and not target.exists():
+            os.replace(old, target)
+        raise CheckpointError(f"{target}: cannot be written ({' '.join(str(error).split())})") from None
+    finally:
+        shutil.rmtree(temporary, ignore_errors=True)
+    shutil.rmtree(old, ignore_errors=True)
 
 
 def save_tensors(path: Path, tensors: Mapping[str, Tensor], checksums: Checksums) -> None:

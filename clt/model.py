@@ -12,9 +12,10 @@ turns them into this one. A rank may own a share of the layers; the codes it lac
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Self
 
 import torch
 from torch import Tensor, nn
@@ -24,7 +25,8 @@ from clt.config import CLTConfig
 from clt.errors import ConfigError
 from clt.initial_weights import LayerBuffers, initial_decoder, initial_encoder, initial_shared_decoder
 from clt.kernels import ops
-from clt.records import ModelIdentity, SparseCodes
+from clt.mapped import MappedDecoder
+from clt.records import ModelIdentity, SparseCodes, TrainingFacts
 from clt.scaling import Scaling
 from clt.sparsity import Peers
 
@@ -39,10 +41,12 @@ class Provenance:
     Attributes:
         model: the model whose activations it was trained on, or None for one made by hand.
         store_id: id of the activation store, or None.
+        training: how far and how well it was trained, or None where nobody has read it.
     """
 
     model: ModelIdentity | None = None
     store_id: str | None = None
+    training: TrainingFacts | None = None
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -361,85 +365,101 @@ class CrossLayerTranscoder(nn.Module):
         y_std = self.decode(self.encode(x_std), x_skip)
         return self.scaling.restore_y(y_std, everything.targets)
 
-    @torch.no_grad()
+    @property
+    def has_variants(self) -> bool:
+        """Whether decoders are of another form than one for every source and target, summed."""
+        return self.config.tied_decoders is not None or self.config.independent is not None
+
     def untied(self) -> CrossLayerTranscoder:
         """The same function with a decoder of its own for every source and target, whose sum it is: no variants.
 
         Raises:
             ConfigError: only one source layer was trained.
         """
-        if self.config.source is not None:
-            raise ConfigError(
-                f"clt.source={self.config.source}: the transcoder has one source layer; join those of all layers first "
-                "('clt join')"
-            )
-        config = replace(self.config, tied_decoders=None, independent=None)
-        clt = CrossLayerTranscoder(config, self.scaling, self.share, provenance=self.provenance)
-        clt.to(next(self.parameters())).load_state_dict(self._common_state(), strict=False)
-        for layer in self.share.targets:
-            for row, source in enumerate(self.sources_of(layer)):
-                clt.W_dec[str(layer)][row] = self.decoder(source, layer)
-            if self.config.independent is not None:
-                clt.b_dec[str(layer)].copy_(decoding.combination(self, layer) @ self.b_dec[str(layer)])
-        return clt.requires_grad_(False).train(self.training)
+        from clt.folding import untied
 
-    def _common_state(self) -> dict[str, Tensor]:
-        """Weights and buffers that all forms of decoders have alike."""
-        own = ("W_dec.", "W_shared.", "target_scale.") + (("b_dec.",) if self.config.independent else ())
-        return {key: value for key, value in self.state_dict().items() if not key.startswith(own)}
+        return untied(self)
 
-    @property
-    def has_variants(self) -> bool:
-        """Whether decoders are of another form than one for every source and target, summed."""
-        return self.config.tied_decoders is not None or self.config.independent is not None
-
-    @torch.no_grad()
     def folded(self) -> CrossLayerTranscoder:
         """The same function with the scaling moved into the weights, and decoders untied: raw inputs in, raw outputs
         out."""
-        if self.has_variants:
-            return self.untied().folded()
-        D = self.config.d_model
-        clt = CrossLayerTranscoder(
-            self.config, Scaling.identity(self.config.n_layers, D), self.share, provenance=self.provenance
-        ).to(next(self.parameters()))
-        scaling = self.scaling.to(next(self.parameters()))
-        for layer in self.share.sources:
-            name = str(layer)
-            clt.W_enc[name].copy_(self.W_enc[name] / scaling.rms_x[layer])
-            clt.b_enc[name].copy_(self.b_enc[name] - clt.W_enc[name] @ scaling.mean_x[layer])
-            # Activations stay in standardised units, and so does what selects them.
-            if name in self.log_threshold:
-                clt.log_threshold[name].copy_(self.log_threshold[name])
-            for own, old in ((clt.decoder_norm, self.decoder_norm), (clt.threshold, self.threshold)):
-                if layer in old:
-                    own[layer].copy_(old[layer])
-        for layer in self.share.targets:
-            name = str(layer)
-            clt.W_dec[name].copy_(self.W_dec[name] * scaling.rms_y[layer])
-            clt.b_dec[name].copy_(self.b_dec[name] * scaling.rms_y[layer] + scaling.mean_y[layer, self.columns])
-            if self.config.skip:
-                clt.W_skip[name].copy_(self.W_skip[name] * scaling.rms_y[layer] / scaling.rms_x[layer])
-                clt.b_dec[name].sub_(clt.W_skip[name] @ scaling.mean_x[layer])
-        return clt.requires_grad_(False)
+        from clt.folding import folded
+
+        return folded(self)
+
+    def requires_grad_(self, requires_grad: bool = True) -> Self:
+        """As of any module; ConfigError where decoders are in their files and cannot be trained."""
+        if requires_grad and any(isinstance(W_SFD, MappedDecoder) for W_SFD in self.W_dec.values()):
+            raise ConfigError("lazy=True: decoders that stay in their files cannot be trained; load with lazy=False")
+        return super().requires_grad_(requires_grad)
 
     def save_pretrained(self, folder: Path | str) -> None:
-        """Writes one safetensors file per layer, the scaling and `transcoder.json` (see `clt.weights`)."""
+        """Writes a safetensors file per layer, the scaling, `transcoder.json` and a model card: all or nothing.
+
+        Args:
+            folder: new, empty, or with a transcoder that is replaced when the new one is complete.
+
+        Raises:
+            CheckpointError: the folder holds other files, or cannot be written; it stays as it was.
+        """
         from clt.weights import save_transcoder
 
         save_transcoder(self, Path(folder))
 
-    @classmethod
-    def from_pretrained(cls, folder: Path | str, averaged: bool = False) -> CrossLayerTranscoder:
-        """Reads a folder written by `save_pretrained` or by training.
+    def push_to_hub(
+        self, name: str, *, private: bool = True, revision: str | None = None, message: str | None = None
+    ) -> str:
+        """Sends what `save_pretrained` writes to a model repository; `clt push` sends a folder without a copy of it.
 
         Args:
-            folder: what was written.
+            name: OWNER/NAME; the repository is made if it is missing.
+            private: visibility of a repository that is made.
+            revision: branch, made if it is missing; absent: main.
+            message: summary of the commits.
+
+        Returns:
+            Id of the commit that holds all files.
+
+        Raises:
+            HubError: access is refused, the repository holds another transcoder, or the transfer failed.
+            CheckpointError: there is no room for the files on this side.
+        """
+        from clt.pretrained import push_transcoder
+
+        return push_transcoder(self, name, private=private, revision=revision, message=message)
+
+    @classmethod
+    def from_pretrained(
+        cls,
+        name: Path | str,
+        *,
+        layers: Sequence[int] | None = None,
+        device: torch.device | str = "cpu",
+        dtype: torch.dtype | None = None,
+        lazy: bool = False,
+        revision: str | None = None,
+        averaged: bool = False,
+    ) -> CrossLayerTranscoder:
+        """Reads a folder written by `save_pretrained` or by training, or a model repository of the hub.
+
+        Args:
+            name: a folder; or, if there is none of that name, OWNER/NAME or OWNER/NAME@REVISION on the hub.
+            layers: the share to fetch and read: encoders of these source layers, decoders into these target layers.
+            device: place of the weights.
+            dtype: their type, whatever that of the files is; absent: float32.
+            lazy: decoders stay in their files, memory-mapped, and are read where they are used; they cannot be trained.
+            revision: branch, tag or commit of the repository.
             averaged: read the running mean of the weights, of a job with optimizer.ema_decay.
+
+        Returns:
+            The transcoder, without gradients.
 
         Raises:
             CheckpointError: a file is missing, damaged or of the wrong shape; names the file and key.
+            ConfigError: there are no such layers, or a revision of a folder is asked for.
+            HubError: the repository is missing, unfinished or refuses access, or the transfer failed.
         """
-        from clt.weights import load_transcoder
+        from clt.pretrained import open_pretrained
 
-        return load_transcoder(Path(folder), averaged=averaged)
+        dtype = dtype or torch.float32
+        return open_pretrained(name, layers, revision, averaged, device=device, dtype=dtype, lazy=lazy)

@@ -74,6 +74,27 @@ class ModelIdentity:
 
 
 @dataclass(frozen=True, kw_only=True)
+class TrainingFacts:
+    """What is known of how a transcoder was trained; means over layers.
+
+    Attributes:
+        steps: steps done.
+        tokens: tokens seen.
+        fvu: fraction of variance unexplained, or None.
+        l0: active features per token and source layer, or None.
+        dead_fraction: share of dead features, or None.
+        held_out: whether the three are of held-out tokens, not of the last window of training.
+    """
+
+    steps: int
+    tokens: int
+    fvu: float | None = None
+    l0: float | None = None
+    dead_fraction: float | None = None
+    held_out: bool = False
+
+
+@dataclass(frozen=True, kw_only=True)
 class SiteStats:
     """Moments of S sites over the same tokens.
 

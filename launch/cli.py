@@ -6,6 +6,7 @@
     clt train --config configs/train/toy.yaml --dry-run
     clt join runs/seed/clt runs/seed/layer_*
     clt convert runs/toy/clt runs/toy/circuit_tracer --to circuit_tracer --calibrate runs/toy/store
+    clt push runs/toy/clt OWNER/NAME
     clt evaluate --config configs/evaluate/toy.yaml
     clt attribute --config configs/attribute/toy.yaml --set index=3
     clt view runs/demo/graph
@@ -132,6 +133,24 @@ def convert(
         combine=combine,
     )
     _run(lambda: run(request))
+
+
+@app.command()
+def push(
+    folder: Annotated[Path, typer.Argument(help="Transcoder, or output of a training job: its newest checkpoint.")],
+    name: Annotated[str, typer.Argument(metavar="NAME", help="Model repository of the hub, OWNER/NAME.")],
+    private: Annotated[bool, typer.Option("--private/--public", help="Visibility of a new repository.")] = True,
+    revision: Annotated[str | None, typer.Option(help="Branch. Absent: main.")] = None,
+    message: Annotated[str | None, typer.Option(help="Summary of the commits.")] = None,
+) -> None:
+    """Sends a transcoder with a model card to the Hugging Face hub; prints the commit."""
+    from clt.pretrained import push_pretrained
+
+    def work() -> str:
+        commit = push_pretrained(folder, name, private=private, revision=revision, message=message)
+        return f"{name}: commit {commit}"
+
+    _run(work)
 
 
 @app.command()

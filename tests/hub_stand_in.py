@@ -24,6 +24,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from pathlib import Path
 from typing import Any
 from urllib.parse import parse_qs, unquote, urlsplit
 
@@ -158,6 +159,18 @@ def hub_stand_in() -> Iterator[HubStandIn]:
             server.shutdown()
             thread.join()
             server.server_close()
+
+
+def environment(hub: HubStandIn, tmp_path: Path) -> dict[str, str]:
+    """Settings of a process that talks to the stand-in as alice."""
+    return {
+        "HF_ENDPOINT": hub.endpoint,
+        "HF_TOKEN": "hf_alice",
+        "HF_HOME": str(tmp_path / "home"),
+        "HF_HUB_DISABLE_TELEMETRY": "1",
+        "NO_PROXY": "127.0.0.1",
+        "no_proxy": "127.0.0.1",
+    }
 
 
 class _Server(ThreadingHTTPServer):
@@ -410,7 +423,10 @@ class _Hub(_Handler):
     def resolve(self, match: re.Match[str], body: bytes) -> Any:
         kind = "dataset" if match["kind"] else "model"
         repository = self.repository(kind, match["id"])
-        commit = unquote(match["revision"])
+        revision = unquote(match["revision"])
+        commit = repository.branches.get(revision, revision)
+        if commit not in repository.commits:
+            raise _RefusedError(404, "RevisionNotFound", f"Invalid rev id: {revision}")
         name = unquote(match["name"])
         blob = repository.commits[commit].get(name)
         if blob is None:

@@ -22,8 +22,9 @@ import yaml
 from torch import Tensor
 
 from clt.config import CLTConfig, ReadSite, SparsitySettings
-from clt.convert.files import ForeignFile, empty_transcoder, new_folder, numbered, read_yaml, refuse
+from clt.convert.files import ForeignFile, empty_transcoder, numbered, read_yaml, refuse
 from clt.errors import CheckpointError, ConfigError
+from clt.manifest import new_folder
 from clt.model import CrossLayerTranscoder
 from clt.tensor_files import write_tensors
 

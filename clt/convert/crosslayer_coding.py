@@ -25,8 +25,9 @@ from torch import Tensor
 
 from clt.config import CLTConfig, ReadSite, SparsitySettings
 from clt.convert.circuit_tracer import check_pointwise, note_zeros, pair_or_zeros
-from clt.convert.files import ForeignFile, empty_transcoder, new_folder, read_json, refuse, whole_number, write_json
+from clt.convert.files import ForeignFile, empty_transcoder, read_json, refuse, whole_number, write_json
 from clt.errors import CheckpointError, ConfigError
+from clt.manifest import new_folder
 from clt.model import CrossLayerTranscoder
 from clt.tensor_files import write_tensors
 

@@ -5,20 +5,16 @@ from __future__ import annotations
 import json
 import pickle
 import re
-import shutil
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, NoReturn
 
 import torch
 import yaml
-from safetensors import SafetensorError
 from torch import Tensor
 
 from clt.config import CLTConfig
 from clt.errors import CheckpointError
-from clt.manifest import temporary_name
 from clt.model import CrossLayerTranscoder
 from clt.scaling import Scaling
 from clt.weights import read_tensors
@@ -172,33 +168,6 @@ def empty_transcoder(
     """A transcoder to be filled with weights of another project; without scaling it reads and writes raw numbers."""
     scaling = scaling or Scaling.identity(config.n_layers, config.d_model)
     return CrossLayerTranscoder(config, scaling).to(dtype).requires_grad_(False).eval()
-
-
-@contextmanager
-def new_folder(target: Path) -> Iterator[Path]:
-    """A folder to fill; it gets its name when all is written, and what fails leaves nothing behind.
-
-    Args:
-        target: new, or an empty folder.
-
-    Yields:
-        The folder under a temporary name beside it.
-
-    Raises:
-        CheckpointError: there is something already, or it cannot be written.
-    """
-    if target.exists() and (not target.is_dir() or any(target.iterdir())):
-        raise CheckpointError(f"{target}: exists already; name a new folder")
-    temporary = target.with_name(temporary_name(target.name))
-    try:
-        shutil.rmtree(temporary, ignore_errors=True)
-        temporary.mkdir(parents=True)
-        yield temporary
-        temporary.replace(target)
-    except (OSError, SafetensorError) as error:
-        raise CheckpointError(f"{target}: cannot be written ({' '.join(str(error).split())})") from None
-    finally:
-        shutil.rmtree(temporary, ignore_errors=True)
 
 
 def write_json(path: Path, tree: Mapping[str, Any]) -> None:

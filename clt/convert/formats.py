@@ -13,11 +13,11 @@ from clt.config import CLTConfig
 from clt.convert import Format
 from clt.convert.circuit_tracer import load_circuit_tracer, save_circuit_tracer
 from clt.convert.crosslayer_coding import load_crosslayer_coding, save_crosslayer_coding
-from clt.convert.files import new_folder
 from clt.convert.kokosdev import load_kokosdev
 from clt.convert.seed_files import save_seed_files
 from clt.convert.sparsify import load_sparsify, save_sparsify
 from clt.errors import ConfigError
+from clt.manifest import new_folder
 from clt.model import CrossLayerTranscoder
 from clt.records import ActivationBatch
 from clt.thresholds import REPORT_FILE, to_jumprelu

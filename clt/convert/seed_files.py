@@ -20,8 +20,9 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from clt.convert.files import new_folder, write_json
+from clt.convert.files import write_json
 from clt.errors import ConfigError, StoreError
+from clt.manifest import new_folder
 from clt.model import CrossLayerTranscoder
 from clt.records import ActivationBatch
 

@@ -29,13 +29,13 @@ from clt.config import CLTConfig, ReadSite
 from clt.convert.files import (
     ForeignFile,
     empty_transcoder,
-    new_folder,
     read_json,
     refuse,
     whole_number,
     write_json,
 )
 from clt.errors import CheckpointError, ConfigError
+from clt.manifest import new_folder
 from clt.model import CrossLayerTranscoder
 from clt.scaling import Scaling
 from clt.tensor_files import write_tensors

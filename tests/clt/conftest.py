@@ -1,9 +1,34 @@
-"""Lets the tests of this folder import `sparse_cases`, and `toy_job`, the tiny training job of tests/distributed."""
+"""What tests of this folder share: `sparse_cases`, the tiny job of tests/distributed, and a stand-in for the hub."""
 
 from __future__ import annotations
 
 import sys
+from collections.abc import Iterator
 from pathlib import Path
+
+import huggingface_hub
+import pytest
+from huggingface_hub import constants
+
+from ..hub_stand_in import HubStandIn, environment, hub_stand_in
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "distributed"))
 sys.path.insert(0, str(Path(__file__).parent))
+
+
+@pytest.fixture
+def hub(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Iterator[HubStandIn]:
+    """A stand-in that this process talks to as its owner, without touching the settings of whoever runs the tests."""
+    with hub_stand_in() as hub:
+        for name, value in environment(hub, tmp_path).items():
+            monkeypatch.setenv(name, value)
+        # The library read its settings when something imported it first; these it looks up at each call.
+        monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path / "home" / "hub"))
+        monkeypatch.setattr(constants, "HF_TOKEN_PATH", str(tmp_path / "home" / "token"))
+        monkeypatch.setattr(constants, "HF_HUB_OFFLINE", False)
+        monkeypatch.setattr(constants, "HF_HUB_DISABLE_IMPLICIT_TOKEN", False)
+        monkeypatch.setattr(constants, "HF_HUB_DISABLE_TELEMETRY", True)
+        monkeypatch.setattr(constants, "HF_HUB_DISABLE_XET", True)
+        huggingface_hub.close_session()
+        yield hub
+        huggingface_hub.close_session()

@@ -8,38 +8,17 @@ import shutil
 import signal
 import subprocess
 import sys
-from collections.abc import Iterator
 from pathlib import Path
 
-import huggingface_hub
 import pytest
-from huggingface_hub import constants
 
 from clt.errors import HubError
 from clt.hub import pull_folder, push_folder
 
-from ..hub_stand_in import HubStandIn, hub_stand_in
+from ..hub_stand_in import HubStandIn, environment
 
 REPO = "alice/store"
 LAST = ("manifest.json",)
-
-
-@pytest.fixture
-def hub(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Iterator[HubStandIn]:
-    """A stand-in that this process talks to as its owner, without touching the settings of whoever runs the tests."""
-    with hub_stand_in() as hub:
-        for name, value in environment(hub, tmp_path).items():
-            monkeypatch.setenv(name, value)
-        # The library read its settings when something imported it first; these it looks up at each call.
-        monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path / "home" / "hub"))
-        monkeypatch.setattr(constants, "HF_TOKEN_PATH", str(tmp_path / "home" / "token"))
-        monkeypatch.setattr(constants, "HF_HUB_OFFLINE", False)
-        monkeypatch.setattr(constants, "HF_HUB_DISABLE_IMPLICIT_TOKEN", False)
-        monkeypatch.setattr(constants, "HF_HUB_DISABLE_TELEMETRY", True)
-        monkeypatch.setattr(constants, "HF_HUB_DISABLE_XET", True)
-        huggingface_hub.close_session()
-        yield hub
-        huggingface_hub.close_session()
 
 
 @pytest.fixture
@@ -59,17 +38,6 @@ def store(tmp_path: Path) -> Path:
         (folder / name).parent.mkdir(parents=True, exist_ok=True)
         (folder / name).write_bytes(data)
     return folder
-
-
-def environment(hub: HubStandIn, tmp_path: Path) -> dict[str, str]:
-    return {
-        "HF_ENDPOINT": hub.endpoint,
-        "HF_TOKEN": "hf_alice",
-        "HF_HOME": str(tmp_path / "home"),
-        "HF_HUB_DISABLE_TELEMETRY": "1",
-        "NO_PROXY": "127.0.0.1",
-        "no_proxy": "127.0.0.1",
-    }
 
 
 def push(folder: Path, repo: str = REPO, **options: object) -> str:

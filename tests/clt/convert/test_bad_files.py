@@ -15,10 +15,10 @@ from clt.config import SparsitySettings
 from clt.convert import Format
 from clt.convert.circuit_tracer import save_circuit_tracer
 from clt.convert.crosslayer_coding import save_crosslayer_coding
-from clt.convert.files import new_folder
 from clt.convert.formats import load_format
 from clt.convert.sparsify import save_sparsify
 from clt.errors import CheckpointError, ConfigError
+from clt.manifest import new_folder
 from clt.model import CrossLayerTranscoder
 
 from .foreign import D, F, make

@@ -1,0 +1,75 @@
+"""Decoders that stay in their file: opening a transcoder of any size takes memory for its encoders only.
+
+What is read is what is used: rows of the active features to decode, single vectors for attribution, one [F,D] matrix
+for `CrossLayerTranscoder.decoder`. The system keeps pages of the file as long as nobody else needs the memory.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+
+class MappedDecoder(nn.Module):
+    """The decoders into one target, in the place of a parameter W_dec[t]; read only.
+
+    Args:
+        file_SFD: [S,F,D] memory-mapped tensor, in the type of the file.
+        scale: [] factor of all of it; its type and device are those of what is read, and `to` moves them.
+    """
+
+    scale: Tensor
+
+    def __init__(self, file_SFD: Tensor, scale: Tensor) -> None:
+        super().__init__()
+        # Neither parameter nor buffer: `to` leaves it, and no state dict reads it.
+        self.file_SFD = file_SFD
+        self.register_buffer("scale", scale, persistent=False)
+
+    @property
+    def shape(self) -> torch.Size:
+        """S, F, D."""
+        return self.file_SFD.shape
+
+    def __len__(self) -> int:
+        return len(self.file_SFD)
+
+    def __getitem__(self, index: Any) -> Tensor:
+        """What indexing [S,F,D] gives, read now."""
+        places = index if isinstance(index, tuple) else (index,)
+        found = self.file_SFD[tuple(place.cpu() if isinstance(place, Tensor) else place for place in places)]
+        return found.to(self.scale) * self.scale
+
+    def every(self, step: int) -> Tensor:
+        """Every so many numbers of all of them, [N]."""
+        return self.file_SFD.reshape(-1)[::step].to(self.scale) * self.scale
+
+    def scaled(self, factor: Tensor) -> MappedDecoder:
+        """The same decoders times a number, still in their file."""
+        return MappedDecoder(self.file_SFD, self.scale * factor.to(self.scale))
+
+    def of_active(self, values_SBK: Tensor, indices_SBK: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """The rows that codes need, as decoders of one source with more slots.
+
+        Args:
+            values_SBK: [S,B,K] activations.
+            indices_SBK: [S,B,K] int32 feature numbers.
+
+        Returns:
+            values [1,B,S*K], indices [1,B,S*K] int32 of rows, and rows [1,R,D] that are in use, each once.
+        """
+        F = self.shape[1]
+        first_S = torch.arange(len(indices_SBK), device=indices_SBK.device) * F
+        used_R, rows_SBK = (indices_SBK + first_S[:, None, None]).unique(return_inverse=True)
+        table_RD = self.file_SFD.flatten(0, 1)[used_R.cpu()].to(self.scale) * self.scale
+        merged_BN, rows_BN = (tensor.transpose(0, 1).flatten(1) for tensor in (values_SBK, rows_SBK))
+        return merged_BN[None], rows_BN[None].int(), table_RD[None]
+
+
+def put_mapped(decoders: nn.ParameterDict, name: str, decoder: MappedDecoder) -> None:
+    """Gives a mapped decoder the place of a parameter."""
+    # A module cannot have the name of a parameter that is still there.
+    del decoders[name]
+    decoders[name] = decoder
