@@ -20,11 +20,11 @@ from clt.engine import joined_job
 from clt.faults import JobControl, stop_on_signals
 from clt.launch.activations import open_activations
 from clt.launch.evaluators import make_evaluators, open_heldout
-from clt.launch.logs import job_rank
+from clt.launch.logs import job_rank, job_world
 from clt.launch.script import run_script
 from clt.loss import modality_weights
 from clt.model import CrossLayerTranscoder, Provenance
-from clt.parallel import Mesh, deal_layers, input_layers
+from clt.parallel import Mesh, check_world, deal_layers, input_layers
 from clt.scaling import Scaling
 from clt.trainer import Trainer
 
@@ -64,6 +64,8 @@ def train(config: TrainConfig, progress_bar: bool | None = None, control: JobCon
     scaling = Scaling.from_stats(activations.stats(x_sites, where), activations.stats(y_sites, where))
     weights_G = modality_weights(config.data.token_weights, activations.token_counts(where).tolist())
     control = control or JobControl()
+    # Known to every rank by itself: none has to be met for that, or missed by the others.
+    check_world(job_world(), config.mesh.layer, config.mesh.column)
     with joined_job(config.mesh.timeout_seconds, control):
         mesh = Mesh.create(config.mesh.layer, config.mesh.column)
         share = deal_layers(architecture, mesh.layer_size, mesh.column_size)[mesh.model_rank]
