@@ -164,6 +164,19 @@ def _results(path: ModuleType, values, indices, W, b, y, weights, skip, encoder)
     ]
 
 
+def test_cpu_takes_more_slots_than_features() -> None:
+    # As tied decoders make them of several sources: features repeat within a token.
+    values, indices = torch.rand(1, 5, 11, dtype=F64), torch.randint(0, 4, (1, 5, 11), dtype=torch.int32)
+    values[:, :, -3:], indices[:, :, -3:] = 0, 0
+    W, grad = torch.randn(1, 4, 6, dtype=F64), torch.randn(5, 6, dtype=F64)
+    grouping = csr.FeatureCSR.build(values, indices, 4)
+    found, expected = (
+        module.decoder_grad(grad, values, indices, W, grouping, None, None) for module in (cpu, reference)
+    )
+    for ours, theirs in zip(found, expected, strict=True):
+        torch.testing.assert_close(ours, theirs)
+
+
 @pytest.mark.parametrize(
     ("tokens", "k", "n_features", "d"), [(7, 3, 11, 5), (1, 1, 1, 1), (9, 13, 13, 6), (33, 4, 65, 17)]
 )
