@@ -9,8 +9,9 @@ rounded number as float32 stores it (0 for a group of zeros), and a code says ho
 with a relative step of 1/8. Second moments are squares, so that both reach equally far in gradients. Code 0 is exactly
 0. What lies below the octaves becomes 0 in a first moment and the smallest code in a second: a second moment of 0 would
 make a step endless, one that is too large only shortens it. A channel learns at its own pace as long as its gradients
-are above 2e-5 (15.5 octaves) of the largest in its group; with a fourth bit of mantissa instead, and half
-the octaves, a regression with one channel 300 times the others ended with 6 to 16 % more loss. A group with a number that is not finite has E = `BROKEN` and reads as NaN.
+are above 2e-5 (15.5 octaves) of the largest in its group; with a fourth bit of mantissa instead, and half the octaves,
+a regression with one channel 300 times the others ended with 6 to 16 % more loss. A group with a number that is not
+finite has E = `BROKEN` and reads as NaN.
 
 Rounding comes first and E after it, so that numbers which were read from codes give the same codes again. Everything
 is integer arithmetic on the bits of float32: the same bits in PyTorch and in Triton.
