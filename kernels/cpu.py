@@ -131,8 +131,9 @@ def _sampled_products(grad_BD: Tensor, values_SBK: Tensor, indices_SBK: Tensor, 
     """[S,B,K]: inner product of every filled slot's decoder vector with its token's gradient."""
     if values_SBK.shape[2] > W_dec_SFD.shape[1]:
         # Slots that name features repeatedly, of tied decoders; PyTorch takes no row of more entries than columns.
-        parts = zip(*(codes.split(W_dec_SFD.shape[1], dim=2) for codes in (values_SBK, indices_SBK)), strict=True)
-        return torch.cat([_sampled_products(grad_BD, *part, W_dec_SFD) for part in parts], dim=2)
+        widest = W_dec_SFD.shape[1]
+        parts = zip(values_SBK.split(widest, dim=2), indices_SBK.split(widest, dim=2), strict=True)
+        return torch.cat([_sampled_products(grad_BD, values, indices, W_dec_SFD) for values, indices in parts], dim=2)
     values_BN, indices_BN = _bags(values_SBK, indices_SBK, W_dec_SFD.shape[1])
     tokens, width = values_BN.shape
     # CSR wants ascending columns: sources ascend, and so do the slots of a source but for its empty tail.
