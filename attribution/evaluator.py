@@ -20,7 +20,7 @@ from clt.attribution.replacement import ReplacementModel, require_same_model
 from clt.attribution.scores import Scores, score
 from clt.capture.adapter import ModelAdapter, PromptInputs
 from clt.capture.examples import open_source
-from clt.capture.run import CaptureConfig
+from clt.capture.planning import CaptureConfig
 from clt.config import ReplacementSettings, load_config
 from clt.errors import CLTError, InputError
 from clt.evaluate import Evaluation

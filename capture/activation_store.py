@@ -50,12 +50,14 @@ class SampleView:
         example_id: its name in the source.
         acts: [s,T,D] at the sites asked for; float32 for int8 stores, else the stored type.
         tokens: [T] what its tokens are.
+        answer_tokens: how many of the last ones are the answer; 0 in a store that does not say (schema 2.0).
     """
 
     sample: int
     example_id: str
     acts: Tensor
     tokens: TokenTable
+    answer_tokens: int
 
 
 class ActivationStore:
@@ -263,6 +265,7 @@ class ActivationStore:
                 example_id=record.sample_ids[i],
                 acts=acts[rows].transpose(0, 1),
                 tokens=tokens.select(rows),
+                answer_tokens=record.answer_tokens[i] if record.answer_tokens else 0,
             )
 
     def sample(self, sample: int | str, sites: Sequence[str]) -> SampleView:

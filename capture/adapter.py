@@ -116,6 +116,14 @@ class ModelAdapter:
         return None if self._encoder.images is None else self._encoder.images.token_id
 
     @property
+    def end_ids(self) -> tuple[int, ...]:
+        """Vocabulary ids that end an answer: the tokenizer's, and the model's own, such as Gemma's end of a turn."""
+        settings = self.model.generation_config
+        own = None if settings is None else settings.eos_token_id
+        named = (self.tokenizer.eos_token_id, *(own if isinstance(own, list) else [own]))
+        return tuple(dict.fromkeys(token for token in named if token is not None))
+
+    @property
     def image_processor(self) -> Any:
         """Hugging Face image processor; None for text models."""
         return None if self._encoder.images is None else self._encoder.images.image_processor
@@ -241,15 +249,14 @@ class ModelAdapter:
             max_new_tokens: most tokens to add, > 0.
 
         Returns:
-            New token ids of each prompt, the end-of-sequence token included where it came.
+            New token ids of each prompt, the token that ends the answer included where it came.
         """
         from transformers import GenerationConfig
 
-        eos = self.tokenizer.eos_token_id
         settings = GenerationConfig(
             do_sample=False,
             max_new_tokens=max_new_tokens,
-            eos_token_id=eos,
+            eos_token_id=list(self.end_ids) or None,
             pad_token_id=self._pad_id(),
             use_cache=True,
         )
@@ -258,7 +265,8 @@ class ModelAdapter:
         with torch.no_grad():
             ids = self.model.generate(**arguments, generation_config=settings)
         new = ids[:, inputs.model_inputs["input_ids"].shape[1] :].tolist()
-        return [row[: row.index(eos) + 1] if eos in row else row for row in new]
+        ends = (next((place for place, token in enumerate(row) if token in self.end_ids), len(row)) for row in new)
+        return [row[: end + 1] for row, end in zip(new, ends, strict=True)]
 
     def _pad_id(self) -> int:
         pad, eos = self.tokenizer.pad_token_id, self.tokenizer.eos_token_id

@@ -20,7 +20,7 @@ from clt.capture.moments import Moments
 from clt.capture.storage import open_storage
 
 if TYPE_CHECKING:
-    from clt.capture.run import CaptureJob
+    from clt.capture.planning import CaptureJob
     from clt.capture.speeds import Speeds
 
 GB, GIB = 1e9, 2**30

@@ -22,9 +22,11 @@ Used by capture, by the replacement model and by every intervention. A site is a
 Queries, keys, values, scores, pattern and z exist only inside the attention function, so while one of them is asked for
 the decoder or the tower runs an attention function of ours, registered with transformers together with a mask function:
 without the latter the model would silently stop being causal. In a call with a key-value cache the query axis of these
-sites is the new tokens only, and keys are those in the cache, of which a sliding layer keeps its window. Towers that
-run the patches of all images as one sequence (Qwen) have [patches,D] sites and, of those inside attention, which they
-call once per image or window, z alone [patches,H,dh].
+sites is the new tokens only, and keys are those in the cache, of which a sliding layer keeps its window.
+
+Towers that run the patches of all images as one sequence (Qwen) have [patches,D] sites, in the tower's own order, and
+N = 1 inside attention; patterns are zero between images and, in Qwen2.5-VL's windowed blocks, between windows. A block
+computes all of it, zeros too, while one of these sites is asked for.
 """
 
 from __future__ import annotations
@@ -49,6 +51,8 @@ Edit = Callable[[Tensor], Tensor]
 _ATTENTION = "clt_sites"
 #: Sites tapped on each attention module, newest `attach` first; read by `_attention` when that module runs.
 _taps: WeakKeyDictionary[nn.Module, list[Mapping[str, _Site]]] = WeakKeyDictionary()
+#: Where the images or windows of a packed sequence begin and end, in the running call of a tapped attention module.
+_bounds: WeakKeyDictionary[nn.Module, Tensor] = WeakKeyDictionary()
 
 
 @contextmanager
@@ -134,15 +138,10 @@ def _hook(site: _Site, place: Place) -> Callable[[], None]:
 
         return place.module.register_forward_hook(after, prepend=True).remove
 
-    def through(value: Tensor) -> Tensor:
-        if place.n_heads is None:
-            return site.pass_through(value)
-        return site.pass_through(value.unflatten(-1, (place.n_heads, -1))).flatten(-2)
-
     def before(_module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[tuple[Any, ...], Any]:
         if args:
-            return (through(args[0]), *args[1:]), kwargs
-        return args, {**kwargs, "hidden_states": through(kwargs["hidden_states"])}
+            return (site.pass_through(args[0]), *args[1:]), kwargs
+        return args, {**kwargs, "hidden_states": site.pass_through(kwargs["hidden_states"])}
 
     return place.module.register_forward_pre_hook(before, prepend=True, with_kwargs=True).remove
 
@@ -161,13 +160,30 @@ def _own_attention(
     before = module.config._attn_implementation
     for attention, sites in tapped.items():
         _taps.setdefault(attention, []).insert(0, sites)
+    # Where an `attach` around this one taps the module too, its hook is there.
+    hooks = [
+        attention.register_forward_pre_hook(_make_whole, with_kwargs=True)
+        for attention in tapped
+        if len(_taps[attention]) == 1
+    ]
     try:
         _set_attention(adapter, tower, _ATTENTION)
         yield
     finally:
+        for hook in hooks:
+            hook.remove()
         for attention, sites in tapped.items():
             _taps[attention] = [other for other in _taps[attention] if other is not sites]
+            _bounds.pop(attention, None)
         _set_attention(adapter, tower, before)
+
+
+def _make_whole(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[tuple[Any, ...], Any]:
+    """Has a packed sequence attended to in one call, which `_attention` masks, instead of one per image or window."""
+    if "cu_seqlens" not in kwargs:
+        return args, kwargs
+    _bounds[module] = kwargs["cu_seqlens"]
+    return args, {**kwargs, "cu_seqlens": kwargs["cu_seqlens"][[0, -1]]}
 
 
 def _set_attention(adapter: ModelAdapter, tower: str, name: str) -> None:
@@ -203,6 +219,10 @@ def _attention(
     if softcap is not None:
         scores = softcap * torch.tanh(scores / softcap)
     scores = site("scores", scores)
+    if module in _bounds:
+        lengths = _bounds[module].diff()
+        part = torch.arange(len(lengths), device=lengths.device).repeat_interleave(lengths)
+        scores = scores.masked_fill(part[:, None] != part, -torch.inf)
     if attention_mask is not None:
         scores = scores + attention_mask[..., : key.shape[2]]
     # float16 and bfloat16 are summed in float32; float64 stays float64.

@@ -135,7 +135,9 @@ def _load(path: str, revision: str | None, dtype: str, placement: Placement) -> 
         find_architecture(architecture)
     except ModelError as error:
         raise ModelError(f"{path}: {error}") from None
-    model_class = getattr(transformers, architecture)
+    model_class = getattr(transformers, architecture, None)
+    if model_class is None:
+        raise ModelError(f"{path}: transformers {transformers.__version__} has no {architecture}; load it yourself")
     model, report = model_class.from_pretrained(
         path,
         revision=revision,

@@ -18,7 +18,7 @@ T = TypeVar("T")
 
 StoreDtype = Literal["bfloat16", "float32", "int8"]
 
-SCHEMA_VERSION = "2.0"
+SCHEMA_VERSION = "2.1"
 SPEC, PLAN, MANIFEST, QUANTISATION = "store.json", "plan.json", "manifest.json", "quantisation.safetensors"
 #: Classes of tokens that have statistics of their own, in the order of `Modality`; padding is never stored.
 TOKEN_CLASSES = ("text", "image", "image_special", "bos")
@@ -118,6 +118,7 @@ class UnitRecord:
         sample_ids: `example_id` of its samples.
         sample_tokens: tokens of its samples.
         files: its shards and its statistics.
+        answer_tokens: of its samples, the number of their last tokens that are an answer; empty before schema 2.1.
     """
 
     store: str
@@ -127,6 +128,7 @@ class UnitRecord:
     sample_ids: tuple[str, ...]
     sample_tokens: tuple[int, ...]
     files: tuple[FileRecord, ...]
+    answer_tokens: tuple[int, ...] = ()
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -41,12 +41,10 @@ class Place:
     Attributes:
         module: the module whose input, output or attention function the site's tensor passes.
         end: which of them.
-        n_heads: heads into which the tensor's last axis is split; None leaves it whole.
     """
 
     module: nn.Module
     end: End
-    n_heads: int | None = None
 
 
 class Sites:
@@ -60,7 +58,7 @@ class Sites:
     def __init__(self, structure: Structure, model_name: str) -> None:
         places: dict[str, Place] = {}
         for number, block in enumerate(structure.vision_blocks):
-            places |= _of_block(f"vision.{number}", block, structure.packed_heads)
+            places |= _of_block(f"vision.{number}", block)
         places |= {name: Place(module=bridge, end="output") for name, bridge in structure.bridges.items()}
         places["lm.embed"] = Place(module=structure.layers[0].block, end="input")
         for number, block in enumerate(structure.layers):
@@ -102,15 +100,8 @@ class Sites:
         return ModelError(f"unknown {what} '{name}' in {self._model}{hint}")
 
 
-def _of_block(prefix: str, block: Block, packed_heads: int | None = None) -> dict[str, Place]:
-    places = {}
-    for kind, (part, end) in _KINDS.items():
-        if packed_heads is None or end != "attention":
-            places[f"{prefix}.{kind}"] = Place(module=getattr(block, part), end=end)
-        elif kind == "z":
-            # The attention function runs once per image or window; at the projection the sequence is whole again.
-            places[f"{prefix}.{kind}"] = Place(module=block.o_proj, end="input", n_heads=packed_heads)
-    return places
+def _of_block(prefix: str, block: Block) -> dict[str, Place]:
+    return {f"{prefix}.{kind}": Place(module=getattr(block, part), end=end) for kind, (part, end) in _KINDS.items()}
 
 
 def _near(name: str, names: Sequence[str]) -> list[str]:

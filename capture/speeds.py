@@ -16,8 +16,9 @@ import torch
 
 from clt.capture.capacity import existing_folder, local_folder
 from clt.capture.layout import StoreArrays
+from clt.capture.planning import CaptureJob
 from clt.capture.rows import TORCH_DTYPES, bits_of, write_rows
-from clt.capture.run import CaptureJob, capture_samples
+from clt.capture.run import capture_samples
 from clt.capture.schema import CapturePlan, StoreSpec
 from clt.capture.storage import LocalStorage, Storage, open_storage
 from clt.capture.store import ActivationStore, open_store

@@ -25,7 +25,8 @@ from clt.capture.layout import commit_path
 from clt.capture.loader import ActivationLoader, require_same
 from clt.capture.moments import Moments, pack_moments, unpack_moments
 from clt.capture.order import permutation
-from clt.capture.run import CaptureJob, capture_samples, first_tokens
+from clt.capture.planning import CaptureJob
+from clt.capture.run import capture_samples, first_tokens
 from clt.capture.storage import open_storage
 from clt.capture.store import ActivationStore, open_committed
 from clt.capture.workers import Schedule, assigned_units

@@ -71,8 +71,6 @@ class Structure:
         lm_head: unembedding.
         vision: the vision tower; None for text models.
         vision_blocks: its blocks in order.
-        packed_heads: heads of a tower that runs the patches of all images as one sequence [patches,D] and cuts it up
-            inside its attention (Qwen); None for other towers.
         bridges: site name -> module from the tower to the language model.
     """
 
@@ -82,7 +80,6 @@ class Structure:
     lm_head: nn.Module
     vision: nn.Module | None = None
     vision_blocks: tuple[Block, ...] = ()
-    packed_heads: int | None = None
     bridges: Mapping[str, nn.Module] = field(default_factory=dict)
 
 
@@ -111,7 +108,6 @@ def discover(model: Any) -> Structure:
         **text,
         vision=vision,
         vision_blocks=tuple(discover_block(block) for block in _blocks(vision)),
-        packed_heads=vision.config.num_heads if hasattr(vision, "spatial_merge_size") else None,
         bridges=_bridges(model, vision),
     )
 

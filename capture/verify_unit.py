@@ -127,6 +127,11 @@ def _read_record(inventory: Inventory, unit: int, found: Findings, known: FileRe
         raise StoreError(f"{name}: has {len(record.sample_ids)} samples, the plan says {len(samples)}; {REPAIR}")
     if sum(record.sample_tokens) != record.n_tokens or min(record.sample_tokens, default=1) < 1:
         raise StoreError(f"{name}: the tokens of its samples do not add up to {record.n_tokens}; {REPAIR}")
+    answers = record.answer_tokens or (0,) * len(samples)
+    if len(answers) != len(samples) or any(
+        not 0 <= a <= n for a, n in zip(answers, record.sample_tokens, strict=False)
+    ):
+        raise StoreError(f"{name}: answers of {len(answers)} samples do not fit their tokens; {REPAIR}")
     if other := sorted({file.path for file in record.files} ^ set(inventory.unit_keys(unit)[:-1])):
         raise StoreError(f"{name}: lists other files than a unit has, first '{other[0]}'; {REPAIR}")
     if known and inventory.manifest and unit_entry(known, record) != inventory.manifest.units[unit]:

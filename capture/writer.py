@@ -45,12 +45,14 @@ class UnitData:
         tokens: [n] where they come from.
         sample_ids: `example_id` of each sample.
         sample_tokens: tokens of each sample; they add up to n.
+        answer_tokens: how many of the last tokens of each sample are its answer; empty if no sample has one.
     """
 
     acts: Mapping[str, Tensor]
     tokens: TokenTable
     sample_ids: tuple[str, ...]
     sample_tokens: tuple[int, ...]
+    answer_tokens: tuple[int, ...] = ()
 
 
 class StoreWriter:
@@ -128,6 +130,7 @@ class StoreWriter:
             sample_start=self.plan.sample_starts[unit],
             sample_ids=data.sample_ids,
             sample_tokens=data.sample_tokens,
+            answer_tokens=data.answer_tokens,
             files=tuple(files),
         )
         return self.storage.put(commit_path(unit), sealed(record)[1])

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from clt.capture.filters import TokenFilter, token_counts
 from clt.capture.loader import ActivationLoader
-from clt.capture.run import CaptureConfig, plan_capture
+from clt.capture.planning import CaptureConfig, plan_capture
 from clt.capture.store import open_store
 from clt.capture.streaming import CaptureRing, StreamingLoader
 from clt.capture.workers import Schedule

@@ -11,7 +11,8 @@ from __future__ import annotations
 import sys
 from collections.abc import Sequence
 
-from clt.capture.run import CaptureConfig, capture, plan_capture
+from clt.capture.planning import CaptureConfig, plan_capture
+from clt.capture.run import capture
 from clt.config import config_to_yaml
 from clt.launch.script import run_script
 

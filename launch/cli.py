@@ -65,7 +65,8 @@ def demo(
 @app.command()
 def capture(config: Config, overrides: Overrides = None, dry_run: DryRun = False) -> None:
     """Captures the activations of a model into a store; prints the store's id."""
-    from clt.capture.run import CaptureConfig, capture
+    from clt.capture.planning import CaptureConfig
+    from clt.capture.run import capture
     from clt.launch.capture import LEFT_TO_OTHERS, describe
 
     def work() -> str:

@@ -27,7 +27,8 @@ from clt.attribution.features.steering import SteeringReport, SteeringSettings, 
 from clt.attribution.run import AttributeConfig, EvaluateConfig, EvaluationReport, Explanation, evaluate, explain
 from clt.capture.adapter import ModelAdapter
 from clt.capture.examples import SourceSettings, ToySource, open_source
-from clt.capture.run import CaptureConfig, capture
+from clt.capture.planning import CaptureConfig
+from clt.capture.run import capture
 from clt.config import (
     STRICT,
     AuxKSettings,

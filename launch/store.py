@@ -66,7 +66,7 @@ def plan(
 ) -> None:
     """Prints how large a capture will be, how long it will take here and how fast it can be read."""
     from clt.capture.capacity import capacity
-    from clt.capture.run import CaptureConfig, plan_capture
+    from clt.capture.planning import CaptureConfig, plan_capture
     from clt.config import load_config
     from clt.launch.store_text import capacity_text
 

@@ -13,7 +13,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from clt.attribution.run import AttributeConfig, EvaluateConfig
-from clt.capture.run import CaptureConfig
+from clt.capture.planning import CaptureConfig
 from clt.config import (
     CLTConfig,
     TrainConfig,

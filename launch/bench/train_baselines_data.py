@@ -19,7 +19,8 @@ from torch import Tensor
 from clt.capture.examples import SourceSettings, ToySource
 from clt.capture.filters import TokenFilter
 from clt.capture.loader import iterate_store
-from clt.capture.run import CaptureConfig, capture
+from clt.capture.planning import CaptureConfig
+from clt.capture.run import capture
 from clt.capture.store import open_store
 from clt.config import CLTConfig, TrainConfig
 from clt.errors import ConfigError

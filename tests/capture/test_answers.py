@@ -14,7 +14,8 @@ from clt.capture.adapter import ModelAdapter
 from clt.capture.answers import Generation
 from clt.capture.examples import JsonlSource, SourceSettings
 from clt.capture.hooks import attach
-from clt.capture.run import CaptureConfig, capture, plan_capture
+from clt.capture.planning import CaptureConfig, plan_capture
+from clt.capture.run import capture
 from clt.capture.store import open_store
 from clt.config import parse_config
 from clt.errors import ConfigError
@@ -50,6 +51,7 @@ def check(config: CaptureConfig, adapter: ModelAdapter) -> None:
         n_prompt = alone.tokens.token_id.shape[1]
         assert torch.equal(view.tokens.token_id[:n_prompt], alone.tokens.token_id[0])
         assert tuple(view.tokens.token_id[n_prompt:].tolist()) == answer
+        assert view.answer_tokens == len(answer)
         with torch.no_grad(), attach(adapter, store.sites) as recorded:
             adapter.forward(adapter.prepare(example.prompt, example.images, answer))
         expected = torch.stack([recorded[site][0] for site in store.sites])

@@ -13,7 +13,8 @@ from torch import Tensor, nn
 from clt.capture.adapter import ModelAdapter, PromptInputs
 from clt.capture.examples import JsonlSource, SourceSettings
 from clt.capture.hooks import attach
-from clt.capture.run import CaptureConfig, capture, plan_capture
+from clt.capture.planning import CaptureConfig, plan_capture
+from clt.capture.run import capture
 from clt.capture.store import open_store
 from clt.errors import ModelError
 from clt.records import Modality
@@ -38,6 +39,10 @@ def adapter(name: str) -> ModelAdapter:
 
 @pytest.fixture(scope="module")
 def prompts(name: str, adapter: ModelAdapter) -> list[PromptInputs]:
+    return make_prompts(name, adapter)
+
+
+def make_prompts(name: str, adapter: ModelAdapter) -> list[PromptInputs]:
     """Without an image, with one and with two, of different sizes; text models get text of these lengths."""
     if name not in IMAGE_PROCESSORS:
         return [adapter.prepare(text) for text in ("the cat", LONG, "what is red ?")]
@@ -154,21 +159,47 @@ def test_vision_sites_and_bridges_are_recorded_and_edited(
     torch.testing.assert_close(logits[batch.real_mask], before[batch.real_mask], atol=5e-5, rtol=1e-5)
     assert set(found) == set(sites)
     z = found["vision.0.z"]
-    assert torch.equal(z.flatten(1) if name.startswith("qwen") else z.transpose(1, 2).flatten(2), plain)
+    # Qwen's towers run the patches of all images as one sequence, without a batch axis outside attention.
+    assert torch.equal(z.transpose(1, 2).flatten(2), plain[None] if plain.dim() == 2 else plain)
+    torch.testing.assert_close(found["vision.0.pattern"] @ found["vision.0.v"], z)
+    torch.testing.assert_close(found["vision.0.pattern"].sum(-1), torch.ones(z.shape[:-1]))
+    scale = z.shape[-1] ** -0.5
+    torch.testing.assert_close(found["vision.0.q"] @ found["vision.0.k"].mT * scale, found["vision.0.scores"])
     at = {kind: found[f"vision.0.{kind}"] for kind in ("resid_pre", "attn_out", "resid_mid", "mlp_out", "resid_post")}
     assert torch.equal(at["resid_mid"], at["resid_pre"] + at["attn_out"])
     assert torch.equal(at["resid_post"], at["resid_mid"] + at["mlp_out"])
     assert torch.equal(found["vision.1.resid_pre"], at["resid_post"])
     with_images = (batch.tokens.modality == Modality.IMAGE).any(1)
     for site in (
-        "vision.0.z",
-        "vision.0.resid_mid",
+        *(f"vision.0.{kind}" for kind in ("q", "k", "v", "scores", "pattern", "z", "resid_mid")),
         "vision.1.resid_post",
         *(site for site in sites if site.startswith("bridge")),
     ):
-        with attach(adapter, edit={site: lambda value: value + torch.linspace(0, 1, value.shape[-1])}):
+        with attach(adapter, edit={site: lambda value: value * torch.linspace(0, 2, value.shape[-1])}):
             moved = (adapter.forward(batch) - before).abs().amax((1, 2)) > 1e-3
         assert torch.equal(moved, with_images), site
+
+
+@pytest.mark.parametrize(
+    ("name", "block", "sizes"),
+    [
+        # Pictures of 8x12, 16x8 and 8x8 patches.
+        ("qwen2_vl", 0, [96, 128, 64]),
+        ("qwen3_vl", 1, [96, 128, 64]),
+        # Windows of 4x4 patches, in the first block only.
+        ("qwen2_5_vl", 0, [16] * 18),
+        ("qwen2_5_vl", 1, [96, 128, 64]),
+    ],
+)
+@torch.no_grad()
+def test_packed_towers_attend_within_images_and_windows(name: str, block: int, sizes: list[int]) -> None:
+    adapter = make_adapter(name)
+    batch = adapter.collate(make_prompts(name, adapter))
+    assert batch.model_inputs["image_grid_thw"].tolist() == [[1, 8, 12], [1, 16, 8], [1, 8, 8]]
+    with attach(adapter, [f"vision.{block}.pattern"]) as found, attach(adapter, [f"vision.{block}.z"]):
+        adapter.forward(batch)
+    blocks = torch.block_diag(*(torch.ones(size, size) for size in sizes)) > 0
+    assert torch.equal(found[f"vision.{block}.pattern"][0, 1] > 0, blocks)
 
 
 @torch.no_grad()

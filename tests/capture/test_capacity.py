@@ -10,7 +10,8 @@ import pytest
 
 from clt.capture.capacity import NVME, PCIE, capacity, free_bytes, model_cost, store_size
 from clt.capture.examples import JsonlSource, SourceSettings
-from clt.capture.run import CaptureConfig, capture, plan_capture
+from clt.capture.planning import CaptureConfig, plan_capture
+from clt.capture.run import capture
 from clt.capture.store import open_store
 from clt.capture.writer import StoreWriter
 from clt.errors import StoreError

@@ -194,12 +194,12 @@ def test_damaged_manifest_is_an_error(store: ActivationStore) -> None:
 @pytest.mark.parametrize("version", ["1.0", "3.0"])
 def test_store_of_another_major_version_is_refused(store: ActivationStore, tmp_path: Path, version: str) -> None:
     root = Path(store.location)
-    message = rf"store schema '{version}', this program reads 2\.0; capture again"
+    message = rf"store schema '{version}', this program reads 2\.1; capture again"
     (tmp_path / "other").mkdir()
     (tmp_path / "other/store.json").write_text(json.dumps({"schema_version": version, "kind": "unknown"}))
     with pytest.raises(StoreError, match=rf"store\.json: {message}"):
         StoreWriter(tmp_path / "other", make_spec(), make_plan(LENGTHS))
-    rewrite(root / MANIFEST, lambda text: text.replace('"schema_version":"2.0"', f'"schema_version":"{version}"'))
+    rewrite(root / MANIFEST, lambda text: text.replace('"schema_version":"2.1"', f'"schema_version":"{version}"'))
     with pytest.raises(StoreError, match=rf"manifest\.json: {message}"):
         open_store(root)
     rewrite(root / MANIFEST, lambda text: json.dumps({"schema_version": version, "id": "?"}))

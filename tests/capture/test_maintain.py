@@ -328,9 +328,9 @@ def test_finished_units_are_never_garbage(store: ActivationStore) -> None:
 def test_store_of_another_version_is_left_alone(store: ActivationStore) -> None:
     root = Path(store.location)
     for key in ("store.json", "manifest.json"):
-        rewrite(root / key, lambda text: text.replace('"2.0"', '"3.0"'))
+        rewrite(root / key, lambda text: text.replace('"2.1"', '"3.0"'))
     before = tree(root)
     for work in (repair_store, collect_garbage, store_status):
-        with pytest.raises(StoreError, match=r"store schema '3\.0', this program reads 2\.0"):
+        with pytest.raises(StoreError, match=r"store schema '3\.0', this program reads 2\.1"):
             work(root)
     assert tree(root) == before

@@ -13,7 +13,8 @@ import torch
 
 from clt.capture.examples import JsonlSource, SourceSettings
 from clt.capture.loader import ActivationLoader
-from clt.capture.run import CaptureConfig, capture
+from clt.capture.planning import CaptureConfig
+from clt.capture.run import capture
 from clt.capture.storage import open_storage
 from clt.capture.storage_base import Storage
 from clt.capture.store import ActivationStore, open_store

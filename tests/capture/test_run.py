@@ -18,7 +18,8 @@ from PIL import Image
 from clt.capture.adapter import ModelAdapter
 from clt.capture.examples import JsonlSource, SourceSettings, ToySource
 from clt.capture.hooks import attach
-from clt.capture.run import CaptureConfig, capture, plan_capture
+from clt.capture.planning import CaptureConfig, plan_capture
+from clt.capture.run import capture
 from clt.capture.store import ActivationStore, open_store
 from clt.config import load_config
 from clt.errors import ConfigError, InputError, NonFiniteError, StoreError

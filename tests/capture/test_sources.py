@@ -11,7 +11,7 @@ import pytest
 from PIL import Image
 
 from clt.capture.examples import ExampleSource, SourceSettings, open_source
-from clt.capture.run import CaptureConfig
+from clt.capture.planning import CaptureConfig
 from clt.config import load_config, parse_config
 from clt.errors import ConfigError, InputError
 

@@ -19,7 +19,8 @@ from clt.capture.examples import JsonlSource, SourceSettings
 from clt.capture.filters import TokenFilter
 from clt.capture.loader import ActivationLoader
 from clt.capture.object_storage import forget_memory
-from clt.capture.run import CaptureConfig, CaptureJob, capture, plan_capture
+from clt.capture.planning import CaptureConfig, CaptureJob, plan_capture
+from clt.capture.run import capture
 from clt.capture.store import open_store
 from clt.capture.streaming import CaptureRing, StreamingLoader
 from clt.capture.workers import Schedule

@@ -186,10 +186,10 @@ def test_records_that_all_name_another_store_speak_against_its_description(tmp_p
 @pytest.mark.parametrize("version", ["1.0", "3.0"])
 def test_store_of_another_major_version_is_no_damage_but_an_error(store: ActivationStore, version: str) -> None:
     root = Path(store.location)
-    rewrite(root / "store.json", lambda text: text.replace('"2.0"', f'"{version}"'))
+    rewrite(root / "store.json", lambda text: text.replace('"2.1"', f'"{version}"'))
     assert paths(root) == ["store.json"], "one file that says so is damage"
-    rewrite(root / "manifest.json", lambda text: text.replace('"2.0"', f'"{version}"'))
-    with pytest.raises(StoreError, match=f"manifest.json: store schema '{version}', this program reads 2.0"):
+    rewrite(root / "manifest.json", lambda text: text.replace('"2.1"', f'"{version}"'))
+    with pytest.raises(StoreError, match=f"manifest.json: store schema '{version}', this program reads 2.1"):
         verify_store(root)
 
 

@@ -19,7 +19,8 @@ from clt.capture.adapter import ModelAdapter
 from clt.capture.examples import SourceSettings, ToySource, open_source
 from clt.capture.filters import TokenFilter
 from clt.capture.loader import iterate_store
-from clt.capture.run import CaptureConfig, capture
+from clt.capture.planning import CaptureConfig
+from clt.capture.run import capture
 from clt.capture.store import open_store
 from clt.config import TrainConfig, config_to_yaml, load_config
 from clt.evaluate import evaluate_store

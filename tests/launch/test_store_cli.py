@@ -16,7 +16,7 @@ import torch
 from typer.testing import CliRunner, Result
 
 from clt.capture.capacity import capacity
-from clt.capture.run import CaptureConfig, plan_capture
+from clt.capture.planning import CaptureConfig, plan_capture
 from clt.capture.store import open_store
 from clt.capture.writer import StoreWriter
 from clt.config import load_config
