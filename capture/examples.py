@@ -7,13 +7,15 @@ one example at a time.
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import IO, Protocol
 
-from PIL import Image, ImageOps
+from PIL import ExifTags, Image, ImageOps
 
+from clt.capture.prompts import Size
 from clt.capture.source_settings import JsonlSource, SourceSettings, ToySource
 from clt.errors import InputError
 
@@ -24,9 +26,13 @@ __all__ = [
     "JsonlSource",
     "SourceSettings",
     "ToySource",
+    "image_size",
     "load_image",
     "open_source",
 ]
+
+#: EXIF orientations of pictures that have to be turned by a quarter.
+_LYING = (5, 6, 7, 8)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -70,6 +76,9 @@ class ExampleSource(Protocol):
 
     def load(self, index: int) -> Example:
         """The example of that number; InputError when an image cannot be decoded."""
+
+    def sizes(self, index: int) -> tuple[Size, ...]:
+        """Sizes of the images of an example, from their headers; InputError when one is no image."""
 
     def digest(self) -> str:
         """Hex digest of everything that decides the examples, image pixels apart."""
@@ -116,9 +125,23 @@ def load_image(file: Path | str | IO[bytes], name: str | None = None) -> Image.I
     Raises:
         InputError: the file is missing, or is not a whole image.
     """
+    with _opened(file, name) as image:
+        return ImageOps.exif_transpose(image).convert("RGB")
+
+
+def image_size(file: Path | str | IO[bytes], name: str | None = None) -> Size:
+    """Height and width that `load_image` would give, for most formats without decoding; same arguments and errors."""
+    with _opened(file, name) as image:
+        # Pillow turns TIFF pictures itself.
+        lies = image.format != "TIFF" and image.getexif().get(ExifTags.Base.Orientation) in _LYING
+        return (image.width, image.height) if lies else (image.height, image.width)
+
+
+@contextmanager
+def _opened(file: Path | str | IO[bytes], name: str | None) -> Iterator[Image.Image]:
     try:
         with Image.open(file) as image:
-            return ImageOps.exif_transpose(image).convert("RGB")
+            yield image
     # Pillow reports damaged PNG data as a SyntaxError, and absurd sizes as a decompression bomb.
     except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
         reason = " ".join(str(error).split()) or type(error).__name__
@@ -143,6 +166,9 @@ class _ToyExamples:
 
     def load(self, index: int) -> Example:
         return self._samples[index].to_example(self._id(index))
+
+    def sizes(self, index: int) -> tuple[Size, ...]:
+        return tuple((image.height, image.width) for image in self.load(index).images)
 
     def digest(self) -> str:
         return text_digest([repr(sample) for sample in self._samples])

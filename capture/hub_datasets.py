@@ -9,10 +9,11 @@ from __future__ import annotations
 import io
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
-from clt.capture.examples import Example, ExampleText, load_image, text_digest
+from clt.capture.examples import Example, ExampleText, image_size, load_image, text_digest
 from clt.capture.listed import check_columns, row_text
+from clt.capture.prompts import Size
 from clt.capture.source_settings import DatasetSource
 from clt.errors import InputError
 
@@ -51,10 +52,12 @@ class DatasetExamples:
     def load(self, index: int) -> Example:
         """The example of that number; InputError when an image cannot be decoded."""
         text = self.texts[index]
-        pictures = [] if self._pictures is None else self._rows[index].column(self._pictures).to_pylist()[0] or []
-        pictures = pictures if isinstance(pictures, list) else [pictures]
-        images = tuple(self._decode(picture, index) for picture in pictures)
+        images = tuple(load_image(*file) for file in self._files(index))
         return Example(example_id=text.example_id, prompt=text.prompt, images=images, answer=text.answer)
+
+    def sizes(self, index: int) -> tuple[Size, ...]:
+        """Sizes of the images of an example; InputError when one is no image."""
+        return tuple(image_size(*file) for file in self._files(index))
 
     def digest(self) -> str:
         """Hex digest of the texts, and of the names and sizes of the images."""
@@ -88,10 +91,15 @@ class DatasetExamples:
                 f"{self._name}: column '{self._pictures}' holds {kind}, expected pictures; cast it to datasets.Image()"
             )
 
-    def _decode(self, picture: dict[str, Any], index: int) -> Any:
-        if picture["bytes"] is not None:
-            return load_image(io.BytesIO(picture["bytes"]), self._where(index))
-        return load_image(picture["path"])
+    def _files(self, index: int) -> list[tuple[IO[bytes] | str, str]]:
+        """Contents or paths of the pictures of a row, and what error messages call them."""
+        pictures = [] if self._pictures is None else self._rows[index].column(self._pictures).to_pylist()[0] or []
+        return [
+            (picture["path"], picture["path"])
+            if picture["bytes"] is None
+            else (io.BytesIO(picture["bytes"]), self._where(index))
+            for picture in (pictures if isinstance(pictures, list) else [pictures])
+        ]
 
     def _where(self, number: int) -> str:
         return f"{self._name}: row {number}"

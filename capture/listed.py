@@ -10,7 +10,8 @@ from typing import Any
 
 from PIL import Image
 
-from clt.capture.examples import Example, ExampleText, load_image, text_digest
+from clt.capture.examples import Example, ExampleText, image_size, load_image, text_digest
+from clt.capture.prompts import Size
 from clt.capture.source_settings import Columns, FolderSource, JsonlSource, JsonSource, RowsSource
 from clt.errors import InputError
 
@@ -36,6 +37,10 @@ class ListedExamples:
         text = self.texts[index]
         images = tuple(load_image(self._folder / name) for name in self._names[index])
         return Example(example_id=text.example_id, prompt=text.prompt, images=images, answer=text.answer)
+
+    def sizes(self, index: int) -> tuple[Size, ...]:
+        """Sizes of the images of an example; InputError when one is no image."""
+        return tuple(image_size(self._folder / name) for name in self._names[index])
 
     def digest(self) -> str:
         """Hex digest of texts and image names."""

@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 from PIL import Image
 
-from clt.capture.examples import JsonlSource, SourceSettings, ToySource, load_image, open_source
+from clt.capture.examples import JsonlSource, SourceSettings, ToySource, image_size, load_image, open_source
 from clt.capture.toy import BIASED_TASKS, toy_examples
 from clt.config import parse_config
 from clt.errors import ConfigError, InputError
@@ -117,12 +117,31 @@ def test_missing_image_is_named(tmp_path: Path) -> None:
         load_image(tmp_path / "nowhere.png")
 
 
-def test_photographs_are_turned_upright(tmp_path: Path) -> None:
-    image = Image.new("RGB", (4, 2))
+@pytest.mark.parametrize("orientation", [None, *range(1, 9)])
+@pytest.mark.parametrize("kind", ["jpg", "png", "webp", "tiff"])
+def test_photographs_are_turned_upright_and_so_are_their_sizes(
+    tmp_path: Path, kind: str, orientation: int | None
+) -> None:
+    image, file = Image.new("RGB", (4, 2)), tmp_path / f"a.{kind}"
     exif = image.getexif()
-    exif[274] = 6  # taken with the camera on its side
-    image.save(tmp_path / "a.jpg", exif=exif)
-    assert load_image(tmp_path / "a.jpg").size == (2, 4)
+    if orientation is not None:
+        exif[274] = orientation
+    image.save(file, exif=exif)
+    upright = load_image(file)
+    assert upright.size == ((2, 4) if orientation in (5, 6, 7, 8) else (4, 2))
+    assert image_size(file) == (upright.height, upright.width)
+
+
+def test_the_size_of_a_photograph_is_read_without_decoding_it(tmp_path: Path) -> None:
+    file = tmp_path / "a.jpg"
+    Image.effect_noise((64, 48), 50).save(file)
+    file.write_bytes(file.read_bytes()[:-500])
+    assert image_size(file) == (48, 64)
+    with pytest.raises(InputError, match=r"a\.jpg: the image cannot be decoded"):
+        load_image(file)
+    file.write_bytes(b"no image")
+    with pytest.raises(InputError, match=r"a\.jpg: the image cannot be decoded"):
+        image_size(file)
 
 
 def test_toy_source_is_the_toy_samples() -> None:

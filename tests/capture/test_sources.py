@@ -143,6 +143,7 @@ class TestDatasets:
         assert listing(found) == [("x", "one", 1, "yes"), ("y", "two", 0, None), ("z", "three", 1, "no")]
         loaded = [found.load(i) for i in range(3)]
         assert [[image.size for image in example.images] for example in loaded] == [[(3, 2)], [], [(4, 5)]]
+        assert [found.sizes(i) for i in range(3)] == [((2, 3),), (), ((5, 4),)]
         assert loaded[0].images[0].getpixel((0, 0)) == (255, 0, 0) and loaded[2].images[0].mode == "RGB"
 
     def test_a_row_may_have_several_pictures_and_no_prompt_of_its_own(self, saved: Path) -> None:

@@ -1,0 +1,210 @@
+"""Plans a capture: what a job is, how long its samples are, and which of them make up a unit.
+
+Samples are packed into units by their token counts before the first forward pass, so that any number of workers agree
+on what each unit holds.
+"""
+
+from __future__ import annotations
+
+import itertools
+import math
+from dataclasses import dataclass as plain_dataclass
+
+import torch
+import transformers
+from pydantic import Field
+from pydantic.dataclasses import dataclass
+
+from clt.capture.adapter import ModelAdapter
+from clt.capture.answers import Answer, Generation, make_answers
+from clt.capture.arrays import Compression
+from clt.capture.choice import ModelChoice
+from clt.capture.examples import ExampleSource, SourceSettings, open_source, text_digest
+from clt.capture.order import pack_units
+from clt.capture.rows import TORCH_DTYPES
+from clt.capture.schema import SCHEMA_VERSION, CapturePlan, SiteGroup, StoreDtype, StoreSpec
+from clt.capture.workers import Schedule
+from clt.config import STRICT, ReadSite
+from clt.errors import ConfigError
+from clt.version import code_version
+
+#: A block, which is read together, is at most so many bytes of activations; a unit, which is held in memory, so many.
+_BLOCK_BYTES = 8 << 20
+_UNIT_BYTES = 2 << 30
+_CHUNK_TOKENS = (32, 1024)
+_MAX_ROWS_PER_UNIT = 65_536
+
+
+@dataclass(frozen=True, kw_only=True, config=STRICT)
+class CaptureConfig(ModelChoice):
+    """One capture job."""
+
+    output: str
+    """Folder or URL of the store; it is made, or gone on with if it holds an unfinished store of the same job."""
+    source: SourceSettings
+    """Where the examples come from."""
+    generate: Generation | None = None
+    """The model answers each prompt itself, and prompt and answer are captured; absent: the answers of the source."""
+    read_site: ReadSite = "resid_mid"
+    """What transcoders will read; stored for every layer beside `mlp_out`."""
+    store_dtype: StoreDtype = "bfloat16"
+    """Type of the stored values; int8 halves bfloat16, the error it makes is in the manifest."""
+    compression: Compression = "none"
+    """Lossless compression of the stored values; zstd saves a fifth of bfloat16 and reads several times slower."""
+    batch_size: int = Field(default=32, gt=0)
+    """Prompts per forward pass."""
+    rows_per_unit: int | None = Field(default=None, gt=0)
+    """Most tokens of a unit, the piece that is written and committed as a whole; absent: up to 65,536 in 2 GiB."""
+    chunk_tokens: int | None = Field(default=None, gt=0)
+    """Tokens that are read together; must divide rows_per_unit; absent: a power of two that makes up to 8 MiB."""
+    seed: int = 0
+    """Seed of the order of tokens within units."""
+    workers: Schedule = Schedule()
+    """Which units this process takes."""
+
+
+@plain_dataclass(frozen=True, kw_only=True)
+class CaptureJob:
+    """A capture that has been planned.
+
+    Attributes:
+        adapter: the model.
+        source: the examples.
+        lengths: tokens of each example.
+        answers: what the model answered to each; None: the answers of the source.
+        spec: what the store will hold.
+        plan: which samples each unit holds.
+    """
+
+    adapter: ModelAdapter
+    source: ExampleSource
+    lengths: tuple[int, ...]
+    answers: tuple[Answer, ...] | None
+    spec: StoreSpec
+    plan: CapturePlan
+
+    @property
+    def bytes_per_token(self) -> int:
+        """Bytes of stored activations per token."""
+        return self.spec.bytes_per_token
+
+    @property
+    def memory_bytes(self) -> int:
+        """Most memory that a unit takes: its activations as captured and, where they differ, as stored."""
+        rows = min(self.spec.rows_per_unit, max(self.plan.unit_tokens))
+        values = rows * sum(len(group.sites) * group.width for group in self.spec.groups)
+        captured = captured_dtype(self.adapter).itemsize
+        stored = TORCH_DTYPES[self.spec.store_dtype]
+        return values * (captured + (stored.itemsize if stored != captured_dtype(self.adapter) else 0))
+
+    def summary(self) -> str:
+        """What the job will write, in one line."""
+        tokens = sum(self.plan.unit_tokens)
+        return (
+            f"{len(self.lengths)} samples, {tokens} tokens, {self.plan.n_units} units of up to "
+            f"{self.spec.rows_per_unit} tokens, {len(self.spec.sites)} sites of {self.spec.model.d_model}, "
+            f"{tokens * self.bytes_per_token / 2**20:.1f} MiB"
+        )
+
+
+def plan_capture(
+    config: CaptureConfig, adapter: ModelAdapter | None = None, *, longest_answers: bool = False
+) -> CaptureJob:
+    """Loads the model and decides what goes where; writes nothing, and runs the model only for `generate`.
+
+    Args:
+        config: the job.
+        adapter: the model, if it is loaded already.
+        longest_answers: take every answer that is to be generated for as long as it may be, and generate none; the job
+            then tells sizes and cannot be run.
+
+    Returns:
+        The planned job.
+
+    Raises:
+        ModelError: the model cannot be loaded.
+        InputError: the examples cannot be read, or do not fit the model.
+        ConfigError: a sample does not fit into a unit, or chunk_tokens does not divide rows_per_unit.
+    """
+    adapter = adapter or config.load()
+    source = open_source(config.source)
+    lengths, answers = _lengths(config, adapter, source, longest_answers)
+    sites = tuple(f"lm.{layer}.{kind}" for kind in (config.read_site, "mlp_out") for layer in range(adapter.n_layers))
+    group = SiteGroup(name="lm", sites=sites, width=adapter.d_model)
+    rows, chunk = _sizes(config, len(sites) * adapter.d_model * TORCH_DTYPES[config.store_dtype].itemsize)
+    starts = pack_units(lengths, rows)
+    plan = CapturePlan(
+        sample_starts=starts,
+        unit_tokens=tuple(sum(lengths[a:b]) for a, b in itertools.pairwise(starts)),
+    )
+    spec = StoreSpec(
+        schema_version=SCHEMA_VERSION,
+        created_by=f"clt {code_version()}, torch {torch.__version__}, transformers {transformers.__version__}",
+        model=adapter.identity,
+        model_dtype=str(adapter.dtype).removeprefix("torch."),
+        groups=(group,),
+        store_dtype=config.store_dtype,
+        compression=config.compression,
+        rows_per_unit=rows,
+        chunk_tokens=chunk,
+        batch_size=config.batch_size,
+        seed=config.seed,
+        source=source.digest() if answers is None else text_digest([source.digest(), repr(answers)]),
+    )
+    return CaptureJob(adapter=adapter, source=source, lengths=lengths, answers=answers, spec=spec, plan=plan)
+
+
+def captured_dtype(adapter: ModelAdapter) -> torch.dtype:
+    """Type in which activations wait to be stored: the model's, so that what storing rounds off can be measured."""
+    return torch.float32 if adapter.dtype == torch.float64 else adapter.dtype
+
+
+def _lengths(
+    config: CaptureConfig, adapter: ModelAdapter, source: ExampleSource, longest_answers: bool
+) -> tuple[tuple[int, ...], tuple[Answer, ...] | None]:
+    """Tokens of each sample, and the answers if the model gives them."""
+    samples, generation = range(len(source.texts)), config.generate
+    if generation is None:
+        return tuple(_count_tokens(adapter, source, sample, True) for sample in samples), None
+    lengths = tuple(_count_tokens(adapter, source, sample, False) for sample in samples)
+    if longest_answers:
+        return tuple(length + generation.max_new_tokens for length in lengths), None
+    answers = make_answers(
+        adapter,
+        source,
+        lengths,
+        generation,
+        batch_size=config.batch_size,
+        output=config.output,
+        schedule=config.workers,
+    )
+    return tuple(length + len(answer) for length, answer in zip(lengths, answers, strict=True)), answers
+
+
+def _count_tokens(adapter: ModelAdapter, source: ExampleSource, sample: int, with_answer: bool) -> int:
+    """Tokens of a sample, or of its prompt alone; its images are opened only if their sizes matter."""
+    text = source.texts[sample]
+    images = source.sizes(sample) if adapter.size_matters else text.n_images
+    return adapter.count_tokens(text.prompt, images, text.answer if with_answer else None)
+
+
+def _sizes(config: CaptureConfig, bytes_per_token: int) -> tuple[int, int]:
+    """Rows per unit and tokens per chunk, chosen where the configuration leaves them open."""
+    low, high = _CHUNK_TOKENS
+    chunk = min(max(_power_of_two(_BLOCK_BYTES // bytes_per_token), low), high)
+    if config.rows_per_unit is None:
+        chunk = config.chunk_tokens or chunk
+        rows = chunk * _power_of_two(min(_UNIT_BYTES // bytes_per_token, _MAX_ROWS_PER_UNIT) // chunk)
+    else:
+        rows = config.rows_per_unit
+        chunk = config.chunk_tokens or (rows if rows <= chunk else math.gcd(rows, chunk))
+    if rows % chunk or chunk < min(low, rows):
+        raise ConfigError(
+            f"rows_per_unit={rows} must be a multiple of chunk_tokens={chunk}, which must be at least {low}"
+        )
+    return rows, chunk
+
+
+def _power_of_two(n: int) -> int:
+    """The largest power of two up to n, at least 1."""
+    return 1 << max(n.bit_length() - 1, 0)
