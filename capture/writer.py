@@ -257,8 +257,8 @@ def metadata_files(arrays: StoreArrays) -> dict[str, bytes]:
 
 
 def _require_same(mine: StoreSpec, found: StoreSpec, url: str) -> None:
-    # The path to the model and the software may differ between machines; the weights may not.
-    one, other = ({**asdict(replace(s, created_by="")), **asdict(s.model)} for s in (mine, found))
+    # The path to the model, the software and its minor version of the schema may differ; the weights may not.
+    one, other = ({**asdict(replace(s, created_by="", schema_version="")), **asdict(s.model)} for s in (mine, found))
     for key in one:
         if key not in ("model", "name", "revision") and one[key] != other[key]:
             raise StoreError(
