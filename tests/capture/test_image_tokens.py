@@ -6,7 +6,8 @@ from typing import Any
 
 import pytest
 import torch
-from transformers import Gemma3Processor, Idefics3Processor, LlavaNextProcessor
+import transformers as hf
+from transformers import Gemma3Processor, Idefics3Processor, LlavaNextProcessor, LlavaProcessor
 from transformers.models.idefics3.image_processing_pil_idefics3 import Idefics3ImageProcessorPil
 
 from clt.capture.adapter import ModelAdapter
@@ -56,11 +57,24 @@ def official_processor(name: str) -> Any:
         return Gemma3Processor(images, words, image_seq_length=4)
     if name == "idefics3":
         return Idefics3Processor(images, words, image_seq_len=4)
-    settings: dict[str, Any] = {"vision_feature_select_strategy": "default", "num_additional_image_tokens": 1}
-    return LlavaNextProcessor(images, words, patch_size=8, image_token="<image>", **settings)
+    if name.startswith("llava"):
+        kind = LlavaNextProcessor if name == "llava_next" else LlavaProcessor
+        settings: dict[str, Any] = {"vision_feature_select_strategy": "default", "num_additional_image_tokens": 1}
+        return kind(images, words, patch_size=8, image_token="<image>", **settings)
+    for package in ("torchvision", "num2words"):
+        pytest.importorskip(package, reason=f"the model's own processor needs the package '{package}'")
+    if name == "smolvlm":
+        return hf.SmolVLMProcessor(images, words, hf.SmolVLMVideoProcessor(), image_seq_len=4)
+    kinds = {
+        "qwen2_vl": (hf.Qwen2VLProcessor, hf.Qwen2VLVideoProcessor),
+        "qwen2_5_vl": (hf.Qwen2_5_VLProcessor, hf.Qwen2VLVideoProcessor),
+        "qwen3_vl": (hf.Qwen3VLProcessor, hf.Qwen3VLVideoProcessor),
+    }
+    processor, videos = kinds[name]
+    return processor(images, words, videos())
 
 
-@pytest.mark.parametrize("name", ["llava_next", "gemma3", "idefics3"])
+@pytest.mark.parametrize("name", list(IMAGE_PROCESSORS))
 def test_prompts_are_those_of_the_models_own_processor(name: str) -> None:
     pictures = [picture(48, 32), picture(20, 70)]
     prompt = prompt_for(name, "the cat", 2)
