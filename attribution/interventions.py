@@ -142,6 +142,19 @@ def _check(intervention: Intervention, clt: CrossLayerTranscoder, columns: Colum
             )
 
 
+@dataclass(frozen=True, kw_only=True)
+class _Change:
+    """What interventions do to U features of a layer at the positions of a call.
+
+    Attributes:
+        activation_NWU: new minus running activation.
+        active_NWU: 1 where a feature becomes active by it, -1 where it ceases to be, else 0.
+    """
+
+    activation_NWU: Tensor
+    active_NWU: Tensor
+
+
 class LiveEdits:
     """The edits of one forward or generation; codes travel from the read sites to the MLP outputs.
 
@@ -158,7 +171,7 @@ class LiveEdits:
         self.targets: Sequence[int] = whole.targets
         self.codes: dict[int, tuple[Tensor, Tensor]] = {}
         self._inputs: dict[int, Tensor] = {}
-        self._changes: dict[int, Tensor] = {}
+        self._changes: dict[int, _Change] = {}
         self._numbers = {layer: sorted({i.feature for i in group}) for layer, group in plan.items()}
         self._window = slice(0, 0)
 
@@ -200,8 +213,8 @@ class LiveEdits:
         """Columns of this call in which the transcoder acts."""
         return self.columns.replaced[:, self._window, None]
 
-    def _change(self, layer: int) -> Tensor:
-        """New minus running activation [N,W,U] of the layer's features under intervention."""
+    def _change(self, layer: int) -> _Change:
+        """Of the layer's features under intervention."""
         values_BK, indices_BK = self.codes[layer]
         numbers = torch.tensor(self._numbers[layer], dtype=indices_BK.dtype, device=indices_BK.device)
         # An empty slot has value 0, so its index 0 adds nothing to feature 0.
@@ -219,7 +232,9 @@ class LiveEdits:
                 acts_NW = positions_NW[rows] == intervention.position
                 new_NW = torch.where(acts_NW, new_NW, wanted_NWU[rows, :, column])
             wanted_NWU[rows, :, column] = new_NW
-        return torch.where(self._acting, wanted_NWU - running_NWU, 0)
+        wanted_NWU = torch.where(self._acting, wanted_NWU, running_NWU)
+        active_NWU = (wanted_NWU != 0).to(wanted_NWU) - (running_NWU != 0).to(wanted_NWU)
+        return _Change(activation_NWU=wanted_NWU - running_NWU, active_NWU=active_NWU)
 
     def _reconstruct(self, target: int, like_NWD: Tensor) -> Tensor:
         """Output of the transcoder from the running codes, without interventions."""
@@ -232,8 +247,11 @@ class LiveEdits:
         """Adds what the interventions change in the transcoder's output."""
         sources = self.clt.sources_of(target)
         for source in (layer for layer in sources if layer in self.plan):
-            W_UD = self.clt.W_dec[str(target)][source - sources.start, self._numbers[source]]
-            y_NWD = y_NWD + self._changes[source] @ W_UD
+            row, change = source - sources.start, self._changes[source]
+            written_NWU = change.activation_NWU
+            if self.clt.config.feature_offset:
+                written_NWU = written_NWU + change.active_NWU * self.clt.offset[str(target)][row, self._numbers[source]]
+            y_NWD = y_NWD + written_NWU @ self.clt.W_dec[str(target)][row, self._numbers[source]]
         return y_NWD
 
 

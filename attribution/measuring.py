@@ -38,7 +38,7 @@ class _Addition:
         embed: [S,D] to what enters block 0.
         mlp_out: layer -> [S,D].
         attention_bias: layer whose attention biases count twice.
-        feature: (source layer, position, slot) whose activation is doubled.
+        feature: (source layer, position, slot) that writes twice.
     """
 
     embed: Tensor | None = None
@@ -76,7 +76,7 @@ class MeasuringModel:
         wide = {k: v.double() if v.is_floating_point() else v for k, v in inputs.model_inputs.items()}
         self.inputs = replace(inputs, model_inputs=wide)
         self.values_LSK, self.indices_LSK, self.slots = self._codes()
-        self.reconstructions = {layer: self._reconstruction(layer) for layer in self.targets}
+        self.reconstructions = {layer: self._reconstruction(layer, self.values_LSK) for layer in self.targets}
         self.base = self._row_values(_Addition())
         self._require_recorded()
 
@@ -178,15 +178,14 @@ class MeasuringModel:
             y_SD = self.recorded[f"lm.{layer}.mlp_out"]
             if layer in addition.mlp_out:
                 y_SD = y_SD + addition.mlp_out[layer]
-            if layer in self.targets and (addition.feature is not None or self.clt.config.skip):
-                values_LSK = self.values_LSK
-                if addition.feature is not None:
-                    source, position, slot = addition.feature
-                    values_LSK = values_LSK.clone()
-                    values_LSK[self.sources.index(source), position, slot] *= 2
-                now_SD = self._decode(
-                    layer, values_LSK, found[self.read_sites[layer]][0] if self.clt.config.skip else None
-                )
+            if layer in self.targets and addition.feature is not None:
+                source, position, slot = addition.feature
+                without_LSK = self.values_LSK.clone()
+                without_LSK[self.sources.index(source), position, slot] = 0
+                written_SD = self.reconstructions[layer] - self._reconstruction(layer, without_LSK)
+                y_SD = y_SD + written_SD * self.seen[:, None]
+            if layer in self.targets and self.clt.config.skip:
+                now_SD = self._decode(layer, self.values_LSK, found[self.read_sites[layer]][0])
                 y_SD = y_SD + (now_SD - self.reconstructions[layer]) * self.seen[:, None]
             return y_SD[None]
 
@@ -200,9 +199,10 @@ class MeasuringModel:
         y_SD = self.clt.decode_layer(layer, values_LSK[rows], self.indices_LSK[rows], x_SD)
         return self.clt.scaling.restore_y(y_SD[None], (layer,))[0]
 
-    def _reconstruction(self, layer: int) -> Tensor:
+    def _reconstruction(self, layer: int, values_LSK: Tensor) -> Tensor:
+        """Raw output of a target layer from codes and the recorded input."""
         x_SD = self.recorded[self.read_sites[layer]] if self.clt.config.skip else None
-        return self._decode(layer, self.values_LSK, x_SD)
+        return self._decode(layer, values_LSK, x_SD)
 
     def _decoder_bias(self, layer: int) -> Tensor:
         """What the transcoder gives without features at input zero, where it acts."""

@@ -158,7 +158,7 @@ class Sources:
                 G_BRD = G_BRD + skip_BRD
         tokens = slice(self.first_token, self.first_token + R)
         out_BN[:, tokens] = torch.einsum("brd,rd->br", G_BRD, frozen.recording.embed[:R])
-        out_BN[:, : len(self.features)] = by_position_Bn[:, self._rank] * self.features.activation
+        out_BN[:, : len(self.features)] = by_position_Bn[:, self._rank]
         return out_BN
 
     def _meet_mlp(self, layer: int, G_BRD: Tensor, out_BN: Tensor, by_position_Bn: Tensor) -> None:
@@ -176,7 +176,8 @@ class Sources:
             begin, end = self._span[position][sources.start], self._span[position][sources.stop]
             if begin < end:
                 decoder_nD = W_dec_SFD[self._source[begin:end] - sources.start, self._number[begin:end]]
-                by_position_Bn[:, begin:end].addmm_(G_BRD[:, position], decoder_nD.T)
+                amounts_n = self._written(layer, begin, end)
+                by_position_Bn[:, begin:end] += G_BRD[:, position] @ decoder_nD.T * amounts_n
 
     def _pull_skip(self, layer: int, G_BRD: Tensor) -> Tensor | None:
         """Cotangents with respect to the skip path's input, at the residual stream before or after the attention."""
@@ -220,6 +221,13 @@ class Sources:
         bounds = torch.searchsorted(key[order], torch.arange(S * (L + 1), device=key.device))
         self._span = bounds.view(S, L + 1).tolist()
 
+    def _written(self, target: int, begin: int, end: int) -> Tensor:
+        """[n] what some features multiply their decoder vectors into a target by; their order is by position."""
+        source_n = self._source[begin:end] - self.clt.sources_of(target).start
+        if not self.clt.config.feature_offset:
+            return self._activation[begin:end]
+        return self._activation[begin:end] + self.clt.offset[str(target)][source_n, self._number[begin:end]]
+
     def _errors(self) -> Tensor:
         """[L,S,D] MLP outputs minus what the transcoder gives."""
         found = self.frozen.recording
@@ -232,6 +240,6 @@ class Sources:
             for position in range(len(self.seen)):
                 begin, end = self._span[position][sources.start], self._span[position][sources.stop]
                 decoder_nD = W_dec_SFD[self._source[begin:end] - sources.start, self._number[begin:end]]
-                y_SD[position] += self._activation[begin:end] @ decoder_nD
+                y_SD[position] += self._written(layer, begin, end) @ decoder_nD
             errors_LSD[layer] -= torch.where(self.seen[:, None], y_SD, 0)
         return errors_LSD

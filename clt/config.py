@@ -131,6 +131,15 @@ class CLTConfig(TranscoderSettings):
     """Decoder layers of the model, L = M."""
     d_model: int = Field(gt=0)
     """Width of the residual stream, D."""
+    feature_offset: bool = False
+    """An active feature writes to a target with its activation plus a constant that it has there, as in clt-training
+    (`post_enc`); such transcoders are read from other projects, not trained."""
+
+    @model_validator(mode="after")
+    def _offsets_are_of_pairs(self) -> CLTConfig:
+        if self.feature_offset and (self.tied_decoders or self.independent):
+            raise ValueError("feature_offset goes with a decoder for every source and target only; untie them")
+        return self
 
     @model_validator(mode="after")
     def _source_has_targets(self) -> CLTConfig:

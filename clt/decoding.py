@@ -5,6 +5,7 @@
     source       W_shared[l] [F,D], one matrix that all targets of a source share; the activation of feature f is
                  multiplied by target_scale[l] [T,F] of the target first
     independent  free; each source is held against the whole target, with a bias for every pair, b_dec[t] [S,D]
+    offset       free; an active feature writes with its activation plus offset[t] [S,F]
 
 The kernels know free decoders only. For them, the sources of a target with one matrix are one source with more slots.
 
@@ -152,7 +153,16 @@ def _slots(
             W_SFD, scale_SF = _own_shared(clt, layer) if shared is None else shared.into(layer)
             scaled_SBK: Tensor = _Scaled.apply(values_SBK, scale_SF, indices_SBK)
             return scaled_SBK, indices_SBK, W_SFD, csr
-    return values_SBK, indices_SBK, clt.W_dec[str(layer)], csr
+    return written(clt, layer, values_SBK, indices_SBK), indices_SBK, clt.W_dec[str(layer)], csr
+
+
+def written(clt: CrossLayerTranscoder, target: int, values_SBK: Tensor, indices_SBK: Tensor) -> Tensor:
+    """[S,B,K]: factors of the decoder vectors of a target, the activations and, where there are some, offsets."""
+    if not clt.config.feature_offset:
+        return values_SBK
+    offset_SBK = _of_slots(clt.offset[str(target)], indices_SBK)
+    # An empty slot writes nothing.
+    return torch.where(values_SBK == 0, 0, values_SBK + offset_SBK)
 
 
 def _in_memory(values_SBK: Tensor, indices_SBK: Tensor, W_SFD: Tensor, csr: ops.FeatureCSR | None) -> Slots:

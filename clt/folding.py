@@ -69,4 +69,7 @@ def folded(clt: CrossLayerTranscoder) -> CrossLayerTranscoder:
             raw.W_skip[name] = clt.W_skip[name] * rms_y / scaling.rms_x[layer]
             b_D = b_D - raw.W_skip[name] @ scaling.mean_x[layer]
         raw.b_dec[name] = b_D
+        if clt.config.feature_offset:
+            # Of activations, which stay as they are.
+            raw.offset[name] = clt.offset[name].clone()
     return raw.requires_grad_(False)

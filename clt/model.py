@@ -138,6 +138,7 @@ class CrossLayerTranscoder(nn.Module):
         self.W_dec, self.b_dec, self.W_skip = nn.ParameterDict(), nn.ParameterDict(), nn.ParameterDict()
         self.log_threshold = nn.ParameterDict()
         self.W_shared, self.target_scale = nn.ParameterDict(), nn.ParameterDict()
+        self.offset = nn.ParameterDict()
         self.decoder_norm, self.threshold = LayerBuffers(), LayerBuffers()
         for layer in self.share.sources:
             W_FD, b_F = initial_encoder(config, layer, seed)
@@ -159,6 +160,8 @@ class CrossLayerTranscoder(nn.Module):
         self.b_dec[str(layer)] = nn.Parameter(torch.zeros(biases))
         if config.skip:
             self.W_skip[str(layer)] = nn.Parameter(torch.zeros(D_own, config.d_model))
+        if config.feature_offset:
+            self.offset[str(layer)] = nn.Parameter(torch.zeros(len(sources), config.n_features))
 
     def _add_sparsity(self, layer: int) -> None:
         """What the rule of `config.sparsity` keeps for a source layer besides its encoder."""

@@ -59,6 +59,8 @@ def _facts(clt: CrossLayerTranscoder) -> Iterator[tuple[str, object]]:
     yield "Features per layer", config.n_features
     yield "Targets of a source", f"{config.n_targets or 'all'} layers, from l + {config.first_offset} on"
     yield "Skip connection", "yes" if config.skip else "no"
+    if config.feature_offset:
+        yield "Active features", "write with a constant more than their activation"
     if clt.has_variants:
         yield "Decoders", f"tied: {config.tied_decoders}, independent: {config.independent}"
     yield "Sparsity", f"{config.sparsity.kind}, k = {config.k}"

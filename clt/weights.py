@@ -2,7 +2,7 @@
 
 transcoder.json              format, architecture, model identity, store id, code version
 scaling.safetensors          mean_x, rms_x, mean_y, rms_y
-layer_00.safetensors ...     W_enc, b_enc (W_shared, target_scale) of source 0; W_dec, b_dec (W_skip) of target 0
+layer_00.safetensors ...     W_enc, b_enc (W_shared, target_scale) of source 0; W_dec, b_dec (W_skip, offset) of target
 README.md                    for people, and for the page of a hub (`clt.model_card`)
 """
 
@@ -61,7 +61,8 @@ def layer_buffers(clt: CrossLayerTranscoder, layer: int) -> dict[str, Tensor]:
 
 def _parameters(clt: CrossLayerTranscoder) -> dict[str, nn.ParameterDict]:
     groups = {"W_enc": clt.W_enc, "b_enc": clt.b_enc, "W_dec": clt.W_dec, "b_dec": clt.b_dec, "W_skip": clt.W_skip}
-    return groups | {"log_threshold": clt.log_threshold, "W_shared": clt.W_shared, "target_scale": clt.target_scale}
+    groups |= {"log_threshold": clt.log_threshold, "offset": clt.offset}
+    return groups | {"W_shared": clt.W_shared, "target_scale": clt.target_scale}
 
 
 def _buffers(clt: CrossLayerTranscoder) -> dict[str, LayerBuffers]:

@@ -104,7 +104,9 @@ def save_circuit_tracer(clt: CrossLayerTranscoder, folder: Path) -> None:
 
 
 def check_pointwise(clt: CrossLayerTranscoder, reader: str) -> None:
-    """ConfigError unless every feature is judged by itself, from a linear map of raw inputs."""
+    """ConfigError unless every feature is judged by itself, from a linear map of raw inputs, and written linearly."""
+    if clt.config.feature_offset:
+        raise ConfigError(f"clt.feature_offset: {reader} has no constants beside the activations of features")
     kind = clt.config.sparsity.kind
     if kind not in ("jumprelu", "relu"):
         raise ConfigError(

@@ -16,7 +16,8 @@ by pre-activations standardised over the batch, so they are no function of a tok
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+import re
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -94,6 +95,8 @@ def load_crosslayer_coding(folder: Path, *, read_site: ReadSite | None = None) -
         sparsity=SparsitySettings(kind=activation),
     )
     file = ForeignFile.safetensors(_weights_file(folder))
+    if tying != "none" and file.is_not_zero(re.escape(_OFFSET.format("")) + r"\d+"):
+        config = replace(config, feature_offset=True)
     # Sizes are checked before there is memory of these sizes.
     last = file.take(f"{_ENCODER.format(config.n_layers - 1)}.weight", F, config.d_model)
     norms = _norms(folder, settings, config)
@@ -217,7 +220,10 @@ def _fill_target(clt: CrossLayerTranscoder, target: int, file: ForeignFile, norm
     scale_F = None
     if tying != "none":
         if file.has(_OFFSET.format(target)):
-            file.take_zeros(_OFFSET.format(target), "an offset of active features, which a linear decoder lacks", F)
+            offset_F = file.take(_OFFSET.format(target), F)
+            if clt.config.feature_offset:
+                # The same for all sources.
+                clt.offset[name].copy_(offset_F)
         if file.has(_SCALE.format(target)):
             scale_F = file.take(_SCALE.format(target), F)
     bias_D = torch.zeros(D, dtype=torch.float64)

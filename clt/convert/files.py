@@ -40,6 +40,11 @@ class ForeignFile:
         """Whether a tensor is there."""
         return key in self._tensors
 
+    def is_not_zero(self, pattern: str) -> bool:
+        """Whether any tensor whose whole name fits the regular expression holds anything but zeros."""
+        tensors = (tensor for key, tensor in self._tensors.items() if re.fullmatch(pattern, key))
+        return any(isinstance(tensor, Tensor) and bool(tensor.any()) for tensor in tensors)
+
     def matrix(self, key: str) -> tuple[int, int, torch.dtype]:
         """Sizes of a matrix and the type that `take` gives its numbers; CheckpointError if there is none."""
         tensor = self._tensors.get(key)

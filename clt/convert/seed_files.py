@@ -70,6 +70,8 @@ def _check(clt: CrossLayerTranscoder) -> None:
         )
     if config.first_offset == 0:
         raise ConfigError("clt.first_offset=0: the seed's decoders write to later layers only; train with 1")
+    if config.feature_offset:
+        raise ConfigError("clt.feature_offset: the seed's active features write with their activations alone")
     if config.skip:
         raise ConfigError("clt.skip: the seed's transcoders have no skip connection; train without it")
     if config.sparsity.kind not in ("topk", "relu") or config.sparsity.decoder_norm:

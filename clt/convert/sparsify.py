@@ -67,6 +67,11 @@ class _Layer:
         form = self.settings.get("coalesce_topk", "none")
         return None if form == "none" else str(form)
 
+    @property
+    def has_offsets(self) -> bool:
+        """Whether an active feature writes with more than its activation."""
+        return self.file.is_not_zero(r"post_enc(s\.\d+)?")
+
     def take(self, name: str, place: int, *shape: int | None) -> Tensor:
         """A tensor of the j-th target: W_decs.1, or W_dec where there is one target; W_dec is W_decs.0 once more."""
         several = f"{name}s.{place}"
@@ -107,6 +112,7 @@ def load_sparsify(folder: Path, *, read_site: ReadSite | None = None) -> CrossLa
         n_targets=max(1, first.n_targets),
         skip=bool(first.settings.get("skip_connection")),
         read_site=read_site or _read_site(folder),
+        feature_offset=any(layer.has_offsets for layer in layers),
     )
     clt = empty_transcoder(config, dtype, _scaling(layers, D))
     for layer in layers:
@@ -251,7 +257,9 @@ def _fill_target(clt: CrossLayerTranscoder, goal: _Layer, layers: list[_Layer]) 
         divided = goal.settings.get("divide_cross_layer") and place and not goal.coalesced
         share = 1 / (len(sources) - 1) if divided else 1.0
         clt.W_dec[name][row].copy_(_decoder(layer, goal, row, place, (len(sources), F, D)) * share)
-        _refuse_offset(layer, place, F)
+        offset_F = _offset(layer, place, F)
+        if clt.config.feature_offset and offset_F is not None:
+            clt.offset[name][row].copy_(offset_F)
         if not goal.coalesced:
             bias_D = bias_D + share * layer.take("b_dec", place, D)
             if place and clt.config.skip:
@@ -284,10 +292,11 @@ def _decoder(layer: _Layer, goal: _Layer, row: int, place: int, sizes: tuple[int
     return W_FD
 
 
-def _refuse_offset(layer: _Layer, place: int, n_features: int) -> None:
-    for key in (f"post_encs.{place}", "post_enc"):
-        if layer.file.has(key):
-            layer.file.take_zeros(key, "an offset of active features, which a linear decoder lacks", n_features)
+def _offset(layer: _Layer, place: int, n_features: int) -> Tensor | None:
+    """[F] of a source into a target; files may leave it out."""
+    if layer.file.has(f"post_encs.{place}") or layer.file.has("post_enc"):
+        return layer.take("post_enc", place, n_features)
+    return None
 
 
 def _tensors(clt: CrossLayerTranscoder, layer: int) -> dict[str, Tensor]:
@@ -301,6 +310,8 @@ def _tensors(clt: CrossLayerTranscoder, layer: int) -> dict[str, Tensor]:
         if clt.config.skip:
             W_DD = clt.W_skip[str(target)]
             of_target["W_skip"] = torch.zeros_like(W_DD) if place else W_DD
+        if clt.config.feature_offset:
+            of_target["post_enc"] = clt.offset[str(target)][clt.sources_of(target).index(layer)]
         tensors |= {f"{key}s.{place}" if several else key: tensor for key, tensor in of_target.items()}
     return tensors
 

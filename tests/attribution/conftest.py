@@ -193,7 +193,7 @@ def build_random_clt(adapter: ModelAdapter, **settings: object) -> CrossLayerTra
     clt = CrossLayerTranscoder(config, scaling, seed=3, provenance=Provenance(model=adapter.identity))
     with torch.no_grad():
         sizes = [(clt.W_dec, 0.1), (clt.b_enc, 0.3), (clt.b_dec, 0.1), (clt.W_skip, 0.1)]
-        for group, size in (*sizes, (clt.W_shared, 0.1), (clt.target_scale, 1.0)):
+        for group, size in (*sizes, (clt.W_shared, 0.1), (clt.target_scale, 1.0), (clt.offset, 1.0)):
             for parameter in group.values():
                 parameter.copy_(size * torch.randn(parameter.shape, generator=generator))
     return clt.to(adapter.dtype)

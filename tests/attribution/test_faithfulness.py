@@ -20,6 +20,7 @@ ARCHITECTURES = [
     {"n_targets": 2, "skip": True, "drop_bos": True},
     {"read_site": "mlp_in", "skip": True, "first_offset": 1},
     {"read_site": "resid_pre", "skip": True},
+    {"feature_offset": True, "n_targets": 2, "skip": True},
     {"read_site": "resid_post", "first_offset": 1, "drop_bos": True},
     {"sparsity": SparsitySettings(kind="jumprelu", threshold=0.7)},
 ]

@@ -17,7 +17,9 @@ from clt.mapped import MappedDecoder
 from clt.model import CrossLayerTranscoder
 
 
-@pytest.mark.parametrize("settings", [{}, {"first_offset": 1, "skip": True}, {"tied_decoders": "target"}], ids=str)
+@pytest.mark.parametrize(
+    "settings", [{}, {"first_offset": 1, "skip": True}, {"feature_offset": True}, {"tied_decoders": "target"}], ids=str
+)
 def test_graph_and_interventions_are_those_of_the_loaded_transcoder(
     make_tiny_llama: Callable[[], ModelAdapter],
     make_random_clt: Callable[..., CrossLayerTranscoder],

@@ -299,6 +299,37 @@ def test_an_inactive_feature_can_be_switched_on(toy_adapter, make_clt):
     assert not torch.equal(moved[0, 30], plain[0, 30])
 
 
+@pytest.mark.parametrize("switched_on", [False, True])
+def test_a_feature_that_is_switched_takes_its_offsets_along(make_tiny_llama, make_random_clt, switched_on):
+    adapter = make_tiny_llama()
+    model = ReplacementModel(adapter, make_random_clt(adapter, feature_offset=True))
+    prompt = adapter.prepare("s i x t h")
+    codes, layer, position = model.features(prompt), 1, 3
+    active = dict(zip(codes.indices[layer, position].tolist(), codes.values[layer, position].tolist(), strict=True))
+    if switched_on:
+        feature, value = next(f for f in range(20) if f not in active), 2.0
+        written, sign = value, 1
+    else:
+        feature, value = max(active, key=lambda f: active[f]), 0.0
+        written, sign = active[feature], -1
+
+    def change(target):
+        row = layer - model.clt.sources_of(target).start
+        factor = written + model.clt.offset[str(target)][row, feature]
+
+        def edit(y):
+            y = y.clone()
+            y[0, position] += sign * factor * model.clt.W_dec[str(target)][row, feature]
+            return y
+
+        return edit
+
+    with attach(adapter, edit={f"lm.{t}.mlp_out": change(t) for t in model.clt.targets_of(layer)}):
+        by_hand = model.forward(prompt)
+    intervention = Intervention(layer=layer, feature=feature, position=position, value=value)
+    torch.testing.assert_close(model.forward(prompt, [intervention]), by_hand)
+
+
 def test_interventions_on_rows_of_a_batch_equal_separate_runs(toy_adapter, make_clt):
     model = ReplacementModel(toy_adapter, make_clt())
     prompts = prepared(toy_adapter, 2)

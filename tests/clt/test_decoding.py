@@ -38,6 +38,7 @@ FORMS: dict[str, dict[str, Any]] = {
     "sum": {"independent": "sum"},
     "mean": {"independent": "mean", "n_targets": 3, "sparsity": SparsitySettings(kind="relu")},
     "nearest": {"independent": "nearest", "first_offset": 1},
+    "offset": {"feature_offset": True, "n_targets": 2, "skip": True},
     "layer_norm": {"independent": "sum", "first_offset": 1, "layer_norm": True},
 }
 
@@ -72,7 +73,10 @@ def pair_output(clt: CrossLayerTranscoder, source: int, target: int, z_BF: Tenso
         case "source":
             scale_F = clt.target_scale[str(source)][target - source - clt.config.first_offset]
             return (z_BF * scale_F) @ clt.W_shared[str(source)]
-    return z_BF @ clt.W_dec[str(target)][source - clt.sources_of(target)[0]]
+    row = source - clt.sources_of(target)[0]
+    if clt.config.feature_offset:
+        z_BF = z_BF + clt.offset[str(target)][row] * (z_BF > 0)
+    return z_BF @ clt.W_dec[str(target)][row]
 
 
 def outputs(clt: CrossLayerTranscoder, x_LBD: Tensor) -> Tensor:

@@ -41,6 +41,7 @@ IDENTITY = ModelIdentity(name="toy", revision="r1", architecture="X", n_layers=L
 VARIANTS: list[dict[str, Any]] = [
     {},
     {"first_offset": 1, "n_targets": 2, "skip": True},
+    {"feature_offset": True, "n_targets": 2},
     {"tied_decoders": "target"},
     {"tied_decoders": "source"},
     {"independent": "mean"},

@@ -98,7 +98,10 @@ def sparsify(folder: Path, x_LBD: Tensor, hook: str = "layers.{}.mlp") -> Tensor
         total = torch.zeros_like(x_BD)
         for block, (source, their_cfg, theirs, their_x, z) in enumerate(alive):
             j = layer - source
-            name = {key: f"{key}s.{j}" if several else key for key in ("W_dec", "b_dec", "W_skip", "post_enc_scale")}
+            keys = ("W_dec", "b_dec", "W_skip", "post_enc", "post_enc_scale")
+            name = {key: f"{key}s.{j}" if several else key for key in keys}
+            if name["post_enc"] in theirs:
+                z = z + theirs[name["post_enc"]] * (z > 0)
             if their_cfg.get("post_encoder_scale"):
                 z = z * theirs[name["post_enc_scale"]]
             if form == "concat":
@@ -143,13 +146,15 @@ def crosslayer_coding(folder: Path, x_LBD: Tensor) -> Tensor:
     outputs = []
     for target in range(len(x_LBD)):
         scale = w.get(f"decoder_module.feature_scale.{target}", torch.ones((), dtype=torch.float64))
+        offset = w.get(f"decoder_module.feature_offset.{target}", torch.zeros((), dtype=torch.float64))
+        z = [(act + offset * (act != 0)) * scale for act in acts[: target + 1]]
         y = torch.zeros_like(x_LBD[0])
         if tying == "per_target":
             key = f"decoder_module.decoders.{target}"
-            y = (sum(acts[: target + 1]) * scale) @ w[f"{key}.weight"].T + w[f"{key}.bias_param"]
+            y = sum(z) @ w[f"{key}.weight"].T + w[f"{key}.bias_param"]
         for source in range(target + 1 if tying != "per_target" else 0):
             key = f"decoder_module.decoders.{source if tying == 'per_source' else f'{source}->{target}'}"
-            y = y + (acts[source] * scale) @ w[f"{key}.weight"].T + w[f"{key}.bias_param"]
+            y = y + z[source] @ w[f"{key}.weight"].T + w[f"{key}.bias_param"]
             if cfg["skip_connection"] and tying == "none":
                 y = y + x[source] @ w[f"decoder_module.skip_weights.{source}->{target}"].T
         if cfg["skip_connection"] and tying != "none":

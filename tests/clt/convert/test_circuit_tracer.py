@@ -96,6 +96,7 @@ def test_a_set_of_single_layer_transcoders_is_read_as_they_read_it(tmp_path: Pat
         ({"sparsity": SparsitySettings(kind="batch_topk")}, "sparsity.kind=batch_topk"),
         ({"sparsity": JUMP, "skip": True}, "clt.skip"),
         ({"sparsity": JUMP, "layer_norm": True}, "clt.layer_norm"),
+        ({"sparsity": JUMP, "feature_offset": True}, "clt.feature_offset"),
     ],
 )
 def test_what_the_format_cannot_hold_is_refused_and_leaves_nothing(

@@ -44,6 +44,8 @@ FORMS: dict[str, dict[str, Any]] = {
     "tied by source": {"decoder_tying": "per_source", "normalization_method": "sqrt_d_model", "skip_connection": True},
     "tied by target": {"decoder_tying": "per_target", "normalization_method": "mean_std", "skip_connection": True},
     "relu": {"activation_fn": "relu", "decoder_tying": "per_target"},
+    "offsets by source": {"decoder_tying": "per_source", "enable_feature_offset": True},
+    "offsets by target": {"decoder_tying": "per_target", "enable_feature_offset": True, "skip_connection": True},
 }
 
 
@@ -67,7 +69,9 @@ def write_checkpoint(folder: Path, form: dict[str, Any]) -> None:
         weights |= draw(**{f"{key}.weight": (F, D), f"{key}.bias_param": (F,)})
         if tied:
             weights |= draw(**{f"decoder_module.feature_scale.{i}": (F,)})
-            weights[f"decoder_module.feature_offset.{i}"] = torch.zeros(F, dtype=torch.float64)
+            weights |= draw(**{f"decoder_module.feature_offset.{i}": (F,)})
+            if not settings.get("enable_feature_offset"):
+                weights[f"decoder_module.feature_offset.{i}"].zero_()
     for place in places:
         key = f"decoder_module.decoders.{place}"
         weights |= draw(**{f"{key}.weight": (D, F), f"{key}.bias_param": (D,)})
@@ -91,6 +95,7 @@ def test_a_checkpoint_of_theirs_is_read_as_they_read_it(form: dict[str, Any], tm
     clt, x = load_crosslayer_coding(tmp_path), inputs()
     same(clt(x), crosslayer_coding(tmp_path, x))
     assert clt.config.read_site == "mlp_in"
+    assert clt.config.feature_offset == form.get("enable_feature_offset", False)
 
 
 @pytest.mark.parametrize(
@@ -113,10 +118,9 @@ def test_settings_without_an_equivalent_are_refused(form: dict[str, Any], place:
     assert "\n" not in str(error.value)
 
 
-@pytest.mark.parametrize("key", ["decoder_module.feature_offset.1", "decoder_module.skip_weights.0->1"])
-def test_offsets_and_skips_from_other_layers_are_refused(key: str, tmp_path: Path) -> None:
-    tied = "per_source" if "offset" in key else "none"
-    write_checkpoint(tmp_path, {"decoder_tying": tied, "skip_connection": True})
+def test_skips_from_other_layers_are_refused(tmp_path: Path) -> None:
+    key = "decoder_module.skip_weights.0->1"
+    write_checkpoint(tmp_path, {"skip_connection": True})
     weights = load_file(tmp_path / "model.safetensors")
     save_file(weights | {key: torch.ones_like(weights[key])}, tmp_path / "model.safetensors")
     with pytest.raises(CheckpointError, match=f"'{key}' is not zero"):
@@ -130,6 +134,11 @@ def test_statistics_that_are_missing_are_named(tmp_path: Path) -> None:
     (tmp_path / "norm_stats.json").write_text(json.dumps(stats))
     with pytest.raises(CheckpointError, match=r"norm_stats.json: key '1.targets.std'"):
         load_crosslayer_coding(tmp_path)
+
+
+def test_offsets_are_refused(tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match=r"clt\.feature_offset: crosslayer-coding has no constants"):
+        save_crosslayer_coding(make(sparsity=RELU, feature_offset=True), tmp_path / "out")
 
 
 def test_topk_is_refused_with_the_remedy(tmp_path: Path) -> None:

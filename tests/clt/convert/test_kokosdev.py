@@ -106,7 +106,13 @@ def test_mapping_and_metrics_by_hand(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize(
     "changes",
-    [{"layer_norm": False}, {"first_offset": 0}, {"skip": True}, {"sparsity": SparsitySettings(kind="jumprelu")}],
+    [
+        {"layer_norm": False},
+        {"first_offset": 0},
+        {"skip": True},
+        {"feature_offset": True},
+        {"sparsity": SparsitySettings(kind="jumprelu")},
+    ],
 )
 def test_what_the_format_cannot_hold_is_refused_and_leaves_nothing(changes: dict[str, Any], tmp_path: Path) -> None:
     clt = make(**({"first_offset": 1, "layer_norm": True} | changes))

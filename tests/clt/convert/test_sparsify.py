@@ -21,6 +21,8 @@ VARIANTS: dict[str, dict[str, Any]] = {
     "horizon, skip": {"n_targets": 2, "skip": True},
     "tied by target": {"tied_decoders": "target", "skip": True},
     "independent nearest": {"independent": "nearest"},
+    "offsets": {"feature_offset": True, "n_targets": 2, "skip": True},
+    "offsets of single layers": {"feature_offset": True, "n_targets": 1},
 }
 
 
@@ -42,6 +44,8 @@ FORMS: dict[str, dict[str, Any]] = {
     "concat": {"coalesce_topk": "concat", "post_encoder_scale": True, "skip_connection": True},
     "per layer": {"coalesce_topk": "per-layer", "normalize_io": True},
 }
+#: Theirs by default: a constant that active features add to their activations.
+FORMS |= {f"{name}, offsets": form | {"train_post_encoder": True} for name, form in FORMS.items()}
 
 
 def write_run(folder: Path, form: dict[str, Any], horizon: int = 2) -> None:
@@ -59,7 +63,9 @@ def write_run(folder: Path, form: dict[str, Any], horizon: int = 2) -> None:
                 own["W_skip"] = torch.zeros(D, D, dtype=torch.float64) if j else draw(W=(D, D))["W"]
             if form.get("post_encoder_scale"):
                 own |= draw(post_enc_scale=(F,))
-            own["post_enc"] = torch.zeros(F, dtype=torch.float64)
+            own |= draw(post_enc=(F,))
+            if not form.get("train_post_encoder"):
+                own["post_enc"].zero_()
             weights |= {f"{key}{several}": tensor for key, tensor in own.items()}
         if coalesced != "none":
             blocks = 1 if coalesced == "concat" else min(layer, horizon) + 1
@@ -86,6 +92,7 @@ def test_a_run_of_theirs_is_read_as_they_read_it(form: dict[str, Any], tmp_path:
     clt, x = load_sparsify(tmp_path), inputs()
     same(clt(x), sparsify(tmp_path, x))
     assert clt.config.read_site == "mlp_in"
+    assert clt.config.feature_offset == form.get("train_post_encoder", False)
 
 
 @pytest.mark.parametrize(
@@ -124,13 +131,20 @@ def test_settings_without_an_equivalent_are_refused(changes: dict[str, Any], pla
     assert "layers.1.mlp" in str(error.value) and "\n" not in str(error.value)
 
 
-@pytest.mark.parametrize("key", ["post_encs.1", "W_skips.1"])
-def test_offsets_and_skips_from_other_layers_are_refused(key: str, tmp_path: Path) -> None:
+def test_skips_from_other_layers_are_refused(tmp_path: Path) -> None:
     write_run(tmp_path, {"skip_connection": True})
     path = tmp_path / "layers.0.mlp" / "sae.safetensors"
     weights = load_file(path)
-    save_file(weights | {key: torch.ones_like(weights[key])}, path)
-    with pytest.raises(CheckpointError, match=f"layers.0.mlp.*'{key}' is not zero"):
+    save_file(weights | {"W_skips.1": torch.ones_like(weights["W_skips.1"])}, path)
+    with pytest.raises(CheckpointError, match=r"layers.0.mlp.*'W_skips.1' is not zero"):
+        load_sparsify(tmp_path)
+
+
+def test_offsets_of_another_size_are_named(tmp_path: Path) -> None:
+    write_run(tmp_path, {"train_post_encoder": True})
+    path = tmp_path / "layers.0.mlp" / "sae.safetensors"
+    save_file(load_file(path) | draw(**{"post_encs.1": (F + 1,)}), path)
+    with pytest.raises(CheckpointError, match=r"layers.0.mlp.*'post_encs.1' has shape \(7,\)"):
         load_sparsify(tmp_path)
 
 
