@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import pickle
 import re
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any, NoReturn
 
@@ -148,22 +148,33 @@ def numbered(folder: Path, pattern: str) -> list[Path]:
     Raises:
         CheckpointError: there are none, a layer is missing or comes twice.
     """
-    found: dict[int, Path] = {}
     if not folder.is_dir():
         raise CheckpointError(f"{folder}: no such folder; name the folder of a checkpoint")
-    for path in sorted(folder.iterdir()):
-        match = re.fullmatch(pattern, path.name)
-        if match is None:
-            continue
-        layer = int(match[1])
+    matches = ((re.fullmatch(pattern, path.name), path) for path in sorted(folder.iterdir()))
+    return in_order(folder, [(int(match[1]), path) for match, path in matches if match], f"no file like '{pattern}'")
+
+
+def in_order(folder: Path, layers: Iterable[tuple[int, Path]], missing: str) -> list[Path]:
+    """Files or folders of layers 0, 1, ... in their order.
+
+    Args:
+        folder: where they lie.
+        layers: number and place of each.
+        missing: what is not there if one of them is missing.
+
+    Raises:
+        CheckpointError: there are none, a layer is missing or comes twice.
+    """
+    found: dict[int, Path] = {}
+    for layer, path in layers:
         if layer in found:
             raise CheckpointError(f"{path}: layer {layer} comes twice, {found[layer].name} is it too; remove one")
         found[layer] = path
     if not found:
-        raise CheckpointError(f"{folder}: no file like '{pattern}'; is it a checkpoint of this format?")
+        raise CheckpointError(f"{folder}: {missing}; is it a checkpoint of this format?")
     for layer in range(max(found)):
         if layer not in found:
-            raise CheckpointError(f"{folder}: layer {layer} is missing, no file like '{pattern}'; fetch all files")
+            raise CheckpointError(f"{folder}: layer {layer} is missing, {missing}; fetch all files")
     return [found[layer] for layer in range(len(found))]
 
 

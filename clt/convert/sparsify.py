@@ -29,6 +29,7 @@ from clt.config import CLTConfig, ReadSite
 from clt.convert.files import (
     ForeignFile,
     empty_transcoder,
+    in_order,
     read_json,
     refuse,
     whole_number,
@@ -168,29 +169,25 @@ def _layers(folder: Path) -> list[_Layer]:
     """The hookpoints of a run by layer."""
     if not folder.is_dir():
         raise CheckpointError(f"{folder}: no such folder; name the folder of a run")
-    found: dict[int, Path] = {}
-    for path in sorted(path.parent for path in folder.glob(f"*/{SETTINGS_FILE}")):
-        numbers = re.findall(r"(?:^|\.)(\d+)(?=\.|$)", path.name)
-        if len(numbers) != 1:
-            raise CheckpointError(f"{path}: its name does not say which layer it is; name it like layers.3.mlp")
-        layer = int(numbers[0])
-        if layer in found:
-            raise CheckpointError(f"{path}: layer {layer} comes twice, {found[layer].name} is it too; remove one")
-        found[layer] = path
-    if not found:
-        raise CheckpointError(f"{folder}: no folder with a {SETTINGS_FILE} in it; name the folder of a run")
-    for layer in range(max(found)):
-        if layer not in found:
-            raise CheckpointError(f"{folder}: layer {layer} is missing; a transcoder needs all layers from 0 on")
+    paths = [path.parent for path in sorted(folder.glob(f"*/{SETTINGS_FILE}"))]
+    ordered = in_order(folder, [(_number(path), path) for path in paths], f"no folder with a {SETTINGS_FILE} in it")
     return [
         _Layer(
             number=layer,
-            folder=found[layer],
-            settings=read_json(found[layer] / SETTINGS_FILE),
-            file=ForeignFile.safetensors(found[layer] / CODER_FILE),
+            folder=path,
+            settings=read_json(path / SETTINGS_FILE),
+            file=ForeignFile.safetensors(path / CODER_FILE),
         )
-        for layer in range(len(found))
+        for layer, path in enumerate(ordered)
     ]
+
+
+def _number(path: Path) -> int:
+    """The layer that a hookpoint's name has."""
+    numbers = re.findall(r"(?:^|\.)(\d+)(?=\.|$)", path.name)
+    if len(numbers) != 1:
+        raise CheckpointError(f"{path}: its name does not say which layer it is; name it like layers.3.mlp")
+    return int(numbers[0])
 
 
 def _refuse_unknown(layer: _Layer, first: _Layer) -> None:
