@@ -27,11 +27,12 @@ from itertools import islice, pairwise
 import torch
 from torch import Tensor
 
+from clt.architecture import CLTConfig
 from clt.attribution.replacement import ReplacementModel
 from clt.capture.adapter import ModelAdapter, PromptInputs
-from clt.config import CLTConfig
 from clt.errors import InputError, NonFiniteError
-from clt.model import CrossLayerTranscoder, target_layers
+from clt.layers import target_layers
+from clt.model import CrossLayerTranscoder
 from clt.records import Modality
 
 

@@ -21,13 +21,14 @@ from clt.attribution.scores import Scores, score
 from clt.capture.adapter import ModelAdapter, PromptInputs
 from clt.capture.examples import open_source
 from clt.capture.planning import CaptureConfig
-from clt.config import ReplacementSettings, load_config
+from clt.config import load_config
 from clt.errors import CLTError, InputError
 from clt.evaluate import Evaluation
 from clt.gather import gather_transcoder
 from clt.model import CrossLayerTranscoder
 from clt.parallel import Mesh
 from clt.records import ModelIdentity
+from clt.train_config import ReplacementSettings
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -18,7 +18,7 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from clt.config import CLTConfig
+from clt.architecture import CLTConfig
 from clt.records import ModelIdentity
 
 

@@ -19,8 +19,9 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
+from clt.architecture import CLTConfig
 from clt.attribution.graph import Graph, GraphImage, NodeKind, NodeTable, Target
-from clt.config import CLTConfig, config_to_tree, parse_config
+from clt.config import config_to_tree, parse_config
 from clt.errors import CLTError, GraphError
 from clt.records import ModelIdentity
 from clt.tensor_files import write_tensors

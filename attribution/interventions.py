@@ -21,7 +21,8 @@ from torch import Tensor
 
 from clt.capture.adapter import PromptInputs
 from clt.errors import GraphError
-from clt.model import CrossLayerTranscoder, LayerShare
+from clt.layers import LayerShare
+from clt.model import CrossLayerTranscoder
 from clt.records import Modality, SparseCodes
 
 

@@ -18,9 +18,9 @@ from typing import cast
 import torch
 from torch import Tensor, nn
 
+from clt.architecture import ReadSite
 from clt.capture.adapter import ModelAdapter, PromptInputs
 from clt.capture.hooks import attach
-from clt.config import ReadSite
 from clt.errors import GraphError, ModelError
 
 

@@ -26,7 +26,8 @@ from clt.attribution.graph import BiasKind, Graph, NodeKind
 from clt.capture.adapter import ModelAdapter, PromptInputs
 from clt.capture.hooks import Edit, attach
 from clt.errors import GraphError
-from clt.model import CrossLayerTranscoder, LayerShare
+from clt.layers import LayerShare
+from clt.model import CrossLayerTranscoder
 from clt.records import Modality
 
 

@@ -21,9 +21,10 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from clt.architecture import ReadSite
 from clt.attribution.linearize import FrozenModel
-from clt.config import ReadSite
-from clt.model import CrossLayerTranscoder, source_layers, target_layers
+from clt.layers import source_layers, target_layers
+from clt.model import CrossLayerTranscoder
 from clt.records import Modality, TokenTable
 
 

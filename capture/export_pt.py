@@ -39,7 +39,8 @@ from clt.capture.capacity import GIB, free_bytes
 from clt.capture.storage import PARTIAL_SUFFIX, Storage, open_storage
 from clt.checksum import crc32c
 from clt.errors import CheckpointError, ConfigError, NonFiniteError, StoreError
-from clt.model import CrossLayerTranscoder, source_layers
+from clt.layers import source_layers
+from clt.model import CrossLayerTranscoder
 from clt.records import Modality
 
 PtDtype = Literal["float16", "bfloat16", "float32"]

@@ -15,6 +15,7 @@ import transformers
 from pydantic import Field
 from pydantic.dataclasses import dataclass
 
+from clt.architecture import ReadSite
 from clt.capture.adapter import ModelAdapter
 from clt.capture.answers import Answer, Generation, make_answers
 from clt.capture.arrays import Compression
@@ -24,7 +25,7 @@ from clt.capture.order import pack_units
 from clt.capture.rows import TORCH_DTYPES
 from clt.capture.schema import SCHEMA_VERSION, CapturePlan, SiteGroup, StoreDtype, StoreSpec
 from clt.capture.workers import Schedule
-from clt.config import STRICT, ReadSite
+from clt.config import STRICT
 from clt.errors import ConfigError
 from clt.version import code_version
 

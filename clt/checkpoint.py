@@ -30,7 +30,7 @@ from torch import Tensor
 
 from clt.averaging import WeightAverage
 from clt.columns import join_columns, own_columns
-from clt.config import TrainConfig, config_to_tree, config_to_yaml
+from clt.config import config_to_tree, config_to_yaml
 from clt.dead_features import FiringTracker
 from clt.errors import CheckpointError
 from clt.manifest import (
@@ -49,6 +49,7 @@ from clt.manifest import (
 from clt.model import CrossLayerTranscoder
 from clt.parallel import Mesh, deal_layers, layers_of_rank
 from clt.step import Engine
+from clt.train_config import TrainConfig
 from clt.weights import (
     CARD_FILE,
     SCALING_FILE,

@@ -29,12 +29,12 @@ import torch.distributed as dist
 import torch.distributed.nn
 from torch import Tensor, nn
 
-from clt.config import MeshSettings, OptimizerSettings
 from clt.faults import JobControl
 from clt.meeting import meet
 from clt.metrics import Observations
 from clt.parallel import Mesh
 from clt.step import FIRST_MOMENT, SECOND_MOMENT, StepCheck, StepInputs
+from clt.train_config import MeshSettings, OptimizerSettings
 from clt.watch import watched
 
 _MOMENTS = (FIRST_MOMENT, SECOND_MOMENT)

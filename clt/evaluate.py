@@ -20,7 +20,8 @@ from clt.errors import StoreError
 from clt.exchange import CodeExchange
 from clt.faults import JobControl
 from clt.heldout import RATE_EDGES, HeldOutSums
-from clt.model import CrossLayerTranscoder, source_layers, target_layers
+from clt.layers import source_layers, target_layers
+from clt.model import CrossLayerTranscoder
 from clt.parallel import Mesh, deal_layers, input_layers
 from clt.records import ActivationBatch, Modality
 from clt.sparsity import Peers

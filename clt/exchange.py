@@ -21,7 +21,7 @@ from torch import Tensor
 
 from clt.flight import Cargo, CodeFlight, Send, Slots, index_dtype
 from clt.kernels.dtypes import accumulator
-from clt.model import LayerShare
+from clt.layers import LayerShare
 from clt.parallel import Mesh
 from clt.records import SparseCodes
 

@@ -17,7 +17,7 @@ from torch import Tensor
 
 from clt.kernels import ops
 from clt.kernels.dtypes import accumulator
-from clt.model import LayerShare
+from clt.layers import LayerShare
 from clt.records import SparseCodes
 
 

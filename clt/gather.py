@@ -13,7 +13,8 @@ import torch.distributed as dist
 from torch import Tensor
 
 from clt.columns import COLUMN_DIMS, own_columns
-from clt.model import CrossLayerTranscoder, LayerShare
+from clt.layers import LayerShare
+from clt.model import CrossLayerTranscoder
 from clt.parallel import Mesh, deal_layers
 from clt.weights import layer_buffers, layer_tensors
 

@@ -14,7 +14,7 @@ from collections.abc import Callable, Sequence
 import torch
 from torch import Tensor
 
-from clt.config import CLTConfig
+from clt.architecture import CLTConfig
 from clt.dead_features import firing_counts
 from clt.model import CrossLayerTranscoder
 from clt.parallel import input_layers

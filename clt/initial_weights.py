@@ -9,7 +9,7 @@ from statistics import NormalDist
 import torch
 from torch import Tensor, nn
 
-from clt.config import CLTConfig
+from clt.architecture import CLTConfig
 
 
 class LayerBuffers(nn.Module):

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import torch
 
-from clt.config import CLTConfig, TrainConfig
+from clt.architecture import CLTConfig
 from clt.engine import DeepSpeedEngine
 from clt.errors import ConfigError
 from clt.kernels import ops
@@ -13,6 +13,7 @@ from clt.objective import Objective
 from clt.parallel import Mesh
 from clt.row_engine import RowEngine
 from clt.step import Engine
+from clt.train_config import TrainConfig
 
 
 def make_engine(config: TrainConfig, objective: Objective, mesh: Mesh) -> Engine:

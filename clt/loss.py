@@ -21,12 +21,12 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
-from clt.config import AuxKSettings, TokenWeights
 from clt.decoding import squared_error
 from clt.errors import ConfigError
 from clt.kernels import ops
 from clt.model import CrossLayerTranscoder
 from clt.records import Modality, SparseCodes
+from clt.train_config import AuxKSettings, TokenWeights
 
 if TYPE_CHECKING:
     from clt.shared_decoders import SharedDecoders
@@ -151,7 +151,7 @@ def combine(
         auxk_M: [M_own] from `auxk_error`, or None without dead features.
         revival: scalar from the function of that name, or None without dead features.
         settings: weights of the two.
-        weights_M: [M_own] of each target, from `clt.model.target_weight`.
+        weights_M: [M_own] of each target, from `clt.layers.target_weight`.
 
     Returns:
         This rank's terms; summed over the model group they are the loss.

@@ -23,11 +23,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from clt.config import CLTConfig
+from clt.architecture import CLTConfig
 from clt.errors import CheckpointError
 from clt.evaluate import Evaluation
 from clt.figures import density_plot
-from clt.model import LayerShare, source_layers, target_layers
+from clt.layers import LayerShare, source_layers, target_layers
 from clt.parallel import Mesh
 
 METRICS_FILE = "metrics.jsonl"

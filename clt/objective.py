@@ -7,18 +7,19 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
-from clt.config import AuxKSettings
 from clt.dead_features import fired_features
 from clt.exchange import CodeExchange
 from clt.flight import CodeFlight
 from clt.kernels.dtypes import accumulator
+from clt.layers import target_layers, target_weight
 from clt.loss import LossTerms, auxk_error, combine, encode_dead, revival
 from clt.metrics import Observations
-from clt.model import CrossLayerTranscoder, target_layers, target_weight
+from clt.model import CrossLayerTranscoder
 from clt.parallel import input_layers
 from clt.penalty import sparsity_loss
 from clt.shared_decoders import SharedDecoders, shared_decoders
 from clt.sparsity import Peers
+from clt.train_config import AuxKSettings
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -18,9 +18,9 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from clt.config import CLTConfig
+from clt.architecture import CLTConfig
 from clt.errors import CLTError, ConfigError
-from clt.model import LayerShare, source_layers, sources_of, target_layers
+from clt.layers import LayerShare, source_layers, sources_of, target_layers
 from clt.traffic import Traffic
 
 Axis = Literal["data", "model", "world"]

@@ -20,7 +20,8 @@ import torch
 from torch import Tensor
 
 from clt.encoding import decoder_squares, in_window, sum_by_feature
-from clt.model import CrossLayerTranscoder, error_weight
+from clt.layers import error_weight
+from clt.model import CrossLayerTranscoder
 from clt.records import SparseCodes
 from clt.sparsity import Peers
 

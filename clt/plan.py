@@ -10,14 +10,15 @@ from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
 
-from clt.config import CLTConfig, TrainConfig
+from clt.architecture import CLTConfig
 from clt.errors import ConfigError
+from clt.layers import target_layers
 from clt.metrics import BYTES_PER_STEP, METRICS_FILE, read_metrics
-from clt.model import target_layers
 from clt.parallel import check_world
 from clt.plan_counts import Flops, Memory, StepTraffic, dense_flops, flops, memory, store_bytes_per_token, traffic
 from clt.plan_job import Job, MeshShape, Numerics, Parameters, numerics_of, pairs, parameters
 from clt.plan_speed import Machine, StepTime, step_time
+from clt.train_config import TrainConfig
 
 #: Worlds that are tried for the smallest one that fits.
 WORLDS = (1, 2, 4, 8, 16, 24, 32, 48, 64, 96, 128, 192, 256)

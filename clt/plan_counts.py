@@ -8,10 +8,10 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from clt.config import CLTConfig
+from clt.architecture import CLTConfig
 from clt.exchange import slot_count
 from clt.flight import index_dtype
-from clt.model import LayerShare, source_layers, target_layers, targets_of
+from clt.layers import LayerShare, source_layers, target_layers, targets_of
 from clt.parallel import input_layers
 from clt.plan_job import Job, Sum, pairs, parameters, width
 

@@ -10,9 +10,10 @@ from collections.abc import Iterable
 from dataclasses import astuple, dataclass, replace
 from typing import Literal
 
-from clt.config import CLTConfig, OptimizerSettings, TrainConfig
-from clt.model import LayerShare, sources_of, target_layers, targets_of
+from clt.architecture import CLTConfig
+from clt.layers import LayerShare, sources_of, target_layers, targets_of
 from clt.parallel import deal_layers
+from clt.train_config import OptimizerSettings, TrainConfig
 
 #: A guess: the token and layer with most active features has so many times k of them, where the rule lets them differ.
 #: Codes are padded to that; what is decoded is k on average.

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from clt.model import LayerShare
+from clt.layers import LayerShare
 from clt.plan_counts import INDEX, StepTraffic, traffic
 from clt.plan_job import Job, Sum, pairs, parameters, width
 

@@ -22,7 +22,6 @@ from torch import Tensor
 from torch.nn.functional import pad
 
 from clt.columns import LAST_STEP
-from clt.config import OptimizerSettings
 from clt.engine import agree
 from clt.kernels import ops
 from clt.kernels.dtypes import accumulator
@@ -32,6 +31,7 @@ from clt.objective import ForwardPass, Objective
 from clt.parallel import Mesh
 from clt.records import SparseCodes
 from clt.step import FIRST_MOMENT, SECOND_MOMENT, StepCheck, StepInputs
+from clt.train_config import OptimizerSettings
 
 _MOMENTS = {"float32": None, "bfloat16": torch.bfloat16, "int8": torch.uint8}
 

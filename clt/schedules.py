@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from clt.config import OptimizerSettings, SparsitySettings
+from clt.architecture import SparsitySettings
+from clt.train_config import OptimizerSettings
 
 
 def learning_rate(step: int, total_steps: int, settings: OptimizerSettings) -> float:

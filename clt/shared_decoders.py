@@ -19,7 +19,8 @@ from torch import Tensor
 from torch.nn.functional import pad
 
 from clt.kernels.dtypes import accumulator
-from clt.model import CrossLayerTranscoder, source_layers
+from clt.layers import source_layers
+from clt.model import CrossLayerTranscoder
 from clt.parallel import Mesh, deal_layers
 
 

@@ -16,7 +16,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from clt.config import SparsitySettings
+from clt.architecture import SparsitySettings
 from clt.dead_features import firing_counts
 from clt.encoding import scores_of
 from clt.errors import ConfigError

@@ -23,7 +23,6 @@ from tqdm import tqdm
 
 from clt.averaging import WeightAverage
 from clt.checkpoint import Checkpoints, Progress, step_folder
-from clt.config import TrainConfig
 from clt.dead_features import FiringTracker
 from clt.engine import local_device
 from clt.errors import CheckpointError, NonFiniteError, StoreError
@@ -38,6 +37,7 @@ from clt.parallel import Mesh, deal_layers
 from clt.records import ActivationBatch
 from clt.schedules import active_features, learning_rate, penalty_weight
 from clt.step import StepCheck, StepInputs
+from clt.train_config import TrainConfig
 
 log = logging.getLogger(__name__)
 

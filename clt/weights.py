@@ -19,13 +19,15 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
+from clt.architecture import CLTConfig
 from clt.columns import own_columns
-from clt.config import CLTConfig, config_to_tree, parse_config
+from clt.config import config_to_tree, parse_config
 from clt.errors import CheckpointError, ConfigError
 from clt.initial_weights import LayerBuffers
+from clt.layers import LayerShare
 from clt.manifest import MANIFEST_FILE, latest_folder, new_folder, read_manifest, verify_file
 from clt.mapped import MappedDecoder, put_mapped
-from clt.model import CrossLayerTranscoder, LayerShare, Provenance
+from clt.model import CrossLayerTranscoder, Provenance
 from clt.model_card import MODEL_CARD_FILE, model_card
 from clt.records import ModelIdentity, TrainingFacts
 from clt.scaling import Scaling

@@ -14,11 +14,12 @@ from clt.capture.planning import CaptureConfig, plan_capture
 from clt.capture.store import open_store
 from clt.capture.streaming import CaptureRing, StreamingLoader
 from clt.capture.workers import Schedule
-from clt.config import DataSettings, StreamingSettings, TrainConfig, load_config
+from clt.config import load_config
 from clt.engine import local_device
 from clt.errors import ConfigError
 from clt.launch.logs import job_rank, job_world
 from clt.records import ModelIdentity, SiteStats
+from clt.train_config import DataSettings, StreamingSettings, TrainConfig
 from clt.trainer import BatchSource
 
 

@@ -24,7 +24,8 @@ from typing import Annotated, Any
 
 import typer
 
-from clt.config import ReadSite, config_to_yaml, load_config
+from clt.architecture import ReadSite
+from clt.config import config_to_yaml, load_config
 from clt.convert import Combination, Format
 from clt.launch.bench_cli import bench_app
 from clt.launch.logs import set_up_logging
@@ -79,8 +80,8 @@ def capture(config: Config, overrides: Overrides = None, dry_run: DryRun = False
 @app.command()
 def train(config: Config, overrides: Overrides = None, dry_run: DryRun = False) -> None:
     """Trains a transcoder in one process; prints the folder of its last checkpoint."""
-    from clt.config import TrainConfig
     from clt.launch.train import train_until_stopped
+    from clt.train_config import TrainConfig
 
     def work() -> object:
         job = load_config(TrainConfig, config, overrides or ())

@@ -8,10 +8,10 @@ from pathlib import Path
 
 import torch
 
+from clt.architecture import CLTConfig, ReadSite
 from clt.capture.filters import TokenFilter
 from clt.capture.loader import iterate_store
 from clt.capture.store import open_store
-from clt.config import CLTConfig, ReadSite
 from clt.convert import Combination, Format
 from clt.convert.formats import convert
 from clt.errors import StoreError

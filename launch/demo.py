@@ -23,23 +23,17 @@ import torch
 from pydantic import DirectoryPath, Field
 from pydantic.dataclasses import dataclass
 
+from clt.architecture import TranscoderSettings
 from clt.attribution.features.steering import SteeringReport, SteeringSettings, steer
 from clt.attribution.run import AttributeConfig, EvaluateConfig, EvaluationReport, Explanation, evaluate, explain
 from clt.capture.adapter import ModelAdapter
 from clt.capture.examples import SourceSettings, ToySource, open_source
 from clt.capture.planning import CaptureConfig
 from clt.capture.run import capture
-from clt.config import (
-    STRICT,
-    AuxKSettings,
-    DataSettings,
-    OptimizerSettings,
-    TrainConfig,
-    TranscoderSettings,
-    config_to_yaml,
-)
+from clt.config import STRICT, config_to_yaml
 from clt.errors import CLTError
 from clt.model import CrossLayerTranscoder
+from clt.train_config import AuxKSettings, DataSettings, OptimizerSettings, TrainConfig
 
 log = logging.getLogger(__name__)
 

@@ -6,20 +6,21 @@ from collections.abc import Iterable, Sequence
 
 import torch
 
+from clt.architecture import CLTConfig
 from clt.attribution.evaluator import HeldOutPrompts, ReplacementEvaluator
 from clt.attribution.replacement import require_same_model
 from clt.capture.blocks import StoreBlocks
 from clt.capture.filters import TokenFilter
 from clt.capture.loader import iterate_store
 from clt.capture.store import ActivationStore, open_store
-from clt.config import CLTConfig, DataSettings, EvaluationSettings, ReplacementSettings, TrainConfig
 from clt.errors import CLTError, ConfigError, StoreError
 from clt.evaluate import Evaluator, StoreEvaluator
 from clt.kernels import ops
 from clt.launch.activations import Activations
-from clt.model import LayerShare
+from clt.layers import LayerShare
 from clt.parallel import Mesh, input_layers
 from clt.records import ActivationBatch
+from clt.train_config import DataSettings, EvaluationSettings, ReplacementSettings, TrainConfig
 
 
 def open_heldout(config: TrainConfig, activations: Activations) -> ActivationStore | None:

@@ -11,15 +11,17 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
+from clt.architecture import CLTConfig
 from clt.capture.capacity import NVME
 from clt.capture.store import open_store
-from clt.config import CLTConfig, TrainConfig, load_config
+from clt.config import load_config
 from clt.errors import ConfigError, StoreError
 from clt.launch.store_text import count_text, duration_text, table
-from clt.model import LayerShare
+from clt.layers import LayerShare
 from clt.plan import MeasuredRun, Plan, alternatives, measured_run, plan, smallest
 from clt.plan_job import NUMERICS, Job, Sum, decoder_matrices
 from clt.plan_speed import MACHINES
+from clt.train_config import TrainConfig
 
 _TABLE_ROWS = 6
 

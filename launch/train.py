@@ -14,8 +14,9 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
+from clt.architecture import CLTConfig
 from clt.capture.filters import TokenFilter
-from clt.config import CLTConfig, TrainConfig, config_to_yaml
+from clt.config import config_to_yaml
 from clt.engine import joined_job
 from clt.faults import JobControl, stop_on_signals
 from clt.launch.activations import open_activations
@@ -26,6 +27,7 @@ from clt.loss import modality_weights
 from clt.model import CrossLayerTranscoder, Provenance
 from clt.parallel import Mesh, check_world, deal_layers, input_layers
 from clt.scaling import Scaling
+from clt.train_config import TrainConfig
 from clt.trainer import Trainer
 
 log = logging.getLogger(__name__)

@@ -21,7 +21,7 @@ import torch
 import yaml
 from torch import Tensor
 
-from clt.config import CLTConfig, ReadSite, SparsitySettings
+from clt.architecture import CLTConfig, ReadSite, SparsitySettings
 from clt.convert.files import ForeignFile, empty_transcoder, numbered, read_yaml, refuse
 from clt.errors import CheckpointError, ConfigError
 from clt.manifest import new_folder

@@ -24,7 +24,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from clt.config import CLTConfig, ReadSite, SparsitySettings
+from clt.architecture import CLTConfig, ReadSite, SparsitySettings
 from clt.convert.circuit_tracer import check_pointwise, note_zeros, pair_or_zeros
 from clt.convert.files import ForeignFile, empty_transcoder, read_json, refuse, whole_number, write_json
 from clt.errors import CheckpointError, ConfigError

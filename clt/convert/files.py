@@ -13,7 +13,7 @@ import torch
 import yaml
 from torch import Tensor
 
-from clt.config import CLTConfig
+from clt.architecture import CLTConfig
 from clt.errors import CheckpointError
 from clt.model import CrossLayerTranscoder
 from clt.scaling import Scaling

@@ -9,7 +9,7 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-from clt.config import CLTConfig
+from clt.architecture import CLTConfig
 from clt.convert import Format
 from clt.convert.circuit_tracer import load_circuit_tracer, save_circuit_tracer
 from clt.convert.crosslayer_coding import load_crosslayer_coding, save_crosslayer_coding

@@ -17,7 +17,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any, get_args
 
-from clt.config import CLTConfig, ReadSite, SparsitySettings
+from clt.architecture import CLTConfig, ReadSite, SparsitySettings
 from clt.convert import Combination
 from clt.convert.files import ForeignFile, empty_transcoder, numbered, read_pickled
 from clt.errors import CheckpointError, ConfigError

@@ -25,7 +25,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from clt.config import CLTConfig, ReadSite
+from clt.architecture import CLTConfig, ReadSite
 from clt.convert.files import (
     ForeignFile,
     empty_transcoder,

@@ -16,17 +16,18 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+from clt.architecture import CLTConfig
 from clt.capture.examples import SourceSettings, ToySource
 from clt.capture.filters import TokenFilter
 from clt.capture.loader import iterate_store
 from clt.capture.planning import CaptureConfig
 from clt.capture.run import capture
 from clt.capture.store import open_store
-from clt.config import CLTConfig, TrainConfig
 from clt.errors import ConfigError
 from clt.launch.activations import open_activations
 from clt.launch.demo import HELDOUT_SEED, TRAIN_SEED, DemoConfig
 from clt.records import ActivationBatch
+from clt.train_config import TrainConfig
 
 #: Steps over which a speed is taken; the first such window, which sets things up, does not count.
 WINDOW_STEPS = 20

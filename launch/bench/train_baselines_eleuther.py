@@ -20,7 +20,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from clt.config import CLTConfig
+from clt.architecture import CLTConfig
 from clt.launch.bench.train_baselines_data import Batch, Problem
 from clt.launch.bench.train_baselines_measure import Prediction, Setting, Trained, learn
 

@@ -6,7 +6,8 @@ import torch
 from torch import Tensor
 
 from clt.launch.bench.train_sizes import Size
-from clt.model import CrossLayerTranscoder, source_layers, target_layers
+from clt.layers import source_layers, target_layers
+from clt.model import CrossLayerTranscoder
 
 
 class DenseTranscoder:

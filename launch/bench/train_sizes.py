@@ -7,8 +7,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
-from clt.config import CLTConfig, TrainConfig, parse_config
+from clt.architecture import CLTConfig
+from clt.config import parse_config
 from clt.plan_job import Job, MeshShape, numerics_of
+from clt.train_config import TrainConfig
 
 Dtype = Literal["float32", "bfloat16"]
 

@@ -6,9 +6,9 @@ from collections.abc import Callable
 import pytest
 import torch
 
+from clt.architecture import CLTConfig
 from clt.attribution.graph import BiasKind, Graph, GraphImage, NodeKind, NodeTable, Target
 from clt.capture.adapter import ModelAdapter
-from clt.config import CLTConfig
 from clt.model import CrossLayerTranscoder, Provenance
 from clt.records import ModelIdentity
 from clt.scaling import Scaling

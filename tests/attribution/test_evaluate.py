@@ -7,6 +7,7 @@ from dataclasses import replace
 import pytest
 import torch
 
+from clt.architecture import CLTConfig
 from clt.attribution.evaluate import (
     Comparison,
     Part,
@@ -20,7 +21,6 @@ from clt.attribution.replacement import ReplacementModel
 from clt.capture.adapter import ModelAdapter
 from clt.capture.hooks import attach
 from clt.capture.toy import toy_examples
-from clt.config import CLTConfig
 from clt.errors import CheckpointError, InputError, NonFiniteError
 from clt.model import CrossLayerTranscoder, Provenance
 from clt.records import Modality

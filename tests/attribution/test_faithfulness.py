@@ -5,13 +5,13 @@ from dataclasses import replace
 import pytest
 import torch
 
+from clt.architecture import SparsitySettings
 from clt.attribution.attribute import AttributionSettings, attribute
 from clt.attribution.faithfulness import check_edges, row_sum_error
 from clt.attribution.graph import BiasKind, NodeKind
 from clt.attribution.measuring import MeasuringModel
 from clt.attribution.targets import FeatureTarget, LogitDifference, LogitTargets
 from clt.capture.toy import toy_examples
-from clt.config import SparsitySettings
 from clt.errors import GraphError
 
 ARCHITECTURES = [

@@ -6,11 +6,11 @@ from dataclasses import fields, replace
 import pytest
 import torch
 
+from clt.architecture import CLTConfig, SparsitySettings
 from clt.attribution.replacement import Intervention, ReplacementModel, require_same_model
 from clt.capture.adapter import ModelAdapter
 from clt.capture.hooks import attach
 from clt.capture.toy import toy_examples
-from clt.config import CLTConfig, SparsitySettings
 from clt.errors import CheckpointError, ConfigError, GraphError
 from clt.model import CrossLayerTranscoder, Provenance
 from clt.records import Modality, TokenTable

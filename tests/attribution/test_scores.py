@@ -7,9 +7,9 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from clt.architecture import CLTConfig
 from clt.attribution.graph import BiasKind, Graph, NodeKind, NodeTable, Target
 from clt.attribution.scores import completeness_score, influence, prune, replacement_score, score
-from clt.config import CLTConfig
 from clt.errors import GraphError
 from clt.records import ModelIdentity
 

@@ -9,6 +9,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from pydantic import ValidationError
 
+from clt.architecture import CLTConfig
 from clt.attribution.attribute import AttributionSettings, attribute
 from clt.attribution.features.pairs import FeaturePairs, decoder_norms, match_controls, rank_pairs
 from clt.attribution.features.steering import SteeringSettings, steer
@@ -17,7 +18,6 @@ from clt.attribution.replacement import Intervention, ReplacementModel
 from clt.attribution.scores import influence
 from clt.attribution.targets import LogitTargets
 from clt.capture.toy import toy_examples
-from clt.config import CLTConfig
 from clt.errors import InputError
 from clt.model import CrossLayerTranscoder
 from clt.scaling import Scaling

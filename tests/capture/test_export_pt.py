@@ -10,11 +10,11 @@ from typing import Any
 import pytest
 import torch
 
+from clt.architecture import CLTConfig
 from clt.capture.export_pt import export_activations, export_samples
 from clt.capture.schema import SiteGroup
 from clt.capture.store import ActivationStore, open_store
 from clt.capture.writer import StoreWriter
-from clt.config import CLTConfig
 from clt.errors import CheckpointError, ConfigError, NonFiniteError, StoreError
 from clt.model import CrossLayerTranscoder, Provenance
 from clt.scaling import Scaling

@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from clt.config import CLTConfig, SparsitySettings
+from clt.architecture import CLTConfig, SparsitySettings
 from clt.encoding import update_decoder_norms
 from clt.model import CrossLayerTranscoder
 from clt.records import SparseCodes

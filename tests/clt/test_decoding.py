@@ -12,20 +12,23 @@ from torch import Tensor
 from toy_job import N_LAYERS, toy_config, toy_trainer
 from typer.testing import CliRunner
 
-from clt.config import AuxKSettings, CLTConfig, SparsitySettings, TrainConfig, parse_config
+from clt.architecture import CLTConfig, SparsitySettings
+from clt.config import parse_config
 from clt.encoding import decoder_squares, update_decoder_norms
 from clt.engine import joined_job
 from clt.errors import CheckpointError, ConfigError
 from clt.exchange import CodeExchange
 from clt.join import join_transcoders
 from clt.launch.cli import app
-from clt.model import CrossLayerTranscoder, source_layers, target_layers
+from clt.layers import source_layers, target_layers
+from clt.model import CrossLayerTranscoder
 from clt.objective import Objective
 from clt.parallel import Mesh, deal_layers
 from clt.records import ActivationBatch, TokenTable
 from clt.scaling import Scaling
 from clt.sparsity import Peers
 from clt.thresholds import to_jumprelu
+from clt.train_config import AuxKSettings, TrainConfig
 
 L, D, F, K, B = 4, 6, 20, 3, 9
 

@@ -12,7 +12,7 @@ import pytest
 import torch
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
-from clt.config import CLTConfig
+from clt.architecture import CLTConfig
 from clt.dead_features import firing_counts
 from clt.engine import joined_job
 from clt.evaluate import Evaluation, LayerHistograms, StoreReport, evaluate_all, evaluate_store

@@ -6,7 +6,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor
 
-from clt.config import AuxKSettings, CLTConfig, OptimizerSettings
+from clt.architecture import CLTConfig
 from clt.dead_features import FiringTracker, fired_features, firing_counts
 from clt.errors import StoreError
 from clt.evaluate import evaluate_store
@@ -15,6 +15,7 @@ from clt.model import CrossLayerTranscoder
 from clt.records import ActivationBatch, SiteStats, SparseCodes, TokenTable
 from clt.scaling import Scaling
 from clt.schedules import active_features, learning_rate
+from clt.train_config import AuxKSettings, OptimizerSettings
 
 L, D, F, K = 2, 3, 6, 2
 

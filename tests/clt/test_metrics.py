@@ -12,11 +12,11 @@ import pytest
 import torch
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
-from clt.config import CLTConfig
+from clt.architecture import CLTConfig
 from clt.engine import joined_job
 from clt.errors import CheckpointError
+from clt.layers import LayerShare
 from clt.metrics import MetricsWindow, MetricsWriter, Observations, TrainingMetrics, WindowAverages, read_metrics
-from clt.model import LayerShare
 from clt.parallel import Mesh
 
 CONFIG = CLTConfig(n_features=8, k=2, n_layers=3, d_model=4, first_offset=1)

@@ -8,10 +8,11 @@ import torch
 from safetensors.torch import load_file
 from torch import Tensor
 
-from clt.config import CLTConfig
+from clt.architecture import CLTConfig
 from clt.errors import CheckpointError
+from clt.layers import LayerShare, source_layers, sources_of, target_layers, targets_of
 from clt.manifest import Checksums, save_tensors, write_manifest, write_text
-from clt.model import CrossLayerTranscoder, LayerShare, Provenance, source_layers, sources_of, target_layers, targets_of
+from clt.model import CrossLayerTranscoder, Provenance
 from clt.records import ModelIdentity
 from clt.scaling import Scaling
 from clt.version import code_version

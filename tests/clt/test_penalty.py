@@ -7,7 +7,7 @@ import torch
 from sparse_cases import D, L, dense, make_clt, scores_by_hand
 from torch import Tensor
 
-from clt.config import SparsitySettings
+from clt.architecture import SparsitySettings
 from clt.model import CrossLayerTranscoder
 from clt.penalty import sparsity_loss
 from clt.schedules import penalty_weight

@@ -11,7 +11,8 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from clt.config import CLTConfig, TrainConfig, load_config, parse_config
+from clt.architecture import CLTConfig
+from clt.config import load_config, parse_config
 from clt.errors import ConfigError
 from clt.exchange import exchange_bytes
 from clt.model import CrossLayerTranscoder
@@ -21,6 +22,7 @@ from clt.plan_counts import all_reduce, dense_flops, flops, memory, store_bytes_
 from clt.plan_job import NUMERICS, Job, MeshShape, pairs, parameters
 from clt.plan_speed import MACHINES, step_time
 from clt.scaling import Scaling
+from clt.train_config import TrainConfig
 
 ROOT = Path(__file__).resolve().parent.parent.parent
 KINDS = ["topk", "joint_topk", "batch_topk", "jumprelu", "relu"]

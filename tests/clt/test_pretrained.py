@@ -20,7 +20,8 @@ from toy_job import MODEL, toy_config, toy_trainer
 from typer.testing import CliRunner
 
 from clt import weights
-from clt.config import CLTConfig, parse_config
+from clt.architecture import CLTConfig
+from clt.config import parse_config
 from clt.engine import joined_job
 from clt.errors import CheckpointError, ConfigError, HubError
 from clt.evaluate import evaluate_store

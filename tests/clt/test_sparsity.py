@@ -16,7 +16,8 @@ from sparse_cases import KINDS, D, F, K, L, by_definition, dense, make_clt, scor
 from torch import Tensor
 from toy_job import toy_config, toy_trainer
 
-from clt.config import CLTConfig, SparsitySettings, TranscoderSettings, parse_config
+from clt.architecture import CLTConfig, SparsitySettings, TranscoderSettings
+from clt.config import parse_config
 from clt.encoding import decoder_squares
 from clt.engine import joined_job
 from clt.errors import CheckpointError, ConfigError

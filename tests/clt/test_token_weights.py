@@ -9,7 +9,8 @@ import pytest
 import torch
 from toy_job import BATCH_TOKENS, global_batch, toy_config, toy_scaling, toy_trainer
 
-from clt.config import AuxKSettings, CLTConfig, SparsitySettings, TokenWeights, TrainConfig, parse_config
+from clt.architecture import CLTConfig, SparsitySettings
+from clt.config import parse_config
 from clt.engine import joined_job
 from clt.errors import ConfigError
 from clt.exchange import CodeExchange
@@ -19,6 +20,7 @@ from clt.model import CrossLayerTranscoder
 from clt.objective import Objective
 from clt.parallel import Mesh, deal_layers
 from clt.scaling import Scaling
+from clt.train_config import AuxKSettings, TokenWeights, TrainConfig
 
 L, D, F, K, B = 3, 6, 20, 4, 8
 

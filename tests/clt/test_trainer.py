@@ -10,11 +10,11 @@ import pytest
 import torch
 from toy_job import toy_config, toy_trainer
 
-from clt.config import OptimizerSettings
 from clt.engine import deepspeed_config, joined_job
 from clt.errors import ConfigError, NonFiniteError, StoreError
 from clt.metrics import read_metrics
 from clt.parallel import Mesh
+from clt.train_config import OptimizerSettings
 from clt.weights import read_tensors
 
 

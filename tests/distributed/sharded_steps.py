@@ -8,13 +8,15 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from clt.architecture import CLTConfig
 from clt.columns import own_columns
-from clt.config import AuxKSettings, CLTConfig
 from clt.exchange import CodeExchange
-from clt.model import CrossLayerTranscoder, LayerShare
+from clt.layers import LayerShare
+from clt.model import CrossLayerTranscoder
 from clt.objective import Objective
 from clt.parallel import Mesh, deal_layers, input_layers
 from clt.scaling import Scaling
+from clt.train_config import AuxKSettings
 from clt.weights import layer_tensors
 
 #: Weight of the auxiliary error, and every how many tokens of a rank it looks at one.

@@ -12,14 +12,15 @@ import torch
 from torch import Tensor
 from toy_job import D_MODEL, N_LAYERS, global_batch, toy_config, toy_scaling, toy_trainer
 
+from clt.architecture import CLTConfig, SparsitySettings
 from clt.columns import own_columns
-from clt.config import CLTConfig, SparsitySettings
 from clt.engine import joined_job
 from clt.errors import StoreError
 from clt.evaluate import Evaluation, StoreEvaluator, StoreReport, evaluate_store
 from clt.gather import gather_transcoder
+from clt.layers import LayerShare
 from clt.metrics import read_metrics
-from clt.model import CrossLayerTranscoder, LayerShare
+from clt.model import CrossLayerTranscoder
 from clt.parallel import Mesh, deal_layers, input_layers
 from clt.records import ActivationBatch, TokenTable
 from clt.weights import layer_buffers, layer_tensors, read_tensors

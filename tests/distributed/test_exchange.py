@@ -10,10 +10,10 @@ import torch
 from sharded_steps import AUXK, batch_of, make_objective
 from torch import Tensor
 
-from clt.config import CLTConfig
+from clt.architecture import CLTConfig
 from clt.exchange import CodeExchange, exchange_bytes
 from clt.flight import index_dtype
-from clt.model import target_layers
+from clt.layers import target_layers
 from clt.objective import Objective
 from clt.parallel import Mesh, deal_layers
 from clt.records import SparseCodes

@@ -11,10 +11,10 @@ from hypothesis import strategies as st
 from sharded_steps import assert_equal_unsharded, assert_same_features, run_cases, tree_of
 from torch import Tensor
 
-from clt.config import CLTConfig
+from clt.architecture import CLTConfig
 from clt.engine import joined_job
 from clt.errors import ConfigError
-from clt.model import LayerShare, source_layers, sources_of, target_layers
+from clt.layers import LayerShare, source_layers, sources_of, target_layers
 from clt.parallel import Mesh, deal_layers
 
 ARCHITECTURES = {

@@ -11,9 +11,9 @@ from hypothesis import strategies as st
 from sharded_steps import assert_equal_unsharded, assert_same_features, run_cases, tree_of
 from torch import Tensor
 
-from clt.config import CLTConfig
+from clt.architecture import CLTConfig
 from clt.engine import joined_job
-from clt.model import target_layers
+from clt.layers import target_layers
 
 #: Divides by four data ranks, and their parts by every-fourth of AuxK.
 TOKENS = 32

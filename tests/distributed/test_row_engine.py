@@ -12,15 +12,16 @@ from sharded_steps import batch_of, make_objective
 from torch import Tensor
 from toy_job import toy_config, toy_trainer
 
+from clt.architecture import CLTConfig, SparsitySettings
 from clt.checkpoint import latest_folder
 from clt.columns import own_columns
-from clt.config import CLTConfig, OptimizerSettings, SparsitySettings
 from clt.engine import joined_job
 from clt.errors import ConfigError, StoreError
 from clt.metrics import read_metrics
 from clt.parallel import Mesh, deal_layers
 from clt.row_engine import RowEngine
 from clt.step import StepInputs
+from clt.train_config import OptimizerSettings
 from clt.weights import layer_tensors, read_tensors
 
 TOKENS, STEPS, RATE = 32, 20, 1e-2

@@ -10,11 +10,13 @@ import torch
 from sharded_steps import batch_of, make_objective
 from torch import Tensor
 
-from clt.config import CLTConfig, TrainConfig, config_to_tree, parse_config
+from clt.architecture import CLTConfig
+from clt.config import config_to_tree, parse_config
 from clt.parallel import Mesh
 from clt.plan_counts import traffic
 from clt.plan_job import NUMERICS, Job, MeshShape
 from clt.shared_decoders import shared_decoders
+from clt.train_config import TrainConfig
 
 #: Four sources, so that every rank owns as many; the farther ones have fewer targets.
 CONFIG = CLTConfig(n_layers=4, d_model=8, n_features=12, k=2, tied_decoders="source", n_targets=3)

@@ -10,15 +10,17 @@ import pytest
 import torch
 from toy_job import ToyBatches, toy_scaling
 
+from clt.architecture import CLTConfig, SparsitySettings
 from clt.columns import COLUMN_DIMS, own_columns
-from clt.config import AuxKSettings, CLTConfig, SparsitySettings
 from clt.encoding import decoder_squares
 from clt.engine import joined_job
 from clt.exchange import CodeExchange
-from clt.model import CrossLayerTranscoder, LayerShare
+from clt.layers import LayerShare
+from clt.model import CrossLayerTranscoder
 from clt.objective import Objective
 from clt.parallel import Mesh, deal_layers
 from clt.sparsity import Peers
+from clt.train_config import AuxKSettings
 from clt.weights import layer_buffers, layer_tensors
 
 L, D, F, K, TOKENS = 4, 16, 24, 3, 32

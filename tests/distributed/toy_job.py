@@ -10,13 +10,16 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from clt.config import CLTConfig, TrainConfig, parse_config
+from clt.architecture import CLTConfig
+from clt.config import parse_config
 from clt.errors import StoreError
 from clt.faults import JobControl
-from clt.model import CrossLayerTranscoder, LayerShare, Provenance
+from clt.layers import LayerShare
+from clt.model import CrossLayerTranscoder, Provenance
 from clt.parallel import Mesh, deal_layers, input_layers
 from clt.records import ActivationBatch, ModelIdentity, TokenTable
 from clt.scaling import Scaling
+from clt.train_config import TrainConfig
 from clt.trainer import Trainer
 
 N_LAYERS, D_MODEL, BATCH_TOKENS = 4, 16, 64

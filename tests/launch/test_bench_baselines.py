@@ -11,7 +11,7 @@ import pytest
 import torch
 from typer.testing import CliRunner, Result
 
-from clt.config import CLTConfig
+from clt.architecture import CLTConfig
 from clt.evaluate import evaluate_store
 from clt.launch.bench import train_baselines_crosslayer as crosslayer
 from clt.launch.bench import train_baselines_eleuther as eleuther

@@ -14,7 +14,8 @@ import pytest
 import torch
 from typer.testing import CliRunner, Result
 
-from clt.config import AuxKSettings, CLTConfig, TrainConfig, load_config
+from clt.architecture import CLTConfig
+from clt.config import load_config
 from clt.engine import joined_job
 from clt.exchange import CodeExchange
 from clt.launch.bench.kernels_anchors import memory_anchors
@@ -34,6 +35,7 @@ from clt.objective import Objective
 from clt.parallel import Mesh, deal_layers
 from clt.plan_speed import Machine
 from clt.scaling import Scaling
+from clt.train_config import AuxKSettings, TrainConfig
 
 CPU = torch.device("cpu")
 CONFIGS = Path(__file__).resolve().parents[2] / "configs" / "train"

@@ -9,7 +9,7 @@ import pytest
 import torch
 from typer.testing import CliRunner, Result
 
-from clt.config import CLTConfig, SparsitySettings
+from clt.architecture import CLTConfig, SparsitySettings
 from clt.convert.circuit_tracer import load_circuit_tracer
 from clt.convert.kokosdev import load_kokosdev
 from clt.launch.cli import app

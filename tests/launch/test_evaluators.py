@@ -22,11 +22,12 @@ from clt.capture.loader import iterate_store
 from clt.capture.planning import CaptureConfig
 from clt.capture.run import capture
 from clt.capture.store import open_store
-from clt.config import TrainConfig, config_to_yaml, load_config
+from clt.config import config_to_yaml, load_config
 from clt.evaluate import evaluate_store
 from clt.launch.train import main, train
 from clt.metrics import read_metrics
 from clt.model import CrossLayerTranscoder
+from clt.train_config import TrainConfig
 from clt.weights import read_tensors
 
 ROOT = Path(__file__).parents[2]

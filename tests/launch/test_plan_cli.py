@@ -9,8 +9,9 @@ from pathlib import Path
 import pytest
 from typer.testing import CliRunner, Result
 
-from clt.config import TrainConfig, load_config
+from clt.config import load_config
 from clt.launch.cli import app
+from clt.train_config import TrainConfig
 
 from ..capture.conftest import make_store
 

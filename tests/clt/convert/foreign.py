@@ -13,8 +13,9 @@ import torch
 from safetensors.torch import load_file
 from torch import Tensor
 
-from clt.config import CLTConfig
-from clt.model import CrossLayerTranscoder, target_layers
+from clt.architecture import CLTConfig
+from clt.layers import target_layers
+from clt.model import CrossLayerTranscoder
 from clt.scaling import Scaling
 
 L, D, F, K, B = 3, 4, 6, 2, 9

@@ -11,7 +11,7 @@ import torch
 import yaml
 from safetensors.torch import load_file, save_file
 
-from clt.config import SparsitySettings
+from clt.architecture import SparsitySettings
 from clt.convert import Format
 from clt.convert.circuit_tracer import save_circuit_tracer
 from clt.convert.crosslayer_coding import save_crosslayer_coding

@@ -11,7 +11,7 @@ import torch
 import yaml
 from safetensors.torch import save_file
 
-from clt.config import SparsitySettings
+from clt.architecture import SparsitySettings
 from clt.convert.circuit_tracer import load_circuit_tracer, save_circuit_tracer
 from clt.errors import ConfigError
 

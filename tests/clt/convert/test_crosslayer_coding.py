@@ -11,7 +11,7 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from clt.config import SparsitySettings
+from clt.architecture import SparsitySettings
 from clt.convert.crosslayer_coding import load_crosslayer_coding, save_crosslayer_coding
 from clt.errors import CheckpointError, ConfigError
 

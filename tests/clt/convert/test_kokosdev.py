@@ -13,7 +13,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from clt.config import SparsitySettings
+from clt.architecture import SparsitySettings
 from clt.convert.files import read_pickled
 from clt.convert.kokosdev import load_kokosdev
 from clt.convert.seed_files import save_seed_files
