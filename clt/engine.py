@@ -112,11 +112,19 @@ class DeepSpeedEngine:
         self._stage, self._micro_batches = zero_stage, micro_batches
         self._deepspeed = _deepspeed()
         parameters = list(module.parameters())
+        biases = [parameter for name, parameter in module.named_parameters() if ".b_enc." in name]
+        others = [parameter for name, parameter in module.named_parameters() if ".b_enc." not in name]
+        groups = [{"params": biases, "factor": settings.bias_rate}, {"params": others, "factor": 1.0}]
         for parameter in parameters:
             # Every parameter has one owner on the layer axis: DeepSpeed's norm must count it on every rank.
             parameter.model_parallel = True  # type: ignore[attr-defined]
         self._adam = torch.optim.Adam(
-            parameters, lr=settings.learning_rate, betas=settings.betas, eps=settings.eps, fused=True
+            # A rank without sources has no biases.
+            [group for group in groups if group["params"]],
+            lr=settings.learning_rate,
+            betas=settings.betas,
+            eps=settings.eps,
+            fused=True,
         )
         self._engine, *_ = self._deepspeed.initialize(
             model=module,
@@ -148,7 +156,7 @@ class DeepSpeedEngine:
         check = self._check(torch.stack(losses).mean(), stop)
         if check.finite:
             for group in self._adam.param_groups:
-                group["lr"] = learning_rate
+                group["lr"] = learning_rate * group["factor"]
             self._engine.step()
             if self._stage:
                 part = self._parameter_bytes // self._mesh.data_size

@@ -53,7 +53,7 @@ class RowEngine:
         self._objective, self._mesh = objective, mesh
         (beta1, beta2), rate = settings.betas, settings.learning_rate
         self._adam = ops.RowAdam(learning_rate=rate, beta1=beta1, beta2=beta2, eps=settings.eps)
-        self.adam_steps = 0
+        self.adam_steps, self._bias_rate = 0, settings.bias_rate
         self._states: dict[Tensor, ops.RowAdamState] = {}
         for name, parameter in objective.named_parameters():
             # A bias is one row that moves at every step. It is small: its moments keep all digits.
@@ -75,8 +75,11 @@ class RowEngine:
         if check.finite:
             self.adam_steps += 1
             clt = self._objective.transcoder
-            settings = replace(self._adam, learning_rate=learning_rate)
-            self._backward(passed, settings.hyper(self.adam_steps, passed.x_LBD.device, clt.dtype))
+            hyper, bias_hyper = (
+                replace(self._adam, learning_rate=rate).hyper(self.adam_steps, passed.x_LBD.device, clt.dtype)
+                for rate in (learning_rate, learning_rate * self._bias_rate)
+            )
+            self._backward(passed, hyper, bias_hyper)
         return replace(check, gradient_norm=math.nan if check.finite else math.inf), passed.observations()
 
     def weights(self, parameter: Tensor) -> Tensor:
@@ -97,13 +100,15 @@ class RowEngine:
         keys = (SECOND_MOMENT, *(() if self._adam.beta1 == 0 else (FIRST_MOMENT,)))
         own.load({key: state[key].reshape(own.v_RD.shape) for key in keys}, state[LAST_STEP])
 
-    def _backward(self, passed: ForwardPass, hyper: Tensor) -> None:
+    def _backward(self, passed: ForwardPass, hyper: Tensor, bias_hyper: Tensor) -> None:
         """Moves all weights; targets whose codes came last come first, so that sums over ranks start early."""
         merged = _Merged(self._objective, passed)
         for row in reversed(self._objective.order):
             self._move_target(row, passed, merged, hyper)
-        for row in reversed(range(len(self._objective.transcoder.share.sources))):
-            self._move_source(row, passed, merged, hyper)
+        layers = self._objective.transcoder.share.sources
+        for row in reversed(range(len(layers))):
+            grad_b_F = self._move_encoder(row, merged, hyper)
+            self._move(self._objective.transcoder.b_enc[str(layers[row])], grad_b_F, bias_hyper)
 
     def _move_target(self, row: int, passed: ForwardPass, merged: _Merged, hyper: Tensor) -> None:
         clt = self._objective.transcoder
@@ -128,11 +133,12 @@ class RowEngine:
         if passed.x_MBD is not None:
             self._move(clt.W_skip[str(layer)], grad_BD.T @ passed.x_MBD[row].to(grad_BD.dtype), hyper)
 
-    def _move_source(self, row: int, passed: ForwardPass, merged: _Merged, hyper: Tensor) -> None:
+    def _move_encoder(self, row: int, merged: _Merged, hyper: Tensor) -> Tensor:
+        """Moves W_enc of an own source; [F] is the gradient of its b_enc."""
         clt = self._objective.transcoder
         layer = clt.share.sources[row]
         W_enc_FD, own = clt.W_enc[str(layer)], clt.source_row(layer)
-        grad_b_F = ops.encoder_step_(
+        return ops.encoder_step_(
             merged.own_gradient(row),
             merged.values[own],
             merged.indices[own],
@@ -142,7 +148,6 @@ class RowEngine:
             self._states[W_enc_FD],
             hyper,
         )
-        self._move(clt.b_enc[str(layer)], grad_b_F, hyper)
 
     def _move(self, parameter: Tensor, grad: Tensor, hyper: Tensor) -> None:
         """An Adam step on all rows of a small parameter."""

@@ -43,6 +43,8 @@ class OptimizerSettings:
     """Decay per step of a running mean of the weights, kept and saved beside them; 0: none."""
     learning_rate: float = Field(default=1e-3, gt=0)
     """Peak learning rate."""
+    bias_rate: float = Field(default=1.0, gt=0)
+    """Learning rate of the encoders' biases, as a multiple of the others'."""
     warmup_steps: int = Field(default=50, ge=0)
     """Steps of linear warm-up."""
     decay_fraction: float = Field(default=0.2, ge=0, le=1)

@@ -95,6 +95,9 @@ def baselines(
     ] = None,
     threads: Annotated[int, typer.Option(min=1, help="Threads of PyTorch.")] = 1,
     quick: Annotated[bool, typer.Option("--quick", help="A few steps: shows that everything runs.")] = False,
+    only: Annotated[
+        list[str] | None, typer.Option(metavar="NAME", help="Contender that runs beside ours; repeatable.")
+    ] = None,
     file: Annotated[Path | None, typer.Option("--json", metavar="FILE", help="Also write the report as JSON.")] = None,
 ) -> None:
     """Trains the algorithms of other projects on the same batches as ours: held-out error, dead features, speed."""
@@ -108,6 +111,7 @@ def baselines(
             seeds=tuple(dict.fromkeys(seed or (0, 1, 2))),
             threads=threads,
             quick=quick,
+            only=tuple(only or ()),
         )
         check_writable(file)
         report = bench_baselines(settings)

@@ -20,6 +20,7 @@ from pathlib import Path
 import torch
 
 from clt.config import load_config
+from clt.errors import ConfigError
 from clt.launch.bench import train_baselines_crosslayer as crosslayer
 from clt.launch.bench import train_baselines_eleuther as eleuther
 from clt.launch.bench import train_baselines_ours as ours
@@ -34,8 +35,8 @@ log = logging.getLogger(__name__)
 _PACKAGES = ("torch", "deepspeed", "numpy")
 #: Multiples of the published learning rates that are tried; a toy bears larger ones than a language model.
 ELEUTHER_RATES, CROSSLAYER_RATES = (4.0, 8.0, 16.0), (3.0, 10.0, 30.0)
-#: Multiples of the configured learning rate.
-OUR_RATES = (0.5, 2.0, 4.0)
+#: Multiples of the configured learning rate, and what the encoders' biases have of that.
+OUR_RATES = ((0.5, 1.0), (2.0, 1.0), (4.0, 1.0), (4.0, 3.0), (4.0, 10.0), (6.4, 10.0))
 #: Of a loss that is summed over tokens and features: a thousand times a thousand.
 DEAD_PENALTIES = (1e-9, 1e-8, 1e-7)
 
@@ -51,6 +52,7 @@ class BaselineSettings:
         seeds: of weights and read order; one run of every contender for each.
         threads: of PyTorch, in this one process.
         quick: a few steps of a tiny transcoder: shows that everything runs, and its numbers mean nothing.
+        only: names of the contenders that run beside ours; empty: all.
     """
 
     config: Path
@@ -59,6 +61,7 @@ class BaselineSettings:
     seeds: tuple[int, ...] = (0, 1, 2)
     threads: int = 1
     quick: bool = False
+    only: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -93,7 +96,7 @@ def all_contenders(n_features: int, our_rate: float) -> tuple[Contender, ...]:
     automatic = eleuther.published_learning_rate(n_features)
     fixed = crosslayer.PUBLISHED_LEARNING_RATE
     rates = tuple(Setting(learning_rate=automatic * factor) for factor in ELEUTHER_RATES)
-    own = tuple(Setting(learning_rate=our_rate * factor) for factor in OUR_RATES)
+    own = tuple(Setting(learning_rate=our_rate * factor, bias_rate=biases) for factor, biases in OUR_RATES)
     penalised = tuple(replace(rate, dead_penalty=penalty) for rate in rates[:2] for penalty in DEAD_PENALTIES)
     return (
         Contender(name=OURS, train=ours.train_ours, published=Setting(learning_rate=our_rate), candidates=own),
@@ -144,7 +147,7 @@ def bench_baselines(settings: BaselineSettings) -> BaselineReport:
     with _threads(settings.threads), tempfile.TemporaryDirectory(prefix="clt-bench-") as scratch:
         machine = this_machine(_PACKAGES, Path(scratch))
         problem = make_problem(config, steps, settings.folder or Path(scratch), Path(scratch) / "clt")
-        contenders = all_contenders(problem.architecture.n_features, problem.job.optimizer.learning_rate)
+        contenders = _wanted(problem, settings.only)
         if settings.quick:
             contenders = tuple(replace(each, candidates=each.candidates[:1]) for each in contenders)
         trials = list(_try(problem, contenders, max(seeds) + 1))
@@ -157,6 +160,16 @@ def bench_baselines(settings: BaselineSettings) -> BaselineReport:
         rows=rows,
         features=problem.architecture.n_layers * problem.architecture.n_features,
     )
+
+
+def _wanted(problem: Problem, only: Sequence[str]) -> tuple[Contender, ...]:
+    """Ours and the contenders of those names, or all."""
+    found = all_contenders(problem.architecture.n_features, problem.job.optimizer.learning_rate)
+    names = [each.name for each in found]
+    for name in only:
+        if name not in names:
+            raise ConfigError(f"--only '{name}': the contenders are {', '.join(names)}")
+    return tuple(each for each in found if not only or each.name in (OURS, *only))
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -47,14 +47,17 @@ class Setting:
     Attributes:
         learning_rate: peak.
         dead_penalty: weight of the loss for dead features, where the contender has such a weight.
+        bias_rate: learning rate of the encoders' biases as a multiple of the others', where the contender has it.
     """
 
     learning_rate: float
     dead_penalty: float = 0.0
+    bias_rate: float = 1.0
 
     def __str__(self) -> str:
         extra = f", penalty {self.dead_penalty:g}" if self.dead_penalty else ""
-        return f"lr {self.learning_rate:.3g}{extra}"
+        biases = f", biases x{self.bias_rate:g}" if self.bias_rate != 1 else ""
+        return f"lr {self.learning_rate:.3g}{biases}{extra}"
 
 
 @dataclass(frozen=True, kw_only=True)

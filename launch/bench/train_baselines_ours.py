@@ -28,7 +28,7 @@ def train_ours(problem: Problem, seed: int, setting: Setting) -> Trained:
     Args:
         problem: the comparison.
         seed: of weights and batches.
-        setting: its learning rate.
+        setting: its learning rates.
 
     Raises:
         CLTError: training failed.
@@ -37,7 +37,7 @@ def train_ours(problem: Problem, seed: int, setting: Setting) -> Trained:
         problem.job,
         seed=seed,
         output=problem.job.output / f"ours-{seed}",
-        optimizer=replace(problem.job.optimizer, learning_rate=setting.learning_rate),
+        optimizer=replace(problem.job.optimizer, learning_rate=setting.learning_rate, bias_rate=setting.bias_rate),
     )
     clt = CrossLayerTranscoder.from_pretrained(train(job, progress_bar=False))
     reports = read_metrics(job.output / METRICS_FILE)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import fields
 from typing import Any
 
 import pytest
@@ -10,7 +11,7 @@ import torch
 from sharded_steps import batch_of, make_objective
 from torch import Tensor
 
-from clt.architecture import CLTConfig
+from clt.architecture import CLTConfig, TranscoderSettings
 from clt.config import config_to_tree, parse_config
 from clt.parallel import Mesh
 from clt.plan_counts import traffic
@@ -19,6 +20,7 @@ from clt.shared_decoders import shared_decoders
 from clt.train_config import TrainConfig
 
 #: Four sources, so that every rank owns as many; the farther ones have fewer targets.
+SETTINGS = {f.name for f in fields(TranscoderSettings)}
 CONFIG = CLTConfig(n_layers=4, d_model=8, n_features=12, k=2, tied_decoders="source", n_targets=3)
 MESHES = [[2, 1], [1, 2]]
 TOKENS = 8
@@ -63,7 +65,7 @@ def test_every_rank_receives_its_columns_of_all_decoders(
                 seen += 1
     assert seen == 9 * column
 
-    clt = {key: value for key, value in config_to_tree(CONFIG).items() if key not in ("n_layers", "d_model")}
+    clt = {key: value for key, value in config_to_tree(CONFIG).items() if key in SETTINGS}
     tree = {"store": "s", "output": "o", "steps": 1, "clt": clt, "data": {"batch_tokens": TOKENS}}
     train = parse_config(TrainConfig, tree | {"auxk": {"coefficient": 0}}, "job")
     mesh = MeshShape(data=1, layer=layer, column=column, zero=0)
