@@ -139,6 +139,7 @@ def bench_baselines(settings: BaselineSettings) -> BaselineReport:
     Raises:
         CLTError: the configuration is wrong, or capture or training failed.
     """
+    _check(settings.only)
     config = load_config(DemoConfig, settings.config)
     seeds = settings.seeds
     if settings.quick:
@@ -147,7 +148,8 @@ def bench_baselines(settings: BaselineSettings) -> BaselineReport:
     with _threads(settings.threads), tempfile.TemporaryDirectory(prefix="clt-bench-") as scratch:
         machine = this_machine(_PACKAGES, Path(scratch))
         problem = make_problem(config, steps, settings.folder or Path(scratch), Path(scratch) / "clt")
-        contenders = _wanted(problem, settings.only)
+        contenders = all_contenders(problem.architecture.n_features, problem.job.optimizer.learning_rate)
+        contenders = tuple(each for each in contenders if not settings.only or each.name in (OURS, *settings.only))
         if settings.quick:
             contenders = tuple(replace(each, candidates=each.candidates[:1]) for each in contenders)
         trials = list(_try(problem, contenders, max(seeds) + 1))
@@ -162,14 +164,12 @@ def bench_baselines(settings: BaselineSettings) -> BaselineReport:
     )
 
 
-def _wanted(problem: Problem, only: Sequence[str]) -> tuple[Contender, ...]:
-    """Ours and the contenders of those names, or all."""
-    found = all_contenders(problem.architecture.n_features, problem.job.optimizer.learning_rate)
-    names = [each.name for each in found]
+def _check(only: Sequence[str]) -> None:
+    # Rates decide nothing about names.
+    names = [each.name for each in all_contenders(1, 1.0)]
     for name in only:
         if name not in names:
             raise ConfigError(f"--only '{name}': the contenders are {', '.join(names)}")
-    return tuple(each for each in found if not only or each.name in (OURS, *only))
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -103,8 +103,23 @@ def test_resumed_job_ends_with_the_same_bits(stage: int, mesh: Mesh, tmp_path: P
     _same_bits(whole, _fit(mesh, tmp_path / "resumed", **job))
 
 
+@pytest.mark.parametrize("stage", [0, 1, 2])
+def test_biases_of_encoders_have_a_rate_of_their_own(stage: int, mesh: Mesh, tmp_path: Path) -> None:
+    layers = []
+    for rate in (1.0, 3.0):
+        optimizer = {"learning_rate": 0.01, "gradient_clip": 0.0, "warmup_steps": 0, "bias_rate": rate}
+        job: dict[str, Any] = {"steps": 2, "checkpoint_every": 2, "optimizer": optimizer}
+        folder = _fit(mesh, tmp_path / str(rate), mesh={"zero_stage": stage}, **job)
+        layers.append(read_tensors(folder / "layer_01.safetensors"))
+    one, three = layers
+    assert one["b_enc"].any()
+    # Decoders start at zero, so encoders move in the second step first: by the rate, whatever the gradient is.
+    torch.testing.assert_close(three["b_enc"], 3 * one["b_enc"])
+    assert all(torch.equal(one[key], three[key]) for key in one if key != "b_enc")
+
+
 def test_zero_stages_agree_bit_for_bit_without_clipping(mesh: Mesh, tmp_path: Path) -> None:
-    optimizer = {"learning_rate": 0.01, "gradient_clip": 0.0}
+    optimizer = {"learning_rate": 0.01, "gradient_clip": 0.0, "bias_rate": 2.0}
     folders = [
         _fit(mesh, tmp_path / str(stage), mesh={"zero_stage": stage}, optimizer=optimizer) for stage in (0, 1, 2)
     ]

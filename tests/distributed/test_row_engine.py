@@ -24,7 +24,7 @@ from clt.step import StepInputs
 from clt.train_config import OptimizerSettings
 from clt.weights import layer_tensors, read_tensors
 
-TOKENS, STEPS, RATE = 32, 20, 1e-2
+TOKENS, STEPS, RATE, BIAS_RATE = 32, 20, 1e-2, 3.0
 CONFIGS: dict[str, dict[str, Any]] = {
     "topk": {"skip": True},
     "late": {"first_offset": 1, "n_targets": 2},
@@ -62,7 +62,7 @@ def row_steps(name: str, mesh: Mesh) -> dict[str, Tensor]:
     """Loss and weights after some float64 steps of the row engine."""
     config = _config(name)
     objective, dead_LF = make_objective(config, mesh, torch.float64)
-    engine = RowEngine(objective, mesh, _settings(), seed=0)
+    engine = RowEngine(objective, mesh, _settings(bias_rate=BIAS_RATE), seed=0)
     share = objective.transcoder.share
     for step in range(STEPS):
         check, seen = engine.train_step([_inputs(config, share, mesh, step, dead_LF)], RATE, False)
@@ -81,7 +81,10 @@ def adam_steps(name: str, mesh: Mesh) -> dict[str, Tensor]:
     config = _config(name)
     objective, dead_LF = make_objective(config, mesh, torch.float64)
     # float32 knows beta2 as this; the row engine's numbers are float64 of the same.
-    optimizer = torch.optim.Adam(objective.parameters(), lr=RATE, betas=(0.0, 0.999), eps=1e-8)
+    biases = [*objective.transcoder.b_enc.values()]
+    others = [parameter for name, parameter in objective.named_parameters() if ".b_enc." not in name]
+    groups = [{"params": biases, "lr": BIAS_RATE * RATE}, {"params": others}]
+    optimizer = torch.optim.Adam([g for g in groups if g["params"]], lr=RATE, betas=(0.0, 0.999), eps=1e-8)
     for step in range(STEPS):
         optimizer.zero_grad()
         loss, _ = objective(*_inputs(config, objective.transcoder.share, mesh, step, dead_LF))

@@ -132,6 +132,7 @@ def test_schedules_and_published_rates_are_those_of_the_authors() -> None:
     assert [setting.learning_rate for setting in tried["clt-training untied"]] == pytest.approx(
         [8e-4, 3.2e-3, 6.4e-3, 1.28e-2]
     )
+    assert [str(setting) for setting in tried["ours"]][-2:] == ["lr 0.004, biases x10", "lr 0.0064, biases x10"]
     assert [setting.learning_rate for setting in tried["crosslayer-coding BatchTopK"]] == pytest.approx(
         [3e-4, 9e-4, 3e-3, 9e-3]
     )
@@ -318,6 +319,7 @@ def test_mistakes_are_one_line_and_exit_code_2(tmp_path: Path) -> None:
     for words, message in (
         (("--config", tmp_path / "none.yaml"), "none.yaml: no such configuration file"),
         (("--config", skipping), "training.clt.skip=True: the baselines are compared at False; remove the key"),
+        (("--only", "nobody"), "--only 'nobody': the contenders are ours, clt-training untied"),
         (("--json", "/proc/none/report.json"), "/proc/none/report.json: cannot be written"),
     ):
         result = clt("--quick", *words)
