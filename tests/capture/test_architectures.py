@@ -315,5 +315,6 @@ def test_a_saved_model_is_loaded_and_captured(name: str, tmp_path: Path) -> None
         # float32; padding and batching change the order of summation
         torch.testing.assert_close(acts[first : first + length], expected, atol=5e-5, rtol=1e-4)
         assert torch.equal(tokens["patch_row"][first : first + length], inputs.tokens.patch_row[0])
+        assert store.sample(sample, store.sites).answer_tokens == length - int(inputs.answer_start)
         first += length
     assert first == len(acts)
