@@ -25,12 +25,11 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-import yaml
 from torch import Tensor
 
 from clt.averaging import WeightAverage
 from clt.columns import join_columns, own_columns
-from clt.config import config_to_tree, config_to_yaml
+from clt.config import config_to_tree, config_to_yaml, load_config
 from clt.dead_features import FiringTracker
 from clt.errors import CheckpointError
 from clt.manifest import (
@@ -58,6 +57,7 @@ from clt.weights import (
     layer_buffers,
     layer_file,
     layer_tensors,
+    read_card,
     read_into,
     read_tensors,
 )
@@ -261,9 +261,11 @@ class Checkpoints:
     def _check_same_job(self, folder: Path) -> None:
         """CheckpointError naming the first key in which the checkpoint's job is not this one."""
         saved_card, own_card = json.loads((folder / CARD_FILE).read_text(encoding="utf-8")), card(self._transcoder)
+        # Read and written again: settings that a checkpoint of an earlier version lacks have their defaults.
+        saved_card["config"] = config_to_tree(read_card(folder / CARD_FILE)[0])
         for key in ("store", "model", "config"):
             _compare(folder / CARD_FILE, key, saved_card.get(key), own_card[key])
-        saved_job = yaml.safe_load((folder / CONFIG_FILE).read_text(encoding="utf-8"))
+        saved_job = config_to_tree(load_config(type(self._config), folder / CONFIG_FILE))
         for key, value in config_to_tree(self._config).items():
             if key not in MAY_CHANGE:
                 _compare(folder / CONFIG_FILE, key, saved_job.get(key), value)

@@ -10,6 +10,7 @@ from typing import Any
 
 import pytest
 import torch
+import yaml
 from toy_job import MODEL, toy_config, toy_trainer
 
 from clt import manifest
@@ -102,6 +103,17 @@ def test_checkpoint_of_another_job_is_refused(job: dict[str, Any], message: str,
         _resume(mesh, interrupted, **job)
     assert message in str(error.value)
     assert "\n" not in str(error.value)
+
+
+def test_a_checkpoint_from_before_a_setting_existed_is_gone_on_with(mesh: Mesh, interrupted: Path) -> None:
+    checksums = manifest.read_manifest(interrupted)
+    card = json.loads((interrupted / "transcoder.json").read_text())
+    job = yaml.safe_load((interrupted / "config.yaml").read_text())
+    del card["config"]["feature_offset"], job["optimizer"]["bias_rate"]
+    manifest.write_text(interrupted / "transcoder.json", json.dumps(card), checksums)
+    manifest.write_text(interrupted / "config.yaml", yaml.safe_dump(job), checksums)
+    manifest.write_manifest(interrupted, checksums)
+    assert _resume(mesh, interrupted).name == "step_00000006"
 
 
 def test_logging_and_checkpoint_intervals_may_change(mesh: Mesh, interrupted: Path) -> None:
