@@ -224,9 +224,9 @@ class Sources:
 
     def _written(self, target: int, begin: int, end: int) -> Tensor:
         """[n] what some features multiply their decoder vectors into a target by; their order is by position."""
-        source_n = self._source[begin:end] - self.clt.sources_of(target).start
         if not self.clt.config.feature_offset:
             return self._activation[begin:end]
+        source_n = self._source[begin:end] - self.clt.sources_of(target).start
         return self._activation[begin:end] + self.clt.offset[str(target)][source_n, self._number[begin:end]]
 
     def _errors(self) -> Tensor:

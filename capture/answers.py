@@ -91,7 +91,8 @@ def make_answers(
     """
     by_length = sorted(range(len(prompt_tokens)), key=lambda sample: (-prompt_tokens[sample], sample))
     batches = [by_length[start : start + batch_size] for start in range(0, len(by_length), batch_size)]
-    origin = repr((asdict(adapter.identity), str(adapter.dtype), source.digest(), asdict(generation), batch_size))
+    model = (asdict(adapter.identity), str(adapter.dtype), adapter.end_ids)
+    origin = repr((model, source.digest(), asdict(generation), batch_size))
     place = f"{output.rstrip('/')}.answers/{hashlib.sha256(origin.encode()).hexdigest()[:16]}"
     work = _Batches(storage=open_storage(place), n=len(batches))
     with closing(assigned_units(work, replace(schedule, kind="lease"))) as assigned:

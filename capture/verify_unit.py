@@ -131,7 +131,7 @@ def _read_record(inventory: Inventory, unit: int, found: Findings, known: FileRe
     if len(answers) != len(samples) or any(
         not 0 <= a <= n for a, n in zip(answers, record.sample_tokens, strict=False)
     ):
-        raise StoreError(f"{name}: answers of {len(answers)} samples do not fit their tokens; {REPAIR}")
+        raise StoreError(f"{name}: the answers of its samples do not fit their tokens; {REPAIR}")
     if other := sorted({file.path for file in record.files} ^ set(inventory.unit_keys(unit)[:-1])):
         raise StoreError(f"{name}: lists other files than a unit has, first '{other[0]}'; {REPAIR}")
     if known and inventory.manifest and unit_entry(known, record) != inventory.manifest.units[unit]:

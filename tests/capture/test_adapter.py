@@ -15,6 +15,7 @@ from PIL import Image
 from safetensors.torch import load_file, save_file
 from transformers import OPTConfig, OPTForCausalLM
 
+from clt.capture import architectures
 from clt.capture.adapter import ModelAdapter
 from clt.capture.loading import identify
 from clt.errors import InputError, ModelError
@@ -157,6 +158,18 @@ def test_generate_ends_with_end_of_sequence(llama: ModelAdapter) -> None:
     assert llama.generate(llama.prepare("the cat"), 5) == [[2]]
 
 
+def test_generate_ends_with_any_end_of_the_models_own(llama: ModelAdapter) -> None:
+    inputs = llama.prepare("the cat")
+    free = llama.generate(inputs, 6)[0]
+    assert len(free) == 6 and llama.end_ids == (2,)
+    last = next(place for place in range(1, 6) if free[place] not in free[:place])
+    llama.model.generation_config.eos_token_id = [2, free[last]]
+    assert llama.end_ids == (2, free[last])
+    # Beside a prompt that goes on longer, what follows the end is padding.
+    together = llama.generate(llama.collate([inputs, llama.prepare("the cat sat on a mat")]), 6)
+    assert together[0] == llama.generate(inputs, 6)[0] == free[: last + 1]
+
+
 def test_model_is_frozen_in_eval_mode_with_sdpa(llava: ModelAdapter) -> None:
     assert not llava.model.training
     assert not any(p.requires_grad for p in llava.model.parameters())
@@ -260,6 +273,17 @@ def test_from_pretrained_tells_in_one_line_what_is_wrong(damage: str, llama_fold
         ModelAdapter.from_pretrained(str(folder))
     assert str(folder) in str(error.value)
     assert "\n" not in str(error.value)
+
+
+def test_a_registered_class_that_transformers_lacks_is_named(
+    llama_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(architectures, "_architectures", dict(architectures._architectures))
+    architectures.register_adapter("HomeMadeForCausalLM")
+    shutil.copytree(llama_folder, tmp_path / "model")
+    _set_config(tmp_path / "model", architectures=["HomeMadeForCausalLM"], model_type="llama")
+    with pytest.raises(ModelError, match=r"model: transformers \S+ has no HomeMadeForCausalLM; load it yourself"):
+        ModelAdapter.from_pretrained(tmp_path / "model")
 
 
 @pytest.mark.parametrize(("option", "value"), [("dtype", "int8"), ("device", "nowhere")])

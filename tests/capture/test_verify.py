@@ -183,6 +183,20 @@ def test_records_that_all_name_another_store_speak_against_its_description(tmp_p
     assert paths(root) == ["units/commits/000001.json"]
 
 
+@pytest.mark.parametrize(
+    ("answers", "fit"),
+    [((), True), ((1, 0, 12), True), ((1, 0), False), ((1, -1, 0), False), ((1, 30, 0), True), ((1, 31, 0), False)],
+)
+def test_answers_must_fit_their_samples(tmp_path: Path, answers: tuple[int, ...], fit: bool) -> None:
+    spec, plan, root = make_spec(), make_plan(LENGTHS), tmp_path / "store"
+    data = unit_data(LENGTHS, plan.samples(0), spec)
+    assert data.sample_tokens == (20, 30, 13)
+    StoreWriter(root, spec, plan).commit(0, replace(data, answer_tokens=answers))
+    report = verify_store(root)
+    assert report.ok == fit
+    assert fit or "the answers of its samples do not fit their tokens" in str(report.problems)
+
+
 @pytest.mark.parametrize("version", ["1.0", "3.0"])
 def test_store_of_another_major_version_is_no_damage_but_an_error(store: ActivationStore, version: str) -> None:
     root = Path(store.location)
