@@ -10,22 +10,22 @@ from pathlib import Path
 from pydantic import Field, model_validator
 from pydantic.dataclasses import dataclass
 
-from clt.attribution.attribute import AttributionSettings, attribute
-from clt.attribution.evaluate import AgreementReport, evaluate_replacement
-from clt.attribution.export import graph_document, write_export
-from clt.attribution.faithfulness import EdgeReport, check_edges
-from clt.attribution.graph import Graph
-from clt.attribution.replacement import require_same_model
-from clt.attribution.scores import Scores, prune, score
-from clt.capture.choice import ModelChoice
-from clt.capture.examples import Example, SourceSettings, load_image, open_source
-from clt.capture.filters import TokenFilter
-from clt.capture.loader import iterate_store
-from clt.capture.store import ActivationStore, open_store
+from clt.attribution.evaluation.agreement import AgreementReport, evaluate_replacement
+from clt.attribution.graphs.attribute import AttributionSettings, attribute
+from clt.attribution.graphs.faithfulness import EdgeReport, check_edges
+from clt.attribution.graphs.graph import Graph
+from clt.attribution.graphs.scores import Scores, prune, score
+from clt.attribution.replacement.replacement_model import require_same_model
+from clt.attribution.viewer.export import graph_document, write_export
+from clt.capture.models.model_settings import ModelChoice
+from clt.capture.reading.loader import iterate_store
+from clt.capture.reading.open_store import ActivationStore, open_store
+from clt.capture.reading.token_filter import TokenFilter
+from clt.capture.sources.examples import Example, SourceSettings, load_image, open_source
 from clt.config import STRICT
 from clt.errors import InputError
-from clt.evaluate import StoreReport, evaluate_store
-from clt.model import CrossLayerTranscoder
+from clt.evaluation.store_evaluation import StoreReport, evaluate_store
+from clt.transcoder.model import CrossLayerTranscoder
 
 GRAPH_FILE = "graph.safetensors"
 

@@ -15,14 +15,14 @@ from dataclasses import dataclass as plain_dataclass
 from pydantic import Field
 from pydantic.dataclasses import dataclass
 
-from clt.capture.adapter import ModelAdapter
-from clt.capture.examples import ExampleSource
-from clt.capture.finalize import committed_units
-from clt.capture.json_files import sealed, unsealed
-from clt.capture.layout import commit_path
-from clt.capture.storage import open_storage
-from clt.capture.storage_base import Storage
-from clt.capture.workers import Schedule, assigned_units
+from clt.capture.models.adapter import ModelAdapter
+from clt.capture.sources.examples import ExampleSource
+from clt.capture.storage.base import Storage
+from clt.capture.storage.local import open_storage
+from clt.capture.store.build_manifest import committed_units
+from clt.capture.store.json_files import sealed, unsealed
+from clt.capture.store.layout import commit_path
+from clt.capture.writing.workers import Schedule, assigned_units
 from clt.config import STRICT
 
 #: Token ids of an answer, the end-of-sequence token included where it came.

@@ -14,10 +14,10 @@ from urllib.parse import unquote, urlsplit
 
 import numpy as np
 
-from clt.capture.arrays import ArraySpec
-from clt.capture.layout import StoreArrays
-from clt.capture.moments import Moments
-from clt.capture.storage import open_storage
+from clt.capture.storage.local import open_storage
+from clt.capture.store.arrays import ArraySpec
+from clt.capture.store.layout import StoreArrays
+from clt.capture.store.moments import Moments
 
 if TYPE_CHECKING:
     from clt.capture.planning import CaptureJob

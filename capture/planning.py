@@ -15,18 +15,18 @@ import transformers
 from pydantic import Field
 from pydantic.dataclasses import dataclass
 
-from clt.architecture import ReadSite
-from clt.capture.adapter import ModelAdapter
 from clt.capture.answers import Answer, Generation, make_answers
-from clt.capture.arrays import Compression
-from clt.capture.choice import ModelChoice
-from clt.capture.examples import ExampleSource, SourceSettings, open_source, text_digest
-from clt.capture.order import pack_units
-from clt.capture.rows import TORCH_DTYPES
-from clt.capture.schema import SCHEMA_VERSION, CapturePlan, SiteGroup, StoreDtype, StoreSpec
-from clt.capture.workers import Schedule
+from clt.capture.models.adapter import ModelAdapter
+from clt.capture.models.model_settings import ModelChoice
+from clt.capture.sources.examples import ExampleSource, SourceSettings, open_source, text_digest
+from clt.capture.store.arrays import Compression
+from clt.capture.store.read_order import pack_units
+from clt.capture.store.schema import SCHEMA_VERSION, CapturePlan, SiteGroup, StoreDtype, StoreSpec
+from clt.capture.store.shard_rows import TORCH_DTYPES
+from clt.capture.writing.workers import Schedule
 from clt.config import STRICT
 from clt.errors import ConfigError
+from clt.transcoder.architecture import ReadSite
 from clt.version import code_version
 
 #: A block, which is read together, is at most so many bytes of activations; a unit, which is held in memory, so many.

@@ -18,11 +18,11 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
-from clt.capture.adapter import ModelAdapter
-from clt.capture.hooks import attach
+from clt.capture.models.adapter import ModelAdapter
+from clt.capture.models.hooks import attach
 from clt.capture.planning import CaptureConfig, CaptureJob, captured_dtype, plan_capture
-from clt.capture.workers import assigned_units
-from clt.capture.writer import StoreWriter, UnitData
+from clt.capture.writing.workers import assigned_units
+from clt.capture.writing.writer import StoreWriter, UnitData
 from clt.errors import NonFiniteError
 from clt.records import TokenTable
 

@@ -15,14 +15,14 @@ import numpy as np
 import torch
 
 from clt.capture.capacity import existing_folder, local_folder
-from clt.capture.layout import StoreArrays
 from clt.capture.planning import CaptureJob
-from clt.capture.rows import TORCH_DTYPES, bits_of, write_rows
+from clt.capture.reading.open_store import ActivationStore, open_store
 from clt.capture.run import capture_samples
-from clt.capture.schema import CapturePlan, StoreSpec
-from clt.capture.storage import LocalStorage, Storage, open_storage
-from clt.capture.store import ActivationStore, open_store
-from clt.capture.writer import StoreWriter, UnitData
+from clt.capture.storage.local import LocalStorage, Storage, open_storage
+from clt.capture.store.layout import StoreArrays
+from clt.capture.store.schema import CapturePlan, StoreSpec
+from clt.capture.store.shard_rows import TORCH_DTYPES, bits_of, write_rows
+from clt.capture.writing.writer import StoreWriter, UnitData
 from clt.errors import StoreError
 
 _PROBE_BYTES = 64 << 20

@@ -19,18 +19,18 @@ from dataclasses import dataclass
 import numpy as np
 import torch
 
-from clt.capture.filters import ALL_TOKENS, TokenFilter
-from clt.capture.finalize import read_commit
-from clt.capture.layout import commit_path
-from clt.capture.loader import ActivationLoader, require_same
-from clt.capture.moments import Moments, pack_moments, unpack_moments
-from clt.capture.order import permutation
 from clt.capture.planning import CaptureJob
+from clt.capture.reading.loader import ActivationLoader, require_same
+from clt.capture.reading.open_store import ActivationStore, open_committed
+from clt.capture.reading.token_filter import ALL_TOKENS, TokenFilter
 from clt.capture.run import capture_samples, first_tokens
-from clt.capture.storage import open_storage
-from clt.capture.store import ActivationStore, open_committed
-from clt.capture.workers import Schedule, assigned_units
-from clt.capture.writer import StoreWriter
+from clt.capture.storage.local import open_storage
+from clt.capture.store.build_manifest import read_commit
+from clt.capture.store.layout import commit_path
+from clt.capture.store.moments import Moments, pack_moments, unpack_moments
+from clt.capture.store.read_order import permutation
+from clt.capture.writing.workers import Schedule, assigned_units
+from clt.capture.writing.writer import StoreWriter
 from clt.errors import ConfigError
 from clt.records import ActivationBatch, SiteStats
 

@@ -1,8 +1,8 @@
 """Configuration: frozen dataclasses validated by pydantic, read from YAML with dotted `key=value` overrides.
 
-One file describes one job. Dataclasses live near their owner: those of the transcoder in `clt.architecture`, those of
-its training in `clt.train_config`. An unknown key, a wrong type or a value out of range is a `ConfigError` that names
-the dotted path.
+One file describes one job. Dataclasses live near their owner: those of the transcoder in `clt.transcoder.architecture`,
+those of its training in `clt.training.settings`. An unknown key, a wrong type or a value out of range is a
+`ConfigError` that names the dotted path.
 """
 
 from __future__ import annotations

@@ -61,7 +61,7 @@ def implementation(tensor: Tensor) -> ModuleType:
     """The module behind `backend_of`."""
     name = backend_of(tensor)
     if name == "triton":
-        from clt.kernels import fused
+        from clt.kernels.gpu import paths as fused
 
         return fused
     from clt.kernels import cpu, reference

@@ -8,19 +8,19 @@ from functools import partial
 
 from torch import Tensor
 
-from clt.capture.filters import TokenFilter, token_counts
-from clt.capture.loader import ActivationLoader
 from clt.capture.planning import CaptureConfig, plan_capture
-from clt.capture.store import open_store
+from clt.capture.reading.loader import ActivationLoader
+from clt.capture.reading.open_store import open_store
+from clt.capture.reading.token_filter import TokenFilter, token_counts
 from clt.capture.streaming import CaptureRing, StreamingLoader
-from clt.capture.workers import Schedule
+from clt.capture.writing.workers import Schedule
 from clt.config import load_config
-from clt.engine import local_device
 from clt.errors import ConfigError
 from clt.launch.logs import job_rank, job_world
 from clt.records import ModelIdentity, SiteStats
-from clt.train_config import DataSettings, StreamingSettings, TrainConfig
-from clt.trainer import BatchSource
+from clt.training.deepspeed_engine import local_device
+from clt.training.settings import DataSettings, StreamingSettings, TrainConfig
+from clt.training.trainer import BatchSource
 
 
 @dataclass(frozen=True, kw_only=True)

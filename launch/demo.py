@@ -23,17 +23,17 @@ import torch
 from pydantic import DirectoryPath, Field
 from pydantic.dataclasses import dataclass
 
-from clt.architecture import TranscoderSettings
 from clt.attribution.features.steering import SteeringReport, SteeringSettings, steer
 from clt.attribution.run import AttributeConfig, EvaluateConfig, EvaluationReport, Explanation, evaluate, explain
-from clt.capture.adapter import ModelAdapter
-from clt.capture.examples import SourceSettings, ToySource, open_source
+from clt.capture.models.adapter import ModelAdapter
 from clt.capture.planning import CaptureConfig
 from clt.capture.run import capture
+from clt.capture.sources.examples import SourceSettings, ToySource, open_source
 from clt.config import STRICT, config_to_yaml
 from clt.errors import CLTError
-from clt.model import CrossLayerTranscoder
-from clt.train_config import AuxKSettings, DataSettings, OptimizerSettings, TrainConfig
+from clt.training.settings import AuxKSettings, DataSettings, OptimizerSettings, TrainConfig
+from clt.transcoder.architecture import TranscoderSettings
+from clt.transcoder.model import CrossLayerTranscoder
 
 log = logging.getLogger(__name__)
 

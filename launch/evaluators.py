@@ -6,21 +6,21 @@ from collections.abc import Iterable, Sequence
 
 import torch
 
-from clt.architecture import CLTConfig
-from clt.attribution.evaluator import HeldOutPrompts, ReplacementEvaluator
-from clt.attribution.replacement import require_same_model
-from clt.capture.blocks import StoreBlocks
-from clt.capture.filters import TokenFilter
-from clt.capture.loader import iterate_store
-from clt.capture.store import ActivationStore, open_store
+from clt.attribution.evaluation.during_training import HeldOutPrompts, ReplacementEvaluator
+from clt.attribution.replacement.replacement_model import require_same_model
+from clt.capture.reading.blocks import StoreBlocks
+from clt.capture.reading.loader import iterate_store
+from clt.capture.reading.open_store import ActivationStore, open_store
+from clt.capture.reading.token_filter import TokenFilter
+from clt.distributed.mesh import Mesh, input_layers
 from clt.errors import CLTError, ConfigError, StoreError
-from clt.evaluate import Evaluator, StoreEvaluator
+from clt.evaluation.store_evaluation import Evaluator, StoreEvaluator
 from clt.kernels import ops
 from clt.launch.activations import Activations
-from clt.layers import LayerShare
-from clt.parallel import Mesh, input_layers
 from clt.records import ActivationBatch
-from clt.train_config import DataSettings, EvaluationSettings, ReplacementSettings, TrainConfig
+from clt.training.settings import DataSettings, EvaluationSettings, ReplacementSettings, TrainConfig
+from clt.transcoder.architecture import CLTConfig
+from clt.transcoder.layers import LayerShare
 
 
 def open_heldout(config: TrainConfig, activations: Activations) -> ActivationStore | None:

@@ -6,10 +6,10 @@ import math
 from collections.abc import Sequence
 
 from clt.capture.capacity import GB, GIB, NVME, PCIE, Capacity, StoreSize
-from clt.capture.export_pt import ExportReport
-from clt.capture.maintain import GcReport, RepairReport, StoreStatus
-from clt.capture.store_stats import ClassStats
-from clt.capture.verify import VerifyReport
+from clt.capture.upkeep.export_pt import ExportReport
+from clt.capture.upkeep.maintain import GcReport, RepairReport, StoreStatus
+from clt.capture.upkeep.store_stats import ClassStats
+from clt.capture.upkeep.verify_store import VerifyReport
 
 _MOST_PROBLEMS = 20
 

@@ -14,21 +14,21 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-from clt.architecture import CLTConfig
-from clt.capture.filters import TokenFilter
+from clt.capture.reading.token_filter import TokenFilter
 from clt.config import config_to_yaml
-from clt.engine import joined_job
-from clt.faults import JobControl, stop_on_signals
+from clt.distributed.job_control import JobControl, stop_on_signals
+from clt.distributed.mesh import Mesh, check_world, deal_layers, input_layers
 from clt.launch.activations import open_activations
 from clt.launch.evaluators import make_evaluators, open_heldout
 from clt.launch.logs import job_rank, job_world
 from clt.launch.script import run_script
-from clt.loss import modality_weights
-from clt.model import CrossLayerTranscoder, Provenance
-from clt.parallel import Mesh, check_world, deal_layers, input_layers
-from clt.scaling import Scaling
-from clt.train_config import TrainConfig
-from clt.trainer import Trainer
+from clt.training.deepspeed_engine import joined_job
+from clt.training.loss import modality_weights
+from clt.training.settings import TrainConfig
+from clt.training.trainer import Trainer
+from clt.transcoder.architecture import CLTConfig
+from clt.transcoder.model import CrossLayerTranscoder, Provenance
+from clt.transcoder.scaling import Scaling
 
 log = logging.getLogger(__name__)
 

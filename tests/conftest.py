@@ -10,7 +10,7 @@ import pytest
 import torch
 
 if TYPE_CHECKING:
-    from clt.capture.adapter import ModelAdapter
+    from clt.capture.models.adapter import ModelAdapter
 
 # Triton decides when it is first imported, by whatever library, whether its functions are interpreted. And library
 # products on a GPU are deterministic only with a workspace of fixed size.
@@ -30,6 +30,6 @@ def _fixed_seed() -> None:
 @pytest.fixture(scope="session")
 def toy_adapter() -> ModelAdapter:
     """The committed toy vision-language model."""
-    from clt.capture.adapter import ModelAdapter
+    from clt.capture.models.adapter import ModelAdapter
 
     return ModelAdapter.from_pretrained(str(TOY_CHECKPOINT))

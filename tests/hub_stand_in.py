@@ -167,6 +167,7 @@ def environment(hub: HubStandIn, tmp_path: Path) -> dict[str, str]:
         "HF_ENDPOINT": hub.endpoint,
         "HF_TOKEN": "hf_alice",
         "HF_HOME": str(tmp_path / "home"),
+        "HF_HUB_OFFLINE": "0",
         "HF_HUB_DISABLE_TELEMETRY": "1",
         "NO_PROXY": "127.0.0.1",
         "no_proxy": "127.0.0.1",

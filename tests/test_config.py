@@ -12,13 +12,13 @@ import yaml
 from hypothesis import given
 from hypothesis import strategies as st
 
-from clt.architecture import CLTConfig, TranscoderSettings
 from clt.attribution.run import AttributeConfig, EvaluateConfig
 from clt.capture.planning import CaptureConfig
 from clt.config import config_to_tree, config_to_yaml, load_config, parse_config
 from clt.errors import ConfigError
 from clt.launch.demo import DemoConfig
-from clt.train_config import TrainConfig
+from clt.training.settings import TrainConfig
+from clt.transcoder.architecture import CLTConfig, TranscoderSettings
 
 ROOT = Path(__file__).resolve().parent.parent
 KINDS: dict[str, type[Any]] = {

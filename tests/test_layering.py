@@ -16,19 +16,19 @@ SOURCES = sorted(path for room in ROOMS for path in (ROOT / room).rglob("*.py"))
 
 #: Library -> files or folders that may import it.
 DOORS = {
-    "deepspeed": ("clt/engine.py",),
+    "deepspeed": ("clt/training/deepspeed_engine.py",),
     "triton": ("kernels/",),
-    "zarr": ("capture/activation_store.py", "launch/bench/store_peers.py"),
-    "numcodecs": ("capture/shard.py",),
+    "zarr": ("capture/reading/activation_store.py", "launch/bench/store/peers.py"),
+    "numcodecs": ("capture/store/shard.py",),
     "awscrt": ("clt/checksum.py",),
-    "obstore": ("capture/object_storage.py",),
-    "zarrs": ("launch/bench/store_peers.py",),
-    "tensorstore": ("launch/bench/store_peers.py",),
-    "h5py": ("launch/bench/store_peers.py",),
+    "obstore": ("capture/storage/object_store.py",),
+    "zarrs": ("launch/bench/store/peers.py",),
+    "tensorstore": ("launch/bench/store/peers.py",),
+    "h5py": ("launch/bench/store/peers.py",),
     "transformers": ("capture/", "attribution/"),
-    "tensorboard": ("clt/metrics.py",),
-    "torch.utils.tensorboard": ("clt/metrics.py",),
-    "huggingface_hub": ("clt/hub.py",),
+    "tensorboard": ("clt/training/metrics.py",),
+    "torch.utils.tensorboard": ("clt/training/metrics.py",),
+    "huggingface_hub": ("clt/hub/transfer.py",),
     "typer": ("launch/",),
 }
 

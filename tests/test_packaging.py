@@ -42,7 +42,7 @@ def wheel_names(tmp_path_factory: pytest.TempPathFactory) -> set[str]:
 def _tracked() -> list[str]:
     """Source, metadata and asset files that git knows."""
     listed = subprocess.run(
-        ["git", "ls-files", *ROOMS, "pyproject.toml", "README.md", "LICENSE"],
+        ["git", "ls-files", *ROOMS, "setup.py", "pyproject.toml", "README.md", "LICENSE"],
         cwd=ROOT,
         capture_output=True,
         text=True,
@@ -73,7 +73,8 @@ def test_bare_checkout_finds_all_rooms_without_installation(tmp_path: Path) -> N
     code = (
         f"import sys; sys.path[:0] = [{str(tmp_path)!r}]; sys.meta_path = [f for f in sys.meta_path "
         "if 'editable' not in type(f).__module__ and 'editable' not in repr(f).lower()]; "
-        "import clt.kernels.ops, clt.capture.toy, clt.attribution.graph, clt.launch; print(clt.kernels.ops.__file__)"
+        "import clt.kernels.ops, clt.capture.sources.toy, clt.attribution.graphs.graph, clt.launch; "
+        "print(clt.kernels.ops.__file__)"
     )
     assert _run(code, tmp_path).endswith("kernels/ops.py")
 
@@ -115,10 +116,12 @@ def _is_triton(function: ast.FunctionDef) -> bool:
 
 def test_only_triton_functions_go_without_types() -> None:
     functions = {
-        path.stem: [node for node in ast.walk(ast.parse(path.read_text())) if isinstance(node, ast.FunctionDef)]
-        for path in (ROOT / "kernels").glob("*.py")
+        "clt." + ".".join(path.relative_to(ROOT).with_suffix("").parts): [
+            node for node in ast.walk(ast.parse(path.read_text())) if isinstance(node, ast.FunctionDef)
+        ]
+        for path in (ROOT / "kernels").rglob("*.py")
     }
-    with_triton = {f"clt.kernels.{name}" for name, inside in functions.items() if any(map(_is_triton, inside))}
+    with_triton = {name for name, inside in functions.items() if any(map(_is_triton, inside))}
     overrides = tomllib.loads((ROOT / "pyproject.toml").read_text())["tool"]["mypy"]["overrides"]
     (exempt,) = [override["module"] for override in overrides if override.get("disallow_untyped_defs") is False]
     assert set(exempt) == with_triton

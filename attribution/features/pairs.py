@@ -12,9 +12,9 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from clt.attribution.graph import Graph, NodeKind
-from clt.attribution.scores import influence
-from clt.model import CrossLayerTranscoder
+from clt.attribution.graphs.graph import Graph, NodeKind
+from clt.attribution.graphs.scores import influence
+from clt.transcoder.model import CrossLayerTranscoder
 
 
 @dataclass(frozen=True, kw_only=True)

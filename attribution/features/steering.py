@@ -26,16 +26,16 @@ from pydantic import Field, PositiveInt
 from pydantic.dataclasses import dataclass as settings_dataclass
 from torch import Tensor
 
-from clt.attribution.attribute import AttributionSettings, attribute
+from clt.attribution.features.intervals import Proportion, wilson_interval
 from clt.attribution.features.pairs import match_controls, rank_pairs
-from clt.attribution.replacement import Intervention, MlpOutputs, RecordedErrors, ReplacementModel
-from clt.attribution.statistics import Proportion, wilson_interval
-from clt.attribution.targets import LogitTargets
-from clt.capture.adapter import ModelAdapter, PromptInputs
-from clt.capture.examples import Example
+from clt.attribution.graphs.attribute import AttributionSettings, attribute
+from clt.attribution.graphs.targets import LogitTargets
+from clt.attribution.replacement.replacement_model import Intervention, MlpOutputs, RecordedErrors, ReplacementModel
+from clt.capture.models.adapter import ModelAdapter, PromptInputs
+from clt.capture.sources.examples import Example
 from clt.config import STRICT
 from clt.errors import InputError
-from clt.model import CrossLayerTranscoder
+from clt.transcoder.model import CrossLayerTranscoder
 
 
 @settings_dataclass(frozen=True, kw_only=True, config=STRICT)

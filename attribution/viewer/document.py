@@ -1,4 +1,4 @@
-"""The JSON document of a graph: what `clt.attribution.export` writes and the page reads.
+"""The JSON document of a graph: what `clt.attribution.viewer.export` writes and the page reads.
 
 Its skeleton (metadata, qParams, nodes, links) is the schema that circuit-tracer writes and Neuronpedia reads; the
 fields that a vision-language model needs come on top. Plain dataclasses, so that the schema is here and nowhere else.

@@ -13,8 +13,8 @@ from dataclasses import dataclass, fields
 import torch
 from torch import Tensor
 
-from clt.attribution.graph import BiasKind, Graph, NodeKind, NodeTable, Target
-from clt.attribution.scores import PrunedGraph
+from clt.attribution.graphs.graph import BiasKind, Graph, NodeKind, NodeTable, Target
+from clt.attribution.graphs.scores import PrunedGraph
 from clt.attribution.viewer.document import (
     Box,
     ImageEntry,

@@ -21,12 +21,12 @@ import torch
 import yaml
 from torch import Tensor
 
-from clt.architecture import CLTConfig, ReadSite, SparsitySettings
+from clt.checkpoint.manifest import new_folder
 from clt.convert.files import ForeignFile, empty_transcoder, numbered, read_yaml, refuse
 from clt.errors import CheckpointError, ConfigError
-from clt.manifest import new_folder
-from clt.model import CrossLayerTranscoder
 from clt.tensor_files import write_tensors
+from clt.transcoder.architecture import CLTConfig, ReadSite, SparsitySettings
+from clt.transcoder.model import CrossLayerTranscoder
 
 log = logging.getLogger(__name__)
 
@@ -111,7 +111,7 @@ def check_pointwise(clt: CrossLayerTranscoder, reader: str) -> None:
     if kind not in ("jumprelu", "relu"):
         raise ConfigError(
             f"clt.sparsity.kind={kind}: {reader} compares no features; convert to thresholds first "
-            "(--calibrate STORE --tokens N, or clt.thresholds.to_jumprelu)"
+            "(--calibrate STORE --tokens N, or clt.convert.thresholds.to_jumprelu)"
         )
     if clt.config.layer_norm:
         raise ConfigError(f"clt.layer_norm: {reader} has no LayerNorm before its encoders; train without it")

@@ -24,13 +24,13 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from clt.architecture import CLTConfig, ReadSite, SparsitySettings
+from clt.checkpoint.manifest import new_folder
 from clt.convert.circuit_tracer import check_pointwise, note_zeros, pair_or_zeros
 from clt.convert.files import ForeignFile, empty_transcoder, read_json, refuse, whole_number, write_json
 from clt.errors import CheckpointError, ConfigError
-from clt.manifest import new_folder
-from clt.model import CrossLayerTranscoder
 from clt.tensor_files import write_tensors
+from clt.transcoder.architecture import CLTConfig, ReadSite, SparsitySettings
+from clt.transcoder.model import CrossLayerTranscoder
 
 SETTINGS_FILE, STATS_FILE, WEIGHTS_FILE = "cfg.json", "norm_stats.json", "model.safetensors"
 

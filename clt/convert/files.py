@@ -13,11 +13,11 @@ import torch
 import yaml
 from torch import Tensor
 
-from clt.architecture import CLTConfig
+from clt.checkpoint.weights import read_tensors
 from clt.errors import CheckpointError
-from clt.model import CrossLayerTranscoder
-from clt.scaling import Scaling
-from clt.weights import read_tensors
+from clt.transcoder.architecture import CLTConfig
+from clt.transcoder.model import CrossLayerTranscoder
+from clt.transcoder.scaling import Scaling
 
 
 class ForeignFile:

@@ -9,19 +9,19 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-from clt.architecture import CLTConfig
+from clt.checkpoint.manifest import new_folder
+from clt.checkpoint.weights import load_transcoder, save_transcoder
 from clt.convert import Format
 from clt.convert.circuit_tracer import load_circuit_tracer, save_circuit_tracer
 from clt.convert.crosslayer_coding import load_crosslayer_coding, save_crosslayer_coding
 from clt.convert.kokosdev import load_kokosdev
 from clt.convert.seed_files import save_seed_files
 from clt.convert.sparsify import load_sparsify, save_sparsify
+from clt.convert.thresholds import REPORT_FILE, to_jumprelu
 from clt.errors import ConfigError
-from clt.manifest import new_folder
-from clt.model import CrossLayerTranscoder
 from clt.records import ActivationBatch
-from clt.thresholds import REPORT_FILE, to_jumprelu
-from clt.weights import load_transcoder, save_transcoder
+from clt.transcoder.architecture import CLTConfig
+from clt.transcoder.model import CrossLayerTranscoder
 
 #: Raw activations of all layers for a transcoder of these dimensions and this read site.
 Calibration = Callable[[CLTConfig], Sequence[ActivationBatch]]

@@ -17,11 +17,11 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any, get_args
 
-from clt.architecture import CLTConfig, ReadSite, SparsitySettings
 from clt.convert import Combination
 from clt.convert.files import ForeignFile, empty_transcoder, numbered, read_pickled
 from clt.errors import CheckpointError, ConfigError
-from clt.model import CrossLayerTranscoder
+from clt.transcoder.architecture import CLTConfig, ReadSite, SparsitySettings
+from clt.transcoder.model import CrossLayerTranscoder
 
 _COMPILED = "_orig_mod."
 

@@ -20,11 +20,11 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+from clt.checkpoint.manifest import new_folder
 from clt.convert.files import write_json
 from clt.errors import ConfigError, StoreError
-from clt.manifest import new_folder
-from clt.model import CrossLayerTranscoder
 from clt.records import ActivationBatch
+from clt.transcoder.model import CrossLayerTranscoder
 
 _DESCRIPTION = "mean absolute MLP output of the next layer, by channel, over tokens on which the feature is active"
 

@@ -25,7 +25,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from clt.architecture import CLTConfig, ReadSite
+from clt.checkpoint.manifest import new_folder
 from clt.convert.files import (
     ForeignFile,
     empty_transcoder,
@@ -36,10 +36,10 @@ from clt.convert.files import (
     write_json,
 )
 from clt.errors import CheckpointError, ConfigError
-from clt.manifest import new_folder
-from clt.model import CrossLayerTranscoder
-from clt.scaling import Scaling
 from clt.tensor_files import write_tensors
+from clt.transcoder.architecture import CLTConfig, ReadSite
+from clt.transcoder.model import CrossLayerTranscoder
+from clt.transcoder.scaling import Scaling
 
 CODER_FILE, SETTINGS_FILE, RUN_FILE = "sae.safetensors", "cfg.json", "config.json"
 

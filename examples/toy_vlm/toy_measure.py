@@ -14,7 +14,7 @@ from torch import Tensor
 from torch.nn.functional import log_softmax
 from transformers import LlavaForConditionalGeneration, LlavaProcessor
 
-from clt.capture.toy import GRID, ToySample, draw
+from clt.capture.sources.toy import GRID, ToySample, draw
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -16,7 +16,7 @@ from transformers import (
     PreTrainedTokenizerFast,
 )
 
-from clt.capture.toy import COLORS, COUNTS, GRID, PATCH, PROMPT_TEMPLATE, QUESTIONS
+from clt.capture.sources.toy import COLORS, COUNTS, GRID, PATCH, PROMPT_TEMPLATE, QUESTIONS
 
 SPECIAL_TOKENS = ("<pad>", "<s>", "</s>", "<unk>", "<image>")
 IMAGE_SIZE = GRID * PATCH

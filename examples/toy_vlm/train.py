@@ -3,8 +3,8 @@
 
 A real LLaVA (CLIP vision tower, two-layer projector, Llama with grouped-query attention, its own tokenizer and
 processor) that loads with `from_pretrained`. It stands in for a large model wherever the project has to show that a
-method finds a circuit that is really there. The boards and their questions are in `capture/toy.py`; what came out is
-in README.md beside this file.
+method finds a circuit that is really there. The boards and their questions are in `capture/sources/toy.py`; what came
+out is in README.md beside this file.
 
     python examples/toy_vlm/train.py --variant base --out examples/toy_vlm/checkpoints/base
     python examples/toy_vlm/train.py --variant base --out examples/toy_vlm/checkpoints/base --measure
@@ -31,7 +31,7 @@ from toy_measure import Score, answer_logits, make_batch, measure
 from toy_model import build_model, build_processor, build_tokenizer
 from transformers import LlavaForConditionalGeneration, LlavaProcessor
 
-from clt.capture.toy import BIASED_TASKS, TASKS, ToySample, sample_count, sample_stream, sample_toy, toy_samples
+from clt.capture.sources.toy import BIASED_TASKS, TASKS, ToySample, sample_count, sample_stream, sample_toy, toy_samples
 
 log = logging.getLogger(__name__)
 

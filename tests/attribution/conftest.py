@@ -6,12 +6,12 @@ from collections.abc import Callable
 import pytest
 import torch
 
-from clt.architecture import CLTConfig
-from clt.attribution.graph import BiasKind, Graph, GraphImage, NodeKind, NodeTable, Target
-from clt.capture.adapter import ModelAdapter
-from clt.model import CrossLayerTranscoder, Provenance
+from clt.attribution.graphs.graph import BiasKind, Graph, GraphImage, NodeKind, NodeTable, Target
+from clt.capture.models.adapter import ModelAdapter
 from clt.records import ModelIdentity
-from clt.scaling import Scaling
+from clt.transcoder.architecture import CLTConfig
+from clt.transcoder.model import CrossLayerTranscoder, Provenance
+from clt.transcoder.scaling import Scaling
 
 #: Label, token and probability of the targets.
 LOGITS = (("red", 11, 0.9), ("blue", 23, 0.1))

@@ -6,10 +6,10 @@ import pytest
 import torch
 from PIL import Image
 
-from clt.attribution.attribute import AttributionSettings, attribute
-from clt.attribution.faithfulness import check_edges
-from clt.attribution.replacement import ReplacementModel
-from clt.capture.adapter import ModelAdapter, PromptInputs
+from clt.attribution.graphs.attribute import AttributionSettings, attribute
+from clt.attribution.graphs.faithfulness import check_edges
+from clt.attribution.replacement.replacement_model import ReplacementModel
+from clt.capture.models.adapter import ModelAdapter, PromptInputs
 from clt.errors import ModelError
 
 from ..capture.tiny_models import IMAGE_PROCESSORS, MODELS, make_adapter, prompt_for

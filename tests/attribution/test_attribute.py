@@ -12,18 +12,18 @@ import pytest
 import torch
 from PIL import Image
 
-from clt.attribution.attribute import AttributionSettings, attribute
-from clt.attribution.faithfulness import row_sum_error
-from clt.attribution.graph import BiasKind, NodeKind
-from clt.attribution.linearize import record
-from clt.attribution.nodes import seen_box
-from clt.attribution.scores import influence, score
-from clt.attribution.targets import FeatureTarget, LogitDifference, LogitTargets
-from clt.capture.adapter import ModelAdapter
+from clt.attribution.graphs.attribute import AttributionSettings, attribute
+from clt.attribution.graphs.faithfulness import row_sum_error
+from clt.attribution.graphs.graph import BiasKind, NodeKind
+from clt.attribution.graphs.linearize import record
+from clt.attribution.graphs.nodes import seen_box
+from clt.attribution.graphs.scores import influence, score
+from clt.attribution.graphs.targets import FeatureTarget, LogitDifference, LogitTargets
+from clt.capture.models.adapter import ModelAdapter
 from clt.config import parse_config
 from clt.errors import CheckpointError, ConfigError, GraphError
-from clt.model import Provenance
 from clt.records import Modality
+from clt.transcoder.model import Provenance
 
 ARCHITECTURES = [
     {},
@@ -238,7 +238,7 @@ def test_an_embedding_column_carries_the_length_of_its_vector(adapter, inputs, g
 
 
 def test_the_time_is_logged(adapter, inputs, make_random_clt, caplog):
-    with caplog.at_level(logging.DEBUG, logger="clt.attribution.attribute"):
+    with caplog.at_level(logging.DEBUG, logger="clt.attribution.graphs.attribute"):
         attribute(adapter, make_random_clt(adapter), inputs, AttributionSettings(max_feature_nodes=0))
     assert "features" in caplog.text and " s" in caplog.text
 

@@ -7,8 +7,7 @@ from dataclasses import replace
 import pytest
 import torch
 
-from clt.architecture import CLTConfig
-from clt.attribution.evaluate import (
+from clt.attribution.evaluation.agreement import (
     Comparison,
     Part,
     evaluate_replacement,
@@ -17,14 +16,15 @@ from clt.attribution.evaluate import (
     same_top1,
     text_mask,
 )
-from clt.attribution.replacement import ReplacementModel
-from clt.capture.adapter import ModelAdapter
-from clt.capture.hooks import attach
-from clt.capture.toy import toy_examples
+from clt.attribution.replacement.replacement_model import ReplacementModel
+from clt.capture.models.adapter import ModelAdapter
+from clt.capture.models.hooks import attach
+from clt.capture.sources.toy import toy_examples
 from clt.errors import CheckpointError, InputError, NonFiniteError
-from clt.model import CrossLayerTranscoder, Provenance
 from clt.records import Modality
-from clt.scaling import Scaling
+from clt.transcoder.architecture import CLTConfig
+from clt.transcoder.model import CrossLayerTranscoder, Provenance
+from clt.transcoder.scaling import Scaling
 
 
 def prepared(adapter, count, answers=True):

@@ -5,14 +5,14 @@ from dataclasses import replace
 import pytest
 import torch
 
-from clt.architecture import SparsitySettings
-from clt.attribution.attribute import AttributionSettings, attribute
-from clt.attribution.faithfulness import check_edges, row_sum_error
-from clt.attribution.graph import BiasKind, NodeKind
-from clt.attribution.measuring import MeasuringModel
-from clt.attribution.targets import FeatureTarget, LogitDifference, LogitTargets
-from clt.capture.toy import toy_examples
+from clt.attribution.graphs.attribute import AttributionSettings, attribute
+from clt.attribution.graphs.faithfulness import check_edges, row_sum_error
+from clt.attribution.graphs.graph import BiasKind, NodeKind
+from clt.attribution.graphs.measuring_model import MeasuringModel
+from clt.attribution.graphs.targets import FeatureTarget, LogitDifference, LogitTargets
+from clt.capture.sources.toy import toy_examples
 from clt.errors import GraphError
+from clt.transcoder.architecture import SparsitySettings
 
 ARCHITECTURES = [
     {},

@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 from safetensors import safe_open
 from safetensors.torch import save_file
 
-from clt.attribution.graph import Graph, NodeKind, NodeTable
+from clt.attribution.graphs.graph import Graph, NodeKind, NodeTable
 from clt.errors import GraphError
 
 
@@ -56,7 +56,7 @@ def test_save_replaces_a_graph_and_leaves_it_alone_when_it_fails(graph, tmp_path
     def full_disk(*_args, **_kwargs):
         raise OSError("No space left on device")
 
-    monkeypatch.setattr("clt.attribution.graph_file.write_tensors", full_disk)
+    monkeypatch.setattr("clt.attribution.graphs.graph_file.write_tensors", full_disk)
     with pytest.raises(GraphError, match="No space left"):
         graph.save(path)
     monkeypatch.undo()

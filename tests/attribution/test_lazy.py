@@ -9,12 +9,12 @@ from typing import Any
 import pytest
 import torch
 
-from clt.attribution.attribute import attribute, fingerprint
-from clt.attribution.interventions import Intervention
-from clt.attribution.replacement import ReplacementModel
-from clt.capture.adapter import ModelAdapter
-from clt.mapped import MappedDecoder
-from clt.model import CrossLayerTranscoder
+from clt.attribution.graphs.attribute import attribute, fingerprint
+from clt.attribution.replacement.interventions import Intervention
+from clt.attribution.replacement.replacement_model import ReplacementModel
+from clt.capture.models.adapter import ModelAdapter
+from clt.transcoder.lazy_decoder import MappedDecoder
+from clt.transcoder.model import CrossLayerTranscoder
 
 
 @pytest.mark.parametrize(

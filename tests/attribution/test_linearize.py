@@ -6,9 +6,9 @@ from dataclasses import replace
 import pytest
 import torch
 
-from clt.attribution.linearize import FrozenModel, record
-from clt.capture.adapter import ModelAdapter
-from clt.capture.hooks import attach
+from clt.attribution.graphs.linearize import FrozenModel, record
+from clt.capture.models.adapter import ModelAdapter
+from clt.capture.models.hooks import attach
 from clt.errors import GraphError, ModelError
 
 #: Float64 sums of some hundred terms of size 1 to 100.

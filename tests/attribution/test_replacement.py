@@ -6,15 +6,15 @@ from dataclasses import fields, replace
 import pytest
 import torch
 
-from clt.architecture import CLTConfig, SparsitySettings
-from clt.attribution.replacement import Intervention, ReplacementModel, require_same_model
-from clt.capture.adapter import ModelAdapter
-from clt.capture.hooks import attach
-from clt.capture.toy import toy_examples
+from clt.attribution.replacement.replacement_model import Intervention, ReplacementModel, require_same_model
+from clt.capture.models.adapter import ModelAdapter
+from clt.capture.models.hooks import attach
+from clt.capture.sources.toy import toy_examples
 from clt.errors import CheckpointError, ConfigError, GraphError
-from clt.model import CrossLayerTranscoder, Provenance
 from clt.records import Modality, TokenTable
-from clt.scaling import Scaling
+from clt.transcoder.architecture import CLTConfig, SparsitySettings
+from clt.transcoder.model import CrossLayerTranscoder, Provenance
+from clt.transcoder.scaling import Scaling
 
 #: Float32 logits of size 10 after four layers: the order of additions differs.
 CLOSE = {"rtol": 1e-5, "atol": 1e-4}

@@ -7,11 +7,11 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from clt.architecture import CLTConfig
-from clt.attribution.graph import BiasKind, Graph, NodeKind, NodeTable, Target
-from clt.attribution.scores import completeness_score, influence, prune, replacement_score, score
+from clt.attribution.graphs.graph import BiasKind, Graph, NodeKind, NodeTable, Target
+from clt.attribution.graphs.scores import completeness_score, influence, prune, replacement_score, score
 from clt.errors import GraphError
 from clt.records import ModelIdentity
+from clt.transcoder.architecture import CLTConfig
 
 F0, F1, E0, E1, TOKEN, BIAS, LOGIT_A, LOGIT_B = range(8)
 

@@ -9,18 +9,18 @@ from hypothesis import given
 from hypothesis import strategies as st
 from pydantic import ValidationError
 
-from clt.architecture import CLTConfig
-from clt.attribution.attribute import AttributionSettings, attribute
 from clt.attribution.features.pairs import FeaturePairs, decoder_norms, match_controls, rank_pairs
 from clt.attribution.features.steering import SteeringSettings, steer
-from clt.attribution.graph import NodeKind
-from clt.attribution.replacement import Intervention, ReplacementModel
-from clt.attribution.scores import influence
-from clt.attribution.targets import LogitTargets
-from clt.capture.toy import toy_examples
+from clt.attribution.graphs.attribute import AttributionSettings, attribute
+from clt.attribution.graphs.graph import NodeKind
+from clt.attribution.graphs.scores import influence
+from clt.attribution.graphs.targets import LogitTargets
+from clt.attribution.replacement.replacement_model import Intervention, ReplacementModel
+from clt.capture.sources.toy import toy_examples
 from clt.errors import InputError
-from clt.model import CrossLayerTranscoder
-from clt.scaling import Scaling
+from clt.transcoder.architecture import CLTConfig
+from clt.transcoder.model import CrossLayerTranscoder
+from clt.transcoder.scaling import Scaling
 
 
 def make_clt(adapter, size=0.02, **settings):

@@ -7,9 +7,9 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from clt.attribution.linearize import FrozenModel, record
-from clt.attribution.sources import Sources
-from clt.attribution.targets import FeatureTarget, LogitDifference, LogitTargets, resolve_targets
+from clt.attribution.graphs.linearize import FrozenModel, record
+from clt.attribution.graphs.sources import Sources
+from clt.attribution.graphs.targets import FeatureTarget, LogitDifference, LogitTargets, resolve_targets
 from clt.errors import GraphError
 
 PROMPT = "w h i c h t o k e n"

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from clt.attribution.view_server import find_page, page_server
+from clt.attribution.viewer.server import find_page, page_server
 from clt.errors import GraphError
 
 

@@ -21,11 +21,11 @@ from transformers import (
     PreTrainedTokenizerFast,
 )
 
-from clt.capture.adapter import ModelAdapter
-from clt.capture.order import pack_units
-from clt.capture.schema import SCHEMA_VERSION, CapturePlan, SiteGroup, StoreSpec
-from clt.capture.store import ActivationStore, open_store
-from clt.capture.writer import StoreWriter, UnitData
+from clt.capture.models.adapter import ModelAdapter
+from clt.capture.reading.open_store import ActivationStore, open_store
+from clt.capture.store.read_order import pack_units
+from clt.capture.store.schema import SCHEMA_VERSION, CapturePlan, SiteGroup, StoreSpec
+from clt.capture.writing.writer import StoreWriter, UnitData
 from clt.records import Modality, ModelIdentity, TokenTable
 
 SPECIAL = ("<pad>", "<s>", "</s>", "<unk>", "<image>")

@@ -22,10 +22,10 @@ from typing import TYPE_CHECKING, Literal
 import torch
 from torch import Tensor
 
-from clt.capture.schema import SCHEMA_VERSION, CapturePlan, SiteGroup, StoreDtype, StoreSpec
-from clt.capture.storage import LocalStorage, LocalUpload
-from clt.capture.workers import Schedule, assigned_units
-from clt.capture.writer import StoreWriter, UnitData
+from clt.capture.storage.local import LocalStorage, LocalUpload
+from clt.capture.store.schema import SCHEMA_VERSION, CapturePlan, SiteGroup, StoreDtype, StoreSpec
+from clt.capture.writing.workers import Schedule, assigned_units
+from clt.capture.writing.writer import StoreWriter, UnitData
 from clt.records import Modality, ModelIdentity, TokenTable
 
 if TYPE_CHECKING:

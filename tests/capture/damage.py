@@ -11,9 +11,9 @@ from typing import Any
 
 import torch
 
-from clt.capture.schema import SiteGroup
-from clt.capture.store import ActivationStore
-from clt.capture.writer import StoreWriter
+from clt.capture.reading.open_store import ActivationStore
+from clt.capture.store.schema import SiteGroup
+from clt.capture.writing.writer import StoreWriter
 
 from .conftest import make_plan, make_spec, unit_data
 

@@ -13,7 +13,7 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-from clt.capture.schema import StoreDtype
+from clt.capture.store.schema import StoreDtype
 
 from .crash_worker import Job
 

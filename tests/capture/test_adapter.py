@@ -15,9 +15,9 @@ from PIL import Image
 from safetensors.torch import load_file, save_file
 from transformers import OPTConfig, OPTForCausalLM
 
-from clt.capture import architectures
-from clt.capture.adapter import ModelAdapter
-from clt.capture.loading import identify
+from clt.capture.models import architectures
+from clt.capture.models.adapter import ModelAdapter
+from clt.capture.models.loading import identify
 from clt.errors import InputError, ModelError
 from clt.records import Modality
 

@@ -10,13 +10,13 @@ import pytest
 import torch
 from PIL import Image
 
-from clt.capture.adapter import ModelAdapter
 from clt.capture.answers import Generation
-from clt.capture.examples import JsonlSource, SourceSettings
-from clt.capture.hooks import attach
+from clt.capture.models.adapter import ModelAdapter
+from clt.capture.models.hooks import attach
 from clt.capture.planning import CaptureConfig, plan_capture
+from clt.capture.reading.open_store import open_store
 from clt.capture.run import capture
-from clt.capture.store import open_store
+from clt.capture.sources.examples import JsonlSource, SourceSettings
 from clt.config import parse_config
 from clt.errors import ConfigError
 

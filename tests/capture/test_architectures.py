@@ -10,12 +10,12 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from clt.capture.adapter import ModelAdapter, PromptInputs
-from clt.capture.examples import JsonlSource, SourceSettings
-from clt.capture.hooks import attach
+from clt.capture.models.adapter import ModelAdapter, PromptInputs
+from clt.capture.models.hooks import attach
 from clt.capture.planning import CaptureConfig, plan_capture
+from clt.capture.reading.open_store import open_store
 from clt.capture.run import capture
-from clt.capture.store import open_store
+from clt.capture.sources.examples import JsonlSource, SourceSettings
 from clt.errors import ModelError
 from clt.records import Modality
 

@@ -9,11 +9,11 @@ from pathlib import Path
 import pytest
 
 from clt.capture.capacity import NVME, PCIE, capacity, free_bytes, model_cost, store_size
-from clt.capture.examples import JsonlSource, SourceSettings
 from clt.capture.planning import CaptureConfig, plan_capture
+from clt.capture.reading.open_store import open_store
 from clt.capture.run import capture
-from clt.capture.store import open_store
-from clt.capture.writer import StoreWriter
+from clt.capture.sources.examples import JsonlSource, SourceSettings
+from clt.capture.writing.writer import StoreWriter
 from clt.errors import StoreError
 
 from .conftest import unit_data

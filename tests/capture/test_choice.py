@@ -9,8 +9,8 @@ from typing import Any
 import pytest
 import torch
 
-from clt.capture.choice import ModelChoice
-from clt.capture.hooks import attach
+from clt.capture.models.hooks import attach
+from clt.capture.models.model_settings import ModelChoice
 from clt.config import parse_config
 from clt.errors import ConfigError, ModelError
 
@@ -45,7 +45,7 @@ def test_the_model_runs_in_the_type_of_the_job(llama_folder: Path) -> None:
 def test_a_missing_package_is_one_line_with_the_remedy(
     llama_folder: Path, monkeypatch: pytest.MonkeyPatch, settings: dict[str, Any], missing: str, message: str
 ) -> None:
-    monkeypatch.setattr("clt.capture.loading.find_spec", lambda name: None if name == missing else object())
+    monkeypatch.setattr("clt.capture.models.loading.find_spec", lambda name: None if name == missing else object())
     with pytest.raises(ModelError, match=message) as error:
         ModelChoice(model=str(llama_folder), **settings).load()
     assert "\n" not in str(error.value)

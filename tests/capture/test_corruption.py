@@ -10,10 +10,10 @@ from pathlib import Path
 
 import pytest
 
-from clt.capture.schema import MANIFEST
-from clt.capture.store import ActivationStore, open_store
-from clt.capture.verify import verify_store
-from clt.capture.writer import StoreWriter
+from clt.capture.reading.open_store import ActivationStore, open_store
+from clt.capture.store.schema import MANIFEST
+from clt.capture.upkeep.verify_store import verify_store
+from clt.capture.writing.writer import StoreWriter
 from clt.errors import StoreError
 
 from .conftest import make_plan, make_spec, make_store, unit_data

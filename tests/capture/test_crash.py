@@ -16,13 +16,13 @@ import pytest
 import torch
 from torch import Tensor
 
-from clt.capture.finalize import unit_moments
-from clt.capture.leases import LEASES, Leases
-from clt.capture.moments import measure
-from clt.capture.schema import SiteGroup, StoreDtype
-from clt.capture.storage import LocalStorage
-from clt.capture.store import ActivationStore, open_store
-from clt.capture.verify import verify_store
+from clt.capture.reading.open_store import ActivationStore, open_store
+from clt.capture.storage.local import LocalStorage
+from clt.capture.store.build_manifest import unit_moments
+from clt.capture.store.moments import measure
+from clt.capture.store.schema import SiteGroup, StoreDtype
+from clt.capture.upkeep.verify_store import verify_store
+from clt.capture.writing.leases import LEASES, Leases
 
 from .crash_worker import GROUPS, LENGTHS, POINTS, WORKERS, activations, make_plan
 from .nursery import TOLD_THAT_ANOTHER_WON, Nursery

@@ -10,8 +10,8 @@ from typing import Any
 import pytest
 from PIL import Image
 
-from clt.capture.examples import JsonlSource, SourceSettings, ToySource, image_size, load_image, open_source
-from clt.capture.toy import BIASED_TASKS, toy_examples
+from clt.capture.sources.examples import JsonlSource, SourceSettings, ToySource, image_size, load_image, open_source
+from clt.capture.sources.toy import BIASED_TASKS, toy_examples
 from clt.config import parse_config
 from clt.errors import ConfigError, InputError
 

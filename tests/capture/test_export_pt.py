@@ -10,14 +10,14 @@ from typing import Any
 import pytest
 import torch
 
-from clt.architecture import CLTConfig
-from clt.capture.export_pt import export_activations, export_samples
-from clt.capture.schema import SiteGroup
-from clt.capture.store import ActivationStore, open_store
-from clt.capture.writer import StoreWriter
+from clt.capture.reading.open_store import ActivationStore, open_store
+from clt.capture.store.schema import SiteGroup
+from clt.capture.upkeep.export_pt import export_activations, export_samples
+from clt.capture.writing.writer import StoreWriter
 from clt.errors import CheckpointError, ConfigError, NonFiniteError, StoreError
-from clt.model import CrossLayerTranscoder, Provenance
-from clt.scaling import Scaling
+from clt.transcoder.architecture import CLTConfig
+from clt.transcoder.model import CrossLayerTranscoder, Provenance
+from clt.transcoder.scaling import Scaling
 
 from .conftest import identity, make_plan, make_spec, make_store, unit_data
 

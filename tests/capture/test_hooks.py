@@ -9,8 +9,8 @@ import torch
 from PIL import Image
 from torch import Tensor, nn
 
-from clt.capture.adapter import ModelAdapter, PromptInputs
-from clt.capture.hooks import attach
+from clt.capture.models.adapter import ModelAdapter, PromptInputs
+from clt.capture.models.hooks import attach
 from clt.errors import ModelError
 
 from .conftest import make_llama, make_tokenizer

@@ -10,9 +10,9 @@ import transformers as hf
 from transformers import Gemma3Processor, Idefics3Processor, LlavaNextProcessor, LlavaProcessor
 from transformers.models.idefics3.image_processing_pil_idefics3 import Idefics3ImageProcessorPil
 
-from clt.capture.adapter import ModelAdapter
-from clt.capture.hooks import attach
-from clt.capture.loading import Processor
+from clt.capture.models.adapter import ModelAdapter
+from clt.capture.models.hooks import attach
+from clt.capture.models.loading import Processor
 from clt.errors import InputError
 
 from .tiny_models import IMAGE_PROCESSORS, make_adapter, make_words, picture, prompt_for

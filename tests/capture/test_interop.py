@@ -13,9 +13,9 @@ import torch
 import zarr
 from numpy.typing import NDArray
 
-from clt.capture.arrays import TOKEN_DTYPES
-from clt.capture.rows import bits_of
-from clt.capture.store import ActivationStore
+from clt.capture.reading.open_store import ActivationStore
+from clt.capture.store.arrays import TOKEN_DTYPES
+from clt.capture.store.shard_rows import bits_of
 
 from .conftest import make_plan, make_store, unit_data
 from .test_store import LENGTHS, TWO_GROUPS

@@ -8,10 +8,10 @@ from pathlib import Path
 
 import pytest
 
-from clt.capture.storage import LocalStorage
-from clt.capture.storage_base import Entry
-from clt.capture.verify import verify_store
-from clt.capture.writer import StoreWriter, UnitData
+from clt.capture.storage.base import Entry
+from clt.capture.storage.local import LocalStorage
+from clt.capture.upkeep.verify_store import verify_store
+from clt.capture.writing.writer import StoreWriter, UnitData
 from clt.errors import StoreError
 
 from .conftest import make_plan, make_spec, make_store, unit_data

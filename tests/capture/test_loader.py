@@ -17,10 +17,10 @@ import pytest
 import torch
 from torch.utils.data import DataLoader, IterableDataset
 
-from clt.capture.filters import TokenFilter
-from clt.capture.loader import ActivationLoader, iterate_store
-from clt.capture.schema import SiteGroup
-from clt.capture.store import ActivationStore
+from clt.capture.reading.loader import ActivationLoader, iterate_store
+from clt.capture.reading.open_store import ActivationStore
+from clt.capture.reading.token_filter import TokenFilter
+from clt.capture.store.schema import SiteGroup
 from clt.errors import CheckpointError, ConfigError, StoreError
 from clt.records import ActivationBatch, Modality
 
@@ -339,8 +339,8 @@ def test_sites_of_two_groups_are_read_together_if_their_widths_agree(tmp_path: P
 
 MEASURED = """
 import sys
-from clt.capture.loader import ActivationLoader
-from clt.capture.store import open_store
+from clt.capture.reading.loader import ActivationLoader
+from clt.capture.reading.open_store import open_store
 
 def resident(peak):
     with open("/proc/self/status") as status:
@@ -379,7 +379,7 @@ def test_batches_on_a_gpu_are_those_on_the_cpu(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, store_dtype: str, on_host: bool
 ) -> None:
     if on_host:
-        monkeypatch.setattr("clt.capture.cuda_slots._MEMORY_SHARE", 0.0)
+        monkeypatch.setattr("clt.capture.reading.cuda_batch_buffers._MEMORY_SHARE", 0.0)
     store = make_store(tmp_path / "store", LENGTHS, rows_per_unit=256, store_dtype=store_dtype)
     for as_stored in (False, True):
         settings = {"as_stored": as_stored, "where": TokenFilter(drop_bos=True)}

@@ -8,12 +8,12 @@ from pathlib import Path
 
 import pytest
 
-from clt.capture.leases import Leases
-from clt.capture.maintain import collect_garbage, repair_store, store_status
-from clt.capture.storage import LocalStorage, open_storage
-from clt.capture.store import ActivationStore, open_store
-from clt.capture.verify import verify_store
-from clt.capture.writer import StoreWriter
+from clt.capture.reading.open_store import ActivationStore, open_store
+from clt.capture.storage.local import LocalStorage, open_storage
+from clt.capture.upkeep.maintain import collect_garbage, repair_store, store_status
+from clt.capture.upkeep.verify_store import verify_store
+from clt.capture.writing.leases import Leases
+from clt.capture.writing.writer import StoreWriter
 from clt.errors import StoreError
 
 from .conftest import make_plan, make_spec, make_store, unit_data
@@ -213,7 +213,7 @@ def test_damaged_remains_of_a_killed_worker_do_not_stop_the_next(tmp_path: Path)
 
 
 def test_full_repair_moves_what_only_the_values_show(store: ActivationStore, monkeypatch: pytest.MonkeyPatch) -> None:
-    from clt.capture import writer as module
+    from clt.capture.writing import writer as module
 
     root = Path(store.location)
     shutil.rmtree(root)

@@ -20,10 +20,10 @@ import torch
 torch.set_num_threads(1)
 sys.path.insert(0, {tests!r})
 from conftest import make_plan, make_spec
-from clt.capture.loader import ActivationLoader
-from clt.capture.schema import SiteGroup
-from clt.capture.store import open_store
-from clt.capture.writer import StoreWriter, UnitData
+from clt.capture.reading.loader import ActivationLoader
+from clt.capture.store.schema import SiteGroup
+from clt.capture.reading.open_store import open_store
+from clt.capture.writing.writer import StoreWriter, UnitData
 from clt.records import TokenTable
 
 SITES = tuple(f"lm.{{l}}.{{k}}" for k in ("resid_mid", "mlp_out") for l in range(4))

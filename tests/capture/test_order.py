@@ -10,7 +10,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from clt.capture.order import ReadOrder, Visit, pack_units, permutation
+from clt.capture.store.read_order import ReadOrder, Visit, pack_units, permutation
 from clt.errors import ConfigError
 
 

@@ -9,10 +9,10 @@ import pytest
 import torch
 from torch import Tensor
 
-from clt.capture.quantise import Standardiser
-from clt.capture.schema import SiteGroup
-from clt.capture.store import ActivationStore, open_store
-from clt.capture.writer import StoreWriter
+from clt.capture.reading.open_store import ActivationStore, open_store
+from clt.capture.store.quantise import Standardiser
+from clt.capture.store.schema import SiteGroup
+from clt.capture.writing.writer import StoreWriter
 from clt.records import Modality
 
 from .conftest import make_plan, make_spec, unit_data

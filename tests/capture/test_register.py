@@ -10,10 +10,10 @@ import pytest
 import torch
 from transformers import GPTNeoXConfig, GPTNeoXForCausalLM, MistralConfig, MistralForCausalLM
 
-from clt.capture import architectures
-from clt.capture.adapter import ModelAdapter
-from clt.capture.architectures import register_adapter
-from clt.capture.hooks import attach
+from clt.capture.models import architectures
+from clt.capture.models.adapter import ModelAdapter
+from clt.capture.models.architectures import register_adapter
+from clt.capture.models.hooks import attach
 from clt.errors import ModelError
 
 from .tiny_models import VOCABULARY, make_words

@@ -11,15 +11,15 @@ import numpy as np
 import pytest
 import torch
 
-from clt.capture.examples import JsonlSource, SourceSettings
-from clt.capture.loader import ActivationLoader
 from clt.capture.planning import CaptureConfig
+from clt.capture.reading.loader import ActivationLoader
+from clt.capture.reading.open_store import ActivationStore, open_store
 from clt.capture.run import capture
-from clt.capture.storage import open_storage
-from clt.capture.storage_base import Storage
-from clt.capture.store import ActivationStore, open_store
-from clt.capture.verify import verify_store
-from clt.capture.writer import StoreWriter, UnitData
+from clt.capture.sources.examples import JsonlSource, SourceSettings
+from clt.capture.storage.base import Storage
+from clt.capture.storage.local import open_storage
+from clt.capture.upkeep.verify_store import verify_store
+from clt.capture.writing.writer import StoreWriter, UnitData
 from clt.errors import StoreError
 
 from .conftest import make_plan, make_spec, make_store, unit_data
@@ -45,7 +45,7 @@ def url(request: pytest.FixtureRequest) -> Iterator[str]:
     if request.param == "s3":
         yield f"{request.getfixturevalue('s3')}/{name}"
         return
-    from clt.capture.object_storage import forget_memory
+    from clt.capture.storage.object_store import forget_memory
 
     yield f"memory://{name}"
     forget_memory(name)

@@ -15,12 +15,12 @@ import pytest
 import torch
 from PIL import Image
 
-from clt.capture.adapter import ModelAdapter
-from clt.capture.examples import JsonlSource, SourceSettings, ToySource
-from clt.capture.hooks import attach
+from clt.capture.models.adapter import ModelAdapter
+from clt.capture.models.hooks import attach
 from clt.capture.planning import CaptureConfig, plan_capture
+from clt.capture.reading.open_store import ActivationStore, open_store
 from clt.capture.run import capture
-from clt.capture.store import ActivationStore, open_store
+from clt.capture.sources.examples import JsonlSource, SourceSettings, ToySource
 from clt.config import load_config
 from clt.errors import ConfigError, InputError, NonFiniteError, StoreError
 from clt.launch import capture as launch_capture

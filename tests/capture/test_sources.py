@@ -10,8 +10,8 @@ from typing import Any
 import pytest
 from PIL import Image
 
-from clt.capture.examples import ExampleSource, SourceSettings, open_source
 from clt.capture.planning import CaptureConfig
+from clt.capture.sources.examples import ExampleSource, SourceSettings, open_source
 from clt.config import load_config, parse_config
 from clt.errors import ConfigError, InputError
 

@@ -16,9 +16,9 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from clt.capture import storage as local
-from clt.capture.storage import LocalStorage, open_storage
-from clt.capture.storage_base import PARTIAL_SUFFIX, Storage
+from clt.capture.storage import local
+from clt.capture.storage.base import PARTIAL_SUFFIX, Storage
+from clt.capture.storage.local import LocalStorage, open_storage
 from clt.errors import StoreError
 
 from .s3_server import S3Server, s3_server
@@ -41,7 +41,7 @@ def storage(request: pytest.FixtureRequest, tmp_path: Path, monkeypatch: pytest.
         yield LocalStorage(tmp_path / "store")
         return
     pytest.importorskip("obstore", reason="needs the extra 'remote'")
-    from clt.capture.object_storage import ObjectStorage, forget_memory
+    from clt.capture.storage.object_store import ObjectStorage, forget_memory
 
     name = uuid.uuid4().hex
     if request.param == "memory":
@@ -299,7 +299,7 @@ def test_object_storage_refuses_a_forked_child_where_it_would_hang() -> None:
 
 def test_memory_of_one_name_is_one_storage_until_forgotten() -> None:
     pytest.importorskip("obstore", reason="needs the extra 'remote'")
-    from clt.capture.object_storage import forget_memory
+    from clt.capture.storage.object_store import forget_memory
 
     name = uuid.uuid4().hex
     open_storage(f"memory://{name}").put("a", b"1")
@@ -338,7 +338,7 @@ def test_open_descriptors_stay_bounded_and_are_closed(tmp_path: Path) -> None:
 
 def test_killed_writer_leaves_a_partial_file_and_no_name(tmp_path: Path) -> None:
     script = (
-        "import sys; from pathlib import Path; from clt.capture.storage import LocalStorage\n"
+        "import sys; from pathlib import Path; from clt.capture.storage.local import LocalStorage\n"
         "upload = LocalStorage(Path(sys.argv[1])).create('acts/c/0')\n"
         "print(flush=True)\n"
         "while True: upload.write([bytes(1 << 16)])\n"
@@ -360,7 +360,7 @@ def test_killed_writer_leaves_a_partial_file_and_no_name(tmp_path: Path) -> None
 def test_failed_write_leaves_no_file_and_names_the_remedy(tmp_path: Path) -> None:
     # A limit on the size of a file stands in for a full disk: the kernel refuses the bytes in the same place.
     script = (
-        "import resource, sys; from pathlib import Path; from clt.capture.storage import LocalStorage\n"
+        "import resource, sys; from pathlib import Path; from clt.capture.storage.local import LocalStorage\n"
         "from clt.errors import StoreError\n"
         "resource.setrlimit(resource.RLIMIT_FSIZE, (1 << 20, 1 << 20))\n"
         "storage = LocalStorage(Path(sys.argv[1]))\n"
@@ -422,7 +422,7 @@ def test_locations_open_by_their_form(tmp_path: Path) -> None:
 
 
 def test_missing_extra_names_the_install_command(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.delitem(sys.modules, "clt.capture.object_storage", raising=False)
+    monkeypatch.delitem(sys.modules, "clt.capture.storage.object_store", raising=False)
     monkeypatch.setitem(sys.modules, "obstore", None)
     with pytest.raises(StoreError, match=r"s3://b/x: .* pip install 'vlm-clt\[remote\]'"):
         open_storage("s3://b/x")
@@ -432,7 +432,7 @@ def test_unreachable_or_missing_bucket_is_one_line_with_the_variables(
     server: S3Server, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     pytest.importorskip("obstore", reason="needs the extra 'remote'")
-    from clt.capture import object_storage
+    from clt.capture.storage import object_store as object_storage
 
     monkeypatch.setattr(object_storage, "RETRY_SECONDS", 0)
     for variable, value in server.environment.items():
@@ -449,7 +449,7 @@ def test_unreachable_or_missing_bucket_is_one_line_with_the_variables(
 
 def test_file_too_large_for_the_service_names_the_setting(server: S3Server, monkeypatch: pytest.MonkeyPatch) -> None:
     pytest.importorskip("obstore", reason="needs the extra 'remote'")
-    from clt.capture import object_storage
+    from clt.capture.storage import object_store as object_storage
 
     monkeypatch.setitem(object_storage.LARGEST_FILE, "s3", 1000)
     for variable, value in server.environment.items():

@@ -15,18 +15,18 @@ from pathlib import Path
 import pytest
 import torch
 
-from clt.capture.examples import JsonlSource, SourceSettings
-from clt.capture.filters import TokenFilter
-from clt.capture.loader import ActivationLoader
-from clt.capture.object_storage import forget_memory
 from clt.capture.planning import CaptureConfig, CaptureJob, plan_capture
+from clt.capture.reading.loader import ActivationLoader
+from clt.capture.reading.open_store import open_store
+from clt.capture.reading.token_filter import TokenFilter
 from clt.capture.run import capture
-from clt.capture.store import open_store
+from clt.capture.sources.examples import JsonlSource, SourceSettings
+from clt.capture.storage.object_store import forget_memory
 from clt.capture.streaming import CaptureRing, StreamingLoader
-from clt.capture.workers import Schedule
+from clt.capture.writing.workers import Schedule
 from clt.errors import CheckpointError, ConfigError, InputError
-from clt.model import CrossLayerTranscoder
 from clt.records import ActivationBatch
+from clt.transcoder.model import CrossLayerTranscoder
 
 X = [f"lm.{layer}.resid_mid" for layer in range(3)]
 Y = [f"lm.{layer}.mlp_out" for layer in range(3)]

@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from clt.capture.toy import (
+from clt.capture.sources.toy import (
     BIASED_TASKS,
     COLORS,
     COUNTS,

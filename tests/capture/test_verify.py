@@ -12,13 +12,13 @@ import numpy as np
 import pytest
 import torch
 
-from clt.capture import writer as writer_module
-from clt.capture.moments import pack_moments
-from clt.capture.storage import open_storage
-from clt.capture.store import ActivationStore, open_store
-from clt.capture.verify import verify_store
-from clt.capture.verify_unit import Level
-from clt.capture.writer import StoreWriter, UnitData
+from clt.capture.reading.open_store import ActivationStore, open_store
+from clt.capture.storage.local import open_storage
+from clt.capture.store.moments import pack_moments
+from clt.capture.upkeep.verify_store import verify_store
+from clt.capture.upkeep.verify_unit import Level
+from clt.capture.writing import writer as writer_module
+from clt.capture.writing.writer import StoreWriter, UnitData
 from clt.errors import ConfigError, StoreError
 from clt.records import Modality
 
@@ -330,7 +330,7 @@ def test_full_level_finds_statistics_of_other_values(
 def test_full_level_finds_merged_statistics_of_other_units(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, store: ActivationStore
 ) -> None:
-    from clt.capture import finalize
+    from clt.capture.store import build_manifest as finalize
 
     merged = finalize.merged_moments
 

@@ -11,11 +11,11 @@ from typing import Any
 
 import pytest
 
-from clt.capture.leases import Leases
-from clt.capture.storage import LocalStorage
-from clt.capture.storage_base import Entry, Storage
-from clt.capture.workers import Schedule, assigned_units
-from clt.capture.writer import StoreWriter
+from clt.capture.storage.base import Entry, Storage
+from clt.capture.storage.local import LocalStorage
+from clt.capture.writing.leases import Leases
+from clt.capture.writing.workers import Schedule, assigned_units
+from clt.capture.writing.writer import StoreWriter
 from clt.config import parse_config
 from clt.errors import ConfigError
 

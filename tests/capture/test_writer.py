@@ -12,8 +12,8 @@ import pytest
 import torch
 from torch import Tensor
 
-from clt.capture.store import ActivationStore, open_store
-from clt.capture.writer import StoreWriter, UnitData
+from clt.capture.reading.open_store import ActivationStore, open_store
+from clt.capture.writing.writer import StoreWriter, UnitData
 from clt.errors import StoreError
 
 from .conftest import identity, make_plan, make_spec, make_store, unit_data

@@ -15,8 +15,8 @@ from transformers.models.llava_next.image_processing_pil_llava_next import Llava
 from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import Qwen2VLImageProcessorPil
 from transformers.models.smolvlm.image_processing_pil_smolvlm import SmolVLMImageProcessorPil
 
-from clt.capture.adapter import ModelAdapter
-from clt.capture.loading import Processor
+from clt.capture.models.adapter import ModelAdapter
+from clt.capture.models.loading import Processor
 
 #: Token ids: the image token is 5, the marks around images come next.
 _MARKS = ("<start>", "<end>", "<video>", "<fake_token_around_image>", "<global-img>")

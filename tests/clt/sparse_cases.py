@@ -7,11 +7,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from clt.architecture import CLTConfig, SparsitySettings
-from clt.encoding import update_decoder_norms
-from clt.model import CrossLayerTranscoder
 from clt.records import SparseCodes
-from clt.scaling import Scaling
+from clt.transcoder.architecture import CLTConfig, SparsitySettings
+from clt.transcoder.encoding import update_decoder_norms
+from clt.transcoder.model import CrossLayerTranscoder
+from clt.transcoder.scaling import Scaling
 
 L, D, F, K = 3, 4, 7, 2
 

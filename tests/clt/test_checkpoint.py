@@ -13,12 +13,12 @@ import torch
 import yaml
 from toy_job import MODEL, toy_config, toy_trainer
 
-from clt import manifest
-from clt.engine import joined_job
+from clt.checkpoint import manifest
+from clt.checkpoint.manifest import latest_folder, verify_folder
+from clt.distributed.mesh import Mesh
 from clt.errors import CheckpointError
-from clt.manifest import latest_folder, verify_folder
-from clt.model import CrossLayerTranscoder
-from clt.parallel import Mesh
+from clt.training.deepspeed_engine import joined_job
+from clt.transcoder.model import CrossLayerTranscoder
 
 
 @pytest.fixture(scope="module")

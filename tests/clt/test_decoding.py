@@ -12,23 +12,23 @@ from torch import Tensor
 from toy_job import N_LAYERS, toy_config, toy_trainer
 from typer.testing import CliRunner
 
-from clt.architecture import CLTConfig, SparsitySettings
+from clt.checkpoint.join import join_transcoders
 from clt.config import parse_config
-from clt.encoding import decoder_squares, update_decoder_norms
-from clt.engine import joined_job
+from clt.convert.thresholds import to_jumprelu
+from clt.distributed.code_exchange import CodeExchange
+from clt.distributed.mesh import Mesh, deal_layers
 from clt.errors import CheckpointError, ConfigError
-from clt.exchange import CodeExchange
-from clt.join import join_transcoders
-from clt.launch.cli import app
-from clt.layers import source_layers, target_layers
-from clt.model import CrossLayerTranscoder
-from clt.objective import Objective
-from clt.parallel import Mesh, deal_layers
+from clt.launch.commands.main import app
 from clt.records import ActivationBatch, TokenTable
-from clt.scaling import Scaling
-from clt.sparsity import Peers
-from clt.thresholds import to_jumprelu
-from clt.train_config import AuxKSettings, TrainConfig
+from clt.training.deepspeed_engine import joined_job
+from clt.training.objective import Objective
+from clt.training.settings import AuxKSettings, TrainConfig
+from clt.transcoder.architecture import CLTConfig, SparsitySettings
+from clt.transcoder.encoding import decoder_squares, update_decoder_norms
+from clt.transcoder.layers import source_layers, target_layers
+from clt.transcoder.model import CrossLayerTranscoder
+from clt.transcoder.scaling import Scaling
+from clt.transcoder.sparsity import Peers
 
 L, D, F, K, B = 4, 6, 20, 3, 9
 

@@ -12,18 +12,18 @@ import pytest
 import torch
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
-from clt.architecture import CLTConfig
-from clt.dead_features import firing_counts
-from clt.engine import joined_job
-from clt.evaluate import Evaluation, LayerHistograms, StoreReport, evaluate_all, evaluate_store
-from clt.faults import JobControl
-from clt.figures import density_plot
-from clt.heldout import RATE_EDGES
-from clt.metrics import MetricsWriter, read_metrics
-from clt.model import CrossLayerTranscoder
-from clt.parallel import Mesh
+from clt.distributed.job_control import JobControl
+from clt.distributed.mesh import Mesh
+from clt.evaluation.density_plot import density_plot
+from clt.evaluation.heldout_sums import RATE_EDGES
+from clt.evaluation.store_evaluation import Evaluation, LayerHistograms, StoreReport, evaluate_all, evaluate_store
 from clt.records import ActivationBatch, Modality, TokenTable
-from clt.scaling import Scaling
+from clt.training.deepspeed_engine import joined_job
+from clt.training.metrics import MetricsWriter, read_metrics
+from clt.transcoder.architecture import CLTConfig
+from clt.transcoder.dead_features import firing_counts
+from clt.transcoder.model import CrossLayerTranscoder
+from clt.transcoder.scaling import Scaling
 
 L, D, F, K, B = 3, 6, 12, 3, 80
 

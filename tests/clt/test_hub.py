@@ -13,7 +13,7 @@ from pathlib import Path
 import pytest
 
 from clt.errors import HubError
-from clt.hub import pull_folder, push_folder
+from clt.hub.transfer import pull_folder, push_folder
 
 from ..hub_stand_in import HubStandIn, environment
 
@@ -185,7 +185,7 @@ def test_pull_that_was_killed_leaves_whole_files_and_fetches_only_the_rest(
     push(store)
     copy = tmp_path / "copy"
     hub.stall_after = 4
-    code = f"from clt.hub import *; pull_folder({REPO!r}, Path({str(copy)!r}), last={LAST!r})"
+    code = f"from clt.hub.transfer import *; pull_folder({REPO!r}, Path({str(copy)!r}), last={LAST!r})"
     process = run_python(hub, tmp_path, code, HF_HUB_DISABLE_XET="1")
     assert hub.stalled.wait(60), process.communicate(timeout=1)[1]
     process.send_signal(signal.SIGKILL)
@@ -323,7 +323,7 @@ def test_xet_storage_takes_large_files_and_gives_them_back(hub: HubStandIn, stor
     large = sorted(str(path) for path in (store / "data.zarr").rglob("*") if path.is_file() and "c" in path.parts)
     code = f"""
 import hashlib, hf_xet
-from clt.hub import *
+from clt.hub.transfer import *
 for path, found in zip({large!r}, hf_xet.hash_files({large!r})):
     print(hashlib.sha256(Path(path).read_bytes()).hexdigest(), found.hash)
 push_folder(Path({str(store)!r}), {REPO!r}, last={LAST!r}, message="A store")
@@ -334,7 +334,7 @@ push_folder(Path({str(store)!r}), {REPO!r}, last={LAST!r}, message="A store")
     hub.xet_hashes = dict(line.split() for line in output.splitlines())
     assert hub.count("PUT") == 0 and hub.count("GET", "xet-write-token") > 0
 
-    code = f"from clt.hub import *; pull_folder({REPO!r}, Path({str(tmp_path / 'copy')!r}), last={LAST!r})"
+    code = f"from clt.hub.transfer import *; pull_folder({REPO!r}, Path({str(tmp_path / 'copy')!r}), last={LAST!r})"
     process = run_python(hub, tmp_path, code)
     _, errors = process.communicate(timeout=60)
     assert process.returncode == 0, errors

@@ -6,16 +6,16 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor
 
-from clt.architecture import CLTConfig
-from clt.dead_features import FiringTracker, fired_features, firing_counts
 from clt.errors import StoreError
-from clt.evaluate import evaluate_store
-from clt.loss import auxk_error, combine, encode_dead, revival
-from clt.model import CrossLayerTranscoder
+from clt.evaluation.store_evaluation import evaluate_store
 from clt.records import ActivationBatch, SiteStats, SparseCodes, TokenTable
-from clt.scaling import Scaling
-from clt.schedules import active_features, learning_rate
-from clt.train_config import AuxKSettings, OptimizerSettings
+from clt.training.loss import auxk_error, combine, encode_dead, revival
+from clt.training.schedules import active_features, learning_rate
+from clt.training.settings import AuxKSettings, OptimizerSettings
+from clt.transcoder.architecture import CLTConfig
+from clt.transcoder.dead_features import FiringTracker, fired_features, firing_counts
+from clt.transcoder.model import CrossLayerTranscoder
+from clt.transcoder.scaling import Scaling
 
 L, D, F, K = 2, 3, 6, 2
 

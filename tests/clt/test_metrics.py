@@ -12,12 +12,19 @@ import pytest
 import torch
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
-from clt.architecture import CLTConfig
-from clt.engine import joined_job
+from clt.distributed.mesh import Mesh
 from clt.errors import CheckpointError
-from clt.layers import LayerShare
-from clt.metrics import MetricsWindow, MetricsWriter, Observations, TrainingMetrics, WindowAverages, read_metrics
-from clt.parallel import Mesh
+from clt.training.deepspeed_engine import joined_job
+from clt.training.metrics import (
+    MetricsWindow,
+    MetricsWriter,
+    Observations,
+    TrainingMetrics,
+    WindowAverages,
+    read_metrics,
+)
+from clt.transcoder.architecture import CLTConfig
+from clt.transcoder.layers import LayerShare
 
 CONFIG = CLTConfig(n_features=8, k=2, n_layers=3, d_model=4, first_offset=1)
 

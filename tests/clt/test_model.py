@@ -8,13 +8,13 @@ import torch
 from safetensors.torch import load_file
 from torch import Tensor
 
-from clt.architecture import CLTConfig
+from clt.checkpoint.manifest import Checksums, save_tensors, write_manifest, write_text
 from clt.errors import CheckpointError
-from clt.layers import LayerShare, source_layers, sources_of, target_layers, targets_of
-from clt.manifest import Checksums, save_tensors, write_manifest, write_text
-from clt.model import CrossLayerTranscoder, Provenance
 from clt.records import ModelIdentity
-from clt.scaling import Scaling
+from clt.transcoder.architecture import CLTConfig
+from clt.transcoder.layers import LayerShare, source_layers, sources_of, target_layers, targets_of
+from clt.transcoder.model import CrossLayerTranscoder, Provenance
+from clt.transcoder.scaling import Scaling
 from clt.version import code_version
 
 L, D, F, K, B = 4, 6, 20, 3, 9

@@ -7,11 +7,11 @@ import torch
 from sparse_cases import D, L, dense, make_clt, scores_by_hand
 from torch import Tensor
 
-from clt.architecture import SparsitySettings
-from clt.model import CrossLayerTranscoder
-from clt.penalty import sparsity_loss
-from clt.schedules import penalty_weight
-from clt.sparsity import Peers
+from clt.training.schedules import penalty_weight
+from clt.transcoder.architecture import SparsitySettings
+from clt.transcoder.model import CrossLayerTranscoder
+from clt.transcoder.penalty import sparsity_loss
+from clt.transcoder.sparsity import Peers
 
 TOKENS, WEIGHT = 40, 0.3
 

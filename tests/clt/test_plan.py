@@ -11,18 +11,18 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from clt.architecture import CLTConfig
 from clt.config import load_config, parse_config
+from clt.distributed.code_exchange import exchange_bytes
+from clt.distributed.mesh import deal_layers
 from clt.errors import ConfigError
-from clt.exchange import exchange_bytes
-from clt.model import CrossLayerTranscoder
-from clt.parallel import deal_layers
-from clt.plan import MeasuredRun, Plan, alternatives, measured_run, plan, smallest
-from clt.plan_counts import all_reduce, dense_flops, flops, memory, store_bytes_per_token, traffic
-from clt.plan_job import NUMERICS, Job, MeshShape, pairs, parameters
-from clt.plan_speed import MACHINES, step_time
-from clt.scaling import Scaling
-from clt.train_config import TrainConfig
+from clt.planning.counts import all_reduce, dense_flops, flops, memory, store_bytes_per_token, traffic
+from clt.planning.job import NUMERICS, Job, MeshShape, pairs, parameters
+from clt.planning.plan import MeasuredRun, Plan, alternatives, measured_run, plan, smallest
+from clt.planning.speed import MACHINES, step_time
+from clt.training.settings import TrainConfig
+from clt.transcoder.architecture import CLTConfig
+from clt.transcoder.model import CrossLayerTranscoder
+from clt.transcoder.scaling import Scaling
 
 ROOT = Path(__file__).resolve().parent.parent.parent
 KINDS = ["topk", "joint_topk", "batch_topk", "jumprelu", "relu"]
@@ -391,7 +391,8 @@ def test_speed_and_traffic_of_a_run_are_the_medians_of_its_second_half(tmp_path:
 
 
 def test_reduced_numbers_of_the_engine_are_the_plans() -> None:
-    from clt import engine, plan_counts
+    from clt.planning import counts as plan_counts
+    from clt.training import deepspeed_engine as engine
 
     assert plan_counts.BUCKET == engine._LARGEST_BUCKET
     assert torch.float64.itemsize == plan_counts.SCALAR

@@ -19,18 +19,18 @@ from torch import Tensor
 from toy_job import MODEL, toy_config, toy_trainer
 from typer.testing import CliRunner
 
-from clt import weights
-from clt.architecture import CLTConfig
+from clt.checkpoint import weights
 from clt.config import parse_config
-from clt.engine import joined_job
+from clt.distributed.mesh import Mesh
 from clt.errors import CheckpointError, ConfigError, HubError
-from clt.evaluate import evaluate_store
-from clt.launch.cli import app
-from clt.mapped import MappedDecoder
-from clt.model import CrossLayerTranscoder, Provenance
-from clt.parallel import Mesh
+from clt.evaluation.store_evaluation import evaluate_store
+from clt.launch.commands.main import app
 from clt.records import ActivationBatch, ModelIdentity, TokenTable
-from clt.scaling import Scaling
+from clt.training.deepspeed_engine import joined_job
+from clt.transcoder.architecture import CLTConfig
+from clt.transcoder.lazy_decoder import MappedDecoder
+from clt.transcoder.model import CrossLayerTranscoder, Provenance
+from clt.transcoder.scaling import Scaling
 
 from ..hub_stand_in import HubStandIn
 
@@ -151,7 +151,7 @@ def test_what_is_opened_lazily_can_be_saved_even_in_its_own_place_but_not_traine
 
 _MEMORY = """
 import re, sys, torch
-from clt.model import CrossLayerTranscoder
+from clt.transcoder.model import CrossLayerTranscoder
 
 def peak():
     # Of this process alone: getrusage starts with the peak of the parent.

@@ -16,19 +16,19 @@ from sparse_cases import KINDS, D, F, K, L, by_definition, dense, make_clt, scor
 from torch import Tensor
 from toy_job import toy_config, toy_trainer
 
-from clt.architecture import CLTConfig, SparsitySettings, TranscoderSettings
+from clt.checkpoint.weights import layer_buffers
 from clt.config import parse_config
-from clt.encoding import decoder_squares
-from clt.engine import joined_job
+from clt.distributed.mesh import Mesh
 from clt.errors import CheckpointError, ConfigError
 from clt.kernels import ops
-from clt.metrics import read_metrics
-from clt.model import CrossLayerTranscoder
-from clt.parallel import Mesh
 from clt.records import SparseCodes
-from clt.scaling import Scaling
-from clt.sparsity import RULES, Peers, Scores, Selected
-from clt.weights import layer_buffers
+from clt.training.deepspeed_engine import joined_job
+from clt.training.metrics import read_metrics
+from clt.transcoder.architecture import CLTConfig, SparsitySettings, TranscoderSettings
+from clt.transcoder.encoding import decoder_squares
+from clt.transcoder.model import CrossLayerTranscoder
+from clt.transcoder.scaling import Scaling
+from clt.transcoder.sparsity import RULES, Peers, Scores, Selected
 
 
 def assert_canonical(values_LBK: Tensor, indices_LBK: Tensor) -> None:

@@ -12,12 +12,12 @@ from hypothesis import strategies as st
 from sparse_cases import KINDS, D, F, K, L, dense, make_clt
 from torch import Tensor
 
-from clt.dead_features import firing_counts
+from clt.convert.thresholds import _log_thresholds, calibrate_threshold, save_conversion, to_jumprelu
 from clt.errors import ConfigError
-from clt.model import CrossLayerTranscoder
 from clt.records import ActivationBatch, TokenTable
-from clt.sparsity import Peers
-from clt.thresholds import _log_thresholds, calibrate_threshold, save_conversion, to_jumprelu
+from clt.transcoder.dead_features import firing_counts
+from clt.transcoder.model import CrossLayerTranscoder
+from clt.transcoder.sparsity import Peers
 
 
 def _batches(dtype: torch.dtype, n: int = 3) -> list[ActivationBatch]:

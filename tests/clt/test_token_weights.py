@@ -9,18 +9,18 @@ import pytest
 import torch
 from toy_job import BATCH_TOKENS, global_batch, toy_config, toy_scaling, toy_trainer
 
-from clt.architecture import CLTConfig, SparsitySettings
 from clt.config import parse_config
-from clt.engine import joined_job
+from clt.distributed.code_exchange import CodeExchange
+from clt.distributed.mesh import Mesh, deal_layers
 from clt.errors import ConfigError
-from clt.exchange import CodeExchange
-from clt.loss import modality_weights
-from clt.metrics import read_metrics
-from clt.model import CrossLayerTranscoder
-from clt.objective import Objective
-from clt.parallel import Mesh, deal_layers
-from clt.scaling import Scaling
-from clt.train_config import AuxKSettings, TokenWeights, TrainConfig
+from clt.training.deepspeed_engine import joined_job
+from clt.training.loss import modality_weights
+from clt.training.metrics import read_metrics
+from clt.training.objective import Objective
+from clt.training.settings import AuxKSettings, TokenWeights, TrainConfig
+from clt.transcoder.architecture import CLTConfig, SparsitySettings
+from clt.transcoder.model import CrossLayerTranscoder
+from clt.transcoder.scaling import Scaling
 
 L, D, F, K, B = 3, 6, 20, 4, 8
 

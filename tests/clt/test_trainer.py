@@ -10,12 +10,12 @@ import pytest
 import torch
 from toy_job import toy_config, toy_trainer
 
-from clt.engine import deepspeed_config, joined_job
+from clt.checkpoint.weights import read_tensors
+from clt.distributed.mesh import Mesh
 from clt.errors import ConfigError, NonFiniteError, StoreError
-from clt.metrics import read_metrics
-from clt.parallel import Mesh
-from clt.train_config import OptimizerSettings
-from clt.weights import read_tensors
+from clt.training.deepspeed_engine import deepspeed_config, joined_job
+from clt.training.metrics import read_metrics
+from clt.training.settings import OptimizerSettings
 
 
 @pytest.fixture(scope="module")

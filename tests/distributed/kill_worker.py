@@ -111,7 +111,7 @@ class Doom:
 
     def watch(self) -> None:
         """Wraps what writes, renames and removes files."""
-        from clt import manifest
+        from clt.checkpoint import manifest
 
         os.replace = self._around(os.replace, lambda _source, target: target)  # type: ignore[assignment]
         Path.mkdir = self._around(Path.mkdir, lambda folder, *_: folder)  # type: ignore[method-assign]
@@ -154,9 +154,9 @@ def work(job: Job) -> int:
     """Trains to the end, or to the blow."""
     from toy_job import toy_config, toy_trainer
 
-    from clt.engine import joined_job
-    from clt.faults import JobControl
-    from clt.parallel import Mesh
+    from clt.distributed.job_control import JobControl
+    from clt.distributed.mesh import Mesh
+    from clt.training.deepspeed_engine import joined_job
 
     if job.world > 1:
         address = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(job.port), "WORLD_SIZE": str(job.world)}

@@ -14,10 +14,10 @@ import torch
 import yaml
 from toy_job import global_batch
 
-from clt.capture.schema import SCHEMA_VERSION, CapturePlan, SiteGroup, StoreSpec
-from clt.capture.writer import StoreWriter, UnitData
+from clt.capture.store.schema import SCHEMA_VERSION, CapturePlan, SiteGroup, StoreSpec
+from clt.capture.writing.writer import StoreWriter, UnitData
+from clt.checkpoint.weights import read_tensors
 from clt.records import Modality, ModelIdentity, TokenTable
-from clt.weights import read_tensors
 
 ROOT = Path(__file__).parents[2]
 SCRIPT = ROOT / "launch" / "train.py"

@@ -14,7 +14,7 @@ from pathlib import Path
 import torch
 from safetensors.torch import save_file
 
-from clt.engine import joined_job
+from clt.training.deepspeed_engine import joined_job
 
 
 def main(test_file: str, function: str, arguments: str, result: str) -> None:

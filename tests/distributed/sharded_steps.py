@@ -8,16 +8,16 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from clt.architecture import CLTConfig
-from clt.columns import own_columns
-from clt.exchange import CodeExchange
-from clt.layers import LayerShare
-from clt.model import CrossLayerTranscoder
-from clt.objective import Objective
-from clt.parallel import Mesh, deal_layers, input_layers
-from clt.scaling import Scaling
-from clt.train_config import AuxKSettings
-from clt.weights import layer_tensors
+from clt.checkpoint.columns import own_columns
+from clt.checkpoint.weights import layer_tensors
+from clt.distributed.code_exchange import CodeExchange
+from clt.distributed.mesh import Mesh, deal_layers, input_layers
+from clt.training.objective import Objective
+from clt.training.settings import AuxKSettings
+from clt.transcoder.architecture import CLTConfig
+from clt.transcoder.layers import LayerShare
+from clt.transcoder.model import CrossLayerTranscoder
+from clt.transcoder.scaling import Scaling
 
 #: Weight of the auxiliary error, and every how many tokens of a rank it looks at one.
 AUXK = AuxKSettings(coefficient=0.5, revival=0.1, token_fraction=0.25)

@@ -12,18 +12,18 @@ import torch
 from torch import Tensor
 from toy_job import D_MODEL, N_LAYERS, global_batch, toy_config, toy_scaling, toy_trainer
 
-from clt.architecture import CLTConfig, SparsitySettings
-from clt.columns import own_columns
-from clt.engine import joined_job
+from clt.checkpoint.columns import own_columns
+from clt.checkpoint.gather import gather_transcoder
+from clt.checkpoint.weights import layer_buffers, layer_tensors, read_tensors
+from clt.distributed.mesh import Mesh, deal_layers, input_layers
 from clt.errors import StoreError
-from clt.evaluate import Evaluation, StoreEvaluator, StoreReport, evaluate_store
-from clt.gather import gather_transcoder
-from clt.layers import LayerShare
-from clt.metrics import read_metrics
-from clt.model import CrossLayerTranscoder
-from clt.parallel import Mesh, deal_layers, input_layers
+from clt.evaluation.store_evaluation import Evaluation, StoreEvaluator, StoreReport, evaluate_store
 from clt.records import ActivationBatch, TokenTable
-from clt.weights import layer_buffers, layer_tensors, read_tensors
+from clt.training.deepspeed_engine import joined_job
+from clt.training.metrics import read_metrics
+from clt.transcoder.architecture import CLTConfig, SparsitySettings
+from clt.transcoder.layers import LayerShare
+from clt.transcoder.model import CrossLayerTranscoder
 
 ARCHITECTURES: dict[str, dict[str, Any]] = {
     "later_layers_only": {"first_offset": 1},

@@ -10,13 +10,13 @@ import torch
 from sharded_steps import AUXK, batch_of, make_objective
 from torch import Tensor
 
-from clt.architecture import CLTConfig
-from clt.exchange import CodeExchange, exchange_bytes
-from clt.flight import index_dtype
-from clt.layers import target_layers
-from clt.objective import Objective
-from clt.parallel import Mesh, deal_layers
+from clt.distributed.code_exchange import CodeExchange, exchange_bytes
+from clt.distributed.code_flight import index_dtype
+from clt.distributed.mesh import Mesh, deal_layers
 from clt.records import SparseCodes
+from clt.training.objective import Objective
+from clt.transcoder.architecture import CLTConfig
+from clt.transcoder.layers import target_layers
 
 TOKENS = 32
 #: Three sources on two ranks leave one slot half empty; with columns and one target, a rank without any source.

@@ -23,13 +23,13 @@ from kill_nursery import Nursery
 from launched import SCRIPT, TORCHRUN, errors, free_port, same_bits, start, wait_for
 from toy_job import toy_config, toy_trainer
 
-from clt.engine import joined_job
+from clt.checkpoint.manifest import latest_folder, verify_folder
+from clt.distributed.job_control import ONE_REQUEST_SECONDS, JobControl, stop_on_signals
+from clt.distributed.mesh import Mesh
+from clt.distributed.rendezvous import agree_on_token
+from clt.distributed.watchdog import EXIT_LOST_RANK, Sign, find_behind, find_lost
 from clt.errors import CheckpointError, CLTError, NonFiniteError
-from clt.faults import ONE_REQUEST_SECONDS, JobControl, stop_on_signals
-from clt.manifest import latest_folder, verify_folder
-from clt.meeting import agree_on_token
-from clt.parallel import Mesh
-from clt.watch import EXIT_LOST_RANK, Sign, find_behind, find_lost
+from clt.training.deepspeed_engine import joined_job
 
 #: Meshes of two processes, by name.
 MESHES = {
@@ -201,8 +201,8 @@ def test_ctrl_c_on_torchrun_is_one_request(job: Path, tmp_path: Path) -> None:
 
 def test_second_signal_ends_a_process_that_hangs_in_a_library() -> None:
     code = (
-        "from datetime import timedelta; from torch.distributed import HashStore; import clt.faults\n"
-        "with clt.faults.stop_on_signals():\n"
+        "from datetime import timedelta; from torch.distributed import HashStore; import clt.distributed.job_control\n"
+        "with clt.distributed.job_control.stop_on_signals():\n"
         "    print('ready', flush=True); HashStore().wait(['never'], timedelta(seconds=100))\n"
     )
     process = subprocess.Popen([sys.executable, "-c", code], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
@@ -244,7 +244,10 @@ def test_signals_are_left_alone_outside_of_the_main_thread() -> None:
 
 
 def _sign(**fields: Any) -> Sign:
-    return Sign(**{"process": "process 7 on node", "beat": 5, "progress": 9, "place": "clt.engine line 3"} | fields)
+    return Sign(
+        **{"process": "process 7 on node", "beat": 5, "progress": 9, "place": "clt.training.deepspeed_engine line 3"}
+        | fields
+    )
 
 
 def test_silent_and_ended_ranks_are_named() -> None:
@@ -258,10 +261,16 @@ def test_silent_and_ended_ranks_are_named() -> None:
     ("signs", "names"),
     [
         # It has not read the batch that the others have.
-        ([_sign(waiting=True), _sign(progress=8), _sign(waiting=True)], "rank 1 (process 7 on node, at clt.engine"),
+        (
+            [_sign(waiting=True), _sign(progress=8), _sign(waiting=True)],
+            "rank 1 (process 7 on node, at clt.training.deepspeed_engine",
+        ),
         # All have, and the others wait for its codes.
         ([_sign(waiting=True), _sign(waiting=True), _sign()], "rank 2 ("),
-        ([_sign(waiting=True), _sign(), _sign()], "rank 1 (process 7 on node, at clt.engine line 3), rank 2 ("),
+        (
+            [_sign(waiting=True), _sign(), _sign()],
+            "rank 1 (process 7 on node, at clt.training.deepspeed_engine line 3), rank 2 (",
+        ),
         ([_sign(waiting=True)], "rank 1, 2 of 3 did not join"),
     ],
 )
@@ -337,7 +346,8 @@ def test_rank_that_hangs_is_named_by_all(nursery: Nursery, tmp_path: Path) -> No
     lines = _told(nursery, seen)
     assert len(lines) == 2 and lines[0] == lines[1]
     assert re.match(
-        rf"error: rank 1 \(process {processes[1]} on \S+, at clt.trainer line \d+\) did not answer within 10 s;",
+        rf"error: rank 1 \(process {processes[1]} on \S+, at clt.training.trainer line \d+\) did not answer "
+        r"within 10 s;",
         lines[0],
     )
     assert _last(tmp_path / "out").name == "step_00000002"

@@ -16,11 +16,11 @@ import torch
 from kill_nursery import Blow, Nursery, draw_blows
 from kill_worker import POINTS
 
-from clt.checkpoint import STEP_PATTERN
-from clt.manifest import latest_folder, verify_folder
-from clt.metrics import read_metrics
-from clt.watch import EXIT_LOST_RANK
-from clt.weights import read_tensors
+from clt.checkpoint.manifest import latest_folder, verify_folder
+from clt.checkpoint.weights import read_tensors
+from clt.distributed.watchdog import EXIT_LOST_RANK
+from clt.training.checkpoints import STEP_PATTERN
+from clt.training.metrics import read_metrics
 
 pytestmark = pytest.mark.skipif(not hasattr(os, "fork"), reason="ranks are forked")
 

@@ -15,12 +15,12 @@ import torch
 import yaml
 from launched import ROOT, SCRIPT, TORCHRUN, errors, free_port, same_bits, start, wait_for
 
+from clt.checkpoint.manifest import latest_folder, verify_folder
 from clt.config import parse_config
 from clt.launch.train import main, train
-from clt.manifest import latest_folder, verify_folder
-from clt.metrics import read_metrics
-from clt.model import CrossLayerTranscoder
-from clt.train_config import TrainConfig
+from clt.training.metrics import read_metrics
+from clt.training.settings import TrainConfig
+from clt.transcoder.model import CrossLayerTranscoder
 
 
 def test_job_killed_at_any_moment_ends_with_the_same_bits(job: Path, tmp_path: Path) -> None:

@@ -10,14 +10,14 @@ import pytest
 import torch
 from toy_job import toy_config, toy_trainer
 
-from clt.averaging import WeightAverage
-from clt.checkpoint import latest_folder
-from clt.engine import joined_job
+from clt.checkpoint.weights import read_tensors
+from clt.distributed.mesh import Mesh
 from clt.errors import CheckpointError, ConfigError, StoreError
-from clt.metrics import read_metrics
-from clt.model import CrossLayerTranscoder
-from clt.parallel import Mesh
-from clt.weights import read_tensors
+from clt.training.checkpoints import latest_folder
+from clt.training.deepspeed_engine import joined_job
+from clt.training.metrics import read_metrics
+from clt.training.weight_average import WeightAverage
+from clt.transcoder.model import CrossLayerTranscoder
 
 #: Meshes of two processes, by name.
 MESHES = {

@@ -11,11 +11,11 @@ from hypothesis import strategies as st
 from sharded_steps import assert_equal_unsharded, assert_same_features, run_cases, tree_of
 from torch import Tensor
 
-from clt.architecture import CLTConfig
-from clt.engine import joined_job
+from clt.distributed.mesh import Mesh, deal_layers
 from clt.errors import ConfigError
-from clt.layers import LayerShare, source_layers, sources_of, target_layers
-from clt.parallel import Mesh, deal_layers
+from clt.training.deepspeed_engine import joined_job
+from clt.transcoder.architecture import CLTConfig
+from clt.transcoder.layers import LayerShare, source_layers, sources_of, target_layers
 
 ARCHITECTURES = {
     "own_layer_first": {"first_offset": 0},

@@ -11,16 +11,16 @@ from hypothesis import strategies as st
 from sharded_steps import assert_equal_unsharded, assert_same_features, run_cases, tree_of
 from torch import Tensor
 
-from clt.architecture import CLTConfig
-from clt.engine import joined_job
-from clt.layers import target_layers
+from clt.training.deepspeed_engine import joined_job
+from clt.transcoder.architecture import CLTConfig
+from clt.transcoder.layers import target_layers
 
 #: Divides by four data ranks, and their parts by every-fourth of AuxK.
 TOKENS = 32
 #: layer x column of the meshes of each world; the rest is the data axis.
 MESHES = {2: [[1, 1], [2, 1], [1, 2]], 4: [[1, 1], [2, 1], [1, 2], [4, 1], [2, 2], [1, 4]]}
 
-#: Forms of decoders (`clt.decoding`).
+#: Forms of decoders (`clt.transcoder.decoding`).
 VARIANTS: list[dict[str, Any]] = [{}, {"tied_decoders": "target"}, {"tied_decoders": "source"}, {"independent": "sum"}]
 
 Ranks = list[dict[str, Tensor]]

@@ -12,17 +12,17 @@ from sharded_steps import batch_of, make_objective
 from torch import Tensor
 from toy_job import toy_config, toy_trainer
 
-from clt.architecture import CLTConfig, SparsitySettings
-from clt.checkpoint import latest_folder
-from clt.columns import own_columns
-from clt.engine import joined_job
+from clt.checkpoint.columns import own_columns
+from clt.checkpoint.weights import layer_tensors, read_tensors
+from clt.distributed.mesh import Mesh, deal_layers
 from clt.errors import ConfigError, StoreError
-from clt.metrics import read_metrics
-from clt.parallel import Mesh, deal_layers
-from clt.row_engine import RowEngine
-from clt.step import StepInputs
-from clt.train_config import OptimizerSettings
-from clt.weights import layer_tensors, read_tensors
+from clt.training.checkpoints import latest_folder
+from clt.training.deepspeed_engine import joined_job
+from clt.training.engine import StepInputs
+from clt.training.metrics import read_metrics
+from clt.training.row_adam_engine import RowEngine
+from clt.training.settings import OptimizerSettings
+from clt.transcoder.architecture import CLTConfig, SparsitySettings
 
 TOKENS, STEPS, RATE, BIAS_RATE = 32, 20, 1e-2, 3.0
 CONFIGS: dict[str, dict[str, Any]] = {

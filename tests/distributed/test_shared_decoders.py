@@ -11,13 +11,13 @@ import torch
 from sharded_steps import batch_of, make_objective
 from torch import Tensor
 
-from clt.architecture import CLTConfig, TranscoderSettings
 from clt.config import config_to_tree, parse_config
-from clt.parallel import Mesh
-from clt.plan_counts import traffic
-from clt.plan_job import NUMERICS, Job, MeshShape
-from clt.shared_decoders import shared_decoders
-from clt.train_config import TrainConfig
+from clt.distributed.mesh import Mesh
+from clt.distributed.shared_decoders import shared_decoders
+from clt.planning.counts import traffic
+from clt.planning.job import NUMERICS, Job, MeshShape
+from clt.training.settings import TrainConfig
+from clt.transcoder.architecture import CLTConfig, TranscoderSettings
 
 #: Four sources, so that every rank owns as many; the farther ones have fewer targets.
 SETTINGS = {f.name for f in fields(TranscoderSettings)}

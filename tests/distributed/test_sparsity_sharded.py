@@ -10,18 +10,18 @@ import pytest
 import torch
 from toy_job import ToyBatches, toy_scaling
 
-from clt.architecture import CLTConfig, SparsitySettings
-from clt.columns import COLUMN_DIMS, own_columns
-from clt.encoding import decoder_squares
-from clt.engine import joined_job
-from clt.exchange import CodeExchange
-from clt.layers import LayerShare
-from clt.model import CrossLayerTranscoder
-from clt.objective import Objective
-from clt.parallel import Mesh, deal_layers
-from clt.sparsity import Peers
-from clt.train_config import AuxKSettings
-from clt.weights import layer_buffers, layer_tensors
+from clt.checkpoint.columns import COLUMN_DIMS, own_columns
+from clt.checkpoint.weights import layer_buffers, layer_tensors
+from clt.distributed.code_exchange import CodeExchange
+from clt.distributed.mesh import Mesh, deal_layers
+from clt.training.deepspeed_engine import joined_job
+from clt.training.objective import Objective
+from clt.training.settings import AuxKSettings
+from clt.transcoder.architecture import CLTConfig, SparsitySettings
+from clt.transcoder.encoding import decoder_squares
+from clt.transcoder.layers import LayerShare
+from clt.transcoder.model import CrossLayerTranscoder
+from clt.transcoder.sparsity import Peers
 
 L, D, F, K, TOKENS = 4, 16, 24, 3, 32
 SPARSITY: dict[str, dict[str, Any]] = {

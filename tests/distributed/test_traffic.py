@@ -11,10 +11,10 @@ import torch
 from torch import Tensor
 from toy_job import BATCH_TOKENS, architecture, toy_config, toy_trainer
 
-from clt.metrics import read_metrics
-from clt.parallel import Mesh
-from clt.plan_counts import StepTraffic, traffic
-from clt.plan_job import NUMERICS, Job, MeshShape
+from clt.distributed.mesh import Mesh
+from clt.planning.counts import StepTraffic, traffic
+from clt.planning.job import NUMERICS, Job, MeshShape
+from clt.training.metrics import read_metrics
 
 AXES = ("model", "data", "world")
 #: Dead features from the third of six steps on, so that the last report is of two steps with all that can travel.

@@ -16,13 +16,13 @@ import torch
 from torch import Tensor
 from toy_job import toy_config, toy_trainer
 
-from clt.checkpoint import latest_folder
-from clt.engine import joined_job
+from clt.checkpoint.weights import read_tensors
+from clt.distributed.mesh import Mesh
 from clt.errors import CheckpointError, CLTError, NonFiniteError, StoreError
-from clt.metrics import read_metrics
-from clt.model import CrossLayerTranscoder
-from clt.parallel import Mesh
-from clt.weights import read_tensors
+from clt.training.checkpoints import latest_folder
+from clt.training.deepspeed_engine import joined_job
+from clt.training.metrics import read_metrics
+from clt.transcoder.model import CrossLayerTranscoder
 
 #: Meshes of two processes, by name.
 MESHES = {

@@ -10,17 +10,17 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from clt.architecture import CLTConfig
 from clt.config import parse_config
+from clt.distributed.job_control import JobControl
+from clt.distributed.mesh import Mesh, deal_layers, input_layers
 from clt.errors import StoreError
-from clt.faults import JobControl
-from clt.layers import LayerShare
-from clt.model import CrossLayerTranscoder, Provenance
-from clt.parallel import Mesh, deal_layers, input_layers
 from clt.records import ActivationBatch, ModelIdentity, TokenTable
-from clt.scaling import Scaling
-from clt.train_config import TrainConfig
-from clt.trainer import Trainer
+from clt.training.settings import TrainConfig
+from clt.training.trainer import Trainer
+from clt.transcoder.architecture import CLTConfig
+from clt.transcoder.layers import LayerShare
+from clt.transcoder.model import CrossLayerTranscoder, Provenance
+from clt.transcoder.scaling import Scaling
 
 N_LAYERS, D_MODEL, BATCH_TOKENS = 4, 16, 64
 MODEL = ModelIdentity(

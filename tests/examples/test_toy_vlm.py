@@ -16,7 +16,7 @@ import pytest
 import torch
 from transformers import LlavaForConditionalGeneration, LlavaProcessor
 
-from clt.capture.toy import BIASED_TASKS, COUNTS, GRID, toy_samples
+from clt.capture.sources.toy import BIASED_TASKS, COUNTS, GRID, toy_samples
 
 FOLDER = Path(__file__).parents[2] / "examples" / "toy_vlm"
 VARIANTS = ("base", "biased")

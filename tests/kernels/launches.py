@@ -98,7 +98,7 @@ class Layer:
 
 
 def _decode(layer: Layer) -> None:
-    from clt.kernels.decode import decode, decode_loss
+    from clt.kernels.gpu.decode import decode, decode_loss
 
     codes = layer.codes(layer.size.sources)
     decode(*codes, layer.w_dec, layer.b_dec, None)
@@ -106,7 +106,7 @@ def _decode(layer: Layer) -> None:
 
 
 def _decoder_grad(layer: Layer) -> None:
-    from clt.kernels.grad import decoder_grad, decoder_step_
+    from clt.kernels.gpu.grad import decoder_grad, decoder_step_
 
     codes = (*layer.codes(layer.size.sources), layer.w_dec, layer.csr(layer.size.sources))
     decoder_grad(layer.x, *codes, layer.weights, layer.scale)
@@ -115,7 +115,7 @@ def _decoder_grad(layer: Layer) -> None:
 
 
 def _encoder_grad(layer: Layer) -> None:
-    from clt.kernels.grad import encoder_grad, encoder_step_
+    from clt.kernels.gpu.grad import encoder_grad, encoder_step_
 
     values, indices = (codes[0] for codes in layer.codes(1))
     grad_values, csr = values.float(), layer.csr(1)
@@ -126,7 +126,7 @@ def _encoder_grad(layer: Layer) -> None:
 
 
 def _row_adam(layer: Layer, moments: torch.dtype = torch.float32) -> None:
-    from clt.kernels.optim import row_adam_
+    from clt.kernels.gpu.optim import row_adam_
 
     for beta1 in (0.0, 0.9):
         weights, touched = layer.w_enc, _empty(layer.size.n_features, dtype=torch.bool)
@@ -134,19 +134,19 @@ def _row_adam(layer: Layer, moments: torch.dtype = torch.float32) -> None:
 
 
 def _select(layer: Layer) -> None:
-    from clt.kernels.select import select_topk
+    from clt.kernels.gpu.select import select_topk
 
     select_topk(layer.pre, layer.size.k)
 
 
 def _encode(layer: Layer) -> None:
-    from clt.kernels.encode import gemm_group_max
+    from clt.kernels.gpu.encode import gemm_group_max
 
     gemm_group_max(layer.x, layer.w_enc, layer.b_enc, 32)
 
 
 def _threshold(layer: Layer) -> None:
-    from clt.kernels.threshold import batch_threshold, select_above
+    from clt.kernels.gpu.threshold import batch_threshold, select_above
 
     threshold, quota = batch_threshold(layer.pre, layer.size.k * layer.size.tokens)
     select_above(layer.pre, threshold, quota, 4 * layer.size.k)

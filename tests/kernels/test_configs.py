@@ -13,8 +13,8 @@ from pathlib import Path
 import pytest
 import torch
 
-from clt.kernels import configs
-from clt.kernels.config_table import (
+from clt.kernels.gpu import configs
+from clt.kernels.gpu.config_table import (
     OPS,
     Basis,
     Choice,

@@ -7,8 +7,8 @@ from torch import Tensor
 pytest.importorskip("triton")
 
 from clt.kernels import reference
-from clt.kernels.configs import GatherConfig
-from clt.kernels.decode import decode, decode_loss
+from clt.kernels.gpu.configs import GatherConfig
+from clt.kernels.gpu.decode import decode, decode_loss
 
 from .conftest import random_codes
 

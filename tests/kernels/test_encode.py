@@ -5,13 +5,14 @@ from __future__ import annotations
 import pytest
 import torch
 
-from clt.kernels import configs, reference
-from clt.kernels.configs import GemmConfig, SelectConfig
+from clt.kernels import reference
+from clt.kernels.gpu import configs
+from clt.kernels.gpu.configs import GemmConfig, SelectConfig
 
 pytest.importorskip("triton")
 
-from clt.kernels import encode
-from clt.kernels.select import group_max
+from clt.kernels.gpu import encode
+from clt.kernels.gpu.select import group_max
 
 BF16, F32, F64 = torch.bfloat16, torch.float32, torch.float64
 SMALL = GemmConfig(block_m=16, block_n=32, block_k=16, group_m=2, num_warps=4, num_stages=2)

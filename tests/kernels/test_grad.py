@@ -8,12 +8,13 @@ from torch import Tensor
 
 pytest.importorskip("triton")
 
-from clt.kernels import adam, csr, grad, reference
+from clt.kernels import adam, csr, reference
 from clt.kernels.adam import RowAdam, RowAdamState
-from clt.kernels.configs import GatherConfig
 from clt.kernels.csr import FeatureCSR
-from clt.kernels.decode import decode_loss
-from clt.kernels.optim import moment_tensors
+from clt.kernels.gpu import grad
+from clt.kernels.gpu.configs import GatherConfig
+from clt.kernels.gpu.decode import decode_loss
+from clt.kernels.gpu.optim import moment_tensors
 
 from .conftest import random_codes
 

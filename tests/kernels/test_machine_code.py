@@ -104,7 +104,7 @@ def _vectors_per_row(fact: Facts) -> int:
 def test_every_kernel_is_compiled_and_has_its_rule(facts: list[Facts]) -> None:
     written = {
         node.name
-        for path in (ROOT / "kernels").glob("*.py")
+        for path in (ROOT / "kernels").rglob("*.py")
         for node in ast.walk(ast.parse(path.read_text(encoding="utf-8")))
         if isinstance(node, ast.FunctionDef) and node.name.endswith("_kernel") and node.decorator_list
     }

@@ -9,7 +9,8 @@ from typing import Any
 import pytest
 import torch
 
-from clt.kernels import backend, configs, library, ops, reference
+from clt.kernels import backend, library, ops, reference
+from clt.kernels.gpu import configs
 
 from .conftest import random_codes
 

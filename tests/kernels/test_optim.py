@@ -14,9 +14,10 @@ pytest.importorskip("triton")
 import triton
 import triton.language as tl
 
-from clt.kernels import adam, optim, storage
+from clt.kernels import adam, storage
 from clt.kernels.adam import RowAdam, RowAdamState
-from clt.kernels.configs import GatherConfig
+from clt.kernels.gpu import optim
+from clt.kernels.gpu.configs import GatherConfig
 
 BF16, F32, F64 = torch.bfloat16, torch.float32, torch.float64
 SMALL = GatherConfig(block_d=16, unroll=1, num_warps=1)

@@ -12,9 +12,10 @@ from torch import Tensor
 
 pytest.importorskip("triton")
 
-from clt.kernels import adam, library, ops, optim, packed, storage
+from clt.kernels import adam, library, ops, packed, storage
 from clt.kernels.adam import RowAdam, RowAdamState
-from clt.kernels.configs import GatherConfig
+from clt.kernels.gpu import optim
+from clt.kernels.gpu.configs import GatherConfig
 
 from .conftest import random_codes
 

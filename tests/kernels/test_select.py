@@ -10,11 +10,11 @@ from hypothesis import HealthCheck, Phase, given, settings
 from hypothesis import strategies as st
 
 from clt.kernels import reference
-from clt.kernels.configs import SelectConfig
+from clt.kernels.gpu.configs import SelectConfig
 
 pytest.importorskip("triton")
 
-from clt.kernels.select import group_max, select_topk
+from clt.kernels.gpu.select import group_max, select_topk
 
 BF16, F32, F64 = torch.bfloat16, torch.float32, torch.float64
 BITS = {BF16: torch.int16, F32: torch.int32, F64: torch.int64}

@@ -13,7 +13,7 @@ from clt.kernels import reference
 
 pytest.importorskip("triton")
 
-from clt.kernels.threshold import batch_threshold, select_above
+from clt.kernels.gpu.threshold import batch_threshold, select_above
 
 BF16, F32, F64 = torch.bfloat16, torch.float32, torch.float64
 INF, NAN = float("inf"), float("nan")

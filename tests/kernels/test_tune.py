@@ -13,9 +13,19 @@ pytest.importorskip("triton")
 
 from triton.runtime.errors import OutOfResources
 
-from clt.kernels import configs, tune
-from clt.kernels.config_table import OPS, Basis, Choice, GatherConfig, GemmConfig, SelectConfig, Settings, read_table
-from clt.kernels.tune_problems import Problem, Problems, Size
+from clt.kernels.gpu import configs
+from clt.kernels.gpu.config_table import (
+    OPS,
+    Basis,
+    Choice,
+    GatherConfig,
+    GemmConfig,
+    SelectConfig,
+    Settings,
+    read_table,
+)
+from clt.kernels.tuning import tune
+from clt.kernels.tuning.problems import Problem, Problems, Size
 
 SIZE = Size(d_model=4096, n_features=32768, k=64, tokens=4096)
 BASIS = Basis(kind="timed", date="2026-11-20", machine="made up")
@@ -162,7 +172,7 @@ def test_command_refuses_a_size_in_one_line(size: str, capsys: pytest.CaptureFix
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="this machine has a GPU")
 def test_command_refuses_to_run_without_a_gpu(tmp_path: Path) -> None:
-    with pytest.raises(SystemExit, match=r"^clt.kernels.tune: needs a CUDA device, and there is none$"):
+    with pytest.raises(SystemExit, match=r"^clt.kernels.tuning.tune: needs a CUDA device, and there is none$"):
         tune.main(["--out", str(tmp_path / "t.json"), "--size", "4096x32768x64"])
     assert not (tmp_path / "t.json").exists()
 

@@ -11,20 +11,18 @@ import pytest
 import torch
 from typer.testing import CliRunner, Result
 
-from clt.architecture import CLTConfig
-from clt.evaluate import evaluate_store
-from clt.launch.bench import train_baselines_crosslayer as crosslayer
-from clt.launch.bench import train_baselines_eleuther as eleuther
-from clt.launch.bench import train_baselines_ours as ours
-from clt.launch.bench.machine import this_machine
-from clt.launch.bench.train_baselines import all_contenders, best_trial
-from clt.launch.bench.train_baselines_data import Batch, ChannelMoments, channel_moments
-from clt.launch.bench.train_baselines_measure import HeldOut, Prediction, Run, Setting, learn, measure
-from clt.launch.bench.train_baselines_report import BaselineReport, Row, Trial
-from clt.launch.cli import app
-from clt.model import CrossLayerTranscoder
+from clt.evaluation.store_evaluation import evaluate_store
+from clt.launch.bench.baselines import crosslayer, eleuther, ours
+from clt.launch.bench.baselines.data import Batch, ChannelMoments, channel_moments
+from clt.launch.bench.baselines.measure import HeldOut, Prediction, Run, Setting, learn, measure
+from clt.launch.bench.baselines.report import BaselineReport, Row, Trial
+from clt.launch.bench.baselines.run import all_contenders, best_trial
+from clt.launch.bench.common.machine import this_machine
+from clt.launch.commands.main import app
 from clt.records import ActivationBatch, TokenTable
-from clt.scaling import Scaling
+from clt.transcoder.architecture import CLTConfig
+from clt.transcoder.model import CrossLayerTranscoder
+from clt.transcoder.scaling import Scaling
 
 TINY = CLTConfig(n_features=3, k=1, n_layers=2, d_model=2)
 

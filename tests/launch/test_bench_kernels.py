@@ -14,14 +14,14 @@ import torch
 from typer.testing import CliRunner, Result
 
 from clt.errors import ConfigError
-from clt.launch.bench import kernels_peers
-from clt.launch.bench.kernels import KernelBenchSettings, bench_kernels
-from clt.launch.bench.kernels_claims import kernel_claims
-from clt.launch.bench.kernels_data import DISTRIBUTIONS, SIZES, Problem, Size, firing_rates
-from clt.launch.bench.kernels_measure import Case, Contender, Runner, measure
-from clt.launch.bench.kernels_report import KernelReport, Row, Table
-from clt.launch.bench.kernels_work import Ceilings, Shape, Work, total_floor_s
-from clt.launch.cli import app
+from clt.launch.bench.kernels import peers as kernels_peers
+from clt.launch.bench.kernels.claims import kernel_claims
+from clt.launch.bench.kernels.data import DISTRIBUTIONS, SIZES, Problem, Size, firing_rates
+from clt.launch.bench.kernels.measure import Case, Contender, Runner, measure
+from clt.launch.bench.kernels.report import KernelReport, Row, Table
+from clt.launch.bench.kernels.run import KernelBenchSettings, bench_kernels
+from clt.launch.bench.kernels.work import Ceilings, Shape, Work, total_floor_s
+from clt.launch.commands.main import app
 
 CPU = torch.device("cpu")
 OPS = {

@@ -15,13 +15,13 @@ import numpy as np
 import pytest
 
 from clt.errors import StoreError
-from clt.launch.bench.machine import describe, this_machine
-from clt.launch.bench.report import BenchReport, claim
-from clt.launch.bench.store import StoreBenchSettings, bench_store
-from clt.launch.bench.store_data import BenchStore, Bits, Layout, ReadBlock, random_bits
-from clt.launch.bench.store_files import readers
-from clt.launch.bench.store_peers import MEMMAP, PEERS, Peer
-from clt.launch.bench.timing import Rival, interleave
+from clt.launch.bench.common.machine import describe, this_machine
+from clt.launch.bench.common.report import BenchReport, claim
+from clt.launch.bench.common.timing import Rival, interleave
+from clt.launch.bench.store.data import BenchStore, Bits, Layout, ReadBlock, random_bits
+from clt.launch.bench.store.files import readers
+from clt.launch.bench.store.peers import MEMMAP, PEERS, Peer
+from clt.launch.bench.store.run import StoreBenchSettings, bench_store
 
 SMALL = Layout(tokens=128, sites=2, width=8, chunk_tokens=8, shard_tokens=32)
 

@@ -14,28 +14,28 @@ import pytest
 import torch
 from typer.testing import CliRunner, Result
 
-from clt.architecture import CLTConfig
 from clt.config import load_config
-from clt.engine import joined_job
-from clt.exchange import CodeExchange
-from clt.launch.bench.kernels_anchors import memory_anchors
-from clt.launch.bench.train import TrainBenchSettings, bench_train
-from clt.launch.bench.train_anchors import anchored_machine, least_time, size_anchors
-from clt.launch.bench.train_clock import PHASES, PhaseClock
-from clt.launch.bench.train_dense import DenseTranscoder
-from clt.launch.bench.train_measure import Row, can_isolate, measure_traffic
-from clt.launch.bench.train_memory import PeakMemory
-from clt.launch.bench.train_projection import Pieces, project
-from clt.launch.bench.train_report import TrainReport
-from clt.launch.bench.train_sizes import DEFAULT, PLAIN, SIZES, planned_job, train_config
-from clt.launch.bench.train_slice import given_codes, lone_rank
-from clt.launch.cli import app
-from clt.model import CrossLayerTranscoder
-from clt.objective import Objective
-from clt.parallel import Mesh, deal_layers
-from clt.plan_speed import Machine
-from clt.scaling import Scaling
-from clt.train_config import AuxKSettings, TrainConfig
+from clt.distributed.code_exchange import CodeExchange
+from clt.distributed.mesh import Mesh, deal_layers
+from clt.launch.bench.kernels.anchors import memory_anchors
+from clt.launch.bench.training.anchors import anchored_machine, least_time, size_anchors
+from clt.launch.bench.training.clock import PHASES, PhaseClock
+from clt.launch.bench.training.dense import DenseTranscoder
+from clt.launch.bench.training.measure import Row, can_isolate, measure_traffic
+from clt.launch.bench.training.memory import PeakMemory
+from clt.launch.bench.training.projection import Pieces, project
+from clt.launch.bench.training.report import TrainReport
+from clt.launch.bench.training.run import TrainBenchSettings, bench_train
+from clt.launch.bench.training.sizes import DEFAULT, PLAIN, SIZES, planned_job, train_config
+from clt.launch.bench.training.slice import given_codes, lone_rank
+from clt.launch.commands.main import app
+from clt.planning.speed import Machine
+from clt.training.deepspeed_engine import joined_job
+from clt.training.objective import Objective
+from clt.training.settings import AuxKSettings, TrainConfig
+from clt.transcoder.architecture import CLTConfig
+from clt.transcoder.model import CrossLayerTranscoder
+from clt.transcoder.scaling import Scaling
 
 CPU = torch.device("cpu")
 CONFIGS = Path(__file__).resolve().parents[2] / "configs" / "train"

@@ -9,12 +9,12 @@ import pytest
 import torch
 from typer.testing import CliRunner, Result
 
-from clt.architecture import CLTConfig, SparsitySettings
 from clt.convert.circuit_tracer import load_circuit_tracer
 from clt.convert.kokosdev import load_kokosdev
-from clt.launch.cli import app
-from clt.model import CrossLayerTranscoder
-from clt.scaling import Scaling
+from clt.launch.commands.main import app
+from clt.transcoder.architecture import CLTConfig, SparsitySettings
+from clt.transcoder.model import CrossLayerTranscoder
+from clt.transcoder.scaling import Scaling
 
 from ..capture.conftest import make_store
 

@@ -12,23 +12,23 @@ import pytest
 import torch
 import yaml
 
-from clt.attribution.attribute import AttributionSettings, attribute
-from clt.attribution.evaluate import evaluate_replacement
-from clt.attribution.scores import score
-from clt.capture.adapter import ModelAdapter
-from clt.capture.examples import SourceSettings, ToySource, open_source
-from clt.capture.filters import TokenFilter
-from clt.capture.loader import iterate_store
+from clt.attribution.evaluation.agreement import evaluate_replacement
+from clt.attribution.graphs.attribute import AttributionSettings, attribute
+from clt.attribution.graphs.scores import score
+from clt.capture.models.adapter import ModelAdapter
 from clt.capture.planning import CaptureConfig
+from clt.capture.reading.loader import iterate_store
+from clt.capture.reading.open_store import open_store
+from clt.capture.reading.token_filter import TokenFilter
 from clt.capture.run import capture
-from clt.capture.store import open_store
+from clt.capture.sources.examples import SourceSettings, ToySource, open_source
+from clt.checkpoint.weights import read_tensors
 from clt.config import config_to_yaml, load_config
-from clt.evaluate import evaluate_store
+from clt.evaluation.store_evaluation import evaluate_store
 from clt.launch.train import main, train
-from clt.metrics import read_metrics
-from clt.model import CrossLayerTranscoder
-from clt.train_config import TrainConfig
-from clt.weights import read_tensors
+from clt.training.metrics import read_metrics
+from clt.training.settings import TrainConfig
+from clt.transcoder.model import CrossLayerTranscoder
 
 ROOT = Path(__file__).parents[2]
 TOY = ROOT / "examples" / "toy_vlm" / "checkpoints" / "base"

@@ -18,10 +18,10 @@ import torch
 from safetensors.torch import load_file, save_file
 from typer.testing import CliRunner, Result
 
-from clt.attribution.graph import Graph
-from clt.launch.cli import app
+from clt.attribution.graphs.graph import Graph
+from clt.launch.commands.main import app
 from clt.launch.demo import describe
-from clt.metrics import METRICS_FILE
+from clt.training.metrics import METRICS_FILE
 
 ROOT = Path(__file__).resolve().parent.parent.parent
 TOY = ROOT / "examples" / "toy_vlm" / "checkpoints" / "base"
@@ -42,7 +42,7 @@ def journey(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Output folder of a small demo."""
     out = tmp_path_factory.mktemp("demo")
     overrides = [word for override in SMALL for word in ("--set", override)]
-    command = [sys.executable, "-m", "clt.launch.cli", "demo", "--out", str(out), *overrides]
+    command = [sys.executable, "-m", "clt.launch.commands.main", "demo", "--out", str(out), *overrides]
     result = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)
     assert result.returncode == 0, result.stderr[-4000:]
     assert "Open " in result.stdout
@@ -105,7 +105,7 @@ def test_demo_leaves_files_that_open(journey: Path) -> None:
 def test_attribute_explains_another_example_and_one_given_as_files(journey: Path, tmp_path: Path) -> None:
     first = _attribute(journey, tmp_path / "a", "index=2", "checked_edges=0")
     assert first.exit_code == 0, first.output
-    from clt.capture.toy import toy_examples
+    from clt.capture.sources.toy import toy_examples
 
     example = toy_examples(1, seed=9)[0]
     example.images[0].save(tmp_path / "board.png")

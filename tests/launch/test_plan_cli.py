@@ -10,8 +10,8 @@ import pytest
 from typer.testing import CliRunner, Result
 
 from clt.config import load_config
-from clt.launch.cli import app
-from clt.train_config import TrainConfig
+from clt.launch.commands.main import app
+from clt.training.settings import TrainConfig
 
 from ..capture.conftest import make_store
 

@@ -17,10 +17,10 @@ from typer.testing import CliRunner, Result
 
 from clt.capture.capacity import capacity
 from clt.capture.planning import CaptureConfig, plan_capture
-from clt.capture.store import open_store
-from clt.capture.writer import StoreWriter
+from clt.capture.reading.open_store import open_store
+from clt.capture.writing.writer import StoreWriter
 from clt.config import load_config
-from clt.launch.cli import app
+from clt.launch.commands.main import app
 from clt.launch.store_text import capacity_text
 
 from ..capture.conftest import make_plan, make_spec, make_store, unit_data
@@ -210,7 +210,7 @@ def test_push_and_pull_carry_a_store_over_the_hub(tmp_path: Path) -> None:
         }
 
         def run(*words: str | Path) -> str:
-            command = [sys.executable, "-m", "clt.launch.cli", "store", *map(str, words)]
+            command = [sys.executable, "-m", "clt.launch.commands.main", "store", *map(str, words)]
             result = subprocess.run(command, env=os.environ | settings, capture_output=True, text=True, check=False)
             assert result.returncode == 0, result.stderr[-2000:]
             return result.stdout

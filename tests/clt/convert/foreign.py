@@ -13,10 +13,10 @@ import torch
 from safetensors.torch import load_file
 from torch import Tensor
 
-from clt.architecture import CLTConfig
-from clt.layers import target_layers
-from clt.model import CrossLayerTranscoder
-from clt.scaling import Scaling
+from clt.transcoder.architecture import CLTConfig
+from clt.transcoder.layers import target_layers
+from clt.transcoder.model import CrossLayerTranscoder
+from clt.transcoder.scaling import Scaling
 
 L, D, F, K, B = 3, 4, 6, 2, 9
 

@@ -11,15 +11,15 @@ import torch
 import yaml
 from safetensors.torch import load_file, save_file
 
-from clt.architecture import SparsitySettings
+from clt.checkpoint.manifest import new_folder
 from clt.convert import Format
 from clt.convert.circuit_tracer import save_circuit_tracer
 from clt.convert.crosslayer_coding import save_crosslayer_coding
 from clt.convert.formats import load_format
 from clt.convert.sparsify import save_sparsify
 from clt.errors import CheckpointError, ConfigError
-from clt.manifest import new_folder
-from clt.model import CrossLayerTranscoder
+from clt.transcoder.architecture import SparsitySettings
+from clt.transcoder.model import CrossLayerTranscoder
 
 from .foreign import D, F, make
 

@@ -11,9 +11,9 @@ import torch
 import yaml
 from safetensors.torch import save_file
 
-from clt.architecture import SparsitySettings
 from clt.convert.circuit_tracer import load_circuit_tracer, save_circuit_tracer
 from clt.errors import ConfigError
+from clt.transcoder.architecture import SparsitySettings
 
 from .foreign import D, F, L, circuit_tracer, draw, inputs, make, of_all_layers, same, transcoder_set
 

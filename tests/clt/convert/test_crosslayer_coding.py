@@ -11,9 +11,9 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from clt.architecture import SparsitySettings
 from clt.convert.crosslayer_coding import load_crosslayer_coding, save_crosslayer_coding
 from clt.errors import CheckpointError, ConfigError
+from clt.transcoder.architecture import SparsitySettings
 
 from .foreign import D, F, L, crosslayer_coding, draw, inputs, make, of_all_layers, same
 

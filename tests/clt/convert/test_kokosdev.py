@@ -13,12 +13,12 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from clt.architecture import SparsitySettings
 from clt.convert.files import read_pickled
 from clt.convert.kokosdev import load_kokosdev
 from clt.convert.seed_files import save_seed_files
 from clt.errors import CheckpointError, ConfigError, StoreError
 from clt.records import ActivationBatch, TokenTable
+from clt.transcoder.architecture import SparsitySettings
 
 from .foreign import D, F, K, L, draw, inputs, make, of_all_layers, same, seed
 

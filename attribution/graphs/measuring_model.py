@@ -1,0 +1,271 @@
+"""The measuring side of the check of edges: interventions on one prompt, run forward through the real model.
+
+Nothing of `linearize` or `sources` is used here. The model's own modules run, with attention patterns, norm
+denominators and MLP outputs set to what they were; the transcoder's own unfolded `decode` says what a feature, an error
+or a bias is. So a token taken from the wrong place, a lost attention head or a wrong decoder in the computation of
+edges shows as a difference.
+
+The model is a float64 copy with the constants of the original's forward: the difference of two forwards in float32
+would lose the very digits that are checked. It takes twice the memory of a float32 model.
+
+Shapes: S prompt length, L layers, K slots per token and layer, D d_model, V vocabulary, R rows, N nodes.
+"""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass, field, replace
+from typing import Any, cast
+
+import torch
+from torch import Tensor, nn
+
+from clt.attribution.graphs.graph import BiasKind, Graph, NodeKind
+from clt.capture.models.adapter import ModelAdapter, PromptInputs
+from clt.capture.models.hooks import Edit, attach
+from clt.errors import GraphError
+from clt.records import Modality
+from clt.transcoder.layers import LayerShare
+from clt.transcoder.model import CrossLayerTranscoder
+
+
+@dataclass(frozen=True, kw_only=True)
+class _Addition:
+    """What one intervention adds to the frozen forward.
+
+    Attributes:
+        embed: [S,D] to what enters block 0.
+        mlp_out: layer -> [S,D].
+        attention_bias: layer whose attention biases count twice.
+        feature: (source layer, position, slot) that writes twice.
+    """
+
+    embed: Tensor | None = None
+    mlp_out: dict[int, Tensor] = field(default_factory=dict)
+    attention_bias: int | None = None
+    feature: tuple[int, int, int] | None = None
+
+
+class MeasuringModel:
+    """The local replacement model of a prompt: real modules in float64, frozen at the recorded values.
+
+    Args:
+        adapter: the model the graph was made with.
+        clt: the transcoder the graph was made with, scaled or folded.
+        inputs: the prompt.
+        graph: its unpruned graph.
+
+    Raises:
+        GraphError: the frozen forward does not give the values of the graph's rows.
+    """
+
+    @torch.no_grad()
+    def __init__(self, adapter: ModelAdapter, clt: CrossLayerTranscoder, inputs: PromptInputs, graph: Graph) -> None:
+        self.graph = graph
+        self.layers = range(adapter.n_layers)
+        self.read_sites = [f"lm.{layer}.{clt.config.read_site}" for layer in self.layers]
+        self.sources = LayerShare.everything(clt.config).sources
+        self.targets = LayerShare.everything(clt.config).targets
+        self.seen = inputs.real_mask[0]
+        if clt.config.drop_bos:
+            self.seen = self.seen & (inputs.tokens.modality[0] != Modality.BOS)
+        self._record(adapter, inputs)
+        self.adapter = ModelAdapter(copy.deepcopy(adapter.model).double(), adapter, adapter.identity)
+        self.clt = copy.deepcopy(clt).to(adapter.device).double()
+        wide = {k: v.double() if v.is_floating_point() else v for k, v in inputs.model_inputs.items()}
+        self.inputs = replace(inputs, model_inputs=wide)
+        self.values_LSK, self.indices_LSK, self.slots = self._codes()
+        self.reconstructions = {layer: self._reconstruction(layer, self.values_LSK) for layer in self.targets}
+        self.base = self._row_values(_Addition())
+        self._require_recorded()
+
+    @torch.no_grad()
+    def effect(self, source: int) -> Tensor:
+        """Adds a node's vector once more.
+
+        Args:
+            source: number of the node.
+
+        Returns:
+            [R] float64, what that adds to the value of every row.
+        """
+        kind, feature = NodeKind(int(self.graph.nodes.kind[source])), int(self.graph.nodes.feature[source])
+        layer, position = int(self.graph.nodes.layer[source]), int(self.graph.nodes.position[source])
+        match kind, feature:
+            case NodeKind.FEATURE, _:
+                addition = _Addition(feature=(layer, position, int(self.slots[source])))
+            case NodeKind.ERROR, _:
+                addition = _Addition(mlp_out={layer: self._only_at(position, self._error(layer))})
+            case ((NodeKind.TEXT | NodeKind.IMAGE), _):
+                addition = _Addition(embed=self._only_at(position, self.recorded["lm.embed"]))
+            case NodeKind.BIAS, BiasKind.DECODER:
+                addition = _Addition(mlp_out={layer: self._decoder_bias(layer)})
+            case NodeKind.BIAS, BiasKind.ATTENTION:
+                addition = _Addition(attention_bias=layer)
+            case NodeKind.BIAS, _:
+                return self._values_of_zero()
+            case _:
+                return torch.zeros_like(self.base)
+        return self._row_values(addition) - self.base
+
+    def _row_values(self, addition: _Addition) -> Tensor:
+        """Pre-activations and logits of the graph's rows, [R] float64, with an addition."""
+        with attach(self.adapter, read=self.read_sites) as found, self._frozen(addition, found):
+            logits = self.adapter.forward(self.inputs)
+        return self._read([found[site][0] for site in self.read_sites], logits[0])
+
+    def _require_recorded(self) -> None:
+        expected = self.graph.row_values.double()
+        scale = torch.maximum(expected.abs(), self.graph.edges.abs().amax(1).double())
+        if not bool(((self.base - expected).abs() <= 1e-3 * scale).all()):
+            raise GraphError("the graph's values are not those of this model, transcoder and prompt; attribute again")
+
+    def _record(self, adapter: ModelAdapter, inputs: PromptInputs) -> None:
+        """Everything that stays frozen, from a forward of the model as it is."""
+        kinds = ("pattern", "mlp_out")
+        sites = ["lm.embed", *(f"lm.{layer}.{kind}" for layer in self.layers for kind in kinds), *self.read_sites]
+        ratios: list[Tensor] = []
+
+        def keep(norm: nn.Module, args: tuple[Any, ...], output: Tensor) -> None:
+            weighted = args[0].double() * cast(Tensor, norm.weight).double()
+            ratio = (output.double() * weighted).sum(-1, keepdim=True) / weighted.square().sum(-1, keepdim=True)
+            ratios.append(ratio * cast(Tensor, norm.weight).double())
+
+        with ExitStack() as stack:
+            found = stack.enter_context(attach(adapter, read=sites))
+            for norm in self._norms(adapter):
+                stack.callback(norm.register_forward_hook(keep).remove)
+            adapter.forward(inputs)
+        self.norm_ratios = ratios
+        self.recorded = {site: tensor[0].double() for site, tensor in found.items()}
+
+    def _norms(self, adapter: ModelAdapter) -> list[nn.Module]:
+        """All norms of the decoder, in the order of the forward."""
+        pairs = [norm for layer in self.layers for norm in (adapter.attn_norm(layer), adapter.mlp_norm(layer))]
+        return [*pairs, adapter.final_norm]
+
+    @contextmanager
+    def _frozen(self, addition: _Addition, found: dict[str, Tensor]) -> Iterator[None]:
+        embed = self.recorded["lm.embed"] if addition.embed is None else self.recorded["lm.embed"] + addition.embed
+        edits: dict[str, Edit] = {"lm.embed": lambda _: embed[None]}
+        for layer in self.layers:
+            edits[f"lm.{layer}.pattern"] = self._setter(self.recorded[f"lm.{layer}.pattern"])
+            edits[f"lm.{layer}.mlp_out"] = self._mlp(layer, addition, found)
+        with ExitStack() as stack:
+            stack.enter_context(attach(self.adapter, edit=edits))
+            for norm, ratio in zip(self._norms(self.adapter), self.norm_ratios, strict=True):
+                stack.callback(norm.register_forward_hook(self._multiplier(ratio)).remove)
+            if addition.attention_bias is not None:
+                for part in (self.adapter.v_proj, self.adapter.o_proj):
+                    linear = part(addition.attention_bias)
+                    if getattr(linear, "bias", None) is not None:
+                        stack.callback(linear.register_forward_hook(lambda m, _, out: out + m.bias).remove)
+            yield
+
+    @staticmethod
+    def _setter(value: Tensor) -> Edit:
+        return lambda _: value[None]
+
+    @staticmethod
+    def _multiplier(ratio: Tensor) -> Callable[[nn.Module, tuple[Any, ...], Tensor], Tensor]:
+        return lambda _norm, args, _output: args[0] * ratio
+
+    def _mlp(self, layer: int, addition: _Addition, found: dict[str, Tensor]) -> Edit:
+        """The recorded output, what is added to it, and what the transcoder answers to changed codes or input."""
+
+        def edit(_: Tensor) -> Tensor:
+            y_SD = self.recorded[f"lm.{layer}.mlp_out"]
+            if layer in addition.mlp_out:
+                y_SD = y_SD + addition.mlp_out[layer]
+            if layer in self.targets and addition.feature is not None:
+                source, position, slot = addition.feature
+                without_LSK = self.values_LSK.clone()
+                without_LSK[self.sources.index(source), position, slot] = 0
+                written_SD = self.reconstructions[layer] - self._reconstruction(layer, without_LSK)
+                y_SD = y_SD + written_SD * self.seen[:, None]
+            if layer in self.targets and self.clt.config.skip:
+                now_SD = self._decode(layer, self.values_LSK, found[self.read_sites[layer]][0])
+                y_SD = y_SD + (now_SD - self.reconstructions[layer]) * self.seen[:, None]
+            return y_SD[None]
+
+        return edit
+
+    def _decode(self, layer: int, values_LSK: Tensor, x_SD: Tensor | None) -> Tensor:
+        """Raw output of a target layer from codes and raw input."""
+        rows = [self.sources.index(source) for source in self.clt.sources_of(layer)]
+        if x_SD is not None:
+            x_SD = self.clt.scaling.standardise_x(x_SD[None], (layer,))[0]
+        y_SD = self.clt.decode_layer(layer, values_LSK[rows], self.indices_LSK[rows], x_SD)
+        return self.clt.scaling.restore_y(y_SD[None], (layer,))[0]
+
+    def _reconstruction(self, layer: int, values_LSK: Tensor) -> Tensor:
+        """Raw output of a target layer from codes and the recorded input."""
+        x_SD = self.recorded[self.read_sites[layer]] if self.clt.config.skip else None
+        return self._decode(layer, values_LSK, x_SD)
+
+    def _decoder_bias(self, layer: int) -> Tensor:
+        """What the transcoder gives without features at input zero, where it acts."""
+        x_SD = torch.zeros_like(self.recorded["lm.embed"]) if self.clt.config.skip else None
+        return self._decode(layer, torch.zeros_like(self.values_LSK), x_SD) * self.seen[:, None]
+
+    def _error(self, layer: int) -> Tensor:
+        y_SD = self.recorded[f"lm.{layer}.mlp_out"]
+        if layer not in self.targets:
+            return y_SD
+        return y_SD - self.reconstructions[layer] * self.seen[:, None]
+
+    @staticmethod
+    def _only_at(position: int, vector_SD: Tensor) -> Tensor:
+        out_SD = torch.zeros_like(vector_SD)
+        out_SD[position] = vector_SD[position]
+        return out_SD
+
+    def _values_of_zero(self) -> Tensor:
+        """Values of all rows when everything they read is zero: their own biases."""
+        zeros_SD = torch.zeros_like(self.recorded["lm.embed"])
+        return self._read([zeros_SD] * len(self.layers), cast(Tensor, self.adapter.lm_head(zeros_SD)))
+
+    def _read(self, x_LSD: list[Tensor], logits_SV: Tensor) -> Tensor:
+        nodes, n_targets = self.graph.nodes, len(self.graph.targets)
+        rows = self.graph.rows_to_node[: len(self.graph.rows_to_node) - n_targets]
+        layers, positions, numbers = nodes.layer[rows].long(), nodes.position[rows].long(), nodes.feature[rows].long()
+        values = torch.empty(len(rows) + n_targets, dtype=torch.float64)
+        for layer in layers.unique().tolist():
+            here = (layers == layer).nonzero()[:, 0]
+            values[here] = self._pre_activations(layer, x_LSD[layer], positions[here], numbers[here]).cpu()
+        for number, target in enumerate(self.graph.targets, start=len(rows)):
+            if target.kind == "feature":
+                one = torch.tensor([target.position]), torch.tensor([target.feature])
+                values[number] = self._pre_activations(target.layer, x_LSD[target.layer], *one)[0]
+                continue
+            logits_V = logits_SV[target.position]
+            against = logits_V.mean() if target.kind == "logit" else logits_V[target.minus_token_id]
+            values[number] = logits_V[target.token_id] - against
+        return values
+
+    def _pre_activations(self, layer: int, x_SD: Tensor, positions: Tensor, numbers: Tensor) -> Tensor:
+        x_SD = self.clt.scaling.standardise_x(x_SD[None], (layer,))[0]
+        return (x_SD[positions] * self.clt.W_enc[str(layer)][numbers]).sum(1) + self.clt.b_enc[str(layer)][numbers]
+
+    def _codes(self) -> tuple[Tensor, Tensor, Tensor]:
+        """Values and indices [L,S,K] of the graph's features, and the slot of each feature node."""
+        nodes = self.graph.nodes
+        features = nodes.is_kind(NodeKind.FEATURE).nonzero()[:, 0]
+        layers, positions = nodes.layer[features].long(), nodes.position[features].long()
+        numbers = nodes.feature[features].long()
+        # Features are sorted by layer and position: the slot counts from the first of the same key.
+        key = layers * len(self.seen) + positions
+        slots = torch.arange(len(features)) - torch.searchsorted(key, key)
+        shape = (len(self.sources), len(self.seen), int(slots.max()) + 1 if len(slots) else 1)
+        values_LSK = torch.zeros(shape, dtype=torch.float64)
+        indices_LSK = torch.zeros(shape, dtype=torch.int32)
+        for row, layer in enumerate(self.sources):
+            here = (layers == layer).nonzero()[:, 0]
+            # From the recorded input, not from the graph: its activations are among what is checked.
+            x_SD = self.recorded[self.read_sites[layer]]
+            activations = self._pre_activations(layer, x_SD, positions[here], numbers[here])
+            values_LSK[row, positions[here], slots[here]] = activations.cpu()
+            indices_LSK[row, positions[here], slots[here]] = numbers[here].int()
+        return values_LSK.to(self.seen.device), indices_LSK.to(self.seen.device), slots

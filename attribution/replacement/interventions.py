@@ -1,0 +1,323 @@
+"""The edits of one forward pass or generation: transcoder features computed, changed and written while the model runs.
+
+`clt.attribution.replacement.replacement_model.ReplacementModel` is the door to it. Codes travel from the read sites to
+the MLP outputs of the same forward; an intervention gives a feature another activation, and what the feature writes
+changes by the difference times its decoder vectors, at all of its target layers (Ameisen et al. 2025, "Circuit
+Tracing", section "Validating Attribution Graph Hypotheses with Interventions"). Columns are counted over the calls of a
+generation, so that a position means the same in the prefill and in the decoding steps.
+
+Shape letters: N prompts, S prompt length, W columns of one call (S at prefill, 1 per token after), B = N * W, K slots,
+U features under intervention in a layer, D d_model.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from clt.capture.models.adapter import PromptInputs
+from clt.errors import GraphError
+from clt.records import Modality, SparseCodes
+from clt.transcoder.layers import LayerShare
+from clt.transcoder.model import CrossLayerTranscoder
+
+
+@dataclass(frozen=True, kw_only=True)
+class Intervention:
+    """Another activation for one feature; of several on the same feature and position the last one holds.
+
+    Attributes:
+        layer: source layer of the feature.
+        feature: feature number.
+        position: index in the prompt, padding not counted, continued by the new tokens; None acts at every position
+            the transcoder sees, new tokens included.
+        value: the activation to set.
+        scale: factor for the activation that the running forward computes; exactly one of value and scale is given.
+        prompt: row of the batch; None acts in every prompt.
+    """
+
+    layer: int
+    feature: int
+    position: int | None = None
+    value: float | None = None
+    scale: float | None = None
+    prompt: int | None = None
+
+    def __post_init__(self) -> None:
+        if (self.value is None) == (self.scale is None):
+            raise GraphError(f"{self}: give either value or scale")
+        if not math.isfinite(self.value if self.value is not None else self.scale or 0.0):
+            raise GraphError(f"{self}: value and scale must be finite")
+
+    def __str__(self) -> str:
+        return f"intervention on layer {self.layer}, feature {self.feature}, position {self.position}"
+
+
+@dataclass(frozen=True, kw_only=True)
+class RecordedErrors:
+    """What the transcoder missed in a reference forward.
+
+    Attributes:
+        by_target: target layer -> [N,S,D], the MLP's own output minus the reconstruction; zero where the replacement
+            model keeps the MLP's own output.
+    """
+
+    by_target: Mapping[int, Tensor]
+
+
+@dataclass(frozen=True)
+class Columns:
+    """The prompt's columns and those of tokens yet to come.
+
+    Attributes:
+        replaced: [N,S + new] bool, where the transcoder acts: neither at padding nor, under `drop_bos`, at BOS.
+        positions: [N,S + new] int64, index in the sequence without padding; -1 at padding.
+    """
+
+    replaced: Tensor
+    positions: Tensor
+
+    @classmethod
+    def of(cls, inputs: PromptInputs, drop_bos: bool, new_columns: int = 0) -> Columns:
+        """The columns of a batch of prompts and of the tokens that a generation will feed back.
+
+        Args:
+            inputs: the prompts.
+            drop_bos: whether the transcoder leaves the beginning-of-sequence token alone.
+            new_columns: tokens after each prompt.
+        """
+        real = inputs.real_mask
+        replaced = real & (inputs.tokens.modality != Modality.BOS) if drop_bos else real
+        positions = torch.where(real, inputs.tokens.position.long(), -1)
+        new = real.sum(1, keepdim=True) + torch.arange(new_columns, device=real.device)
+        return cls(torch.cat([replaced, new >= 0], 1), torch.cat([positions, new], 1))
+
+
+Plan = Mapping[int, Sequence[Intervention]]
+
+
+def plan_interventions(
+    interventions: Iterable[Intervention], clt: CrossLayerTranscoder, columns: Columns
+) -> dict[int, list[Intervention]]:
+    """Groups interventions by layer, in the order given.
+
+    Args:
+        interventions: activations to change.
+        clt: the transcoder they are meant for.
+        columns: where it acts.
+
+    Returns:
+        Source layer to its interventions.
+
+    Raises:
+        GraphError: one names a layer, feature, position or prompt that does not exist.
+    """
+    plan: dict[int, list[Intervention]] = {}
+    for intervention in interventions:
+        _check(intervention, clt, columns)
+        plan.setdefault(intervention.layer, []).append(intervention)
+    return plan
+
+
+def _check(intervention: Intervention, clt: CrossLayerTranscoder, columns: Columns) -> None:
+    sources = LayerShare.everything(clt.config).sources
+    if intervention.layer not in sources:
+        raise GraphError(f"{intervention}: the transcoder has features in layers {sources[0]}..{sources[-1]}")
+    if not 0 <= intervention.feature < clt.config.n_features:
+        raise GraphError(f"{intervention}: features are numbered 0..{clt.config.n_features - 1}")
+    n_prompts = len(columns.positions)
+    if intervention.prompt is not None and not 0 <= intervention.prompt < n_prompts:
+        raise GraphError(f"{intervention}: prompt {intervention.prompt} is not in 0..{n_prompts - 1}")
+    if intervention.position is None:
+        return
+    for row in range(n_prompts) if intervention.prompt is None else [intervention.prompt]:
+        seen = columns.positions[row][columns.replaced[row]]
+        if not bool((seen == intervention.position).any()):
+            last = int(columns.positions[row].max())
+            raise GraphError(
+                f"{intervention}: prompt {row} has no such position for the transcoder; its last is {last}"
+            )
+
+
+@dataclass(frozen=True, kw_only=True)
+class _Change:
+    """What interventions do to U features of a layer at the positions of a call.
+
+    Attributes:
+        activation_NWU: new minus running activation.
+        active_NWU: 1 where a feature becomes active by it, -1 where it ceases to be, else 0.
+    """
+
+    activation_NWU: Tensor
+    active_NWU: Tensor
+
+
+class LiveEdits:
+    """The edits of one forward or generation; codes travel from the read sites to the MLP outputs.
+
+    Args:
+        clt: a whole folded transcoder.
+        columns: where it acts.
+        plan: interventions by layer.
+    """
+
+    def __init__(self, clt: CrossLayerTranscoder, columns: Columns, plan: Plan) -> None:
+        whole = LayerShare.everything(clt.config)
+        self.clt, self.columns, self.plan = clt, columns, plan
+        self.sources: Sequence[int] = whole.sources
+        self.targets: Sequence[int] = whole.targets
+        self.codes: dict[int, tuple[Tensor, Tensor]] = {}
+        self._inputs: dict[int, Tensor] = {}
+        self._changes: dict[int, _Change] = {}
+        self._numbers = {layer: sorted({i.feature for i in group}) for layer, group in plan.items()}
+        self._window = slice(0, 0)
+
+    def edits(self) -> dict[str, Callable[[Tensor], Tensor]]:
+        """What to do at each site, for `clt.capture.models.hooks.attach`."""
+        layers = sorted(set(self.sources) | (set(self.targets) if self.clt.config.skip else set()))
+        site = self.clt.config.read_site
+        reads = {f"lm.{layer}.{site}": self._reader(layer, first=layer == layers[0]) for layer in layers}
+        return reads | {f"lm.{target}.mlp_out": self._writer(target) for target in self.targets}
+
+    def write(self, target: int, own_NWD: Tensor) -> Tensor:
+        """What the MLP branch of a target adds, given what its own MLP computed."""
+        raise NotImplementedError
+
+    def _reader(self, layer: int, first: bool) -> Callable[[Tensor], Tensor]:
+        def read(x_NWD: Tensor) -> Tensor:
+            if first:
+                self._advance(x_NWD.shape[1])
+            x_BD = x_NWD.reshape(-1, x_NWD.shape[2]).to(next(self.clt.parameters()).dtype)
+            x_BD = self.clt.scaling.normalise_x(x_BD)
+            self._inputs[layer] = x_BD
+            if layer in self.sources:
+                self.codes[layer] = self.clt.encode_layer(layer, x_BD)
+            if layer in self.plan:
+                self._changes[layer] = self._change(layer)
+            return x_NWD
+
+        return read
+
+    def _writer(self, target: int) -> Callable[[Tensor], Tensor]:
+        return lambda own_NWD: self.write(target, own_NWD)
+
+    def _advance(self, width: int) -> None:
+        self._window = slice(self._window.stop, self._window.stop + width)
+        assert self._window.stop <= self.columns.positions.shape[1], "the model computed more columns than announced"
+
+    @property
+    def _acting(self) -> Tensor:
+        """Columns of this call in which the transcoder acts."""
+        return self.columns.replaced[:, self._window, None]
+
+    def _change(self, layer: int) -> _Change:
+        """Of the layer's features under intervention."""
+        values_BK, indices_BK = self.codes[layer]
+        numbers = torch.tensor(self._numbers[layer], dtype=indices_BK.dtype, device=indices_BK.device)
+        # An empty slot has value 0, so its index 0 adds nothing to feature 0.
+        running_BU = (values_BK[:, :, None] * (indices_BK[:, :, None] == numbers)).sum(1)
+        running_NWU = running_BU.reshape(len(self.columns.positions), -1, len(numbers))
+        wanted_NWU = running_NWU.clone()
+        positions_NW = self.columns.positions[:, self._window]
+        for intervention in self.plan[layer]:
+            column = self._numbers[layer].index(intervention.feature)
+            rows = slice(None) if intervention.prompt is None else slice(intervention.prompt, intervention.prompt + 1)
+            new_NW = running_NWU[rows, :, column] * (intervention.scale or 0.0)
+            if intervention.value is not None:
+                new_NW = torch.full_like(new_NW, intervention.value)
+            if intervention.position is not None:
+                acts_NW = positions_NW[rows] == intervention.position
+                new_NW = torch.where(acts_NW, new_NW, wanted_NWU[rows, :, column])
+            wanted_NWU[rows, :, column] = new_NW
+        wanted_NWU = torch.where(self._acting, wanted_NWU, running_NWU)
+        active_NWU = (wanted_NWU != 0).to(wanted_NWU) - (running_NWU != 0).to(wanted_NWU)
+        return _Change(activation_NWU=wanted_NWU - running_NWU, active_NWU=active_NWU)
+
+    def _reconstruct(self, target: int, like_NWD: Tensor) -> Tensor:
+        """Output of the transcoder from the running codes, without interventions."""
+        pairs = [self.codes[source] for source in self.clt.sources_of(target)]
+        codes = SparseCodes.stacked(pairs, self.clt.config.n_features)
+        y_BD = self.clt.decode_layer(target, codes.values, codes.indices, self._inputs.get(target))
+        return y_BD.reshape(like_NWD.shape)
+
+    def _add_changes(self, target: int, y_NWD: Tensor) -> Tensor:
+        """Adds what the interventions change in the transcoder's output."""
+        sources = self.clt.sources_of(target)
+        for source in (layer for layer in sources if layer in self.plan):
+            row, change = source - sources.start, self._changes[source]
+            written_NWU = change.activation_NWU
+            if self.clt.config.feature_offset:
+                written_NWU = written_NWU + change.active_NWU * self.clt.offset[str(target)][row, self._numbers[source]]
+            y_NWD = y_NWD + written_NWU @ self.clt.W_dec[str(target)][row, self._numbers[source]]
+        return y_NWD
+
+
+class ReplacedOutputs(LiveEdits):
+    """MLP outputs are the transcoder's, with recorded errors where there are some.
+
+    Args:
+        clt: a whole folded transcoder.
+        columns: where it acts.
+        plan: interventions by layer.
+        errors: error terms of the same columns.
+        targets: layers whose outputs are the transcoder's; absent: all.
+
+    Raises:
+        GraphError: the errors were recorded for prompts of another shape.
+    """
+
+    def __init__(
+        self,
+        clt: CrossLayerTranscoder,
+        columns: Columns,
+        plan: Plan,
+        errors: RecordedErrors | None = None,
+        targets: Sequence[int] | None = None,
+    ) -> None:
+        super().__init__(clt, columns, plan)
+        if targets is not None:
+            self.targets = targets
+            self.sources = sorted({*plan, *(source for target in targets for source in clt.sources_of(target))})
+        self._errors = errors.by_target if errors else {}
+        expected = tuple(columns.replaced.shape)
+        for target, error_NSD in self._errors.items():
+            if tuple(error_NSD.shape[:2]) != expected:
+                found = tuple(error_NSD.shape[:2])
+                raise GraphError(
+                    f"errors of layer {target} are for prompts of shape {found}, not {expected}; record anew"
+                )
+
+    def write(self, target: int, own_NWD: Tensor) -> Tensor:
+        y_NWD = self._add_changes(target, self._reconstruct(target, own_NWD))
+        if target in self._errors:
+            y_NWD = y_NWD + self._errors[target]
+        return torch.where(self._acting, y_NWD.to(own_NWD.dtype), own_NWD)
+
+
+class SteeredOutputs(LiveEdits):
+    """MLP outputs are the model's own plus what the interventions change; only what that needs is encoded."""
+
+    def __init__(self, clt: CrossLayerTranscoder, columns: Columns, plan: Plan) -> None:
+        super().__init__(clt, columns, plan)
+        self.sources = sorted(plan)
+        self.targets = sorted({target for source in plan for target in clt.targets_of(source)})
+
+    def write(self, target: int, own_NWD: Tensor) -> Tensor:
+        return self._add_changes(target, own_NWD).to(own_NWD.dtype)
+
+
+class RecordedOutputs(LiveEdits):
+    """MLP outputs stay the model's own; what the transcoder misses is recorded in `errors`."""
+
+    def __init__(self, clt: CrossLayerTranscoder, columns: Columns) -> None:
+        super().__init__(clt, columns, {})
+        self.errors: dict[int, Tensor] = {}
+
+    def write(self, target: int, own_NWD: Tensor) -> Tensor:
+        error_NWD = own_NWD - self._reconstruct(target, own_NWD)
+        self.errors[target] = torch.where(self._acting, error_NWD, 0)
+        return own_NWD

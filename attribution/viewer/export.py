@@ -1,0 +1,241 @@
+"""From a pruned attribution graph to files that people open: a JSON document and one self-contained web page.
+
+The document follows the schema that circuit-tracer writes and Neuronpedia reads, with node ids made unique (there an
+error node of layer l bears the id of a feature of layer 0), and adds what a vision-language model needs: the patch that
+an image node stands for, its box in pixels, the images, and the numbers that say whether to believe the graph.
+`clt.attribution.viewer` holds the schema and the page.
+"""
+
+from __future__ import annotations
+
+import base64
+import io
+import os
+import tempfile
+from collections import Counter
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict
+from importlib.metadata import version
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import torch
+from PIL import Image
+from torch import Tensor
+
+from clt.attribution.graphs.graph import Graph, GraphImage, NodeKind
+from clt.attribution.graphs.scores import PrunedGraph, score
+from clt.attribution.viewer.document import (
+    CountEntry,
+    GraphDocument,
+    ImageEntry,
+    Metadata,
+    QueryParameters,
+    ScoreEntry,
+)
+from clt.attribution.viewer.entries import link_entries, node_entries, position_entries, short, target_entries
+from clt.attribution.viewer.page import DOCUMENT_NAME, PAGE_NAME, render_page
+from clt.errors import GraphError
+
+if TYPE_CHECKING:
+    from clt.attribution.graphs.faithfulness import EdgeReport
+
+#: Longer side in pixels of an embedded picture.
+LARGEST_PICTURE = 1024
+
+
+def graph_document(
+    graph: Graph,
+    pruned: PrunedGraph,
+    images: Sequence[Image.Image] = (),
+    *,
+    feature_labels: Mapping[tuple[int, int], str] | None = None,
+    edge_check: EdgeReport | None = None,
+    slug: str = "graph",
+    max_nodes: int = 500,
+) -> GraphDocument:
+    """Describes a pruned graph as a document.
+
+    Args:
+        graph: the unpruned graph.
+        pruned: what to show of it; see `clt.attribution.graphs.scores.prune`.
+        images: the original images, to which pixel boxes then refer; absent: the graph's own copies.
+        feature_labels: text by (layer, feature number).
+        edge_check: edges compared with interventions; absent: not measured.
+        slug: short name of the graph.
+        max_nodes: features, errors and biases to show at most, the most influential first. Tokens and targets are
+            always shown, and the document says what was left out.
+
+    Returns:
+        The document.
+
+    Raises:
+        GraphError: the pruned graph is of another graph, an image does not fit, or a target occurs twice.
+    """
+    if pruned.graph is not graph:
+        raise GraphError("the pruned graph was made from another graph; prune this one")
+    if max_nodes < 1:
+        raise GraphError(f"max_nodes is {max_nodes}; choose at least 1")
+    shown, left_out = _capped(pruned, max_nodes)
+    pictures = _image_entries(graph, images)
+    nodes = node_entries(graph, pruned.influence, shown, pictures, feature_labels or {})
+    for node_id, count in Counter(node.node_id for node in nodes.values()).items():
+        if count > 1:
+            raise GraphError(f"node {node_id} occurs {count} times; choose each target once")
+    links = link_entries(pruned, nodes)
+    targets = target_entries(graph, nodes)
+    metadata = Metadata(
+        slug=slug,
+        scan=graph.model.name,
+        transcoder_list=(graph.clt_fingerprint,),
+        prompt_tokens=graph.token_strings,
+        prompt=graph.prompt,
+        info={"generator": {"name": "vlm-clt", "version": version("vlm-clt")}},
+        n_layers=graph.n_layers,
+        model=asdict(graph.model),
+        transcoder=graph.clt_fingerprint,
+        positions=position_entries(graph),
+        images=pictures,
+        targets=targets,
+        scores=(*_score_entries(graph, shown), _edge_check_entry(edge_check)),
+        counts=_count_entry(graph, len(nodes), len(links), left_out),
+    )
+    opening = QueryParameters(clicked_id=targets[0].node_id)
+    return GraphDocument(metadata=metadata, q_params=opening, nodes=tuple(nodes.values()), links=links)
+
+
+def write_export(document: GraphDocument, folder: Path | str) -> Path:
+    """Writes `graph.json` and the self-contained page `index.html`, each whole or not at all.
+
+    Args:
+        document: what to write.
+        folder: made when it does not exist.
+
+    Returns:
+        Path of the page.
+
+    Raises:
+        GraphError: the folder cannot be made or written to.
+    """
+    folder = Path(folder)
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        _write_whole(folder / DOCUMENT_NAME, document.to_json())
+        _write_whole(folder / PAGE_NAME, render_page(document.to_tree()))
+    except OSError as error:
+        raise GraphError(f"{folder}: cannot write the page there ({error.strerror}); choose another folder") from None
+    return folder / PAGE_NAME
+
+
+def _capped(pruned: PrunedGraph, max_nodes: int) -> tuple[Tensor, int]:
+    """Mask of the shown nodes, and how many of those that pruning kept are left out."""
+    inner = pruned.node_mask & pruned.graph.nodes.is_kind(NodeKind.FEATURE, NodeKind.ERROR, NodeKind.BIAS)
+    candidates = inner.nonzero()[:, 0]
+    by_influence = candidates[pruned.influence[candidates].argsort(descending=True, stable=True)]
+    shown = pruned.node_mask.clone()
+    shown[by_influence[max_nodes:]] = False
+    return shown, max(0, len(candidates) - max_nodes)
+
+
+def _image_entries(graph: Graph, originals: Sequence[Image.Image]) -> tuple[ImageEntry, ...]:
+    if originals and len(originals) != len(graph.images):
+        raise GraphError(f"{len(originals)} images given for a graph of {len(graph.images)}; pass those of the prompt")
+    pictures = originals or [Image.fromarray(image.pixels.numpy()) for image in graph.images]
+    return tuple(_image_entry(image, picture) for image, picture in zip(graph.images, pictures, strict=True))
+
+
+def _image_entry(image: GraphImage, picture: Image.Image) -> ImageEntry:
+    height, width = image.pixels.shape[:2]
+    scale_x, scale_y = picture.width / width, picture.height / height
+    # A copy that was scaled down to whole pixels may have another aspect ratio by this much.
+    if abs(scale_x / scale_y - 1) > 1 / width + 1 / height:
+        given = f"{picture.width}x{picture.height}"
+        raise GraphError(f"an image of {given} pixels was given for one of {width}x{height}; pass those of the prompt")
+    left, top, right, bottom = image.box
+    shown = picture.convert("RGB")
+    shown.thumbnail((LARGEST_PICTURE, LARGEST_PICTURE))
+    buffer = io.BytesIO()
+    shown.save(buffer, format="PNG")
+    return ImageEntry(
+        data_uri=f"data:image/png;base64,{base64.b64encode(buffer.getvalue()).decode('ascii')}",
+        width=picture.width,
+        height=picture.height,
+        grid_rows=image.grid[0],
+        grid_cols=image.grid[1],
+        region=(left * scale_x, top * scale_y, right * scale_x, bottom * scale_y),
+    )
+
+
+def _count_entry(graph: Graph, nodes_shown: int, links_shown: int, left_out: int) -> CountEntry:
+    return CountEntry(
+        nodes_total=len(graph.nodes),
+        nodes_shown=nodes_shown,
+        links_total=int(torch.count_nonzero(graph.edges)),
+        links_shown=links_shown,
+        inner_left_out=left_out,
+    )
+
+
+def _score_entries(graph: Graph, shown: Tensor) -> tuple[ScoreEntry, ...]:
+    whole, page = score(graph), score(graph, shown)
+    uncomputed = ""
+    if whole.uncomputed > 0:
+        uncomputed = (
+            f" Counts {whole.uncomputed:.1%} of the paths, at features whose inputs were not computed, as error."
+        )
+    return (
+        ScoreEntry(
+            key="replacement_score",
+            name="Replacement score",
+            value=short(whole.replacement),
+            unit="share",
+            reading="of the paths end at tokens and patches, not at errors; 100 % is best",
+            definition="Share of the paths from the targets, weighted by edges, that run through features to tokens "
+            f"and patches, in the unpruned graph.{uncomputed}",
+        ),
+        ScoreEntry(
+            key="completeness_score",
+            name="Completeness",
+            value=short(whole.completeness),
+            unit="share",
+            reading="of the inputs of what matters are explained, not errors; 100 % is best",
+            definition="Share of the inputs of features and targets, weighted by influence, that are not error nodes, "
+            f"in the unpruned graph.{uncomputed}",
+        ),
+        ScoreEntry(
+            key="page_replacement_score",
+            name="Replacement score, this page",
+            value=short(page.replacement),
+            unit="share",
+            reading="the same with every node that is not on this page counted as error",
+            definition="Replacement score with pruned nodes as errors: how much of the targets this page explains.",
+        ),
+    )
+
+
+def _edge_check_entry(check: EdgeReport | None) -> ScoreEntry:
+    reading = "no edge of this graph was compared with an intervention"
+    if check is not None:
+        reading = f"over {len(check.error)} edges measured by intervention; below 1e-5 is rounding"
+    return ScoreEntry(
+        key="edge_max_rel_error",
+        name="Largest edge error",
+        value=None if check is None else short(check.max_rel_error),
+        unit="error",
+        reading=reading,
+        definition="Largest |predicted - measured| over the largest entry of the edge's row: the source is added once "
+        "more with attention patterns, norm denominators and all other MLP outputs held.",
+    )
+
+
+def _write_whole(path: Path, text: str) -> None:
+    descriptor, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
+    try:
+        with os.fdopen(descriptor, "w", encoding="ascii") as file:
+            file.write(text)
+        # mkstemp makes the file private; a page is as readable as any other result.
+        os.chmod(temporary, 0o644)
+        os.replace(temporary, path)
+    except BaseException:
+        os.unlink(temporary)
+        raise

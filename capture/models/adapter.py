@@ -1,0 +1,280 @@
+"""One view of a decoder model, with or without images: modules by name, prompts to tensors, forward and generate.
+
+First stage of the journey: everything that touches a Hugging Face model goes through `ModelAdapter`, which finds the
+parts of the model by discovery (`clt.capture.models.structure`) and says so when a part is missing. docs/models.md
+lists the supported models and how to add one.
+
+Shape letters: N prompts, S prompt length with padding, V vocabulary.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, cast
+
+import torch
+from torch import Tensor, nn
+
+from clt.capture.models.architectures import Architecture, attention_of, find_architecture, require_residual_stream
+from clt.capture.models.loading import DeviceMap, Placement, Quantization, identify, load_model
+from clt.capture.models.prompts import PromptEncoder, PromptInputs, collate
+from clt.capture.models.sites import Sites
+from clt.capture.models.structure import Structure
+from clt.records import ModelIdentity, TokenTable
+
+if TYPE_CHECKING:
+    from PIL import Image
+
+__all__ = ["ModelAdapter", "PromptInputs"]
+
+
+class ModelAdapter:
+    """A frozen model with its tokenizer, its parts by name and its prompts.
+
+    Args:
+        model: a Hugging Face model; it is put in eval mode, frozen, and set to its fastest attention (`sdpa`).
+        processor_or_tokenizer: a processor with `tokenizer` and `image_processor`, or a tokenizer for text models.
+        identity: who the model is; absent: its class name and the fingerprint of its weights.
+
+    Raises:
+        ModelError: the model's class is not supported, or a part of it is not found.
+    """
+
+    def __init__(self, model: Any, processor_or_tokenizer: Any, identity: ModelIdentity | None = None) -> None:
+        name = type(model).__name__
+        architecture = find_architecture(name)
+        self.model = model.eval().requires_grad_(False)
+        self.model.set_attn_implementation(attention_of(type(model)))
+        self.identity: ModelIdentity = identity or identify(self.model, name, "local")
+        self.tokenizer: Any = getattr(processor_or_tokenizer, "tokenizer", processor_or_tokenizer)
+        self.structure: Structure = architecture.structure(self.model)
+        self.sites = Sites(self.structure, self.identity.name)
+        self.decoder: Any = self.structure.decoder
+        self.layers: tuple[nn.Module, ...] = tuple(block.block for block in self.structure.layers)
+        self.final_norm: nn.Module = self.structure.final_norm
+        self.lm_head: nn.Module = self.structure.lm_head
+        text = self.model.config.get_text_config()
+        self.n_layers: int = len(self.layers)
+        self.n_heads: int = text.num_attention_heads
+        self.n_kv_heads: int = getattr(text, "num_key_value_heads", None) or self.n_heads
+        self.head_dim: int = getattr(text, "head_dim", None) or text.hidden_size // self.n_heads
+        self.d_model: int = text.hidden_size
+        self.vocab_size: int = cast(Tensor, self.lm_head.weight).shape[0]
+        self._encoder = self._prompt_encoder(architecture, getattr(processor_or_tokenizer, "image_processor", None))
+        if not architecture.is_tested:
+            require_residual_stream(self)
+
+    @classmethod
+    def from_pretrained(
+        cls,
+        path: str | Path,
+        revision: str | None = None,
+        dtype: str = "float32",
+        device: str = "cpu",
+        *,
+        device_map: DeviceMap | None = None,
+        quantization: Quantization | None = None,
+    ) -> ModelAdapter:
+        """Loads a model, its tokenizer and its image processor from a folder or from the hub.
+
+        Args:
+            path: folder, or hub name such as `llava-hf/llava-1.5-7b-hf`.
+            revision: hub revision; ignored for folders.
+            dtype: float32, bfloat16, float16 or float64.
+            device: torch device.
+            device_map: how `accelerate` spreads the model over all GPUs; then `device` is not used.
+            quantization: how `bitsandbytes` rounds the weights of linear layers; what they compute is in `dtype`.
+
+        Returns:
+            The adapter, its model on `device`.
+
+        Raises:
+            ModelError: the folder does not exist, lacks a file, holds a damaged one, or a class that is not supported;
+                a package is missing; or the model does not fit the devices.
+        """
+        placement = Placement(device=device, device_map=device_map, quantization=quantization)
+        model, processor = load_model(str(path), revision, dtype, placement)
+        # The hub's commit, when there is one, says more than a branch.
+        commit = getattr(model.config, "_commit_hash", None) or revision or "main"
+        return cls(model, processor, identify(model, str(path), "local" if Path(path).is_dir() else commit))
+
+    @property
+    def device(self) -> torch.device:
+        """Where the model's weights are."""
+        return cast(Tensor, self.lm_head.weight).device
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """Floating-point type of the model's weights."""
+        return cast(Tensor, self.lm_head.weight).dtype
+
+    @property
+    def image_token_id(self) -> int | None:
+        """Vocabulary id of the image placeholder; None for text models."""
+        return None if self._encoder.images is None else self._encoder.images.token_id
+
+    @property
+    def end_ids(self) -> tuple[int, ...]:
+        """Vocabulary ids that end an answer: the tokenizer's, and the model's own, such as Gemma's end of a turn."""
+        settings = self.model.generation_config
+        own = None if settings is None else settings.eos_token_id
+        named = (self.tokenizer.eos_token_id, *(own if isinstance(own, list) else [own]))
+        return tuple(dict.fromkeys(token for token in named if token is not None))
+
+    @property
+    def image_processor(self) -> Any:
+        """Hugging Face image processor; None for text models."""
+        return None if self._encoder.images is None else self._encoder.images.image_processor
+
+    def attn(self, layer: int) -> nn.Module:
+        """Self-attention of a layer."""
+        return self.structure.layers[layer].attn
+
+    def attn_norm(self, layer: int) -> nn.Module:
+        """Norm before the attention of a layer."""
+        return self.structure.layers[layer].attn_norm
+
+    def mlp_norm(self, layer: int) -> nn.Module:
+        """Norm before the MLP of a layer."""
+        return self.structure.layers[layer].mlp_norm
+
+    def mlp(self, layer: int) -> nn.Module:
+        """MLP of a layer; its output is what the branch adds, unless a norm follows (Gemma): see site `mlp_out`."""
+        return self.structure.layers[layer].mlp
+
+    def v_proj(self, layer: int) -> nn.Module:
+        """Value projection of a layer, weight [n_kv_heads * head_dim, d_model]."""
+        return self.structure.layers[layer].v_proj
+
+    def o_proj(self, layer: int) -> nn.Module:
+        """Output projection of a layer's attention, weight [d_model, n_heads * head_dim]."""
+        return self.structure.layers[layer].o_proj
+
+    def site_names(self) -> tuple[str, ...]:
+        """All sites that can be read or edited, in the order of the forward pass; described in
+        `clt.capture.models.hooks`."""
+        return self.sites.names
+
+    def module_for(self, site: str) -> nn.Module:
+        """The module a site hangs on.
+
+        Args:
+            site: a name out of `site_names`.
+
+        Returns:
+            The module at whose input or output, or inside which, the site's tensor passes.
+
+        Raises:
+            ModelError: no such site; lists similar names.
+        """
+        return self.sites.place(site).module
+
+    def prepare(
+        self, prompt: str, images: Sequence[Image.Image] = (), answer: str | Sequence[int] | None = None
+    ) -> PromptInputs:
+        """Turns one prompt, its images and optionally its answer into a batch of one.
+
+        Args:
+            prompt: formatted text with one placeholder (such as `<image>`) per image.
+            images: pictures in the order of their placeholders.
+            answer: text whose tokens follow the prompt's, tokenized on its own, with an end-of-sequence token after it;
+                or token ids as they are, from `generate` for instance.
+
+        Returns:
+            The batch on the model's device; a beginning-of-sequence token comes first exactly once if the tokenizer
+            has one.
+
+        Raises:
+            InputError: the prompt does not have one placeholder per image, or the model takes no images.
+            ModelError: the image processor does not make images of the size that the vision tower takes.
+        """
+        inputs = self._encoder.encode(prompt, images, answer)
+        model_inputs = {
+            name: value.to(self.device, self.dtype if value.is_floating_point() else value.dtype)
+            for name, value in inputs.model_inputs.items()
+        }
+        tokens = TokenTable(**{name: value.to(self.device) for name, value in vars(inputs.tokens).items()})
+        start = inputs.answer_start.to(self.device)
+        return replace(inputs, model_inputs=model_inputs, tokens=tokens, answer_start=start)
+
+    @property
+    def size_matters(self) -> bool:
+        """Whether the size of an image decides how many tokens it becomes."""
+        return self._encoder.images is not None and self._encoder.images.size_matters
+
+    def count_tokens(
+        self,
+        prompt: str,
+        images: int | Sequence[tuple[int, int]] = 0,
+        answer: str | Sequence[int] | None = None,
+    ) -> int:
+        """Number of tokens that `prepare` would give, without looking at the images; same errors.
+
+        Args:
+            prompt: see `prepare`.
+            images: height and width of each image in pixels; where `size_matters` is false, how many there are will do.
+            answer: see `prepare`.
+        """
+        return self._encoder.count(prompt, images, answer)
+
+    def collate(self, batch: Sequence[PromptInputs]) -> PromptInputs:
+        """Joins batches into one, padded on the left.
+
+        Args:
+            batch: at least one batch, for instance from `prepare`.
+
+        Returns:
+            A batch of all their prompts in order; S is the longest length.
+        """
+        images = self._encoder.images
+        return collate(batch, self._pad_id(), 0 if images is None else images.join_axis)
+
+    def forward(self, inputs: PromptInputs) -> Tensor:
+        """Runs the model once.
+
+        Args:
+            inputs: N prompts.
+
+        Returns:
+            Logits [N,S,V] in the model's dtype; whether gradients are recorded is the caller's business.
+        """
+        return self.model(**inputs.model_inputs, use_cache=False).logits
+
+    def generate(self, inputs: PromptInputs, max_new_tokens: int) -> list[list[int]]:
+        """Continues each prompt greedily with a key-value cache.
+
+        Args:
+            inputs: N prompts without answers.
+            max_new_tokens: most tokens to add, > 0.
+
+        Returns:
+            New token ids of each prompt, the token that ends the answer included where it came.
+        """
+        from transformers import GenerationConfig
+
+        settings = GenerationConfig(
+            do_sample=False,
+            max_new_tokens=max_new_tokens,
+            eos_token_id=list(self.end_ids) or None,
+            pad_token_id=self._pad_id(),
+            use_cache=True,
+        )
+        # generate() derives position ids from the attention mask at each step; ours cover the prompt only.
+        arguments = {name: value for name, value in inputs.model_inputs.items() if name != "position_ids"}
+        with torch.no_grad():
+            ids = self.model.generate(**arguments, generation_config=settings)
+        new = ids[:, inputs.model_inputs["input_ids"].shape[1] :].tolist()
+        ends = (next((place for place, token in enumerate(row) if token in self.end_ids), len(row)) for row in new)
+        return [row[: end + 1] for row, end in zip(new, ends, strict=True)]
+
+    def _pad_id(self) -> int:
+        pad, eos = self.tokenizer.pad_token_id, self.tokenizer.eos_token_id
+        return pad if pad is not None else (eos or 0)
+
+    def _prompt_encoder(self, architecture: Architecture, image_processor: Any) -> PromptEncoder:
+        images = None
+        if architecture.image_tokens is not None:
+            images = architecture.image_tokens(self.model, self.tokenizer, image_processor)
+        return PromptEncoder(model_name=self.identity.name, tokenizer=self.tokenizer, images=images)

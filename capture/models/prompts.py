@@ -1,0 +1,263 @@
+"""Prompts and images to model inputs, every token knowing what it is and which image patch it shows.
+
+`ModelAdapter.prepare` and `ModelAdapter.collate` are the public doors. The image placeholder of a prompt is expanded
+here, as `clt.capture.models.image_tokens` says for the model's family.
+
+Shape letters: N prompts, S prompt length with padding.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor, nn
+
+from clt.capture.models.image_tokens import NO_PATCH, EncodedImages, ImageText, ImageTokens, Patch
+from clt.errors import InputError
+from clt.records import Modality, TokenTable
+
+if TYPE_CHECKING:
+    from PIL import Image
+
+#: Height and width of a picture in pixels.
+Size = tuple[int, int]
+#: Stands for any size where sizes do not matter.
+_ANY_SIZE: Size = (64, 64)
+#: Model inputs [N,S], which are padded on the left; all others belong to images.
+_TOKEN_INPUTS = ("input_ids", "attention_mask", "position_ids", "mm_token_type_ids", "token_type_ids")
+
+
+@dataclass(frozen=True, kw_only=True)
+class PromptInputs:
+    """N prompts as the model takes them; padding is on the left.
+
+    Attributes:
+        model_inputs: keyword arguments of the model: input_ids, attention_mask, position_ids [N,S] int64 and, where
+            there are images, pixel_values in the model's own shape ([images,3,height,width] in LLaVA).
+        tokens: [N,S] where each token comes from; modality PAD and position -1 for padding.
+        answer_start: [N] int64, column of the first answer token; S when there is no answer.
+        images: the pictures of each prompt.
+        prompts: the prompts as text.
+    """
+
+    model_inputs: dict[str, Tensor]
+    tokens: TokenTable
+    answer_start: Tensor
+    images: tuple[tuple[Image.Image, ...], ...]
+    prompts: tuple[str, ...]
+
+    @property
+    def real_mask(self) -> Tensor:
+        """[N,S] bool: tokens that are not padding."""
+        return self.tokens.modality != Modality.PAD
+
+    def grid(self, prompt: int, image: int) -> tuple[int, int]:
+        """Rows and columns of the patches of an image of a prompt."""
+        tokens = self.tokens.select(prompt)
+        patches = tokens.image == image
+        return int(tokens.patch_row[patches].max()) + 1, int(tokens.patch_col[patches].max()) + 1
+
+    @property
+    def answer_mask(self) -> Tensor:
+        """[N,S] bool: columns whose next token is an answer token or the end of sequence, those that predict it."""
+        length = self.tokens.modality.shape[1]
+        column = torch.arange(length, device=self.answer_start.device)
+        return (column >= self.answer_start[:, None] - 1) & (column < length - 1)
+
+
+@dataclass(frozen=True, kw_only=True)
+class _Column:
+    """One token of a prompt before it becomes tensors."""
+
+    token_id: int
+    modality: Modality = Modality.TEXT
+    patch_row: int = -1
+    patch_col: int = -1
+    image: int = -1
+
+
+@dataclass(frozen=True, kw_only=True)
+class PromptEncoder:
+    """Turns prompts into `PromptInputs` for one model.
+
+    Attributes:
+        model_name: for error messages.
+        tokenizer: Hugging Face tokenizer.
+        images: what turns images into tokens; None for text models.
+    """
+
+    model_name: str
+    tokenizer: Any
+    images: ImageTokens | None
+    _texts_of_sizes: dict[Size, ImageText] = field(default_factory=dict, init=False, repr=False, compare=False)
+
+    def count(self, prompt: str, images: int | Sequence[Size], answer: str | Sequence[int] | None) -> int:
+        """Number of tokens that `encode` would give, without looking at the images."""
+        sizes: Sequence[Size] = [_ANY_SIZE] * images if isinstance(images, int) else images
+        if isinstance(images, int) and images and self.images is not None and self.images.size_matters:
+            raise InputError(f"{self.model_name}: the size of an image decides how many tokens it has; give the sizes")
+        return len(self._columns(prompt, [self._text_of_size(size) for size in sizes])) + len(self._answer_ids(answer))
+
+    def encode(self, prompt: str, images: Sequence[Image.Image], answer: str | Sequence[int] | None) -> PromptInputs:
+        """A batch of one on the CPU, pixels in float32; see `ModelAdapter.prepare`."""
+        encoded = EncodedImages(model_inputs={}, texts=())
+        if images:
+            encoded = self._image_tokens(prompt, images).encode([image.convert("RGB") for image in images])
+        columns = self._columns(prompt, encoded.texts)
+        answer_start = len(columns)
+        columns += [_Column(token_id=token_id) for token_id in self._answer_ids(answer)]
+        tokens = _token_table(columns)
+        return PromptInputs(
+            model_inputs=self._token_inputs(tokens) | encoded.model_inputs,
+            tokens=tokens,
+            answer_start=torch.tensor([answer_start]),
+            images=(tuple(images),),
+            prompts=(prompt,),
+        )
+
+    def _columns(self, prompt: str, texts: Sequence[ImageText]) -> list[_Column]:
+        """The prompt's tokens, image tokens included."""
+        blocks = [(number, block) for number, text in enumerate(texts) for block in text.blocks]
+        columns: list[_Column] = []
+        for index, token_id in enumerate(self._prompt_ids(prompt, texts)):
+            if self.images is not None and token_id == self.images.token_id:
+                if self.images.counts_positions and columns and columns[-1].image >= 0:
+                    # The model takes neighbours for one picture and numbers its positions wrongly.
+                    raise InputError(f"{_quoted(prompt)} has an image right after an image; write text between them")
+                columns += self._block_columns(*blocks.pop(0))
+            else:
+                bos = index == 0 and token_id == self.tokenizer.bos_token_id
+                columns.append(_Column(token_id=token_id, modality=Modality.BOS if bos else Modality.TEXT))
+        return columns
+
+    def _prompt_ids(self, prompt: str, texts: Sequence[ImageText]) -> list[int]:
+        """Token ids with one image token per block of patches."""
+        if texts:
+            self._image_tokens(prompt, texts)
+        pieces = [prompt] if self.images is None else prompt.split(self.images.placeholder)
+        if len(pieces) - 1 != len(texts):
+            counts = f"{len(pieces) - 1} image placeholders but {len(texts)} images"
+            raise InputError(f"{_quoted(prompt)} has {counts}; make them equal")
+        written = "".join(piece + text for piece, text in zip(pieces, [*(t.text for t in texts), ""], strict=True))
+        ids = [*self.tokenizer(written)["input_ids"]]
+        bos = self.tokenizer.bos_token_id
+        if bos is not None:
+            first_other = next((index for index, token_id in enumerate(ids) if token_id != bos), len(ids))
+            ids = [bos, *ids[first_other:]]
+        n_blocks = sum(len(text.blocks) for text in texts)
+        if self.images is not None and ids.count(self.images.token_id) != n_blocks:
+            found = ids.count(self.images.token_id)
+            raise InputError(
+                f"{_quoted(prompt)} becomes {found} image tokens, expected {n_blocks}; check the tokenizer"
+            )
+        if not ids:
+            raise InputError(f"{_quoted(prompt)} has no tokens; write a prompt")
+        return ids
+
+    def _answer_ids(self, answer: str | Sequence[int] | None) -> list[int]:
+        if not isinstance(answer, str):
+            return [] if answer is None else [*answer]
+        eos = self.tokenizer.eos_token_id
+        return [*self.tokenizer(answer, add_special_tokens=False)["input_ids"], *([] if eos is None else [eos])]
+
+    def _image_tokens(self, prompt: str, images: Sequence[object]) -> ImageTokens:
+        if self.images is None or self.images.image_processor is None:
+            raise InputError(f"{self.model_name} takes no images; {_quoted(prompt)} comes with {len(images)}")
+        return self.images
+
+    def _text_of_size(self, size: Size) -> ImageText:
+        """What a picture of some height and width becomes; a blank one tells, once per size."""
+        if size not in self._texts_of_sizes:
+            from PIL import Image
+
+            blank = Image.new("RGB", (size[1], size[0]))
+            self._texts_of_sizes[size] = self._image_tokens("a prompt", [size]).encode([blank]).texts[0]
+        return self._texts_of_sizes[size]
+
+    def _block_columns(self, image: int, block: Sequence[Patch]) -> list[_Column]:
+        assert self.images is not None
+        return [
+            _Column(
+                token_id=self.images.token_id,
+                modality=Modality.IMAGE_SPECIAL if (row, col) == NO_PATCH else Modality.IMAGE,
+                patch_row=row,
+                patch_col=col,
+                image=image,
+            )
+            for row, col in block
+        ]
+
+    def _token_inputs(self, tokens: TokenTable) -> dict[str, Tensor]:
+        inputs = {"input_ids": tokens.token_id.long(), "attention_mask": torch.ones_like(tokens.token_id.long())}
+        if self.images is None or not self.images.counts_positions:
+            inputs["position_ids"] = tokens.position.long()
+        if self.images is not None and self.images.type_ids is not None:
+            inputs[self.images.type_ids] = (tokens.image >= 0).long()
+        return inputs
+
+
+def _token_table(columns: Sequence[_Column]) -> TokenTable:
+    def row(name: str, dtype: torch.dtype) -> Tensor:
+        return torch.tensor([[int(getattr(column, name)) for column in columns]], dtype=dtype)
+
+    position = torch.arange(len(columns))[None]
+    return TokenTable(
+        sample=torch.zeros_like(position),
+        position=position.int(),
+        token_id=row("token_id", torch.int32),
+        modality=row("modality", torch.uint8),
+        patch_row=row("patch_row", torch.int16),
+        patch_col=row("patch_col", torch.int16),
+        image=row("image", torch.int16),
+    )
+
+
+def collate(batch: Sequence[PromptInputs], pad_id: int, image_axis: int = 0) -> PromptInputs:
+    """Joins batches into one, padded on the left to the longest.
+
+    Args:
+        batch: at least one batch.
+        pad_id: token id written into the padding, which nothing attends to.
+        image_axis: axis along which the model inputs of images are joined.
+
+    Returns:
+        A batch of all their prompts, in order.
+    """
+    length = max(item.tokens.modality.shape[1] for item in batch)
+
+    def joined(parts: Sequence[Tensor], fill: int) -> Tensor:
+        return torch.cat([nn.functional.pad(part, (length - part.shape[1], 0), value=fill) for part in parts])
+
+    fills = {"sample": 0, "position": -1, "token_id": pad_id, "modality": int(Modality.PAD)}
+    fills |= {"patch_row": -1, "patch_col": -1, "image": -1}
+    model_inputs = {}
+    for name in dict.fromkeys(name for item in batch for name in item.model_inputs):
+        parts = [item.model_inputs[name] for item in batch if name in item.model_inputs]
+        if name in _TOKEN_INPUTS:
+            model_inputs[name] = joined(parts, pad_id if name == "input_ids" else 0)
+        else:
+            model_inputs[name] = _join_images(parts, image_axis)
+    return PromptInputs(
+        model_inputs=model_inputs,
+        tokens=TokenTable(**{n: joined([getattr(item.tokens, n) for item in batch], f) for n, f in fills.items()}),
+        answer_start=torch.cat([item.answer_start + (length - item.tokens.modality.shape[1]) for item in batch]),
+        images=tuple(images for item in batch for images in item.images),
+        prompts=tuple(prompt for item in batch for prompt in item.prompts),
+    )
+
+
+def _join_images(parts: Sequence[Tensor], axis: int) -> Tensor:
+    """Joins along an axis; the others are filled up with zeros, as for pictures with fewer views (LLaVA-Next)."""
+    shape = [max(sizes) for sizes in zip(*(part.shape for part in parts), strict=True)]
+    padded = []
+    for part in parts:
+        missing = [0 if a == axis else shape[a] - part.shape[a] for a in range(part.ndim)]
+        padded.append(nn.functional.pad(part, [n for count in reversed(missing) for n in (0, count)]))
+    return torch.cat(padded, dim=axis)
+
+
+def _quoted(prompt: str) -> str:
+    return f"prompt {prompt[:60]!r}"

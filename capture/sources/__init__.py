@@ -1,0 +1,1 @@
+"""Prompts and images for a capture: files, Hugging Face datasets, and the toy tasks."""

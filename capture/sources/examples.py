@@ -1,0 +1,177 @@
+"""Where prompts come from: the toy tasks, files with images beside them, a folder of images, or a dataset.
+
+A source knows the text of all its examples at once, which is what planning a capture needs, and decodes the images of
+one example at a time.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import IO, Protocol
+
+from PIL import ExifTags, Image, ImageOps
+
+from clt.capture.models.prompts import Size
+from clt.capture.sources.settings import JsonlSource, SourceSettings, ToySource
+from clt.errors import InputError
+
+__all__ = [
+    "Example",
+    "ExampleSource",
+    "ExampleText",
+    "JsonlSource",
+    "SourceSettings",
+    "ToySource",
+    "image_size",
+    "load_image",
+    "open_source",
+]
+
+#: EXIF orientations of pictures that have to be turned by a quarter.
+_LYING = (5, 6, 7, 8)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Example:
+    """One prompt with its images, ready for `ModelAdapter.prepare`.
+
+    Attributes:
+        example_id: unique within its source.
+        prompt: formatted text with one `<image>` per image.
+        images: RGB pictures.
+        answer: text that follows the prompt, or None.
+    """
+
+    example_id: str
+    prompt: str
+    images: tuple[Image.Image, ...] = ()
+    answer: str | None = None
+
+
+@dataclass(frozen=True, kw_only=True)
+class ExampleText:
+    """An example without its pictures.
+
+    Attributes:
+        example_id: unique within its source.
+        prompt: formatted text with one `<image>` per image.
+        n_images: how many pictures it has.
+        answer: text that follows the prompt, or None.
+    """
+
+    example_id: str
+    prompt: str
+    n_images: int
+    answer: str | None
+
+
+class ExampleSource(Protocol):
+    """A fixed list of examples; their texts are at hand, their images are loaded one example at a time."""
+
+    texts: tuple[ExampleText, ...]
+
+    def load(self, index: int) -> Example:
+        """The example of that number; InputError when an image cannot be decoded."""
+
+    def sizes(self, index: int) -> tuple[Size, ...]:
+        """Sizes of the images of an example, from their headers; InputError when one is no image."""
+
+    def digest(self) -> str:
+        """Hex digest of everything that decides the examples, image pixels apart."""
+
+
+def open_source(settings: SourceSettings) -> ExampleSource:
+    """Opens the source that the settings name.
+
+    Args:
+        settings: exactly one source.
+
+    Returns:
+        Its examples.
+
+    Raises:
+        InputError: a file or a dataset cannot be read, or a toy task is unknown.
+    """
+    # These build on Example above, so they are imported when they are needed.
+    from clt.capture.sources.file_sources import open_folder, open_json, open_jsonl
+    from clt.capture.sources.hf_datasets import DatasetExamples
+
+    if settings.toy is not None:
+        return _ToyExamples(settings.toy)
+    if settings.jsonl is not None:
+        return open_jsonl(settings.jsonl)
+    if settings.json is not None:
+        return open_json(settings.json)
+    if settings.folder is not None:
+        return open_folder(settings.folder)
+    assert settings.dataset is not None
+    return DatasetExamples(settings.dataset)
+
+
+def load_image(file: Path | str | IO[bytes], name: str | None = None) -> Image.Image:
+    """Decodes an image whole.
+
+    Args:
+        file: path or contents, in any format that Pillow reads.
+        name: for error messages; absent: the path.
+
+    Returns:
+        An RGB image, turned upright as its EXIF data says.
+
+    Raises:
+        InputError: the file is missing, or is not a whole image.
+    """
+    with _opened(file, name) as image:
+        return ImageOps.exif_transpose(image).convert("RGB")
+
+
+def image_size(file: Path | str | IO[bytes], name: str | None = None) -> Size:
+    """Height and width that `load_image` would give, for most formats without decoding; same arguments and errors."""
+    with _opened(file, name) as image:
+        # Pillow turns TIFF pictures itself.
+        lies = image.format != "TIFF" and image.getexif().get(ExifTags.Base.Orientation) in _LYING
+        return (image.width, image.height) if lies else (image.height, image.width)
+
+
+@contextmanager
+def _opened(file: Path | str | IO[bytes], name: str | None) -> Iterator[Image.Image]:
+    try:
+        with Image.open(file) as image:
+            yield image
+    # Pillow reports damaged PNG data as a SyntaxError, and absurd sizes as a decompression bomb.
+    except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
+        reason = " ".join(str(error).split()) or type(error).__name__
+        raise InputError(f"{name or file}: the image cannot be decoded ({reason}); repair or remove it") from None
+
+
+def text_digest(parts: Sequence[str]) -> str:
+    """Hex digest of texts."""
+    return hashlib.sha256("\n".join(parts).encode()).hexdigest()
+
+
+class _ToyExamples:
+    def __init__(self, settings: ToySource) -> None:
+        from clt.capture.sources.toy import TASKS, toy_samples
+
+        self._seed = settings.seed
+        self._samples = toy_samples(settings.n, settings.seed, settings.tasks if settings.tasks is not None else TASKS)
+        self.texts = tuple(
+            ExampleText(example_id=self._id(i), prompt=sample.prompt, n_images=1, answer=sample.answer)
+            for i, sample in enumerate(self._samples)
+        )
+
+    def load(self, index: int) -> Example:
+        return self._samples[index].to_example(self._id(index))
+
+    def sizes(self, index: int) -> tuple[Size, ...]:
+        return tuple((image.height, image.width) for image in self.load(index).images)
+
+    def digest(self) -> str:
+        return text_digest([repr(sample) for sample in self._samples])
+
+    def _id(self, index: int) -> str:
+        return f"toy-{self._seed}-{index:06d}"

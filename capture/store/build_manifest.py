@@ -1,0 +1,181 @@
+"""Joins the committed units of a store into its manifest.
+
+Everything here follows from the committed files alone and always in unit order, so that every worker that finalizes
+writes the same bytes.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import fields
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from clt.capture.storage.base import Storage
+from clt.capture.store.arrays import DATA, ArraySpec
+from clt.capture.store.file_records import FileRecord, check_size, put_same, read_checked, record_file, record_of
+from clt.capture.store.json_files import unsealed
+from clt.capture.store.layout import StoreArrays, commit_path, stats_path
+from clt.capture.store.moments import Moments, unpack_moments
+from clt.capture.store.schema import (
+    PLAN,
+    QUANTISATION,
+    SPEC,
+    TOKEN_CLASSES,
+    CapturePlan,
+    Manifest,
+    QuantisationError,
+    SiteGroup,
+    UnitEntry,
+    UnitRecord,
+)
+from clt.capture.store.shard import standing_shard
+from clt.capture.store.shard_rows import read_rows, write_rows
+from clt.errors import StoreError
+
+_BOS = TOKEN_CLASSES.index("bos")
+
+
+def build_manifest(storage: Storage, arrays: StoreArrays, plan: CapturePlan, digest: str) -> Manifest:
+    """Checks all commit records, merges the statistics and writes them as Zarr arrays.
+
+    Args:
+        storage: the store's files.
+        arrays: its arrays.
+        plan: its plan; all units are committed.
+        digest: `store_digest`, which all records carry.
+
+    Returns:
+        The manifest, not yet written.
+
+    Raises:
+        StoreError: a record does not belong to this store, or a committed file is missing or truncated.
+    """
+    sizes = {entry.key: entry.bytes for entry in storage.list("")}
+    units: list[UnitEntry] = []
+    for unit in range(plan.n_units):
+        commit, record = read_commit(storage, unit, digest)
+        if record.n_tokens != plan.unit_tokens[unit]:
+            raise StoreError(
+                f"{storage.name(commit.path)}: has {record.n_tokens} tokens, the plan says {plan.unit_tokens[unit]}; "
+                f"run 'clt store repair'"
+            )
+        for file in record.files:
+            check_size(storage, file, sizes.get(file.path))
+        units.append(unit_entry(commit, record))
+    total = merged_moments(storage, units, arrays.spec.groups)
+    common = [SPEC, PLAN, *([QUANTISATION] if arrays.spec.store_dtype == "int8" else []), *metadata_keys(arrays)]
+    stats = [file for group in arrays.spec.groups for file in _write_stats(storage, group, total[group.name])]
+    return Manifest(
+        spec=arrays.spec,
+        units=tuple(units),
+        files=(*(record_file(storage, key) for key in common), *stats),
+        quantisation=dict(_quantisation(arrays.spec.groups, total)),
+    )
+
+
+def read_commit(storage: Storage, unit: int, digest: str) -> tuple[FileRecord, UnitRecord]:
+    """Commit record of a unit, and the record of that file.
+
+    Raises:
+        StoreError: it is missing or damaged, or belongs to another store or unit.
+    """
+    path = commit_path(unit)
+    contents = storage.read(path)
+    _, record = unsealed(UnitRecord, contents, storage.name(path))
+    if record.store != digest or record.unit != unit:
+        raise StoreError(f"{storage.name(path)}: belongs to another store or unit; run 'clt store repair'")
+    return record_of(path, contents), record
+
+
+def committed_units(storage: Storage) -> set[int]:
+    """Numbers of the units that have a commit record."""
+    names = [entry.key.rpartition("/")[2] for entry in storage.list("units/commits/")]
+    return {int(name.removesuffix(".json")) for name in names if re.fullmatch(r"[0-9]+\.json", name)}
+
+
+def unit_entry(commit: FileRecord, record: UnitRecord) -> UnitEntry:
+    """What the manifest says of a unit."""
+    return UnitEntry(
+        unit=record.unit,
+        n_tokens=record.n_tokens,
+        sample_start=record.sample_start,
+        n_samples=len(record.sample_ids),
+        files=(commit, *record.files),
+    )
+
+
+def unit_moments(storage: Storage, record: UnitRecord | UnitEntry, groups: tuple[SiteGroup, ...]) -> dict[str, Moments]:
+    """Moments of a committed unit by group; raises StoreError if the file is missing or damaged."""
+    path = stats_path(record.unit)
+    file = next(file for file in record.files if file.path == path)
+    return unpack_moments(read_checked(storage, file), [group.name for group in groups], storage.name(path))
+
+
+def merged_moments(storage: Storage, units: Sequence[UnitEntry], groups: tuple[SiteGroup, ...]) -> dict[str, Moments]:
+    """Moments over units by group, merged in their order; raises StoreError as `unit_moments` does."""
+    total = {group.name: Moments.zeros(len(group.sites), group.width) for group in groups}
+    for unit in units:
+        for name, moments in unit_moments(storage, unit, groups).items():
+            total[name] = total[name].merge(moments)
+    return total
+
+
+def metadata_keys(arrays: StoreArrays) -> list[str]:
+    """Keys of the Zarr metadata of all groups and of all arrays that units share."""
+    return [f"{folder}/zarr.json" for folder in (*arrays.folders(), *(array.key for array in arrays.per_unit()))]
+
+
+def stats_arrays(group: SiteGroup) -> dict[str, ArraySpec]:
+    """Arrays of the merged moments of a group, by field of `Moments`."""
+    empty = Moments.zeros(len(group.sites), group.width)
+    specs = {}
+    for name in (f.name for f in fields(Moments)):
+        tensor: Tensor = getattr(empty, name)
+        specs[name] = ArraySpec(
+            key=f"{DATA}/stats/{group.name}/{name}",
+            units=1,
+            rows_per_unit=len(TOKEN_CLASSES),
+            chunk_rows=len(TOKEN_CLASSES),
+            shape=tuple(tensor.shape[1:]),
+            chunk_shape=tuple(tensor.shape[1:]),
+            dtype=str(tensor.dtype).removeprefix("torch."),
+            dimensions=("token_class", "site", "channel")[: tensor.ndim],
+            attributes={"token_classes": list(TOKEN_CLASSES)},
+        )
+    return specs
+
+
+def _write_stats(storage: Storage, group: SiteGroup, moments: Moments) -> Iterator[FileRecord]:
+    for name, array in stats_arrays(group).items():
+        put_same(storage, f"{array.key}/zarr.json", array.metadata())
+        yield record_of(f"{array.key}/zarr.json", array.metadata())
+        rows = getattr(moments, name).numpy()
+        written = write_rows(storage, array, 0, rows)
+        if written is None:
+            reader = standing_shard(storage, array, 0)
+            written, found = reader.record(), read_rows(reader, array, len(rows))
+            # Merging has no sums whose order could differ between machines.
+            if not np.array_equal(found, rows, equal_nan=True):
+                raise StoreError(
+                    f"{storage.name(written.path)}: is not of the units that are committed; delete it and run again"
+                )
+        yield written
+
+
+def _quantisation(
+    groups: tuple[SiteGroup, ...], total: Mapping[str, Moments]
+) -> Iterator[tuple[str, QuantisationError]]:
+    for group in groups:
+        # Beginning-of-sequence tokens would hide the error: their variance exceeds that of all others together.
+        moments = total[group.name].over([c for c in range(len(TOKEN_CLASSES)) if c != _BOS])
+        error, m2 = moments.error[0], moments.m2[0]
+        # A channel that never varies has no variance to be a fraction of.
+        by_channel = torch.where(m2 > 0, error / m2, 0.0)
+        pooled = torch.where(m2 > 0, error, 0.0).sum(1) / m2.sum(1)
+        for site, name in enumerate(group.sites):
+            worst = float(np.quantile(by_channel[site].numpy(), 0.99))
+            yield name, QuantisationError(fvu=float(pooled[site].nan_to_num()), fvu_p99=worst)

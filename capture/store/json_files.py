@@ -1,0 +1,110 @@
+"""How the JSON files of a store are written and read.
+
+The manifest and the commit records are sealed: the file holds the hash of the rest of its text, so that no byte of it
+can change unnoticed.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from dataclasses import asdict
+from typing import Any, TypeVar
+
+from pydantic import TypeAdapter, ValidationError
+
+from clt.capture.storage.base import Storage
+from clt.capture.store.schema import MANIFEST, SCHEMA_VERSION, CapturePlan, Manifest, StoreSpec
+from clt.errors import StoreError
+
+T = TypeVar("T")
+
+_HEAD, _TAIL = '{"id": "%s", "record": ', "}\n"
+#: Kept, because an adapter takes longer to make than to use.
+_adapters: dict[type, TypeAdapter[Any]] = {}
+
+
+def to_json(record: Any) -> bytes:
+    """A record as JSON text, the same text for the same record."""
+    return json.dumps(asdict(record), indent=1).encode()
+
+
+def store_digest(spec: StoreSpec, plan: CapturePlan) -> str:
+    """Hash of what a store is to hold; every commit record carries it, so that none strays into another store."""
+    return hashlib.sha256(to_json(spec) + to_json(plan)).hexdigest()
+
+
+def sealed(record: Any) -> tuple[str, bytes]:
+    """Hash of a record, and the contents of the file that holds both."""
+    body = json.dumps(asdict(record), separators=(",", ":"))
+    digest = hashlib.sha256(body.encode()).hexdigest()
+    return digest, (_HEAD % digest + body + _TAIL).encode()
+
+
+def unsealed(cls: type[T], contents: bytes, name: str) -> tuple[str, T]:
+    """Hash and record from the contents of a sealed file.
+
+    Args:
+        cls: dataclass of the record.
+        contents: of the file.
+        name: of the file, for error messages.
+
+    Raises:
+        StoreError: the file is damaged, or its schema has another major version.
+    """
+    body = contents[len(_HEAD % ("0" * 64)) : -len(_TAIL)]
+    digest = hashlib.sha256(body).hexdigest()
+    if contents != (_HEAD % digest).encode() + body + _TAIL.encode():
+        check_version(contents, name)
+        raise StoreError(f"{name}: contents do not match their hash; restore it or run 'clt store repair'")
+    return digest, parse(cls, body, name)
+
+
+def read_manifest(storage: Storage) -> tuple[str, Manifest]:
+    """Id and manifest of a complete store.
+
+    Raises:
+        StoreError: the file is missing or damaged, or of another major version.
+    """
+    return unsealed(Manifest, storage.read(MANIFEST), storage.name(MANIFEST))
+
+
+def parse(cls: type[T], contents: bytes, name: str) -> T:
+    """A record from JSON text; unknown keys are ignored.
+
+    Args:
+        cls: dataclass of the record.
+        contents: the text.
+        name: of the file, for error messages.
+
+    Returns:
+        The record.
+
+    Raises:
+        StoreError: the text is damaged, or its schema has another major version.
+    """
+    check_version(contents, name)
+    if cls not in _adapters:
+        _adapters[cls] = TypeAdapter(cls)
+    try:
+        record: T = _adapters[cls].validate_json(contents)
+    except ValidationError as error:
+        first = error.errors(include_url=False)[0]
+        key = ".".join(map(str, first["loc"])) or "top level"
+        message = " ".join(str(first["msg"]).split())
+        raise StoreError(f"{name}: damaged at '{key}' ({message}); restore it or run 'clt store repair'") from None
+    return record
+
+
+def check_version(contents: bytes, name: str) -> None:
+    """Says plainly that a file is of another major version, before its missing keys are called damage."""
+    try:
+        tree = json.loads(contents)
+    except ValueError:
+        return
+    for key in ("record", "spec"):
+        if isinstance(tree, dict) and isinstance(tree.get(key), dict):
+            tree = tree[key]
+    version = str(tree.get("schema_version", SCHEMA_VERSION)) if isinstance(tree, dict) else SCHEMA_VERSION
+    if version.partition(".")[0] != SCHEMA_VERSION.partition(".")[0]:
+        raise StoreError(f"{name}: store schema '{version}', this program reads {SCHEMA_VERSION}; capture again")

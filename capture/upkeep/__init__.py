@@ -1,0 +1,1 @@
+"""Checks, repairs, statistics and exports of a store."""

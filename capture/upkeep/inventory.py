@@ -1,0 +1,207 @@
+"""What a store says that it consists of, and which files are there.
+
+A store without a manifest is unfinished: its plan and its commit records say what exists. Every name that the store may
+ever give to a file follows from its spec and its plan, so that what is not ours is told from what is left over.
+"""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from functools import cached_property
+from typing import TypeVar
+
+from clt.capture.storage.base import PARTIAL_SUFFIX, Entry, Storage
+from clt.capture.store.build_manifest import metadata_keys, stats_arrays
+from clt.capture.store.file_records import FileRecord
+from clt.capture.store.json_files import check_version, parse, read_manifest, store_digest
+from clt.capture.store.layout import StoreArrays, commit_path, stats_path
+from clt.capture.store.schema import MANIFEST, PLAN, QUANTISATION, SPEC, CapturePlan, Manifest, StoreSpec
+from clt.capture.writing.leases import LEASES
+from clt.errors import StoreError
+
+T = TypeVar("T")
+
+QUARANTINE = "quarantine/"
+
+
+@dataclass(frozen=True, kw_only=True)
+class Problem:
+    """Something wrong with a store.
+
+    Attributes:
+        path: key of the file.
+        unit: whose file it is; None if it belongs to no unit.
+        message: one line that names the file, what is wrong, and the remedy.
+    """
+
+    path: str
+    unit: int | None
+    message: str
+
+
+@dataclass(frozen=True, kw_only=True)
+class Inventory:
+    """What a store is made of.
+
+    Attributes:
+        storage: its files.
+        store_id: hash of its contents; None while there is no readable manifest.
+        manifest: None while there is no readable one.
+        spec: what it holds.
+        plan: which samples each unit holds.
+        entries: every file that is there, by key.
+    """
+
+    storage: Storage
+    store_id: str | None
+    manifest: Manifest | None
+    spec: StoreSpec
+    plan: CapturePlan
+    entries: Mapping[str, Entry]
+
+    @cached_property
+    def arrays(self) -> StoreArrays:
+        """Its arrays."""
+        return StoreArrays(self.spec, self.plan.n_units)
+
+    @cached_property
+    def digest(self) -> str:
+        """What its commit records carry."""
+        return store_digest(self.spec, self.plan)
+
+    @cached_property
+    def committed(self) -> tuple[int, ...]:
+        """Units that have a commit record, in order."""
+        return tuple(unit for unit in range(self.plan.n_units) if commit_path(unit) in self.entries)
+
+    @cached_property
+    def recorded(self) -> dict[str, FileRecord]:
+        """Every file that the manifest lists, by key; empty for an unfinished store."""
+        if self.manifest is None:
+            return {}
+        units = (unit.files for unit in self.manifest.units)
+        return {record.path: record for record in itertools.chain(self.manifest.files, *units)}
+
+    @cached_property
+    def unit_of(self) -> dict[str, int]:
+        """Unit by key, of every file that the plan's units may have."""
+        return {key: unit for unit in range(self.plan.n_units) for key in self.unit_keys(unit)}
+
+    def unit_keys(self, unit: int) -> tuple[str, ...]:
+        """Keys of all files of a unit, its commit record last."""
+        shards = (array.shard(unit) for array in self.arrays.per_unit())
+        return (*shards, stats_path(unit), commit_path(unit))
+
+    @cached_property
+    def stats_keys(self) -> tuple[str, ...]:
+        """Keys of the merged statistics, which follow from those of the units."""
+        arrays = [array for group in self.spec.groups for array in stats_arrays(group).values()]
+        return tuple(key for array in arrays for key in (f"{array.key}/zarr.json", array.shard(0)))
+
+    @cached_property
+    def common_keys(self) -> frozenset[str]:
+        """Keys of all files that belong to no unit."""
+        quantisation = (QUANTISATION,) if self.spec.store_dtype == "int8" else ()
+        return frozenset((SPEC, PLAN, MANIFEST, *quantisation, *metadata_keys(self.arrays), *self.stats_keys))
+
+    def foreign(self) -> Iterator[str]:
+        """Keys of files that this store would never write."""
+        for key in self.entries:
+            if key not in self.unit_of and key not in self.common_keys and not is_scratch(key):
+                yield key
+
+    def leftovers(self) -> Iterator[Entry]:
+        """What workers left that no record speaks of: partial files, and files of units that were never committed."""
+        committed = set(self.committed)
+        for key, entry in self.entries.items():
+            if key.startswith(QUARANTINE):
+                continue
+            unit = self.unit_of.get(key)
+            unrecorded = unit is not None and (key not in self.recorded if self.manifest else unit not in committed)
+            if key.endswith(PARTIAL_SUFFIX) or unrecorded:
+                yield entry
+
+
+def is_scratch(key: str) -> bool:
+    """Whether a file is none of the store's data: a partial file, a lease, or one that was moved to quarantine."""
+    return key.endswith(PARTIAL_SUFFIX) or key.startswith((LEASES, QUARANTINE))
+
+
+def take_inventory(storage: Storage) -> tuple[Inventory | None, list[Problem]]:
+    """Finds out what a store consists of, from its manifest or, where that is missing or damaged, from its plan.
+
+    Args:
+        storage: the store's files.
+
+    Returns:
+        The inventory, None if neither says what the store is; and what is wrong with those files.
+
+    Raises:
+        StoreError: there is no store, or it is one of another major version.
+    """
+    entries = {entry.key: entry for entry in storage.list("")}
+    if not entries.keys() & {SPEC, MANIFEST}:
+        raise StoreError(f"{storage.url}: no activation store here; check the path or run the capture first")
+    _require_version(storage, [key for key in (MANIFEST, SPEC) if key in entries])
+    problems: list[Problem] = []
+    if MANIFEST in entries:
+        try:
+            store_id, manifest = read_manifest(storage)
+        except StoreError as error:
+            problems.append(Problem(path=MANIFEST, unit=None, message=str(error)))
+        else:
+            spec, plan = manifest.spec, plan_of(manifest)
+            return Inventory(
+                storage=storage, store_id=store_id, manifest=manifest, spec=spec, plan=plan, entries=entries
+            ), problems
+    found_spec = _read(storage, SPEC, StoreSpec, problems)
+    found_plan = _read(storage, PLAN, CapturePlan, problems)
+    if found_spec is None or found_plan is None:
+        return None, problems
+    if not _plausible(found_spec, found_plan):
+        message = f"{storage.name(PLAN)}: does not fit {SPEC}, one of them is damaged; restore both"
+        return None, [*problems, Problem(path=PLAN, unit=None, message=message)]
+    return Inventory(
+        storage=storage, store_id=None, manifest=None, spec=found_spec, plan=found_plan, entries=entries
+    ), problems
+
+
+def plan_of(manifest: Manifest) -> CapturePlan:
+    """The plan of a complete store, from its units."""
+    starts = (0, *(unit.sample_start + unit.n_samples for unit in manifest.units))
+    return CapturePlan(sample_starts=starts, unit_tokens=tuple(unit.n_tokens for unit in manifest.units))
+
+
+def _read(storage: Storage, key: str, cls: type[T], problems: list[Problem]) -> T | None:
+    try:
+        return parse(cls, storage.read(key), storage.name(key))
+    except StoreError as error:
+        problems.append(Problem(path=key, unit=None, message=str(error)))
+        return None
+
+
+def _plausible(spec: StoreSpec, plan: CapturePlan) -> bool:
+    """Whether a plan can be one for a spec; nothing protects the two files of an unfinished store but what they say."""
+    starts, rows, chunk = plan.sample_starts, spec.rows_per_unit, spec.chunk_tokens
+    return (
+        0 < chunk <= rows
+        and rows % chunk == 0
+        and len(starts) == plan.n_units + 1
+        and starts[0] == 0
+        and all(a < b for a, b in itertools.pairwise(starts))
+        and all(0 < tokens <= rows for tokens in plan.unit_tokens)
+    )
+
+
+def _require_version(storage: Storage, keys: list[str]) -> None:
+    """A store of another major version is not a damaged one; a single file that claims so is."""
+    errors: list[StoreError] = []
+    for key in keys:
+        try:
+            check_version(storage.read(key), storage.name(key))
+        except StoreError as error:
+            errors.append(error)
+    if errors and len(errors) == len(keys):
+        raise errors[0]

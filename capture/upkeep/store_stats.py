@@ -1,0 +1,79 @@
+"""What a store's recorded moments say of each site and class of tokens; no activation is read."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import numpy as np
+
+from clt.capture.reading.open_store import ActivationStore
+from clt.capture.store.moments import Moments
+from clt.capture.store.schema import TOKEN_CLASSES
+
+#: The class of all tokens but those at the beginning of a sequence, whose variance would hide everything else.
+ALL_BUT_BOS = "all but bos"
+
+
+@dataclass(frozen=True, kw_only=True)
+class ClassStats:
+    """Moments of a site over the tokens of a class.
+
+    Attributes:
+        site: name of the site.
+        token_class: one of `TOKEN_CLASSES`, or `ALL_BUT_BOS`.
+        tokens: how many.
+        mean_norm: mean Euclidean norm.
+        rms: root of the centred square averaged over tokens and channels.
+        absmax: largest absolute value.
+        fvu: squared error of the stored type over squared deviation from the mean, pooled over channels; 0 if nothing
+            was rounded, None if no channel varies.
+        fvu_p99: 99th percentile of the same of single channels that vary.
+    """
+
+    site: str
+    token_class: str
+    tokens: int
+    mean_norm: float
+    rms: float
+    absmax: float
+    fvu: float | None
+    fvu_p99: float | None
+
+
+def store_stats(store: ActivationStore) -> tuple[ClassStats, ...]:
+    """Statistics of every site, for each class that has tokens and for all but the beginning-of-sequence tokens.
+
+    Args:
+        store: a complete store.
+
+    Returns:
+        Rows, sites in the order of the store.
+
+    Raises:
+        StoreError: the statistics are missing or damaged.
+    """
+    choices = {name: [number] for number, name in enumerate(TOKEN_CLASSES)}
+    choices[ALL_BUT_BOS] = [number for number, name in enumerate(TOKEN_CLASSES) if name != "bos"]
+    rows = []
+    for group in store.spec.groups:
+        moments = store.moments(group.name)
+        parts = {name: moments.over(classes) for name, classes in choices.items()}
+        for number, site in enumerate(group.sites):
+            rows += [_row(site, number, name, part) for name, part in parts.items() if int(part.count[0])]
+    return tuple(rows)
+
+
+def _row(site: str, number: int, token_class: str, moments: Moments) -> ClassStats:
+    tokens, m2, error = int(moments.count[0]), moments.m2[0, number], moments.error[0, number]
+    varies = m2 > 0
+    by_channel = (error[varies] / m2[varies]).numpy()
+    return ClassStats(
+        site=site,
+        token_class=token_class,
+        tokens=tokens,
+        mean_norm=float(moments.norm[0, number]) / tokens,
+        rms=float((m2.sum() / (tokens * len(m2))).sqrt()),
+        absmax=float(moments.absmax[0, number].max()),
+        fvu=float(error.sum() / m2.sum()) if len(by_channel) else None,
+        fvu_p99=float(np.quantile(by_channel, 0.99)) if len(by_channel) else None,
+    )

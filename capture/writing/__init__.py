@@ -1,0 +1,1 @@
+"""Writing a store: units of rows, leases, and any number of worker processes."""

@@ -1,0 +1,264 @@
+"""Transcoder weights on disk: one safetensors file per layer, so that any mesh can read any share.
+
+transcoder.json              format, architecture, model identity, store id, code version
+scaling.safetensors          mean_x, rms_x, mean_y, rms_y
+layer_00.safetensors ...     W_enc, b_enc (W_shared, target_scale) of source 0; W_dec, b_dec (W_skip, offset) of target
+README.md                    for people, and for the page of a hub (`clt.checkpoint.model_card`)
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import load_file
+from torch import Tensor, nn
+
+from clt.checkpoint.columns import own_columns
+from clt.checkpoint.manifest import MANIFEST_FILE, latest_folder, new_folder, read_manifest, verify_file
+from clt.checkpoint.model_card import MODEL_CARD_FILE, model_card
+from clt.config import config_to_tree, parse_config
+from clt.errors import CheckpointError, ConfigError
+from clt.records import ModelIdentity, TrainingFacts
+from clt.tensor_files import write_tensors
+from clt.transcoder.architecture import CLTConfig
+from clt.transcoder.initial_weights import LayerBuffers
+from clt.transcoder.layers import LayerShare
+from clt.transcoder.lazy_decoder import MappedDecoder, put_mapped
+from clt.transcoder.model import CrossLayerTranscoder, Provenance
+from clt.transcoder.scaling import Scaling
+from clt.version import code_version
+
+FORMAT = "vlm-clt/1"
+CARD_FILE = "transcoder.json"
+SCALING_FILE = "scaling.safetensors"
+#: All that `save_transcoder` writes.
+OWN_FILES = (CARD_FILE, SCALING_FILE, MODEL_CARD_FILE, "layer_*.safetensors")
+
+
+def layer_file(layer: int) -> str:
+    """Name of the weight file of one layer."""
+    return f"layer_{layer:02d}.safetensors"
+
+
+def average_file(layer: int) -> str:
+    """Name of the file with the running mean of one layer's weights, in checkpoints of jobs that keep one."""
+    return f"average_{layer:02d}.safetensors"
+
+
+def layer_tensors(clt: CrossLayerTranscoder, layer: int) -> dict[str, Tensor]:
+    """The parameters of one layer that this process owns, by their name in the file."""
+    return {key: group[str(layer)] for key, group in _parameters(clt).items() if str(layer) in group}
+
+
+def layer_buffers(clt: CrossLayerTranscoder, layer: int) -> dict[str, Tensor]:
+    """What is saved of a source layer besides its parameters, by its name in the file."""
+    return {key: group[layer] for key, group in _buffers(clt).items() if layer in group}
+
+
+def _parameters(clt: CrossLayerTranscoder) -> dict[str, nn.ParameterDict]:
+    groups = {"W_enc": clt.W_enc, "b_enc": clt.b_enc, "W_dec": clt.W_dec, "b_dec": clt.b_dec, "W_skip": clt.W_skip}
+    groups |= {"log_threshold": clt.log_threshold, "offset": clt.offset}
+    return groups | {"W_shared": clt.W_shared, "target_scale": clt.target_scale}
+
+
+def _buffers(clt: CrossLayerTranscoder) -> dict[str, LayerBuffers]:
+    return {"decoder_norm": clt.decoder_norm, "threshold": clt.threshold}
+
+
+def save_transcoder(clt: CrossLayerTranscoder, folder: Path) -> None:
+    """Writes the card, the scaling and the weights of all layers owned here into a folder, all of it or nothing.
+
+    Args:
+        clt: a transcoder, or a share of whole layers.
+        folder: new, empty, or with a transcoder that is replaced when the new one is complete.
+
+    Raises:
+        CheckpointError: the folder holds other files, or cannot be written; it stays as it was.
+    """
+    assert clt.share.columns is None, "a column share has no whole layer to write"
+    with new_folder(folder, OWN_FILES) as temporary:
+        write_tensors(temporary / SCALING_FILE, clt.scaling.tensors())
+        for layer in range(clt.config.n_layers):
+            own = layer_tensors(clt, layer) | layer_buffers(clt, layer)
+            read = {key: tensor[:] if isinstance(tensor, MappedDecoder) else tensor for key, tensor in own.items()}
+            write_tensors(temporary / layer_file(layer), read)
+        (temporary / MODEL_CARD_FILE).write_text(model_card(clt), encoding="utf-8")
+        (temporary / CARD_FILE).write_text(json.dumps(card(clt), indent=1) + "\n", encoding="utf-8")
+
+
+def card(clt: CrossLayerTranscoder) -> dict[str, Any]:
+    """What `transcoder.json` says of a transcoder."""
+    model, training = clt.provenance.model, clt.provenance.training
+    return {
+        "format": FORMAT,
+        "config": config_to_tree(clt.config),
+        "model": None if model is None else asdict(model),
+        "store": clt.provenance.store_id,
+        "training": None if training is None else asdict(training),
+        "created_by": code_version(),
+    }
+
+
+def transcoder_folder(folder: Path) -> Path:
+    """The folder itself, or the newest checkpoint of a training job's output."""
+    return folder if (folder / CARD_FILE).exists() else latest_folder(folder) or folder
+
+
+def share_of_layers(config: CLTConfig, layers: Sequence[int] | None) -> LayerShare:
+    """Encoders and decoders of some layers; ConfigError for layers that there are not.
+
+    Args:
+        config: architecture.
+        layers: each a source, a target, or both; None for all.
+    """
+    whole = LayerShare.everything(config)
+    if layers is None:
+        return whole
+    known = {*whole.sources, *whole.targets}
+    if not layers or not known.issuperset(layers):
+        raise ConfigError(f"layers={list(layers)}: name some of the transcoder's layers {min(known)} to {max(known)}")
+    return LayerShare(
+        sources=tuple(layer for layer in whole.sources if layer in layers),
+        targets=tuple(layer for layer in whole.targets if layer in layers),
+    )
+
+
+def load_transcoder(
+    folder: Path,
+    layers: Sequence[int] | None = None,
+    *,
+    device: torch.device | str = "cpu",
+    dtype: torch.dtype = torch.float32,
+    lazy: bool = False,
+    averaged: bool = False,
+) -> CrossLayerTranscoder:
+    """Reads a transcoder, or some of its layers.
+
+    Args:
+        folder: what `save_transcoder` wrote, or the output folder of a training job, which means its newest checkpoint.
+        layers: as for `share_of_layers`.
+        device: place of the weights.
+        dtype: their type, whatever that of the files is.
+        lazy: leave W_dec in its files (`clt.transcoder.lazy_decoder`); what is read only when it is used has no
+        checksum compared.
+        averaged: read the running mean of the weights, of a job with optimizer.ema_decay.
+
+    Returns:
+        The transcoder, without gradients.
+
+    Raises:
+        CheckpointError: a file is missing, damaged or of the wrong shape; names the file and key.
+        ConfigError: there are no such layers.
+    """
+    folder = transcoder_folder(folder)
+    # Training checkpoints carry checksums; `save_pretrained` leaves them out, so that a folder can be edited by hand.
+    manifest = read_manifest(folder) if (folder / MANIFEST_FILE).exists() else None
+
+    def checked(name: str) -> Path:
+        if manifest is not None:
+            verify_file(folder, name, manifest)
+        return folder / name
+
+    config, provenance = read_card(checked(CARD_FILE))
+    scaling, share = _read_scaling(checked(SCALING_FILE), config), share_of_layers(config, layers)
+    with torch.device("meta"):
+        # Shapes only: initial weights would be drawn, and held, for nothing.
+        clt = CrossLayerTranscoder(config, scaling, share, provenance=provenance)
+    for layer in sorted({*share.sources, *share.targets}):
+        name = average_file(layer) if averaged else layer_file(layer)
+        if averaged and not (folder / name).exists():
+            raise CheckpointError(f"{folder / name}: no such file; train with optimizer.ema_decay, or take the weights")
+        like = torch.ones((), dtype=dtype, device=device)
+        _fill_layer(clt, layer, folder / name if lazy else checked(name), like, lazy)
+    return clt.requires_grad_(False)
+
+
+def _fill_layer(clt: CrossLayerTranscoder, layer: int, path: Path, like: Tensor, lazy: bool) -> None:
+    """Puts one file in the place of a layer's weights and buffers, in the type and on the device of `like`."""
+    # The tensors of one call share a mapping of the file: what is copied shall not keep its pages.
+    tensors, mapped = read_tensors(path), read_tensors(path) if lazy else {}
+    for key, wanted in layer_tensors(clt, layer).items():
+        group = _parameters(clt)[key]
+        if lazy and key == "W_dec":
+            put_mapped(group, str(layer), MappedDecoder(_checked(mapped, key, wanted.shape, path), like))
+        else:
+            own = _checked(tensors, key, wanted.shape, path).to(like, copy=True)
+            group[str(layer)] = nn.Parameter(own, requires_grad=False)
+    for key, wanted in layer_buffers(clt, layer).items():
+        _buffers(clt)[key][layer] = _checked(tensors, key, wanted.shape, path).to(like.device, copy=True)
+
+
+def read_into(parameters: dict[str, Tensor], path: Path, columns: range | None = None) -> None:
+    """Copies tensors of one file into parameters of the same names; CheckpointError on any mismatch.
+
+    Args:
+        parameters: what to fill.
+        path: a safetensors file of whole tensors.
+        columns: channels of the targets that the parameters hold; None for all.
+    """
+    tensors = read_tensors(path)
+    with torch.no_grad():
+        for key, parameter in parameters.items():
+            parameter.copy_(_checked(tensors, key, parameter.shape, path, columns))
+
+
+def _checked(
+    tensors: dict[str, Tensor], key: str, shape: torch.Size, path: Path, columns: range | None = None
+) -> Tensor:
+    """The own columns of a file's tensor; CheckpointError when it is missing or of another shape or kind."""
+    if key not in tensors:
+        raise CheckpointError(f"{path}: key '{key}' is missing; the checkpoint is incomplete")
+    own = own_columns(key, tensors[key], columns)
+    if own.shape != shape:
+        raise CheckpointError(
+            f"{path}: key '{key}' has shape {tuple(tensors[key].shape)}, the config wants {tuple(shape)}"
+        )
+    if not own.is_floating_point():
+        raise CheckpointError(f"{path}: key '{key}' is {own.dtype}, not a tensor of floating-point numbers")
+    return own
+
+
+def read_tensors(path: Path) -> dict[str, Tensor]:
+    """All tensors of a safetensors file; CheckpointError when it is missing or damaged."""
+    try:
+        return load_file(path)
+    except FileNotFoundError:
+        raise CheckpointError(f"{path}: file is missing; the checkpoint is incomplete") from None
+    except (SafetensorError, OSError) as error:
+        raise CheckpointError(f"{path}: not a readable safetensors file ({' '.join(str(error).split())})") from None
+
+
+def read_card(path: Path) -> tuple[CLTConfig, Provenance]:
+    """What `transcoder.json` says; CheckpointError when it is missing, damaged or of another format."""
+    try:
+        tree = json.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        raise CheckpointError(f"{path}: no such file; give the folder of a trained transcoder") from None
+    except (OSError, ValueError) as error:
+        raise CheckpointError(f"{path}: not readable JSON ({' '.join(str(error).split())})") from None
+    found = tree.get("format") if isinstance(tree, dict) else None
+    if found != FORMAT:
+        raise CheckpointError(f"{path}: format is {found!r}, this version reads {FORMAT!r}")
+    config = parse_config(CLTConfig, tree.get("config", {}), str(path))
+    model, training = tree.get("model"), tree.get("training")
+    try:
+        identity = None if model is None else ModelIdentity(**model)
+    except TypeError:
+        raise CheckpointError(f"{path}: key 'model' does not describe a model") from None
+    try:
+        facts = None if training is None else TrainingFacts(**training)
+    except TypeError:
+        raise CheckpointError(f"{path}: key 'training' does not describe a training") from None
+    return config, Provenance(model=identity, store_id=tree.get("store"), training=facts)
+
+
+def _read_scaling(path: Path, config: CLTConfig) -> Scaling:
+    scaling = Scaling.identity(config.n_layers, config.d_model)
+    read_into(scaling.tensors(), path)
+    return scaling

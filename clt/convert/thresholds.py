@@ -1,0 +1,178 @@
+"""Thresholds from calibration tokens, for transcoders whose rule of sparsity compares features with one another.
+
+A feature that fires when its pre-activation exceeds a number of its own can be judged by itself: steering one feature
+does not silence another, and a layer can be encoded without the others. `to_jumprelu` gives every feature such a
+number, so that it fires on as many calibration tokens as before. `calibrate_threshold` only sets the one number that a
+joint_topk or batch_topk transcoder needs to encode a layer by itself.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from clt.errors import ConfigError
+from clt.evaluation.store_evaluation import StoreReport, evaluate_store
+from clt.kernels import ops
+from clt.records import ActivationBatch, SparseCodes
+from clt.transcoder.architecture import SparsitySettings
+from clt.transcoder.dead_features import firing_counts
+from clt.transcoder.encoding import scores_of
+from clt.transcoder.model import CrossLayerTranscoder
+
+REPORT_FILE = "conversion.json"
+
+#: Features whose pre-activations are sorted at a time.
+_SORTED_TOGETHER = 256
+
+#: Neighbouring numbers tried where exp(log t) does not fall between two pre-activations.
+_NUDGES = 16
+
+
+@dataclass(frozen=True, kw_only=True)
+class ConversionReport:
+    """What a conversion did, measured on its calibration tokens.
+
+    Attributes:
+        before: measures of the transcoder given.
+        after: measures of the one returned.
+        never_fired: features that did not fire before; their threshold is infinite.
+        changed_counts: features that fire on another number of tokens than before, because pre-activations tie or lie
+            closer than two logarithms.
+    """
+
+    before: StoreReport
+    after: StoreReport
+    never_fired: int
+    changed_counts: int
+
+
+@torch.no_grad()
+def to_jumprelu(
+    clt: CrossLayerTranscoder, batches: Sequence[ActivationBatch]
+) -> tuple[CrossLayerTranscoder, ConversionReport]:
+    """A jumprelu transcoder with the same weights, each feature of which fires as often as it did.
+
+    The threshold of a feature that fires on c tokens lies midway between its c-th and next largest pre-activation.
+
+    Args:
+        clt: a whole transcoder of any other kind.
+        batches: raw calibration activations of all layers; x and y [n_layers,B,D]. Read several times; the
+            pre-activations of one layer at all tokens are held in memory.
+
+    Returns:
+        The transcoder, and what changed.
+
+    Raises:
+        ConfigError: the transcoder is of the kind jumprelu already.
+        StoreError: there are no tokens.
+    """
+    if clt.config.sparsity.kind == "jumprelu":
+        raise ConfigError("sparsity.kind=jumprelu: the transcoder has a threshold per feature already")
+    before = evaluate_store(clt, batches)
+    counts_LF = _firing(clt, batches)
+    config = replace(clt.config, sparsity=SparsitySettings(kind="jumprelu"))
+    converted = CrossLayerTranscoder(config, clt.scaling, clt.share, provenance=clt.provenance)
+    converted = converted.to(next(clt.parameters())).requires_grad_(False)
+    converted.load_state_dict(clt.state_dict(), strict=False)
+    for row, layer in enumerate(clt.share.sources):
+        pre_NF = torch.cat([ops.preactivations(x_BD, *clt.encoder(layer)) for x_BD in _inputs(clt, batches, row)])
+        for features in torch.arange(clt.config.n_features, device=pre_NF.device).split(_SORTED_TOGETHER):
+            log_F = _log_thresholds(pre_NF[:, features], counts_LF[row, features])
+            converted.log_threshold[str(layer)][features] = log_F
+    report = ConversionReport(
+        before=before,
+        after=evaluate_store(converted, batches),
+        never_fired=int((counts_LF == 0).sum()),
+        changed_counts=int((_firing(converted, batches) != counts_LF).sum()),
+    )
+    return converted, report
+
+
+def save_conversion(clt: CrossLayerTranscoder, report: ConversionReport, folder: Path) -> None:
+    """Writes a converted transcoder, and its report as `conversion.json` beside it."""
+    clt.save_pretrained(folder)
+    (folder / REPORT_FILE).write_text(json.dumps(asdict(report), indent=1) + "\n", encoding="utf-8")
+
+
+@torch.no_grad()
+def calibrate_threshold(clt: CrossLayerTranscoder, batches: Sequence[ActivationBatch]) -> float:
+    """Sets the score above which a layer fires by itself, so that as many features fire as under the rule.
+
+    Args:
+        clt: a whole transcoder of the kind joint_topk or batch_topk; its threshold is set.
+        batches: raw calibration activations, as for `to_jumprelu`; the scores that pass are held in memory.
+
+    Returns:
+        The threshold.
+
+    Raises:
+        ConfigError: the transcoder is of another kind.
+    """
+    kind = clt.config.sparsity.kind
+    if kind not in ("joint_topk", "batch_topk"):
+        raise ConfigError(f"sparsity.kind={kind}: its layers are encoded by themselves; there is nothing to calibrate")
+    tokens = sum(batch.x.shape[1] for batch in batches)
+    n = clt.config.k * clt.n_sources * tokens
+    if kind == "joint_topk":
+        n = int(_firing(clt, batches).sum())
+    best = torch.zeros(0, dtype=next(clt.parameters()).dtype, device=next(clt.parameters()).device)
+    for row, layer in enumerate(clt.share.sources):
+        for x_BD in _inputs(clt, batches, row):
+            scores_BF = scores_of(clt, layer, ops.preactivations(x_BD, *clt.encoder(layer)))
+            best = torch.cat([best, scores_BF[scores_BF > 0]])
+            best = best.topk(min(n + 1, len(best)), sorted=False).values
+    # Midway between the n-th and the next, or above zero when all positive ones are wanted.
+    best = best.sort(descending=True).values
+    next_best = float(best[n]) if len(best) > n else 0.0
+    threshold = (float(best[min(n, len(best)) - 1]) + next_best) / 2 if len(best) else 0.0
+    for layer in clt.share.sources:
+        clt.threshold[layer].fill_(threshold)
+    return threshold
+
+
+def _inputs(clt: CrossLayerTranscoder, batches: Sequence[ActivationBatch], row: int) -> list[Tensor]:
+    """Standardised encoder inputs [B,D] of one source layer."""
+    layer, like = clt.share.sources[row], next(clt.parameters())
+    return [
+        clt.scaling.standardise_x(batch.x[[layer]].to(like.device), (layer,))[0].to(like.dtype) for batch in batches
+    ]
+
+
+def _firing(clt: CrossLayerTranscoder, batches: Sequence[ActivationBatch]) -> Tensor:
+    """[L,F] int64: on how many tokens each feature fires."""
+    device = next(clt.parameters()).device
+    counts_LF = torch.zeros(clt.n_sources, clt.config.n_features, dtype=torch.int64, device=device)
+    for inputs in zip(*(_inputs(clt, batches, row) for row in range(clt.n_sources)), strict=True):
+        codes: SparseCodes = clt.encode(torch.stack(inputs))
+        counts_LF += firing_counts(codes)
+    return counts_LF
+
+
+def _log_thresholds(pre_NC: Tensor, counts_C: Tensor) -> Tensor:
+    """Logarithms of thresholds that the given numbers of each feature's pre-activations exceed.
+
+    Args:
+        pre_NC: [N,C] pre-activations of C features at all tokens.
+        counts_C: [C] how many of them shall exceed the threshold; 0 gives infinity.
+
+    Returns:
+        [C] in the dtype of pre.
+    """
+    descending_NC = pre_NC.sort(dim=0, descending=True).values
+    upper_C = descending_NC.gather(0, (counts_C - 1).clamp(min=0)[None])[0]
+    lower_C = descending_NC.gather(0, counts_C.clamp(max=len(pre_NC) - 1)[None])[0].clamp(min=0)
+    lower_C = torch.where(counts_C == len(pre_NC), 0, lower_C)
+    log_C = ((upper_C.double() + lower_C.double()) / 2).log().to(pre_NC.dtype)
+    up, down = torch.full_like(log_C, torch.inf), torch.full_like(log_C, -torch.inf)
+    for _ in range(_NUDGES):
+        # exp rounds: the threshold must stay below the one and not below the other.
+        threshold_C = log_C.exp()
+        log_C = torch.where(threshold_C >= upper_C, torch.nextafter(log_C, down), log_C)
+        log_C = torch.where(threshold_C < lower_C, torch.nextafter(log_C, up), log_C)
+    return torch.where(counts_C == 0, torch.inf, log_C)

@@ -1,0 +1,169 @@
+"""Decoders that belong to sources, brought to all ranks that decode, and their gradients brought back.
+
+With `clt.tied_decoders: source` a rank owns W_shared and target_scale of its own sources, all columns. At the start of
+a step every rank receives those of all sources, of W_shared only the columns that it decodes. In the backward pass the
+gradients of all targets are added up here, and the sums go to the owners when the last target has its part: after
+everything else that ranks exchange, as autograd runs what was recorded first last.
+
+Shape letters: L source layers, S sources of one target, T targets of one source, D d_model, F features, R ranks.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+from torch.nn.functional import pad
+
+from clt.distributed.mesh import Mesh, deal_layers
+from clt.kernels.dtypes import accumulator
+from clt.transcoder.layers import source_layers
+from clt.transcoder.model import CrossLayerTranscoder
+
+
+def shared_decoders(clt: CrossLayerTranscoder, mesh: Mesh) -> SharedDecoders | None:
+    """Receives the decoders that belong to sources; all ranks of the model group call this together.
+
+    Args:
+        clt: this rank's share.
+        mesh: the processes.
+
+    Returns:
+        The decoders of all sources; None for a transcoder whose decoders belong to targets. With gradients enabled
+        every rank must go backward through them.
+    """
+    return SharedDecoders(clt, mesh) if clt.config.tied_decoders == "source" else None
+
+
+class SharedDecoders:
+    """The decoders of all sources on one rank, from `shared_decoders`."""
+
+    def __init__(self, clt: CrossLayerTranscoder, mesh: Mesh) -> None:
+        self._clt, self._bank = clt, _Bank(clt, mesh)
+        sources = [str(layer) for layer in clt.share.sources]
+        # A rank without sources takes part in the way back too: its graph must reach it.
+        anchor = torch.zeros((), requires_grad=True)
+        own = [clt.W_shared[name] for name in sources] + [clt.target_scale[name] for name in sources]
+        like = clt.b_dec[str(clt.share.targets[0])]
+        self._ticket: Tensor = _Receive.apply(self._bank, anchor, like, *own)
+
+    def into(self, target: int) -> tuple[Tensor, Tensor]:
+        """Decoders [S,F,D_own] and scales [S,F] of a target's sources."""
+        rows = self._clt.source_rows(target)
+        # Which of each source's targets this one is.
+        places = [self._clt.targets_of(source).index(target) for source in self._clt.sources_of(target)]
+        W_SFD, scale_SF = _Into.apply(self._bank, rows, places, self._ticket)
+        return W_SFD, scale_SF
+
+
+class _Bank:
+    """Buffers of all sources' decoders and of their gradients. It must not refer to a graph, which refers to it.
+
+    What travels of a source is [F,w+T]: its decoders' columns, w of each rank, and its scales as T further columns.
+    """
+
+    def __init__(self, clt: CrossLayerTranscoder, mesh: Mesh) -> None:
+        shares, layers = deal_layers(clt.config, mesh.layer_size, mesh.column_size), source_layers(clt.config)
+        self._mesh = mesh
+        self._dealt = [len(share.sources) for share in shares]
+        #: Rows of all sources in the order in which they travel.
+        self._rows = [layers.index(layer) for share in shares for layer in share.sources]
+        self._n_targets = [len(clt.targets_of(layer)) for layer in clt.share.sources]
+        self._most_targets = max(len(clt.targets_of(layer)) for layer in layers)
+        self._n_features, self._width = clt.config.n_features, clt.config.d_model // mesh.column_size
+        self._gradients: tuple[Tensor, Tensor] | None = None
+
+    def receive(self, W: Sequence[Tensor], scales: Sequence[Tensor], like: Tensor) -> None:
+        """Sends W [F,D] and scales [T,F] of the own sources to all ranks, and receives those of all sources."""
+        mesh, T = self._mesh, self._most_targets
+        own = [
+            torch.cat([W_FD.unflatten(1, (mesh.column_size, -1)), _beside(scale_TF, mesh.column_size, T)], dim=2)
+            for W_FD, scale_TF in zip(W, scales, strict=True)
+        ]
+        F, columns = self._n_features, self._width + T
+        own_CLFN = torch.stack(own).permute(2, 0, 1, 3) if own else like.new_empty(mesh.column_size, 0, F, columns)
+        wire = own_CLFN.expand(mesh.layer_size, -1, -1, -1, -1).flatten(0, 2)
+        arrived_LFN = wire.new_empty(len(self._rows), F, columns)
+        self._all_to_all(arrived_LFN, wire, self._dealt, [len(own)] * mesh.model_size)
+        mesh.traffic.count("model", "all_gather", wire[: len(own)].nbytes, mesh.model_size)
+        self.W_LFD = arrived_LFN.new_empty(len(self._rows), F, self._width)
+        self.scale_LTF = arrived_LFN.new_empty(len(self._rows), T, F)
+        for row, arrived_FN in zip(self._rows, arrived_LFN, strict=True):
+            self.W_LFD[row] = arrived_FN[:, : self._width]
+            self.scale_LTF[row] = arrived_FN[:, self._width :].T
+
+    def add_gradients(self, rows: slice, places: Sequence[int], W: Tensor | None, scale: Tensor | None) -> None:
+        """Adds what one target contributes to the gradients of its sources."""
+        if self._gradients is None:
+            wide = accumulator(self.W_LFD.dtype)
+            self._gradients = self.W_LFD.new_zeros(self.W_LFD.shape, dtype=wide), self.scale_LTF.to(wide).zero_()
+        W_LFD, scale_LTF = self._gradients
+        if W is not None and scale is not None:
+            W_LFD[rows] += W
+            scale_LTF[list(range(rows.start, rows.stop)), places] += scale
+
+    def send_back(self) -> Iterator[Tensor]:
+        """Gradients of W [F,D] of the own sources, then of their scales [T,F]: sums over ranks in their order."""
+        assert self._gradients is not None, "every rank has targets"
+        mesh, own = self._mesh, len(self._n_targets)
+        W_LFD, scale_LTF = self._gradients
+        wire = W_LFD.new_empty(len(W_LFD), self._n_features, self._width + self._most_targets)
+        for row, wire_FN in zip(self._rows, wire, strict=True):
+            wire_FN[:, : self._width] = W_LFD[row]
+            wire_FN[:, self._width :] = scale_LTF[row].T
+        parts = wire.new_empty(mesh.model_size * own, *wire.shape[1:])
+        self._all_to_all(parts, wire, [own] * mesh.model_size, self._dealt)
+        mesh.traffic.count("model", "reduce_scatter", parts[:own].nbytes, mesh.model_size)
+        parts = parts.view(mesh.layer_size, mesh.column_size, own, *wire.shape[1:])
+        sums_CLFN = parts.sum(dim=0)
+        for row in range(own):
+            yield sums_CLFN[:, row, :, : self._width].transpose(0, 1).flatten(1)
+        for row, n_targets in enumerate(self._n_targets):
+            yield sums_CLFN[:, row, :, self._width : self._width + n_targets].sum(dim=0).T
+
+    def _all_to_all(self, arrived: Tensor, wire: Tensor, arriving: list[int], leaving: list[int]) -> None:
+        """Exchanges rows as bytes, which every backend knows."""
+        dist.all_to_all_single(_bytes(arrived), _bytes(wire), arriving, leaving, group=self._mesh.model_group)
+
+
+class _Receive(torch.autograd.Function):
+    """Between the parameters and the buffers; what it returns only ties the graph together."""
+
+    @staticmethod
+    def forward(ctx: Any, bank: _Bank, anchor: Tensor, like: Tensor, *own: Tensor) -> Tensor:
+        ctx.set_materialize_grads(False)
+        ctx.bank, ctx.dtype = bank, like.dtype
+        half = len(own) // 2
+        bank.receive(own[:half], own[half:], like)
+        return like.new_zeros(())
+
+    @staticmethod
+    def backward(ctx: Any, *_: Tensor | None) -> tuple[Tensor | None, ...]:
+        return None, None, None, *(gradient.to(ctx.dtype) for gradient in ctx.bank.send_back())
+
+
+class _Into(torch.autograd.Function):
+    """Between the buffers and a target that reads some of them."""
+
+    @staticmethod
+    def forward(ctx: Any, bank: _Bank, rows: slice, places: Sequence[int], ticket: Tensor) -> tuple[Tensor, Tensor]:
+        ctx.set_materialize_grads(False)
+        ctx.bank, ctx.rows, ctx.places = bank, rows, places
+        return bank.W_LFD[rows], bank.scale_LTF[list(range(rows.start, rows.stop)), places]
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: Tensor | None) -> tuple[None, ...]:
+        ctx.bank.add_gradients(ctx.rows, ctx.places, *gradients)
+        return None, None, None, None
+
+
+def _beside(scale_TF: Tensor, copies: int, width: int) -> Tensor:
+    """[F,copies,width]: scales as columns, for each of the ranks that share a layer, 0 where there is no target."""
+    return pad(scale_TF.T, (0, width - len(scale_TF)))[:, None].expand(-1, copies, -1)
+
+
+def _bytes(tensor: Tensor) -> Tensor:
+    return tensor.contiguous().view(torch.uint8)

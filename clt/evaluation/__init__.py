@@ -1,0 +1,1 @@
+"""Reconstruction, sparsity and dead features of a transcoder on held-out activations."""

@@ -1,0 +1,1 @@
+"""Transcoders by name: read from and sent to the Hugging Face hub."""

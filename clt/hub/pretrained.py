@@ -1,0 +1,174 @@
+"""Transcoders by name: from a folder or a repository of the hub, and to the hub, with what training says of them."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from dataclasses import asdict, replace
+from pathlib import Path
+from tempfile import TemporaryDirectory
+from typing import Any
+
+from clt.checkpoint.manifest import MANIFEST_FILE, read_manifest, verify_file
+from clt.checkpoint.model_card import MODEL_CARD_FILE, model_card
+from clt.checkpoint.weights import (
+    CARD_FILE,
+    SCALING_FILE,
+    average_file,
+    layer_file,
+    load_transcoder,
+    read_card,
+    save_transcoder,
+    share_of_layers,
+    transcoder_folder,
+)
+from clt.errors import CheckpointError, ConfigError, HubError
+from clt.hub.transfer import cached_files, push_folder
+from clt.records import TrainingFacts
+from clt.training.checkpoints import PROGRESS_FILE
+from clt.training.metrics import METRICS_FILE, read_metrics
+from clt.transcoder.model import CrossLayerTranscoder
+
+
+def open_pretrained(
+    name: Path | str,
+    layers: Sequence[int] | None = None,
+    revision: str | None = None,
+    averaged: bool = False,
+    **how: Any,
+) -> CrossLayerTranscoder:
+    """Reads a transcoder from a folder or from the hub.
+
+    Args:
+        name: as for `CrossLayerTranscoder.from_pretrained`.
+        layers: share to fetch and read; None for all.
+        revision: of the repository.
+        averaged: read the running mean of the weights.
+        how: the other arguments of `clt.checkpoint.weights.load_transcoder`.
+
+    Returns:
+        The transcoder; what a training job's folder says of it is in its provenance.
+
+    Raises:
+        CheckpointError, ConfigError, HubError: as for `CrossLayerTranscoder.from_pretrained`.
+    """
+    folder = Path(name)
+    if folder.exists() or not isinstance(name, str) or not _is_hub_name(name):
+        if revision is not None:
+            raise ConfigError(f"revision={revision}: {folder} is a folder, only repositories of the hub have revisions")
+        folder = transcoder_folder(folder)
+    else:
+        try:
+            folder = _fetch(name, layers, revision, averaged)
+        except HubError as error:
+            raise HubError(f"{error} (and here is no folder of this name)") from None
+    clt = load_transcoder(folder, layers, averaged=averaged, **how)
+    if (folder / PROGRESS_FILE).exists():
+        clt.provenance = replace(clt.provenance, training=_training_facts(folder))
+    return clt
+
+
+def _is_hub_name(name: str) -> bool:
+    owner, _, repository = name.partition("/")
+    return bool(owner and repository) and "/" not in repository and owner not in (".", "..", "~")
+
+
+def _fetch(name: str, layers: Sequence[int] | None, revision: str | None, averaged: bool) -> Path:
+    """Brings the files of some layers into the cache of this machine; returns the folder that has them."""
+    repo_id, _, named = name.partition("@")
+    if named and revision not in (None, named):
+        raise ConfigError(f"revision={revision}: '{name}' names another one; give one of them")
+    folder = cached_files(repo_id, [CARD_FILE, SCALING_FILE], revision=revision or named or None)
+    share = share_of_layers(read_card(folder / CARD_FILE)[0], layers)
+    file = average_file if averaged else layer_file
+    names = [file(layer) for layer in sorted({*share.sources, *share.targets})]
+    # The folder of the cache has the name of the commit: all files are of the same one.
+    return cached_files(repo_id, names, revision=folder.name)
+
+
+def push_transcoder(
+    clt: CrossLayerTranscoder,
+    name: str,
+    *,
+    private: bool = True,
+    revision: str | None = None,
+    message: str | None = None,
+) -> str:
+    """As `CrossLayerTranscoder.push_to_hub`."""
+    with TemporaryDirectory() as scratch:
+        folder = Path(scratch) / "transcoder"
+        save_transcoder(clt, folder)
+        return _push(clt, folder, name, private, revision, message)
+
+
+def push_pretrained(
+    folder: Path,
+    name: str,
+    *,
+    private: bool = True,
+    revision: str | None = None,
+    message: str | None = None,
+) -> str:
+    """Sends the transcoder of a folder to a model repository, with a model card and without a copy of its weights.
+
+    Args:
+        folder: what `save_pretrained` wrote, or the output of a training job, of which the newest checkpoint's weights
+            are sent: no optimizer state, no settings of the job.
+        name: OWNER/NAME; the repository is made if it is missing.
+        private: visibility of a repository that is made.
+        revision: branch, made if it is missing; None is main.
+        message: summary of the commits.
+
+    Returns:
+        Id of the commit that holds all files.
+
+    Raises:
+        CheckpointError: the folder holds no transcoder, or a damaged one.
+        HubError: as for `clt.hub.transfer.push_folder`.
+    """
+    folder = transcoder_folder(folder)
+    clt = open_pretrained(folder, lazy=True)
+    names = [SCALING_FILE, *(layer_file(layer) for layer in range(clt.config.n_layers))]
+    if (folder / MANIFEST_FILE).exists():
+        manifest = read_manifest(folder)
+        for file in names:
+            verify_file(folder, file, manifest)
+    with TemporaryDirectory() as scratch:
+        staged = Path(scratch)
+        for file in names:
+            (staged / file).symlink_to((folder / file).resolve())
+        training = clt.provenance.training
+        tree = json.loads((folder / CARD_FILE).read_text(encoding="utf-8"))
+        tree["training"] = None if training is None else asdict(training)
+        (staged / CARD_FILE).write_text(json.dumps(tree, indent=1) + "\n", encoding="utf-8")
+        (staged / MODEL_CARD_FILE).write_text(model_card(clt), encoding="utf-8")
+        return _push(clt, staged, name, private, revision, message)
+
+
+def _push(
+    clt: CrossLayerTranscoder, folder: Path, name: str, private: bool, revision: str | None, message: str | None
+) -> str:
+    model = clt.provenance.model
+    summary = message or f"Cross-layer transcoder{'' if model is None else f' of {model.name}'}"
+    # Without this file nothing is read, so an unfinished push is no transcoder.
+    last = (CARD_FILE,)
+    return push_folder(folder, name, kind="model", private=private, revision=revision, last=last, message=summary)
+
+
+def _training_facts(checkpoint: Path) -> TrainingFacts:
+    """What a checkpoint and the reports beside it say; numbers of held-out tokens where there are some."""
+    path = checkpoint / PROGRESS_FILE
+    try:
+        progress = json.loads(path.read_text(encoding="utf-8"))
+        steps, tokens = int(progress["step"]), int(progress["tokens"])
+    except (OSError, ValueError, TypeError, KeyError):
+        raise CheckpointError(f"{path}: does not say 'step' and 'tokens'; use another checkpoint") from None
+    facts = TrainingFacts(steps=steps, tokens=tokens)
+    metrics = checkpoint.parent / METRICS_FILE
+    reports = read_metrics(metrics) if metrics.exists() else []
+    for prefix in ("heldout/", ""):
+        measured = [report for report in reports if report["step"] <= steps and f"{prefix}fvu/mean" in report]
+        if measured:
+            fvu, l0, dead = (measured[-1].get(f"{prefix}{key}/mean") for key in ("fvu", "l0", "dead_fraction"))
+            return replace(facts, fvu=fvu, l0=l0, dead_fraction=dead, held_out=bool(prefix))
+    return facts

@@ -1,0 +1,276 @@
+"""Memory, traffic and arithmetic of a training step, counted from the job alone.
+
+Memory was checked against what is alive on gloo ranks under ZeRO 0, 1 and 2, traffic is that of ring collectives, and
+arithmetic is exact. `tests/clt/test_plan.py` holds all three to hand-computed numbers. Shape letters:
+`clt.planning.job`.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from clt.distributed.code_exchange import slot_count
+from clt.distributed.code_flight import index_dtype
+from clt.distributed.mesh import input_layers
+from clt.planning.job import Job, Sum, pairs, parameters, width
+from clt.transcoder.architecture import CLTConfig
+from clt.transcoder.layers import LayerShare, source_layers, target_layers, targets_of
+
+#: Bytes of a feature number in memory, of an activation's gradient, and of a number that all ranks add up.
+INDEX, CODE_GRADIENT, SCALAR = 4, 4, 8
+#: Bytes of a float32, and of a number of the activations as batches bring them.
+FLOAT, RAW = 4, 4
+#: Most bytes of pre-activations that the Triton encoder holds at a time (`clt.kernels.gpu.encode`).
+PRE_ACTIVATIONS = 512 * 2**20
+#: Most numbers that DeepSpeed reduces at once (`clt.training.deepspeed_engine`).
+BUCKET = 500_000_000
+#: Numbers that all ranks agree on in a step: loss, norm and stop of `Engine.check`, and who failed in `Mesh.together`.
+AGREED = 4
+
+
+@dataclass(frozen=True, kw_only=True)
+class Memory(Sum):
+    """Bytes of a rank at the worst moment of a step.
+
+    Attributes:
+        weights: as the kernels read them.
+        gradients: kept after the backward pass; 1/data of them under ZeRO.
+        optimizer: moments and master copy, 1/data of them under ZeRO; and the running mean of the weights.
+        buffers: gradients on their way: DeepSpeed's bucket, all gradients once under ZeRO-1, and the decoder gradients
+            of AuxK for one target before they are added up.
+        inputs: activations as read and standardised.
+        pre_activations: as many as the rule of sparsity needs at once.
+        codes: own and everybody's values and indices, their gradients, and the grouping by feature.
+        residuals: of the own targets; of every source of them if these are independent.
+        shared_decoders: those of all sources on every rank, where they belong to sources, with their gradients, which
+            are also packed, sent and received.
+    """
+
+    weights: float
+    gradients: float
+    optimizer: float
+    buffers: float
+    inputs: float
+    pre_activations: float
+    codes: float
+    residuals: float
+    shared_decoders: float
+
+
+@dataclass(frozen=True, kw_only=True)
+class StepTraffic(Sum):
+    """Bytes that a rank receives in a step, and sends as many; counts of a ring, which no algorithm beats by much.
+
+    Attributes:
+        values: all-gather of code values.
+        indices: all-gather of feature numbers.
+        code_gradients: reduce-scatter of the values' gradients.
+        auxk: the same three for the codes of dead features.
+        gradients: mean of the gradients over the data axis.
+        weights: ZeRO's all-gather of updated weights over the data axis.
+        shared_decoders: decoders that belong to sources, and their gradients on the way back.
+        selection: what ranks tell each other to select features, beyond topk.
+        bookkeeping: which features fired, the finite check and the messages of `Mesh.together`.
+    """
+
+    values: float
+    indices: float
+    code_gradients: float
+    auxk: float
+    gradients: float
+    weights: float
+    shared_decoders: float
+    selection: float
+    bookkeeping: float
+
+    @property
+    def model_axis(self) -> float:
+        """What travels inside a model group (layer x column)."""
+        return self.values + self.indices + self.code_gradients + self.auxk + self.shared_decoders + self.selection
+
+    @property
+    def data_axis(self) -> float:
+        """What travels between replicas."""
+        return self.gradients + self.weights
+
+
+@dataclass(frozen=True, kw_only=True)
+class Flops(Sum):
+    """Multiplications and additions of a step over all ranks.
+
+    Attributes:
+        encode: 2 N L F D, on tensor cores.
+        decode: 2 N K P D, of the active features.
+        decoder_gradients: 4 N K P D, of activations and decoders.
+        encoder_gradients: 2 N K L D.
+        skip: 4 N M D^2, forward and weights.
+        auxk: all of these for AuxK's tokens and features, without skip.
+    """
+
+    encode: float
+    decode: float
+    decoder_gradients: float
+    encoder_gradients: float
+    skip: float
+    auxk: float
+
+
+def memory(job: Job, share: LayerShare) -> Memory:
+    """Bytes of one rank at the worst moment of a step.
+
+    With p parameters of the share, n replicas, and w, g, m, o bytes of a weight, gradient, master and moments: ZeRO-0
+    holds p (w + g + m + o) and flattens gradients in buckets. ZeRO-1 and 2 hold p w + p (g + 4 + o) / n, where the 4 is
+    DeepSpeed's float32 master, made for float32 weights too; ZeRO-1 also holds all gradients, p g, until they are
+    reduced, and bfloat16 gradients are widened to float32 for the step. A running mean of the weights is 4 p more.
+
+    Args:
+        job: the job.
+        share: the rank's.
+
+    Returns:
+        The bytes.
+    """
+    kind, zero, tokens, clt = job.numerics, job.mesh.zero, job.part, job.clt
+    own, columns = parameters(clt, share).total, width(clt, share)
+    split = job.mesh.data if zero else 1
+    matrices = 1 if clt.tied_decoders == "target" else max(pairs(clt, [target]) for target in share.targets)
+    largest = matrices * clt.n_features * columns
+    buffers = kind.gradient * (min(own, max(BUCKET, largest)) + (own if zero == 1 else 0))
+    if job.auxk_batch:
+        buffers += kind.gradient * largest
+    if kind.master:
+        buffers += kind.master * own // split
+    mean = FLOAT * own if job.config.optimizer.ema_decay else 0
+    x_layers, n_targets = len(input_layers(clt, share)), len(share.targets)
+    raw = job.batch * (x_layers + n_targets) * clt.d_model * RAW
+    standardised = tokens * (x_layers * clt.d_model + n_targets * columns) * kind.weight
+    return Memory(
+        weights=own * kind.weight,
+        gradients=own * kind.gradient / split,
+        optimizer=own * (kind.moments + (max(kind.master, FLOAT) if zero else kind.master)) / split + mean,
+        buffers=buffers,
+        inputs=raw + standardised,
+        pre_activations=_pre_activations(job, len(share.sources)),
+        codes=_code_memory(job, len(share.sources)),
+        # AuxK stacks the residuals of its tokens and leaves its own.
+        residuals=_residuals(clt, share) * columns * kind.weight * (tokens + 2 * job.auxk_part),
+        shared_decoders=len(source_layers(clt)) * _shared_numbers(clt, columns) * (kind.weight + 3 * CODE_GRADIENT),
+    )
+
+
+def _residuals(clt: CLTConfig, share: LayerShare) -> int:
+    """Reconstructions that are held against a target."""
+    return len(share.targets) if clt.independent is None else pairs(clt, share.targets)
+
+
+def _shared_numbers(clt: CLTConfig, columns: int) -> int:
+    """Numbers of decoders and scales that travel to a rank from one source, where they belong to sources."""
+    if clt.tied_decoders != "source":
+        return 0
+    return clt.n_features * (columns + max(len(targets_of(clt, layer)) for layer in source_layers(clt)))
+
+
+def _pre_activations(job: Job, own_sources: int) -> int:
+    """A chunk of one layer's; rules that compare tokens, layers or norms hold those of all own layers several times."""
+    layer = job.part * job.clt.n_features * job.numerics.weight
+    if job.clt.sparsity.kind == "topk" and not job.clt.sparsity.uses_decoder_norm:
+        return min(layer, PRE_ACTIVATIONS) if own_sources else 0
+    # As computed, as compared, stacked, and for joint_topk token by token (`clt.transcoder.encoding`,
+    # `clt.transcoder.sparsity`).
+    return (4 if job.clt.sparsity.kind == "joint_topk" else 3) * own_sources * layer
+
+
+def _code_memory(job: Job, own_sources: int) -> int:
+    """Own codes; everybody's, as they travel too; their gradients; and slot and token numbers by feature."""
+    slots = job.part * job.slots + job.auxk_part * job.auxk_slots
+    code, layers = job.numerics.weight + INDEX, len(source_layers(job.clt))
+    received = code + index_dtype(job.clt.n_features).itemsize + CODE_GRADIENT + 2 * INDEX
+    return slots * (own_sources * code + layers * received)
+
+
+def traffic(job: Job) -> StepTraffic:
+    """Bytes that a rank receives in a step in which features can be dead.
+
+    With R = layer x column ranks of a model group of up to S encoders each, B tokens, K slots, n replicas and p
+    parameters of the largest share. Model axis, as `clt.distributed.code_exchange.exchange_bytes`: (R-1) S B K times w
+    for the values, 2 (4 from F = 32,769 on) for the indices and 4 for their gradients; for AuxK the same with its own
+    tokens and slots. Data axis: an all-reduce of the gradients, 2 p g (n-1)/n (what DeepSpeed does under ZeRO-1 and 2
+    too, under ZeRO-2 for every micro-batch) and, under these, an all-gather of the weights, p w (n-1)/n.
+
+    Args:
+        job: the job.
+
+    Returns:
+        The bytes; the padding of ranks with fewer than S encoders travels too.
+    """
+    shares, kind, mesh = job.shares(), job.numerics, job.mesh
+    most_sources, index = slot_count(shares), index_dtype(job.clt.n_features).itemsize
+    slots = (mesh.model - 1) * most_sources * job.batch * job.slots
+    auxk_slots = (mesh.model - 1) * most_sources * job.auxk_batch * job.auxk_slots
+    own = max(parameters(job.clt, share).total for share in shares)
+    return StepTraffic(
+        values=slots * kind.weight,
+        indices=slots * index,
+        code_gradients=slots * CODE_GRADIENT,
+        auxk=auxk_slots * (kind.weight + index + CODE_GRADIENT),
+        gradients=all_reduce(own * kind.gradient, mesh.data) * (job.config.data.micro_batches if mesh.zero == 2 else 1),
+        weights=own * kind.weight * (mesh.data - 1) / mesh.data if mesh.zero else 0,
+        shared_decoders=(mesh.model - 1)
+        * most_sources
+        * _shared_numbers(job.clt, width(job.clt, shares[0]))
+        * (kind.weight + CODE_GRADIENT)
+        * job.config.data.micro_batches,
+        selection=_selection(job),
+        bookkeeping=all_reduce(most_sources * job.clt.n_features, mesh.data) + all_reduce(AGREED * SCALAR, mesh.world),
+    )
+
+
+def _selection(job: Job) -> float:
+    """What the rules of `clt.transcoder.sparsity` sum up over ranks, in numbers of 8 bytes.
+
+    Decoder norms: L F over the model group. joint_topk: 256 B per radix digit, of which a value has as many as bytes,
+    L B ties and one count. batch_topk: 256 per digit and data (L + 1) ties over the world, and one count.
+    """
+    clt, mesh, digits = job.clt, job.mesh, job.numerics.weight
+    layers, kind = len(source_layers(clt)), clt.sparsity.kind
+    # The penalty's norms have gradients, which are summed too.
+    numbers = layers * clt.n_features * (clt.sparsity.uses_decoder_norm + 2 * clt.sparsity.has_penalty)
+    numbers += 0 if kind == "topk" else 1
+    if kind == "joint_topk":
+        numbers += (256 * digits + layers) * job.batch
+    everywhere = 256 * digits + mesh.data * (layers + 1) if kind == "batch_topk" else 0
+    return all_reduce(numbers * SCALAR, mesh.model) + all_reduce(everywhere * SCALAR, mesh.world)
+
+
+def all_reduce(n_bytes: float, ranks: int) -> float:
+    """Bytes that each of r ranks receives in a ring's all-reduce of b bytes: 2 b (r - 1) / r."""
+    return 2 * n_bytes * (ranks - 1) / ranks
+
+
+def flops(job: Job) -> Flops:
+    """Arithmetic of a step over all ranks and replicas; only active features are decoded."""
+    clt, tokens = job.clt, job.config.data.batch_tokens
+    n_sources, n_pairs = len(source_layers(clt)), pairs(clt)
+    auxk_tokens = job.auxk_batch * job.mesh.data
+    encode, slots = 2.0 * n_sources * clt.n_features * clt.d_model, float(tokens * clt.k)
+    auxk_slots = float(auxk_tokens * job.auxk_slots)
+    return Flops(
+        encode=encode * tokens,
+        decode=2 * slots * n_pairs * clt.d_model,
+        decoder_gradients=4 * slots * n_pairs * clt.d_model,
+        encoder_gradients=2 * slots * n_sources * clt.d_model,
+        skip=4.0 * tokens * len(target_layers(clt)) * clt.d_model**2 if clt.skip else 0.0,
+        auxk=encode * auxk_tokens + auxk_slots * (6 * n_pairs + 2 * n_sources) * clt.d_model,
+    )
+
+
+def dense_flops(job: Job) -> float:
+    """What a step takes if every feature is decoded, 2 N F D (2 L + 3 P), without AuxK and skip."""
+    clt = job.clt
+    products = 2 * len(source_layers(clt)) + 3 * pairs(clt)
+    return 2.0 * job.config.data.batch_tokens * clt.n_features * clt.d_model * products
+
+
+def store_bytes_per_token(clt: CLTConfig, itemsize: int = 2) -> int:
+    """Bytes of activations that a store holds per token: input and output of every layer's MLP, 2 L D each."""
+    return 2 * clt.n_layers * clt.d_model * itemsize

@@ -1,0 +1,222 @@
+"""What a training job takes and whether it fits, before anything runs: `clt plan` prints it.
+
+Counted from the configuration: parameters and memory of a rank (`clt.planning.counts`), bytes on each axis of the mesh,
+arithmetic, bytes of the store. Projected: seconds of a step on a named machine (`clt.planning.speed`).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+from clt.distributed.mesh import check_world
+from clt.errors import ConfigError
+from clt.planning.counts import Flops, Memory, StepTraffic, dense_flops, flops, memory, store_bytes_per_token, traffic
+from clt.planning.job import Job, MeshShape, Numerics, Parameters, numerics_of, pairs, parameters
+from clt.planning.speed import Machine, StepTime, step_time
+from clt.training.metrics import BYTES_PER_STEP, METRICS_FILE, read_metrics
+from clt.training.settings import TrainConfig
+from clt.transcoder.architecture import CLTConfig
+from clt.transcoder.layers import target_layers
+
+#: Worlds that are tried for the smallest one that fits.
+WORLDS = (1, 2, 4, 8, 16, 24, 32, 48, 64, 96, 128, 192, 256)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Plan:
+    """A planned job.
+
+    Attributes:
+        job: the job.
+        machine: where it would run.
+        tokens: tokens that it would see.
+        parameters: of the whole transcoder.
+        pairs: (source, target) decoders.
+        rank_parameters: of the rank that holds most, and of the one that holds least.
+        memory: of the rank that needs most.
+        traffic: bytes that a rank receives in a step.
+        flops: of a step over all ranks.
+        dense_flops: of a step in which every feature were decoded.
+        store_bytes: activations of `tokens` tokens in bfloat16.
+        step: projected seconds of a step.
+    """
+
+    job: Job
+    machine: Machine
+    tokens: float
+    parameters: Parameters
+    pairs: int
+    rank_parameters: tuple[int, int]
+    memory: Memory
+    traffic: StepTraffic
+    flops: Flops
+    dense_flops: float
+    store_bytes: float
+    step: StepTime
+
+    @property
+    def fits(self) -> bool:
+        """Whether the memory of the rank that needs most is there."""
+        return self.memory.total <= self.machine.memory * self.machine.usable
+
+    @property
+    def tokens_per_second(self) -> float:
+        """Projected, over all ranks, as far as the store delivers."""
+        return self.job.config.data.batch_tokens / self.step.total
+
+    @property
+    def seconds(self) -> float:
+        """Projected seconds for all tokens."""
+        return self.tokens / self.tokens_per_second
+
+    @property
+    def store_rate(self) -> float:
+        """Bytes/s that the store must deliver for that, to all nodes together."""
+        return self.tokens_per_second * self.store_bytes / self.tokens
+
+
+@dataclass(frozen=True, kw_only=True)
+class MeasuredRun:
+    """What a run of a job reported.
+
+    Attributes:
+        tokens_per_second: over all ranks.
+        bytes_per_step: sent by the reporting rank.
+    """
+
+    tokens_per_second: float
+    bytes_per_step: float
+
+
+def plan(
+    config: TrainConfig,
+    clt: CLTConfig,
+    machine: Machine,
+    *,
+    world: int | None = None,
+    tokens: float | None = None,
+    numerics: Numerics | None = None,
+) -> Plan:
+    """Plans a job on the mesh of its configuration.
+
+    Args:
+        config: the job.
+        clt: its architecture.
+        machine: where it runs, one device per rank.
+        world: processes; absent: one model group.
+        tokens: tokens to train on; absent: all steps of the job.
+        numerics: types of weights and optimizer; absent: those of the configuration.
+
+    Returns:
+        The plan.
+
+    Raises:
+        ConfigError: the mesh does not divide the processes, the layers, the width or the batch; names the key.
+    """
+    group = config.mesh.layer * config.mesh.column
+    world = world or group
+    check_world(world, config.mesh.layer, config.mesh.column)
+    numerics, data = numerics or numerics_of(config.optimizer), world // group
+    zero = config.zero_stage(data) if config.mesh.zero_stage is not None or data > 1 else numerics.zero[0]
+    shape = MeshShape(data=data, layer=config.mesh.layer, column=config.mesh.column, zero=zero)
+    if config.data.batch_tokens % shape.data:
+        raise ConfigError(
+            f"data.batch_tokens={config.data.batch_tokens} does not divide over {shape.data} data ranks; "
+            f"take a multiple of {shape.data}"
+        )
+    if shape.zero not in numerics.zero:
+        raise ConfigError(
+            f"mesh.zero_stage={shape.zero} does not go with {numerics.name}; set mesh.zero_stage={numerics.zero[0]}"
+        )
+    if data > 1 and not numerics.replicas:
+        raise ConfigError(f"{numerics.name} takes no replicas, and these are {data}; raise mesh.layer or mesh.column")
+    job = Job(config=config, clt=clt, mesh=shape, numerics=numerics)
+    return _planned(job, machine, tokens or config.steps * config.data.batch_tokens)
+
+
+def _planned(job: Job, machine: Machine, tokens: float) -> Plan:
+    shares = job.shares()
+    own = [parameters(job.clt, share).total for share in shares]
+    return Plan(
+        job=job,
+        machine=machine,
+        tokens=tokens,
+        parameters=parameters(job.clt),
+        pairs=pairs(job.clt),
+        rank_parameters=(max(own), min(own)),
+        memory=max((memory(job, share) for share in shares), key=lambda need: need.total),
+        traffic=traffic(job),
+        flops=flops(job),
+        dense_flops=dense_flops(job),
+        store_bytes=tokens * store_bytes_per_token(job.clt),
+        step=step_time(job, machine),
+    )
+
+
+def meshes(job: Job, world: int) -> Iterator[MeshShape]:
+    """Every mesh of so many processes on which the job can run, ZeRO as in the job where there are replicas, else 0."""
+    for layer in _divisors(world, len(target_layers(job.clt))):
+        for column in _divisors(world // layer, job.clt.d_model):
+            data = world // layer // column
+            if job.clt.d_model % column == 0 and job.config.data.batch_tokens % data == 0:
+                zero = job.config.zero_stage(data) if data > 1 else 0
+                yield MeshShape(data=data, layer=layer, column=column, zero=zero)
+
+
+def alternatives(chosen: Plan, world: int | None = None, numerics: Numerics | None = None) -> list[Plan]:
+    """The job on every mesh where it fits, the fastest first, and of equally fast ones those with few columns.
+
+    Args:
+        chosen: a plan of the job.
+        world: processes; absent: as many as in that plan.
+        numerics: types of weights and optimizer; absent: as in that plan.
+
+    Returns:
+        The plans; empty where the job fits on no mesh.
+    """
+    job = replace(chosen.job, numerics=numerics or chosen.job.numerics)
+    found = []
+    for shape in meshes(job, world or job.mesh.world):
+        if shape.data > 1 and not job.numerics.replicas:
+            continue
+        if shape.zero not in job.numerics.zero:
+            shape = replace(shape, zero=job.numerics.zero[0])
+        found.append(_planned(replace(job, mesh=shape), chosen.machine, chosen.tokens))
+    fitting = [candidate for candidate in found if candidate.fits]
+    # To three digits: what differs less is no difference for a projection.
+    return sorted(fitting, key=lambda p: (-float(f"{p.tokens_per_second:.3g}"), p.job.mesh.column, p.job.mesh.layer))
+
+
+def smallest(chosen: Plan, numerics: Numerics | None = None) -> Plan | None:
+    """The job on the fewest devices (of `WORLDS`) where it fits, on the fastest mesh; None where none is enough."""
+    for world in WORLDS:
+        fitting = alternatives(chosen, world, numerics)
+        if fitting:
+            return fitting[0]
+    return None
+
+
+def measured_run(output: Path) -> MeasuredRun | None:
+    """Medians of what a run reported in the second half of its `metrics.jsonl`; None without such a run.
+
+    Raises:
+        CheckpointError: the file is damaged.
+    """
+    path = output / METRICS_FILE
+    if not path.exists():
+        return None
+    reports = [report for report in read_metrics(path) if "tokens_per_second" in report]
+    late = reports[len(reports) // 2 :]
+    if not late:
+        return None
+    sent = [sum(value for tag, value in report.items() if tag.startswith(f"{BYTES_PER_STEP}/")) for report in late]
+    return MeasuredRun(
+        tokens_per_second=sorted(report["tokens_per_second"] for report in late)[len(late) // 2],
+        bytes_per_step=sorted(sent)[len(late) // 2],
+    )
+
+
+def _divisors(number: int, most: int) -> list[int]:
+    return [n for n in range(1, min(number, most) + 1) if number % n == 0]

@@ -1,0 +1,1 @@
+"""Training: the trainer, its loss, optimizers, schedules, metrics and checkpoints."""

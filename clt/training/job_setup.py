@@ -1,0 +1,94 @@
+"""A training job put together from its settings: checks, kernels, engine."""
+
+from __future__ import annotations
+
+import torch
+
+from clt.distributed.mesh import Mesh
+from clt.errors import ConfigError
+from clt.kernels import ops
+from clt.training.deepspeed_engine import DeepSpeedEngine
+from clt.training.engine import Engine
+from clt.training.objective import Objective
+from clt.training.row_adam_engine import RowEngine
+from clt.training.settings import TrainConfig
+from clt.transcoder.architecture import CLTConfig
+from clt.transcoder.model import CrossLayerTranscoder
+
+
+def make_engine(config: TrainConfig, objective: Objective, mesh: Mesh) -> Engine:
+    """The engine that the job's optimizer asks for.
+
+    Args:
+        config: the job, checked by `check_job`.
+        objective: of this rank's share, on its device.
+        mesh: the processes.
+    """
+    if config.optimizer.kind == "row_adam":
+        return RowEngine(objective, mesh, config.optimizer, config.seed)
+    stage = config.zero_stage(mesh.data_size)
+    return DeepSpeedEngine(objective, mesh, config.optimizer, stage, config.data.micro_batches)
+
+
+def weight_dtype(config: TrainConfig) -> torch.dtype:
+    """In which dtype the kernels read the weights."""
+    return torch.float32 if config.optimizer.weights == "float32" else torch.bfloat16
+
+
+def choose_kernels(config: TrainConfig, transcoder: CrossLayerTranscoder) -> None:
+    """Makes the process use the kernels that the job names.
+
+    Raises:
+        ConfigError: they cannot run on the transcoder.
+    """
+    try:
+        ops.use_backend(config.kernels)
+        ops.backend_of(next(transcoder.parameters()))
+    except RuntimeError as error:
+        raise ConfigError(f"kernels={config.kernels}: {error}") from None
+
+
+def check_job(config: TrainConfig, clt: CLTConfig, data_size: int) -> None:
+    """ConfigError naming the key unless the settings fit each other and the data axis.
+
+    Args:
+        config: the job.
+        clt: its architecture.
+        data_size: replicas on the data axis.
+    """
+    data = config.data
+    if data.batch_tokens % (data_size * data.micro_batches):
+        key = f"data.batch_tokens={data.batch_tokens} does not divide over {data_size} data ranks"
+        key += f" of {data.micro_batches} micro-batches" if data.micro_batches > 1 else ""
+        raise ConfigError(f"{key}; take a multiple of {data_size * data.micro_batches}")
+    for key, value in (("auxk.k", config.auxk.k), ("optimizer.k_start", config.optimizer.k_start)):
+        if value is not None and value > clt.n_features:
+            raise ConfigError(f"{key}={value} exceeds clt.n_features={clt.n_features}; lower it")
+    if config.optimizer.kind == "row_adam":
+        _check_row_adam(config, clt, data_size)
+    elif config.optimizer.weights == "bfloat16_master" and config.mesh.zero_stage == 0:
+        raise ConfigError("mesh.zero_stage=0 keeps no float32 copies; set 1 or 2, or optimizer.weights=float32")
+
+
+def _check_row_adam(config: TrainConfig, clt: CLTConfig, data_size: int) -> None:
+    key = "optimizer.kind=row_adam"
+    if data_size > 1:
+        raise ConfigError(
+            f"{key} moves weights before replicas could agree on gradients, and there are {data_size} replicas; raise "
+            "mesh.layer or mesh.column, or set optimizer.kind=adam"
+        )
+    if config.mesh.zero_stage:
+        raise ConfigError(f"mesh.zero_stage={config.mesh.zero_stage} does not go with {key}; remove it")
+    if config.data.micro_batches > 1:
+        raise ConfigError(
+            f"data.micro_batches={config.data.micro_batches} does not go with {key}, which stores no gradients to add "
+            "to; set 1"
+        )
+    for name, form in (("tied_decoders", clt.tied_decoders), ("independent", clt.independent)):
+        if form is not None:
+            raise ConfigError(f"clt.{name}={form} does not go with {key}; set optimizer.kind=adam")
+    if clt.sparsity.has_penalty:
+        raise ConfigError(
+            f"clt.sparsity.kind={clt.sparsity.kind} does not go with {key}: its penalty moves all decoder rows; set "
+            "optimizer.kind=adam"
+        )

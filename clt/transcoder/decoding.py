@@ -1,0 +1,202 @@
+"""From codes to reconstructions, for decoders that are free, tied, or trained each for itself.
+
+    free         W_dec[t] [S,F,D], a matrix for every source l of a target t
+    target       W_dec[t] [1,F,D], one matrix that all sources of a target share
+    source       W_shared[l] [F,D], one matrix that all targets of a source share; the activation of feature f is
+                 multiplied by target_scale[l] [T,F] of the target first
+    independent  free; each source is held against the whole target, with a bias for every pair, b_dec[t] [S,D]
+    offset       free; an active feature writes with its activation plus offset[t] [S,F]
+
+The kernels know free decoders only. For them, the sources of a target with one matrix are one source with more slots.
+
+Shape letters: S sources of one target, T targets of one source, B tokens, D d_model, F features per layer, K slots.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor
+
+from clt.kernels import ops
+from clt.transcoder.encoding import sum_by_feature
+from clt.transcoder.lazy_decoder import MappedDecoder
+
+if TYPE_CHECKING:
+    from clt.distributed.shared_decoders import SharedDecoders
+    from clt.transcoder.model import CrossLayerTranscoder
+
+#: What the kernels decode: values [S,B,K], indices [S,B,K], decoders [S,F,D_own] and the grouping of the codes.
+Slots = tuple[Tensor, Tensor, Tensor, ops.FeatureCSR | None]
+
+
+def decode(
+    clt: CrossLayerTranscoder,
+    layer: int,
+    values_SBK: Tensor,
+    indices_SBK: Tensor,
+    skip_BD: Tensor | None,
+    shared: SharedDecoders | None,
+) -> Tensor:
+    """Reconstruction of a target layer; sources trained independently are combined as the settings say.
+
+    Args:
+        clt: the transcoder, or one rank's share.
+        layer: target layer owned here.
+        values_SBK: [S,B,K] activations of this target's sources.
+        indices_SBK: [S,B,K] int32 feature numbers.
+        skip_BD: [B,D_own] added to the sum, or None.
+        shared: decoders that belong to sources; None where they are all owned here, or there are none.
+
+    Returns:
+        [B,D_own] standardised MLP output, the columns owned here.
+    """
+    values_SBK, indices_SBK, W_SFD, csr = _slots(clt, layer, values_SBK, indices_SBK, None, shared)
+    b_dec = clt.b_dec[str(layer)]
+    if clt.config.independent is None:
+        values_SBK, indices_SBK, W_SFD, csr = _in_memory(values_SBK, indices_SBK, W_SFD, csr)
+        return ops.decode(values_SBK, indices_SBK, W_SFD, b_dec, skip_BD, csr)
+    weights_S = combination(clt, layer)
+    if clt.config.independent == "nearest":
+        values_SBK, indices_SBK, W_SFD, b_dec, weights_S = (
+            tensor[-1:] for tensor in (values_SBK, indices_SBK, W_SFD, b_dec, weights_S)
+        )
+    slots = _in_memory(values_SBK * weights_S[:, None, None], indices_SBK, W_SFD, None)
+    return ops.decode(*slots[:3], weights_S @ b_dec, skip_BD)
+
+
+def combination(clt: CrossLayerTranscoder, layer: int) -> Tensor:
+    """[S]: how much of each source's own reconstruction of a target the transcoder takes."""
+    n_sources = len(clt.sources_of(layer))
+    ones_S = clt.b_dec[str(layer)].new_ones(n_sources)
+    match clt.config.independent:
+        case "mean":
+            return ones_S / n_sources
+        case "nearest":
+            return torch.where(torch.arange(n_sources, device=ones_S.device) == n_sources - 1, ones_S, 0)
+    return ones_S
+
+
+def squared_error(
+    clt: CrossLayerTranscoder,
+    layer: int,
+    values_SBK: Tensor,
+    indices_SBK: Tensor,
+    b_dec: Tensor,
+    y: Tensor,
+    weights_B: Tensor | None,
+    skip_BD: Tensor | None,
+    csr: ops.FeatureCSR | None,
+    shared: SharedDecoders | None,
+) -> tuple[Tensor, Tensor]:
+    """Squared error of a reconstruction, or its mean over those of independent sources.
+
+    Args:
+        clt: the transcoder, or one rank's share.
+        layer: target layer owned here.
+        values_SBK: [S,B,K] activations of this target's sources.
+        indices_SBK: [S,B,K] int32 feature numbers.
+        b_dec: [D_own] bias; [S,D_own] of independent sources.
+        y: [B,D_own] what is to be reconstructed; also [S,B,D_own] of independent sources.
+        weights_B: [B] weight of each token; None for 1/B.
+        skip_BD: [B,D_own] added to the reconstruction, or None.
+        csr: grouping of these S layers, which the backward pass else builds itself.
+        shared: as for `decode`.
+
+    Returns:
+        error [], of the channels owned here, and the residual, reconstruction - y, detached: [B,D_own], or [S,B,D_own]
+        of independent sources.
+    """
+    values_SBK, indices_SBK, W_SFD, csr = _slots(clt, layer, values_SBK, indices_SBK, csr, shared)
+    if clt.config.independent is None:
+        values_SBK, indices_SBK, W_SFD, csr = _in_memory(values_SBK, indices_SBK, W_SFD, csr)
+        return ops.decode_loss(values_SBK, indices_SBK, W_SFD, b_dec, y, weights_B, skip_BD, csr)
+    errors, residuals = [], []
+    for row, y_BD in enumerate(y if y.dim() == 3 else y.expand(len(W_SFD), -1, -1)):
+        own = slice(row, row + 1)
+        error, residual_BD = ops.decode_loss(
+            values_SBK[own], indices_SBK[own], W_SFD[own], b_dec[row], y_BD, weights_B, csr=csr and csr[own]
+        )
+        errors.append(error)
+        residuals.append(residual_BD)
+    return torch.stack(errors).mean(), torch.stack(residuals)
+
+
+def pair_decoder(clt: CrossLayerTranscoder, source: int, target: int) -> Tensor:
+    """[F,D_own]: what each feature of a source adds to the reconstruction of a target per unit of activation."""
+    if clt.config.independent is not None:
+        row = clt.sources_of(target).index(source)
+        return combination(clt, target)[row] * clt.W_dec[str(target)][row]
+    match clt.config.tied_decoders:
+        case "target":
+            return clt.W_dec[str(target)][0]
+        case "source":
+            scale_F = clt.target_scale[str(source)][clt.targets_of(source).index(target)]
+            return scale_F[:, None] * clt.W_shared[str(source)]
+    return clt.W_dec[str(target)][clt.sources_of(target).index(source)]
+
+
+def _slots(
+    clt: CrossLayerTranscoder,
+    layer: int,
+    values_SBK: Tensor,
+    indices_SBK: Tensor,
+    csr: ops.FeatureCSR | None,
+    shared: SharedDecoders | None,
+) -> Slots:
+    match clt.config.tied_decoders:
+        case "target":
+            merged = (tensor.transpose(0, 1).flatten(1)[None] for tensor in (values_SBK, indices_SBK))
+            return *merged, clt.W_dec[str(layer)], None
+        case "source":
+            W_SFD, scale_SF = _own_shared(clt, layer) if shared is None else shared.into(layer)
+            scaled_SBK: Tensor = _Scaled.apply(values_SBK, scale_SF, indices_SBK)
+            return scaled_SBK, indices_SBK, W_SFD, csr
+    return written(clt, layer, values_SBK, indices_SBK), indices_SBK, clt.W_dec[str(layer)], csr
+
+
+def written(clt: CrossLayerTranscoder, target: int, values_SBK: Tensor, indices_SBK: Tensor) -> Tensor:
+    """[S,B,K]: factors of the decoder vectors of a target, the activations and, where there are some, offsets."""
+    if not clt.config.feature_offset:
+        return values_SBK
+    offset_SBK = _of_slots(clt.offset[str(target)], indices_SBK)
+    # An empty slot writes nothing.
+    return torch.where(values_SBK == 0, 0, values_SBK + offset_SBK)
+
+
+def _in_memory(values_SBK: Tensor, indices_SBK: Tensor, W_SFD: Tensor, csr: ops.FeatureCSR | None) -> Slots:
+    """The same, but of decoders that are in their file the rows that are needed."""
+    if isinstance(W_SFD, MappedDecoder):
+        return *W_SFD.of_active(values_SBK, indices_SBK), None
+    return values_SBK, indices_SBK, W_SFD, csr
+
+
+def _own_shared(clt: CrossLayerTranscoder, target: int) -> tuple[Tensor, Tensor]:
+    """Copies of the decoders [S,F,D] and scales [S,F] of a target's sources, all of them owned here."""
+    sources = clt.sources_of(target)
+    scales = [clt.target_scale[str(source)][clt.targets_of(source).index(target)] for source in sources]
+    return torch.stack([clt.W_shared[str(source)] for source in sources]), torch.stack(scales)
+
+
+class _Scaled(torch.autograd.Function):
+    """Activations times the scales of their features; the scales' gradients are summed in a fixed order."""
+
+    @staticmethod
+    def forward(ctx: Any, values_SBK: Tensor, scale_SF: Tensor, indices_SBK: Tensor) -> Tensor:
+        ctx.save_for_backward(values_SBK, scale_SF, indices_SBK)
+        return values_SBK * _of_slots(scale_SF, indices_SBK)
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor | None, ...]:
+        values_SBK, scale_SF, indices_SBK = ctx.saved_tensors
+        amounts_SBK = gradients[0] * values_SBK
+        sums = [
+            sum_by_feature(*codes, scale_SF.shape[1])
+            for codes in zip(amounts_SBK, values_SBK, indices_SBK, strict=True)
+        ]
+        return gradients[0] * _of_slots(scale_SF, indices_SBK), torch.stack(sums), None
+
+
+def _of_slots(scale_SF: Tensor, indices_SBK: Tensor) -> Tensor:
+    return scale_SF.gather(1, indices_SBK.flatten(1).long()).view(indices_SBK.shape)

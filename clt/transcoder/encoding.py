@@ -1,0 +1,268 @@
+"""Encoding by the rules of `clt.transcoder.sparsity`: pre-activations in, differentiable codes out.
+
+The rules that compare all of a step's pre-activations need them at once: B*F numbers for each own layer.
+
+Shape letters: L source layers, S sources of one target, B tokens, D d_model, F features per layer, K slots.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor
+
+from clt.errors import CheckpointError
+from clt.kernels import ops
+from clt.records import SparseCodes
+from clt.transcoder.sparsity import RULES, Peers, Rule, Scores, all_positive
+
+if TYPE_CHECKING:
+    from clt.transcoder.model import CrossLayerTranscoder
+
+
+def encode(clt: CrossLayerTranscoder, x_LBD: Tensor, k: int, peers: Peers | None) -> SparseCodes:
+    """Codes of the source layers owned here, by the transcoder's rule.
+
+    A step of training has peers and a transcoder in training mode: it updates decoder norms and the running threshold.
+    Otherwise the norms are those saved, and batch_topk fires above its running threshold.
+
+    Args:
+        clt: the transcoder, or one rank's share.
+        x_LBD: [L_own,B,D] standardised encoder inputs of its sources.
+        k: as the rule reads it.
+        peers: the processes to agree with; None for one that owns all layers.
+
+    Returns:
+        Codes [L_own,B,K], values differentiable; K alike on all ranks that exchange codes.
+
+    Raises:
+        CheckpointError: the rule has no inference threshold yet.
+    """
+    kind, layers = clt.config.sparsity.kind, clt.share.sources
+    trains = peers is not None and clt.training
+    peers = peers or Peers()
+    assert peers.mesh or kind != "joint_topk" or len(layers) == clt.n_sources, "joint_topk of a share needs its peers"
+    if trains and clt.config.sparsity.uses_decoder_norm:
+        update_decoder_norms(clt, peers)
+    fires_above = kind == "batch_topk" and not trains
+    rule = all_positive if fires_above else RULES[kind]
+    codes, threshold = _activate(clt, layers, x_LBD, k, rule, peers, fires_above)
+    if trains and threshold is not None:
+        _follow(clt, threshold)
+    return codes
+
+
+def encode_layer(clt: CrossLayerTranscoder, layer: int, x_BD: Tensor, k: int) -> tuple[Tensor, Tensor]:
+    """Codes [B,K] of one layer by itself, as inference needs them; see `encode`."""
+    compares = clt.config.sparsity.kind in ("joint_topk", "batch_topk")
+    rule = all_positive if compares else RULES[clt.config.sparsity.kind]
+    codes, _ = _activate(clt, (layer,), x_BD[None], k, rule, Peers(), compares)
+    return codes.values[0], codes.indices[0]
+
+
+@torch.no_grad()
+def scores_of(clt: CrossLayerTranscoder, layer: int, pre_BF: Tensor) -> Tensor:
+    """What rules compare: pre-activations [B,F], weighted by decoder norm where the settings say so."""
+    if not clt.config.sparsity.uses_decoder_norm:
+        return pre_BF
+    return pre_BF * clt.decoder_norm[layer].to(pre_BF.dtype)
+
+
+@torch.no_grad()
+def update_decoder_norms(clt: CrossLayerTranscoder, peers: Peers | None = None) -> None:
+    """Sets the norms that rank features to those of the decoders; training does it every step.
+
+    Args:
+        clt: the transcoder, or one rank's share.
+        peers: owners of the other decoders; None for a process that owns all.
+    """
+    # To float32: sums in another order differ in the last digits of float64, and must not change how features rank.
+    norms_LF = decoder_squares(clt, peers or Peers()).sqrt().to(torch.float32)
+    for layer in clt.share.sources:
+        clt.decoder_norm[layer].copy_(norms_LF[clt.source_row(layer)])
+
+
+def decoder_squares(clt: CrossLayerTranscoder, peers: Peers) -> Tensor:
+    """Squared norm of every feature's decoder vectors over all its targets, [L,F] float64, differentiable.
+
+    In float64, so that the norms are the same numbers however the decoders are dealt. One all-reduce forward, and one
+    backward.
+    """
+    device = next(clt.parameters()).device
+    squares_LF = torch.zeros(clt.n_sources, clt.config.n_features, dtype=torch.float64, device=device)
+    for name, W_SFD in clt.W_dec.items():
+        rows = clt.source_rows(int(name))
+        # Of a matrix that all sources share, each feature counts for every source.
+        squares_SF = _RowSquares.apply(W_SFD).expand(rows.stop - rows.start, -1)
+        squares_LF = squares_LF + _placed(squares_SF, rows.start, clt.n_sources)
+    for name, W_FD in clt.W_shared.items():
+        squares_F = clt.target_scale[name].double().square().sum(dim=0) * _RowSquares.apply(W_FD)
+        squares_LF = squares_LF + _placed(squares_F[None], clt.source_row(int(name)), clt.n_sources)
+    summed: Tensor = _SumOverPeers.apply(squares_LF, peers)
+    return summed
+
+
+def _placed(squares_SF: Tensor, start: int, n_rows: int) -> Tensor:
+    """[L,F]: zeros but for some rows."""
+    return torch.nn.functional.pad(squares_SF, (0, 0, start, n_rows - start - len(squares_SF)))
+
+
+def sum_by_feature(amounts_BK: Tensor, values_BK: Tensor, indices_BK: Tensor, n_features: int) -> Tensor:
+    """[F]: the sum of what the filled slots of each feature hold, the same bits every time."""
+    csr = ops.feature_csr(values_BK[None], indices_BK[None], n_features)
+    # The gradient of an encoder's bias is this sum.
+    nothing_BD = amounts_BK.new_zeros(len(amounts_BK), 1)
+    return ops.encoder_grad(amounts_BK.contiguous(), values_BK, indices_BK, nothing_BD, n_features, csr)[1]
+
+
+def jump(values_BK: Tensor, log_threshold_F: Tensor, indices_BK: Tensor, bandwidth: float) -> Tensor:
+    """Activations that passed their thresholds, with a straight-through gradient for the thresholds.
+
+    The gradient of log threshold t is -(t/w) * t * sum of dL/dz over the activations in (t, t + w]: a rectangular
+    kernel of width w, on one side only. The usual kernel reaches below the threshold too, where activations are zero
+    and have no slot: it would make the step dense in the window, and put these entries into the exchange of codes.
+    Below the threshold the loss's slope is that above it less what the activation itself changes;
+    `clt.transcoder.penalty` adds that part, so that the two estimates agree as w goes to 0.
+
+    Args:
+        values_BK: [B,K] pre-activations above their thresholds, 0 in empty slots.
+        log_threshold_F: [F].
+        indices_BK: [B,K] int32 feature numbers.
+        bandwidth: w, in standardised units.
+
+    Returns:
+        The same values.
+    """
+    passed: Tensor = _Jump.apply(values_BK, log_threshold_F, indices_BK, bandwidth)
+    return passed
+
+
+def in_window(values_BK: Tensor, thresholds_BK: Tensor, bandwidth: float) -> Tensor:
+    """Whether a slot is filled and lies at most a bandwidth above its threshold."""
+    return (values_BK != 0) & (values_BK <= thresholds_BK + bandwidth)
+
+
+def _activate(
+    clt: CrossLayerTranscoder,
+    layers: Sequence[int],
+    x_LBD: Tensor,
+    k: int,
+    rule: Rule,
+    peers: Peers,
+    fires_above: bool,
+) -> tuple[SparseCodes, Tensor | None]:
+    """Codes of some layers by a rule, and the rule's threshold."""
+    with torch.no_grad():
+        pre = [ops.preactivations(x, *clt.encoder(layer)) for layer, x in zip(layers, x_LBD, strict=True)]
+        empty = x_LBD.new_zeros(0, x_LBD.shape[1], clt.config.n_features)
+        own = [_eligible(clt, layer, pre_BF, fires_above) for layer, pre_BF in zip(layers, pre, strict=True)]
+        rows = tuple(clt.source_row(layer) for layer in layers)
+        own_LBF = torch.stack(own) if own else empty
+        selected = rule(Scores(own_LBF=own_LBF, rows=rows, n_layers=clt.n_sources, peers=peers), k)
+        del own, own_LBF
+        picked = [
+            _pick(pre_BF, scores_BK, indices_BK)
+            for pre_BF, scores_BK, indices_BK in zip(pre, selected.scores_LBK, selected.indices_LBK, strict=True)
+        ]
+        del pre
+    values = []
+    for layer, x_BD, picked_BK, indices_BK in zip(layers, x_LBD, picked, selected.indices_LBK, strict=True):
+        values_BK = ops.encode_selected(x_BD, *clt.encoder(layer), picked_BK, indices_BK)
+        if str(layer) in clt.log_threshold:
+            bandwidth = clt.config.sparsity.bandwidth
+            values_BK = jump(values_BK, clt.log_threshold[str(layer)], indices_BK, bandwidth)
+        values.append(values_BK)
+    values_LBK = torch.stack(values) if values else selected.scores_LBK
+    codes = SparseCodes(values=values_LBK, indices=selected.indices_LBK, n_features=clt.config.n_features)
+    return codes, selected.threshold
+
+
+def _eligible(clt: CrossLayerTranscoder, layer: int, pre_BF: Tensor, fires_above: bool) -> Tensor:
+    """Scores of a layer, 0 for what its thresholds exclude."""
+    scores_BF = scores_of(clt, layer, pre_BF)
+    if clt.config.sparsity.kind != "topk":
+        scores_BF = _one_nan(scores_BF)
+    if str(layer) in clt.log_threshold:
+        return scores_BF.masked_fill(scores_BF <= clt.log_threshold[str(layer)].exp(), 0)
+    if fires_above:
+        threshold = clt.threshold[layer]
+        if bool(threshold.isnan()):
+            raise CheckpointError(
+                f"sparsity.kind={clt.config.sparsity.kind}: the transcoder has no threshold for a layer by itself; "
+                "set one with clt.convert.thresholds.calibrate_threshold, or convert it with "
+                "clt.convert.thresholds.to_jumprelu"
+            )
+        return scores_BF.masked_fill(scores_BF <= threshold.to(scores_BF.dtype), 0)
+    return scores_BF
+
+
+def _one_nan(scores_BF: Tensor) -> Tensor:
+    """Marks a token with scores that are not finite by a single NaN, so that it does not claim a slot per feature."""
+    broken_BF = ~scores_BF.isfinite()
+    scores_BF = scores_BF.masked_fill(broken_BF, 0)
+    scores_BF[:, 0].masked_fill_(broken_BF.any(dim=1), torch.nan)
+    return scores_BF
+
+
+def _pick(pre_BF: Tensor, scores_BK: Tensor, indices_BK: Tensor) -> Tensor:
+    """Pre-activations of the filled slots; a NaN score stays one, so that it reaches the loss and is seen."""
+    picked_BK = torch.where(scores_BK != 0, pre_BF.gather(1, indices_BK.long()), 0)
+    return picked_BK.masked_fill(scores_BK.isnan(), torch.nan)
+
+
+@torch.no_grad()
+def _follow(clt: CrossLayerTranscoder, threshold: Tensor) -> None:
+    """Moves the running threshold towards that of a step; the first one is taken as it is."""
+    for layer in clt.share.sources:
+        old, new = clt.threshold[layer], threshold.to(torch.float64)
+        followed = torch.where(old.isnan(), new, torch.lerp(new, old, clt.config.sparsity.threshold_decay))
+        # A step that is not finite is skipped by all ranks, and leaves no trace here either.
+        old.copy_(torch.where(new.isfinite(), followed, old))
+
+
+class _RowSquares(torch.autograd.Function):
+    """Squared norms of rows in float64, without a squared copy of the weights."""
+
+    @staticmethod
+    def forward(ctx: Any, W_SFD: Tensor) -> Tensor:
+        ctx.save_for_backward(W_SFD)
+        return torch.linalg.vector_norm(W_SFD, dim=-1, dtype=torch.float64).square()
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: Tensor) -> Tensor:
+        (W_SFD,) = ctx.saved_tensors
+        return 2 * gradients[0].to(W_SFD.dtype)[..., None] * W_SFD
+
+
+class _SumOverPeers(torch.autograd.Function):
+    """Sum over the model group; each rank's share of the loss reads it, so the gradient is summed too."""
+
+    @staticmethod
+    def forward(ctx: Any, tensor: Tensor, peers: Peers) -> Tensor:
+        ctx.peers = peers
+        return peers.sum(tensor.clone(), "model")
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor, None]:
+        return ctx.peers.sum(gradients[0].clone(), "model"), None
+
+
+class _Jump(torch.autograd.Function):
+    """See `jump`."""
+
+    @staticmethod
+    def forward(ctx: Any, values_BK: Tensor, log_threshold_F: Tensor, indices_BK: Tensor, bandwidth: float) -> Tensor:
+        ctx.bandwidth = bandwidth
+        ctx.save_for_backward(values_BK, log_threshold_F, indices_BK)
+        return values_BK.clone()
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor | None, ...]:
+        values_BK, log_threshold_F, indices_BK = ctx.saved_tensors
+        thresholds_BK = log_threshold_F.exp()[indices_BK.long()]
+        slope_BK = -gradients[0] * thresholds_BK.square() / ctx.bandwidth
+        amounts_BK = torch.where(in_window(values_BK, thresholds_BK, ctx.bandwidth), slope_BK, 0)
+        grad_F = sum_by_feature(amounts_BK, values_BK, indices_BK, len(log_threshold_F))
+        return gradients[0], grad_F, None, None

@@ -1,0 +1,68 @@
+"""Which layers of a transcoder write to which, what a process owns of them, and how much each weighs in the loss."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+
+from clt.transcoder.architecture import CLTConfig
+
+
+@dataclass(frozen=True, kw_only=True)
+class LayerShare:
+    """What one rank owns: encoders of `sources` and all decoders into `targets`, or some columns of these.
+
+    Attributes:
+        sources: ascending; may be empty.
+        targets: ascending.
+        columns: channels of the targets whose decoders, biases and rows of W_skip are here, or None for all.
+    """
+
+    sources: tuple[int, ...]
+    targets: tuple[int, ...]
+    columns: range | None = None
+
+    @classmethod
+    def everything(cls, config: CLTConfig) -> LayerShare:
+        """The share of a process that owns the whole transcoder."""
+        return cls(sources=source_layers(config), targets=target_layers(config))
+
+
+def sources_of(config: CLTConfig, target: int) -> range:
+    """Source layers that write to a target layer."""
+    horizon = config.n_targets or config.n_layers
+    last = target - config.first_offset
+    every = range(max(0, last - horizon + 1), last + 1)
+    return every if config.source is None else range(config.source, config.source + (config.source in every))
+
+
+def targets_of(config: CLTConfig, source: int) -> range:
+    """Target layers that a source layer writes to."""
+    horizon = config.n_targets or config.n_layers
+    first = source + config.first_offset
+    return range(first, min(config.n_layers, first + horizon) if config.source in (None, source) else first)
+
+
+def source_layers(config: CLTConfig) -> tuple[int, ...]:
+    """Layers that have an encoder: those with at least one target."""
+    return tuple(layer for layer in range(config.n_layers) if targets_of(config, layer))
+
+
+def target_layers(config: CLTConfig) -> tuple[int, ...]:
+    """Layers whose MLP output is reconstructed: those with at least one source."""
+    return tuple(layer for layer in range(config.n_layers) if sources_of(config, layer))
+
+
+def error_weight(config: CLTConfig) -> float:
+    """Weight of a reconstruction's squared error in the loss: 1/M for M targets; 1/P for P pairs of independent layers.
+
+    What an independent source learns must not depend on which others are trained beside it: P counts all of the model.
+    """
+    if config.independent is None:
+        return 1 / len(target_layers(config))
+    every = replace(config, source=None)
+    return 1 / sum(len(sources_of(every, target)) for target in target_layers(every))
+
+
+def target_weight(config: CLTConfig, target: int) -> float:
+    """Weight in the loss of what `CrossLayerTranscoder.decode_loss_layer` gives, a mean over independent sources."""
+    return error_weight(config) * (1 if config.independent is None else len(sources_of(config, target)))

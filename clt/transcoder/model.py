@@ -1,0 +1,410 @@
+"""The cross-layer transcoder: every source layer's features write to its own and later MLP outputs.
+
+    z_l    = TopK(ReLU(W_enc[l] x_l + b_enc[l]), k)
+    yhat_t = sum over sources l of t of z_l W_dec[t][l] + b_dec[t] (+ W_skip[t] x_t)
+
+with source l writing to targets l + first_offset .. l + first_offset + n_targets - 1 (Ameisen et al. 2025, "Circuit
+Tracing", section 2). `encode` and `decode` work in standardised units, `forward` in the model's own. Weights are
+target-major: one tensor W_dec[t] [S_t,F,D] per target; other forms of decoders are in `clt.transcoder.decoding`, and
+`untied` turns them into this one. A rank may own a share of the layers; the codes it lacks come from
+`clt.distributed.code_exchange`.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Self
+
+import torch
+from torch import Tensor, nn
+
+from clt.errors import ConfigError
+from clt.kernels import ops
+from clt.records import ModelIdentity, SparseCodes, TrainingFacts
+from clt.transcoder import decoding, encoding
+from clt.transcoder.architecture import CLTConfig
+from clt.transcoder.initial_weights import LayerBuffers, initial_decoder, initial_encoder, initial_shared_decoder
+from clt.transcoder.layers import LayerShare, source_layers, sources_of, targets_of
+from clt.transcoder.lazy_decoder import MappedDecoder
+from clt.transcoder.scaling import Scaling
+from clt.transcoder.sparsity import Peers
+
+if TYPE_CHECKING:
+    from clt.distributed.shared_decoders import SharedDecoders
+
+
+@dataclass(frozen=True, kw_only=True)
+class Provenance:
+    """Where a transcoder comes from.
+
+    Attributes:
+        model: the model whose activations it was trained on, or None for one made by hand.
+        store_id: id of the activation store, or None.
+        training: how far and how well it was trained, or None where nobody has read it.
+    """
+
+    model: ModelIdentity | None = None
+    store_id: str | None = None
+    training: TrainingFacts | None = None
+
+
+class CrossLayerTranscoder(nn.Module):
+    """A cross-layer transcoder, or one rank's share of it.
+
+    Args:
+        config: architecture.
+        scaling: raw to standardised activations.
+        share: layers this process owns; all by default.
+        seed: seed of the initial weights, which depend on it and on the layer only, not on the share.
+        provenance: model and store it belongs to.
+    """
+
+    def __init__(
+        self,
+        config: CLTConfig,
+        scaling: Scaling,
+        share: LayerShare | None = None,
+        seed: int = 0,
+        provenance: Provenance | None = None,
+    ) -> None:
+        super().__init__()
+        self.config = config
+        self.scaling = scaling.per_token() if config.layer_norm else scaling
+        self.share = share or LayerShare.everything(config)
+        self.provenance = provenance or Provenance()
+        self.W_enc, self.b_enc = nn.ParameterDict(), nn.ParameterDict()
+        self.W_dec, self.b_dec, self.W_skip = nn.ParameterDict(), nn.ParameterDict(), nn.ParameterDict()
+        self.log_threshold = nn.ParameterDict()
+        self.W_shared, self.target_scale = nn.ParameterDict(), nn.ParameterDict()
+        self.offset = nn.ParameterDict()
+        self.decoder_norm, self.threshold = LayerBuffers(), LayerBuffers()
+        for layer in self.share.sources:
+            W_FD, b_F = initial_encoder(config, layer, seed)
+            self.W_enc[str(layer)], self.b_enc[str(layer)] = nn.Parameter(W_FD), nn.Parameter(b_F)
+            self._add_sparsity(layer)
+            if config.tied_decoders == "source":
+                self.W_shared[str(layer)] = nn.Parameter(initial_shared_decoder(config, layer, seed))
+                self.target_scale[str(layer)] = nn.Parameter(torch.ones(len(self.targets_of(layer)), config.n_features))
+        for layer in self.share.targets:
+            self._add_target(layer, seed)
+
+    def _add_target(self, layer: int, seed: int) -> None:
+        """What is owned with a target layer."""
+        config, sources = self.config, self.sources_of(layer)
+        D_own = len(range(config.d_model)[self.columns])
+        if config.tied_decoders != "source":
+            self.W_dec[str(layer)] = nn.Parameter(initial_decoder(config, layer, sources, seed, self.columns))
+        biases = (D_own,) if config.independent is None else (len(sources), D_own)
+        self.b_dec[str(layer)] = nn.Parameter(torch.zeros(biases))
+        if config.skip:
+            self.W_skip[str(layer)] = nn.Parameter(torch.zeros(D_own, config.d_model))
+        if config.feature_offset:
+            self.offset[str(layer)] = nn.Parameter(torch.zeros(len(sources), config.n_features))
+
+    def _add_sparsity(self, layer: int) -> None:
+        """What the rule of `config.sparsity` keeps for a source layer besides its encoder."""
+        sparsity, F = self.config.sparsity, self.config.n_features
+        if sparsity.kind == "jumprelu":
+            self.log_threshold[str(layer)] = nn.Parameter(torch.full((F,), math.log(sparsity.threshold)))
+        if sparsity.uses_decoder_norm:
+            # Of the decoders before the last step; 1, and no weight, before `encoding.update_decoder_norms`.
+            self.decoder_norm[layer] = torch.ones(F)
+        if sparsity.kind in ("joint_topk", "batch_topk"):
+            # Least score at which a layer fires by itself; NaN while there is none.
+            self.threshold[layer] = torch.tensor(torch.nan)
+
+    def sources_of(self, target: int) -> range:
+        """Source layers of a target; free, W_dec[str(target)][i] belongs to sources_of(target)[i]."""
+        return sources_of(self.config, target)
+
+    def targets_of(self, source: int) -> range:
+        """Target layers of a source."""
+        return targets_of(self.config, source)
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """Of the weights."""
+        return next(self.parameters()).dtype
+
+    @property
+    def n_sources(self) -> int:
+        """Source layers of the whole transcoder."""
+        return len(source_layers(self.config))
+
+    @property
+    def n_sources_of_model(self) -> int:
+        """Source layers over which terms of the loss have their mean, also when one of them is trained alone."""
+        return len(source_layers(replace(self.config, source=None)))
+
+    def source_row(self, layer: int) -> int:
+        """Where a source layer stands in codes of all source layers."""
+        return layer - source_layers(self.config)[0]
+
+    def source_rows(self, target: int) -> slice:
+        """Where a target's sources stand in codes of all source layers."""
+        sources = self.sources_of(target)
+        return slice(self.source_row(sources.start), self.source_row(sources.start) + len(sources))
+
+    def encoder(self, layer: int) -> tuple[Tensor, Tensor]:
+        """W_enc [F,D] and b_enc [F] of a source layer owned here."""
+        return self.W_enc[str(layer)], self.b_enc[str(layer)]
+
+    def decoder(self, source: int, target: int) -> Tensor:
+        """[F,D_own]: decoder vectors of a source into a target, whatever form the decoders have."""
+        return decoding.pair_decoder(self, source, target)
+
+    def encode_layer(self, layer: int, x_BD: Tensor, k: int | None = None) -> tuple[Tensor, Tensor]:
+        """Codes of one source layer by itself; rules that compare layers or tokens use their inference thresholds.
+
+        Args:
+            layer: source layer owned here.
+            x_BD: [B,D] standardised encoder input.
+            k: active features per token, the config's by default.
+
+        Returns:
+            values [B,K] and indices [B,K] int32 (see `clt.kernels.ops.encode_topk`); K is k for the kind topk, else
+            the largest number of active features of a token.
+
+        Raises:
+            CheckpointError: the rule has no inference threshold yet.
+        """
+        if self.encodes_layers_alone:
+            return ops.encode_topk(x_BD, *self.encoder(layer), k or self.config.k)
+        return encoding.encode_layer(self, layer, x_BD, k or self.config.k)
+
+    def decode_layer(
+        self,
+        layer: int,
+        values_SBK: Tensor,
+        indices_SBK: Tensor,
+        x_BD: Tensor | None = None,
+        shared: SharedDecoders | None = None,
+    ) -> Tensor:
+        """Reconstruction of one target layer.
+
+        Args:
+            layer: target layer owned here.
+            values_SBK: [S,B,K] activations of this target's sources, in the order of `sources_of`.
+            indices_SBK: [S,B,K] int32 feature numbers.
+            x_BD: [B,D] standardised encoder input of this layer; needed when the config has a skip connection.
+            shared: decoders that belong to sources, if there are any that are not owned here.
+
+        Returns:
+            [B,D_own] standardised MLP output, the columns owned here.
+        """
+        return decoding.decode(self, layer, values_SBK, indices_SBK, self._skip(layer, x_BD), shared)
+
+    def _skip(self, layer: int, x_BD: Tensor | None) -> Tensor | None:
+        """[B,D_own] what the skip connection adds to a target layer; None without."""
+        if not self.config.skip:
+            return None
+        assert x_BD is not None, "a transcoder with skip connection decodes from its input too"
+        return x_BD @ self.W_skip[str(layer)].T
+
+    def encode(self, x_LBD: Tensor, k: int | None = None, peers: Peers | None = None) -> SparseCodes:
+        """Codes of the source layers owned here.
+
+        Args:
+            x_LBD: [L_own,B,D] standardised encoder inputs, in the order of `share.sources`.
+            k: active features per token and layer, the config's by default.
+            peers: the processes to agree with, in a step of training or for a share (see
+            `clt.transcoder.encoding.encode`).
+
+        Returns:
+            Codes [L_own,B,K].
+
+        Raises:
+            CheckpointError: the rule has no inference threshold yet.
+        """
+        if not self.encodes_layers_alone or not self.share.sources:
+            return encoding.encode(self, x_LBD, k or self.config.k, peers)
+        pairs = [self.encode_layer(layer, x_BD, k) for layer, x_BD in zip(self.share.sources, x_LBD, strict=True)]
+        values, indices = (torch.stack(tensors) for tensors in zip(*pairs, strict=True))
+        return SparseCodes(values=values, indices=indices, n_features=self.config.n_features)
+
+    @property
+    def encodes_layers_alone(self) -> bool:
+        """Whether the fused encoder of the kernels does the selection."""
+        return self.config.sparsity.kind == "topk" and not self.config.sparsity.decoder_norm
+
+    def decode(self, codes: SparseCodes, x_MBD: Tensor | None = None) -> Tensor:
+        """Reconstructions of the target layers owned here.
+
+        Args:
+            codes: codes of all source layers of the model, [L,B,K] in the order of `source_layers`.
+            x_MBD: [M_own,B,D] standardised encoder inputs of the targets; needed with a skip connection.
+
+        Returns:
+            [M_own,B,D_own] standardised MLP outputs, in the order of `share.targets`: the columns owned here.
+        """
+        outputs = []
+        for row, layer in enumerate(self.share.targets):
+            rows = self.source_rows(layer)
+            x_BD = None if x_MBD is None else x_MBD[row]
+            outputs.append(self.decode_layer(layer, codes.values[rows], codes.indices[rows], x_BD))
+        return torch.stack(outputs)
+
+    def decode_loss_layer(
+        self,
+        layer: int,
+        values_SBK: Tensor,
+        indices_SBK: Tensor,
+        y_BD: Tensor,
+        x_BD: Tensor | None = None,
+        csr: ops.FeatureCSR | None = None,
+        weights_B: Tensor | None = None,
+        shared: SharedDecoders | None = None,
+    ) -> tuple[Tensor, Tensor]:
+        """Squared error of one target layer, without storing its reconstruction.
+
+        Args:
+            layer: target layer owned here.
+            values_SBK: [S,B,K] activations of this target's sources, in the order of `sources_of`.
+            indices_SBK: [S,B,K] int32 feature numbers.
+            y_BD: [B,D_own] standardised MLP output, the columns owned here.
+            x_BD: [B,D] standardised encoder input of this layer; needed when the config has a skip connection.
+            csr: grouping of these S layers, which the backward pass else builds itself.
+            weights_B: [B] weight of each token; None for 1/B.
+            shared: decoders that belong to sources, if there are any that are not owned here.
+
+        Returns:
+            error [], weighted sum over tokens of the mean over all D channels of the squared residual as far as columns
+            are owned here, and the residual [B,D_own], reconstruction - y, detached. Of independent sources the mean of
+            their errors, and [S,B,D_own].
+        """
+        bias, skip_BD = self.b_dec[str(layer)], self._skip(layer, x_BD)
+        error, residual = decoding.squared_error(
+            self, layer, values_SBK, indices_SBK, bias, y_BD, weights_B, skip_BD, csr, shared
+        )
+        return self.column_part(error), residual
+
+    @property
+    def columns(self) -> slice:
+        """Channels of the targets that are owned here."""
+        own = self.share.columns
+        return slice(None) if own is None else slice(own.start, own.stop)
+
+    def column_part(self, mean: Tensor) -> Tensor:
+        """What a mean over the channels owned here adds to the mean over all D of them."""
+        own = self.share.columns
+        return mean if own is None else mean * (len(own) / self.config.d_model)
+
+    def forward(self, x_LBD: Tensor) -> Tensor:
+        """MLP outputs from raw encoder inputs, for a process that owns every layer.
+
+        Args:
+            x_LBD: [n_layers,B,D] raw encoder inputs of all layers.
+
+        Returns:
+            [M,B,D] raw MLP outputs of the target layers.
+        """
+        everything = LayerShare.everything(self.config)
+        assert self.share == everything, "a share of a transcoder has no forward of its own"
+        x_std = self.scaling.standardise_x(x_LBD[list(everything.sources)], everything.sources)
+        x_skip = None
+        if self.config.skip:
+            x_skip = self.scaling.standardise_x(x_LBD[list(everything.targets)], everything.targets)
+        y_std = self.decode(self.encode(x_std), x_skip)
+        return self.scaling.restore_y(y_std, everything.targets)
+
+    @property
+    def has_variants(self) -> bool:
+        """Whether decoders are of another form than one for every source and target, summed."""
+        return self.config.tied_decoders is not None or self.config.independent is not None
+
+    def untied(self) -> CrossLayerTranscoder:
+        """The same function with a decoder of its own for every source and target, whose sum it is: no variants.
+
+        Raises:
+            ConfigError: only one source layer was trained.
+        """
+        from clt.transcoder.folding import untied
+
+        return untied(self)
+
+    def folded(self) -> CrossLayerTranscoder:
+        """The same function with the scaling moved into the weights, and decoders untied: raw inputs in, raw outputs
+        out."""
+        from clt.transcoder.folding import folded
+
+        return folded(self)
+
+    def requires_grad_(self, requires_grad: bool = True) -> Self:
+        """As of any module; ConfigError where decoders are in their files and cannot be trained."""
+        if requires_grad and any(isinstance(W_SFD, MappedDecoder) for W_SFD in self.W_dec.values()):
+            raise ConfigError("lazy=True: decoders that stay in their files cannot be trained; load with lazy=False")
+        return super().requires_grad_(requires_grad)
+
+    def save_pretrained(self, folder: Path | str) -> None:
+        """Writes a safetensors file per layer, the scaling, `transcoder.json` and a model card: all or nothing.
+
+        Args:
+            folder: new, empty, or with a transcoder that is replaced when the new one is complete.
+
+        Raises:
+            CheckpointError: the folder holds other files, or cannot be written; it stays as it was.
+        """
+        from clt.checkpoint.weights import save_transcoder
+
+        save_transcoder(self, Path(folder))
+
+    def push_to_hub(
+        self, name: str, *, private: bool = True, revision: str | None = None, message: str | None = None
+    ) -> str:
+        """Sends what `save_pretrained` writes to a model repository; `clt push` sends a folder without a copy of it.
+
+        Args:
+            name: OWNER/NAME; the repository is made if it is missing.
+            private: visibility of a repository that is made.
+            revision: branch, made if it is missing; absent: main.
+            message: summary of the commits.
+
+        Returns:
+            Id of the commit that holds all files.
+
+        Raises:
+            HubError: access is refused, the repository holds another transcoder, or the transfer failed.
+            CheckpointError: there is no room for the files on this side.
+        """
+        from clt.hub.pretrained import push_transcoder
+
+        return push_transcoder(self, name, private=private, revision=revision, message=message)
+
+    @classmethod
+    def from_pretrained(
+        cls,
+        name: Path | str,
+        *,
+        layers: Sequence[int] | None = None,
+        device: torch.device | str = "cpu",
+        dtype: torch.dtype | None = None,
+        lazy: bool = False,
+        revision: str | None = None,
+        averaged: bool = False,
+    ) -> CrossLayerTranscoder:
+        """Reads a folder written by `save_pretrained` or by training, or a model repository of the hub.
+
+        Args:
+            name: a folder; or, if there is none of that name, OWNER/NAME or OWNER/NAME@REVISION on the hub.
+            layers: the share to fetch and read: encoders of these source layers, decoders into these target layers.
+            device: place of the weights.
+            dtype: their type, whatever that of the files is; absent: float32.
+            lazy: decoders stay in their files, memory-mapped, and are read where they are used; they cannot be trained.
+            revision: branch, tag or commit of the repository.
+            averaged: read the running mean of the weights, of a job with optimizer.ema_decay.
+
+        Returns:
+            The transcoder, without gradients.
+
+        Raises:
+            CheckpointError: a file is missing, damaged or of the wrong shape; names the file and key.
+            ConfigError: there are no such layers, or a revision of a folder is asked for.
+            HubError: the repository is missing, unfinished or refuses access, or the transfer failed.
+        """
+        from clt.hub.pretrained import open_pretrained
+
+        dtype = dtype or torch.float32
+        return open_pretrained(name, layers, revision, averaged, device=device, dtype=dtype, lazy=lazy)

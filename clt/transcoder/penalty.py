@@ -1,0 +1,108 @@
+"""What activations cost under jumprelu and relu, and what thresholds owe to the curvature of the loss.
+
+The penalty of a token is the sum of tanh(c z n) over its active features, with z the activation and n the norm of the
+feature's decoder vectors over all its targets (Ameisen et al. 2025, "Circuit Tracing", section D): near 0 it is an L1
+norm, far from it a count. n takes part in the gradient, or the decoders would grow while z shrinks. The loss has its
+mean over tokens and source layers, so that a weight means the same for any batch and depth.
+
+A threshold t divides activations z in (t, t + w] that fire from those that do not. What the loss gains when one that
+lies at t falls silent is known: for slope g of the squared error above the threshold, curvature h, and the penalty's
+weight l, it is t g - t^2 h / 2 + l tanh(c t n), since the error is quadratic in z. `encoding.jump` passes on t g and
+t l c n / cosh^2(c z n); what is missing comes from here. Without the curvature, g is near 0 at the best activations
+whatever the threshold, nothing holds against the penalty, and thresholds only rise.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from clt.records import SparseCodes
+from clt.transcoder.encoding import decoder_squares, in_window, sum_by_feature
+from clt.transcoder.layers import error_weight
+from clt.transcoder.model import CrossLayerTranscoder
+from clt.transcoder.sparsity import Peers
+
+#: Keeps the gradient of a norm finite where the decoders are still zero.
+_LEAST_SQUARE = 1e-24
+
+
+def sparsity_loss(
+    clt: CrossLayerTranscoder, codes: SparseCodes, weight: float, peers: Peers, weights_B: Tensor | None = None
+) -> tuple[Tensor, Tensor]:
+    """The weighted penalty of the source layers owned here; all ranks of the model group must call it.
+
+    Args:
+        clt: the transcoder, or one rank's share, of the kind jumprelu or relu.
+        codes: [L_own,B,K] its codes.
+        weight: of the penalty at this step.
+        peers: owners of the other layers.
+        weights_B: [B] weight of each token in the squared error; None for 1/B.
+
+    Returns:
+        this rank's share of the loss [], to be added to that of the squared error, and the share of the penalty
+        itself [], without its weight and detached; both summed over the model group are those of the transcoder.
+    """
+    settings, F = clt.config.sparsity, codes.n_features
+    squares_LF = decoder_squares(clt, peers)
+    tokens = codes.values.shape[1]
+    if weights_B is None:
+        weights_B = codes.values.new_full((tokens,), 1 / max(1, tokens))
+    # Reading the squares, if only none of their rows, puts their all-reduce into every rank's backward pass.
+    penalty = squares_LF[[]].sum().to(codes.values.dtype)
+    correction = torch.zeros_like(penalty)
+    for row, layer in enumerate(clt.share.sources):
+        values_BK, indices_BK = codes.values[row], codes.indices[row]
+        squares_F = squares_LF[clt.source_row(layer)]
+        norm_F = squares_F.clamp(min=_LEAST_SQUARE).sqrt().to(values_BK.dtype)
+        tanh_BK: Tensor = _TanhPenalty.apply(values_BK, norm_F, indices_BK, settings.penalty_scale)
+        penalty = penalty + tanh_BK.sum(dim=1) @ weights_B / clt.n_sources_of_model
+        if str(layer) not in clt.log_threshold:
+            continue
+        log_threshold_F = clt.log_threshold[str(layer)]
+        owed_F = _owed(clt, codes, row, squares_F.detach(), weight, weights_B)
+        assert owed_F.shape == (F,)
+        # A threshold of infinity, of a feature that never fires, has no gradient.
+        finite_F = log_threshold_F.masked_fill(log_threshold_F.isinf(), 0)
+        # Zero in value: only its gradient counts.
+        correction = correction + ((finite_F - finite_F.detach()) * owed_F).sum()
+    return weight * penalty + correction, penalty.detach()
+
+
+@torch.no_grad()
+def _owed(
+    clt: CrossLayerTranscoder, codes: SparseCodes, row: int, squares_F: Tensor, weight: float, weights_B: Tensor
+) -> Tensor:
+    """[F]: what the gradient of each log threshold lacks after `encoding.jump`."""
+    settings, layer = clt.config.sparsity, clt.share.sources[row]
+    values_BK, indices_BK = codes.values[row].detach(), codes.indices[row]
+    chosen = indices_BK.long()
+    t_BK = clt.log_threshold[str(layer)].detach().exp()[chosen]
+    squares_BK = squares_F.to(values_BK.dtype)[chosen]
+    c_BK = settings.penalty_scale * squares_BK.clamp(min=_LEAST_SQUARE).sqrt()
+    half_curvature_BK = squares_BK * (error_weight(clt.config) / clt.config.d_model)
+    at_threshold_BK = torch.tanh(c_BK * t_BK) - t_BK * c_BK / torch.cosh(c_BK * values_BK).square()
+    gain_BK = -t_BK.square() * half_curvature_BK + weight / clt.n_sources_of_model * at_threshold_BK
+    amounts_BK = -(t_BK / settings.bandwidth) * gain_BK * weights_B[:, None]
+    amounts_BK = torch.where(in_window(values_BK, t_BK, settings.bandwidth), amounts_BK, 0)
+    return sum_by_feature(amounts_BK, values_BK, indices_BK, codes.n_features)
+
+
+class _TanhPenalty(torch.autograd.Function):
+    """tanh(c z n) of every slot; the gradient of n is summed in a fixed order."""
+
+    @staticmethod
+    def forward(ctx: Any, values_BK: Tensor, norm_F: Tensor, indices_BK: Tensor, scale: float) -> Tensor:
+        ctx.scale = scale
+        tanh_BK = torch.tanh(scale * values_BK * norm_F[indices_BK.long()])
+        ctx.save_for_backward(values_BK, norm_F, indices_BK, tanh_BK)
+        return tanh_BK
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor | None, ...]:
+        values_BK, norm_F, indices_BK, tanh_BK = ctx.saved_tensors
+        slope_BK = gradients[0] * ctx.scale * (1 - tanh_BK.square())
+        grad_norm_F = sum_by_feature(slope_BK * values_BK, values_BK, indices_BK, len(norm_F))
+        return slope_BK * norm_F[indices_BK.long()], grad_norm_F, None, None

@@ -1,0 +1,242 @@
+"""Launch settings of the kernels: what a frozen table says for this device and shape, else a rule.
+
+Nothing is tuned while a program runs: a setting fixes the order of some sums, and a run must be able to name its own
+(`describe`). The table is `configs.json` beside this file; `clt.kernels.tuning.tune` measures and writes it.
+"""
+
+from __future__ import annotations
+
+import functools
+import hashlib
+import importlib.util
+from dataclasses import dataclass
+from pathlib import Path as FilePath
+from typing import Literal
+
+import torch
+
+from clt.kernels.gpu.config_table import (
+    Choice,
+    GatherConfig,
+    GemmConfig,
+    Key,
+    SelectConfig,
+    Settings,
+    key_of,
+    read_table,
+)
+
+__all__ = ["GatherConfig", "GemmConfig", "SelectConfig"]
+
+Path = Literal["sparse", "dense"]
+Producer = Literal["gemm", "fused"]
+
+TABLE = FilePath(__file__).with_name("configs.json")
+
+#: Bytes of gathered rows, one column chunk wide, that all programs read at a time: they must stay in L2 (of 50 MB,
+#: some 44 MB serve one working set) while programs of the next chunk begin.
+LIVE_SLAB = 20 * 2**20
+
+#: F/k up to which a dense bfloat16 product beats the gather; see `path`.
+DENSE_FORWARD, DENSE_BACKWARD = 64, 54
+
+
+def gather_config(
+    op: str,
+    dtype: torch.dtype,
+    d_model: int,
+    n_features: int | None = None,
+    k: int | None = None,
+    tokens: int | None = None,
+) -> GatherConfig:
+    """Settings of a gathering kernel.
+
+    By rule every load is 16 bytes a lane: block_d * itemsize = 512 per warp for "decode", whose accumulator is all it
+    keeps, and twice that per warp for the others, which spreads their sum over a row across more columns.
+
+    Args:
+        op: "decode", "decoder_grad", "encoder_grad" or "row_adam".
+        dtype: dtype of the gathered rows.
+        d_model: D.
+        n_features: F; where known, decode's blocks narrow until F rows of one fit in L2.
+        k: slots per token.
+        tokens: B; where known, blocks of the gradients narrow until B rows of one fit in L2.
+
+    Returns:
+        The table's entry for exactly this shape, where all of it is given and there is one, else the rule.
+    """
+    found = _find(op, dtype, d_model=d_model, n_features=n_features, k=k, tokens=tokens)
+    if isinstance(found, GatherConfig):
+        return found
+    lanes = 512 // dtype.itemsize
+    block_d = lanes if op == "decode" else 2 * lanes
+    if d_model % block_d and d_model % lanes == 0:
+        block_d = lanes  # no masked columns
+    rows = {"decode": n_features, "decoder_grad": tokens, "encoder_grad": tokens}.get(op) or 0
+    # Less than a cache line of 128 bytes a row would fetch bytes that nobody asked for.
+    while rows * block_d * dtype.itemsize > LIVE_SLAB and block_d * dtype.itemsize > 128:
+        block_d //= 2
+    block_d = max(16, min(block_d, _power_of_two(d_model)))
+    return GatherConfig(block_d=block_d, unroll=8, num_warps=max(1, block_d // (2 * lanes)))
+
+
+def select_config(dtype: torch.dtype, n_features: int, k: int) -> SelectConfig:
+    """Settings of the selection; by rule the largest group of at most 32 columns that leaves at least k groups."""
+    found = _find("select", dtype, n_features=n_features, k=k)
+    if isinstance(found, SelectConfig):
+        return found
+    group = 32
+    while group > 1 and n_features < group * k:
+        group //= 2
+    return SelectConfig(group=group, num_warps=1)
+
+
+def gemm_config(
+    dtype: torch.dtype, d_model: int, n_features: int | None = None, tokens: int | None = None
+) -> GemmConfig:
+    """Settings of the fused encoder product; wide dtypes get a tile whose operands fit in shared memory."""
+    found = _find("gemm", dtype, d_model=d_model, n_features=n_features, tokens=tokens)
+    if isinstance(found, GemmConfig):
+        return found
+    if dtype.itemsize > 2:
+        return GemmConfig(block_m=64, block_n=64, block_k=32, group_m=8, num_warps=4, num_stages=3)
+    return GemmConfig(block_m=128, block_n=256, block_k=64, group_m=8, num_warps=8, num_stages=3)
+
+
+def producer(
+    dtype: torch.dtype,
+    d_model: int,
+    n_features: int | None = None,
+    k: int | None = None,
+    tokens: int | None = None,
+) -> Producer:
+    """Who makes pre-activations and their group maxima: a library product and one more read, or one fused kernel.
+
+    The further read costs 367/D of the product's time, so the fused kernel must reach about 95 % of the library's rate
+    to win at D = 4096 and 80 % at D = 768: fused for D <= 1024 by rule. Its float32 product runs without tensor cores
+    and is never the rule.
+    """
+    found = _find("producer", dtype, d_model=d_model, n_features=n_features, k=k, tokens=tokens)
+    if isinstance(found, Choice):
+        return "fused" if found.choice == "fused" else "gemm"
+    return "fused" if d_model <= 1024 and dtype == torch.bfloat16 else "gemm"
+
+
+def path(
+    op: str,
+    n_features: int,
+    k: int,
+    dtype: torch.dtype = torch.bfloat16,
+    d_model: int | None = None,
+    tokens: int | None = None,
+) -> Path:
+    """Whether gathering k of F rows beats a dense product.
+
+    A gather of N tokens takes itemsize*N*k*D / BW seconds, a dense product 2*N*F*D / R, so gathering wins where
+    F/k > itemsize*R / (2*BW). In bfloat16 on an H200 (R = 790 TFLOP/s) that is 81 at the full rate of L2 (BW = 9.7
+    TB/s), 108 at three quarters of it and 203 from memory. By rule the forward is dense up to 64 and sparse above:
+    between 64 and 128 only a measured entry can tell. "encoder_grad" is one product too. The fused "decoder_grad"
+    replaces two products by one gather, which halves the 108. float32 products run at about a sixteenth of the rate
+    on rows twice as long: an eighth of all thresholds.
+
+    Args:
+        op: "decode", "decoder_grad" or "encoder_grad".
+        n_features: F.
+        k: slots per token.
+        dtype: dtype of the weights.
+        d_model: D; with tokens needed to find an entry of the table.
+        tokens: B.
+
+    Returns:
+        "sparse" or "dense".
+    """
+    found = _find(f"{op}_path", dtype, d_model=d_model, n_features=n_features, k=k, tokens=tokens)
+    if isinstance(found, Choice):
+        return "dense" if found.choice == "dense" else "sparse"
+    threshold = DENSE_BACKWARD if op == "decoder_grad" else DENSE_FORWARD
+    return "dense" if n_features * (1 if dtype.itemsize <= 2 else 8) <= threshold * k else "sparse"
+
+
+@dataclass(frozen=True, kw_only=True)
+class Description:
+    """The settings that one shape gets on this machine; a run records them (`dataclasses.asdict`).
+
+    Attributes:
+        fingerprint: table, Triton and architecture, as from `fingerprint`.
+        decode: and the next five, the settings of the kernels.
+        producer: who makes pre-activations.
+        decode_path: and the next two, sparse or dense.
+    """
+
+    fingerprint: str
+    decode: GatherConfig
+    decoder_grad: GatherConfig
+    encoder_grad: GatherConfig
+    row_adam: GatherConfig
+    select: SelectConfig
+    gemm: GemmConfig
+    producer: Producer
+    decode_path: Path
+    decoder_grad_path: Path
+    encoder_grad_path: Path
+
+
+def describe(dtype: torch.dtype, d_model: int, n_features: int, k: int, tokens: int) -> Description:
+    """All settings for weights of a dtype, D channels, F features, k slots and B tokens."""
+    shape = (d_model, n_features, k, tokens)
+    return Description(
+        fingerprint=fingerprint(),
+        decode=gather_config("decode", dtype, *shape),
+        decoder_grad=gather_config("decoder_grad", dtype, *shape),
+        encoder_grad=gather_config("encoder_grad", dtype, *shape),
+        row_adam=gather_config("row_adam", dtype, d_model),
+        select=select_config(dtype, n_features, k),
+        gemm=gemm_config(dtype, d_model, n_features, tokens),
+        producer=producer(dtype, *shape),
+        decode_path=path("decode", n_features, k, dtype, d_model, tokens),
+        decoder_grad_path=path("decoder_grad", n_features, k, dtype, d_model, tokens),
+        encoder_grad_path=path("encoder_grad", n_features, k, dtype, d_model, tokens),
+    )
+
+
+def fingerprint() -> str:
+    """One line that names what the settings come from: hash of the table, Triton version, architecture."""
+    digest = hashlib.sha256(TABLE.read_bytes()).hexdigest()
+    return f"configs.json sha256:{digest}, triton {triton_version() or 'absent'}, {architecture() or 'no cuda'}"
+
+
+@functools.cache
+def architecture() -> str | None:
+    """The current CUDA device's architecture, for example "sm_90"; None without one."""
+    if not torch.cuda.is_available():
+        return None
+    major, minor = torch.cuda.get_device_capability()
+    return f"sm_{major}{minor}"
+
+
+@functools.cache
+def triton_version() -> str | None:
+    """Version of the installed Triton, None without one."""
+    if importlib.util.find_spec("triton") is None:
+        return None
+    import triton
+
+    return str(triton.__version__)
+
+
+@functools.cache
+def _table() -> dict[Key, Settings]:
+    return {entry.key: entry.settings for entry in read_table(TABLE)}
+
+
+def _find(op: str, dtype: torch.dtype, **shape: int | None) -> Settings | None:
+    """The table's settings for exactly this op, dtype and shape on this device; None where it has none."""
+    table, arch, triton = _table(), architecture(), triton_version()
+    if not table or arch is None or triton is None:
+        return None
+    return table.get(key_of(op, arch, dtype, triton, **shape))
+
+
+def _power_of_two(number: int) -> int:
+    """The smallest power of two that is not below a positive number."""
+    return 1 << (number - 1).bit_length()

@@ -1,0 +1,1 @@
+"""Quality of our transcoders against other projects' training on the toy model (`clt bench baselines`)."""

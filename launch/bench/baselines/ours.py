@@ -1,0 +1,57 @@
+"""This project's trainer among the contenders of `clt bench baselines`: `clt train` in one process."""
+
+from __future__ import annotations
+
+import shutil
+from dataclasses import replace
+
+import torch
+from torch import Tensor
+
+from clt.launch.bench.baselines.data import Problem
+from clt.launch.bench.baselines.measure import Prediction, Setting, Trained, without_first
+from clt.launch.train import train
+from clt.training.metrics import METRICS_FILE, read_metrics
+from clt.transcoder.model import CrossLayerTranscoder
+
+CHOICES = (
+    "`clt train` in one process: the job of the configuration, TopK of every token and layer, untied decoders, scalar "
+    "scale per site from the whole store, encoder rows of norm 1, zero decoders, squared error in standardised units, "
+    "AuxK through cross-layer decoders and revival, Adam with warm-up and decay of the configuration, "
+    "whose other numbers were chosen earlier by hand on this toy and are not tried anew here"
+)
+
+
+def train_ours(problem: Problem, seed: int, setting: Setting) -> Trained:
+    """Trains a transcoder as users do, checkpoint and logs included.
+
+    Args:
+        problem: the comparison.
+        seed: of weights and batches.
+        setting: its learning rates.
+
+    Raises:
+        CLTError: training failed.
+    """
+    job = replace(
+        problem.job,
+        seed=seed,
+        output=problem.job.output / f"ours-{seed}",
+        optimizer=replace(problem.job.optimizer, learning_rate=setting.learning_rate, bias_rate=setting.bias_rate),
+    )
+    clt = CrossLayerTranscoder.from_pretrained(train(job, progress_bar=False))
+    reports = read_metrics(job.output / METRICS_FILE)
+    # The last report may cover fewer steps than the others.
+    speeds = [report["tokens_per_second"] for report in reports if report["step"] % job.log_every == 0]
+    shutil.rmtree(job.output)
+    return Trained(predict=lambda x_LBD: predict(clt, x_LBD), tokens_per_s=without_first(speeds))
+
+
+def predict(clt: CrossLayerTranscoder, x_LBD: Tensor) -> Prediction:
+    """What a whole transcoder makes of raw encoder inputs of all layers, [L,B,D]."""
+    layers = clt.share.sources
+    codes = clt.encode(clt.scaling.standardise_x(x_LBD, layers))
+    active_LBF = torch.zeros(*codes.values.shape[:2], codes.n_features, dtype=torch.int8)
+    # Empty slots add nothing to feature 0.
+    active_LBF.scatter_add_(2, codes.indices.long(), (codes.values > 0).to(torch.int8))
+    return Prediction(y_LBD=clt.scaling.restore_y(clt.decode(codes), clt.share.targets), active_LBF=active_LBF > 0)

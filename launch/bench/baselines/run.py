@@ -1,0 +1,277 @@
+"""Our training beside other projects' algorithms: same tokens, same steps, same number of active features.
+
+`clt bench baselines` prints it. The rivals are the algorithms of two public trainers of cross-layer transcoders, said
+again in plain PyTorch (`train_baselines_eleuther`, `train_baselines_crosslayer`), each with its own normalisation,
+initial weights, activation, loss, treatment of dead features and optimizer. Learning rates that were made for language
+models may not suit a toy, so everybody runs twice: with the published setting, ours with the one of its configuration,
+and with the best of several trials.
+"""
+
+from __future__ import annotations
+
+import logging
+import math
+import tempfile
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+import torch
+
+from clt.config import load_config
+from clt.errors import ConfigError
+from clt.launch.bench.baselines import crosslayer, eleuther, ours
+from clt.launch.bench.baselines.data import Problem, make_problem
+from clt.launch.bench.baselines.measure import HeldOut, Run, Setting, Train, measure
+from clt.launch.bench.baselines.report import OURS, BaselineReport, How, Row, Trial, trial
+from clt.launch.bench.common.machine import this_machine
+from clt.launch.demo import DemoConfig
+
+log = logging.getLogger(__name__)
+
+_PACKAGES = ("torch", "deepspeed", "numpy")
+#: Multiples of the published learning rates that are tried; a toy bears larger ones than a language model.
+ELEUTHER_RATES, CROSSLAYER_RATES = (4.0, 8.0, 16.0), (3.0, 10.0, 30.0)
+#: Multiples of the configured learning rate, and what the encoders' biases have of that.
+OUR_RATES = ((0.5, 1.0), (2.0, 1.0), (4.0, 1.0), (4.0, 3.0), (4.0, 10.0), (6.4, 10.0))
+#: Of a loss that is summed over tokens and features: a thousand times a thousand.
+DEAD_PENALTIES = (1e-9, 1e-8, 1e-7)
+
+
+@dataclass(frozen=True, kw_only=True)
+class BaselineSettings:
+    """What is compared.
+
+    Attributes:
+        config: YAML file of the demo: model, captures and our training.
+        folder: where the stores are kept, `store` and `heldout`; None: captured anew and removed.
+        steps: of every contender; None: those of the configuration.
+        seeds: of weights and read order; one run of every contender for each.
+        threads: of PyTorch, in this one process.
+        quick: a few steps of a tiny transcoder: shows that everything runs, and its numbers mean nothing.
+        only: names of the contenders that run beside ours; empty: all.
+    """
+
+    config: Path
+    folder: Path | None = None
+    steps: int | None = None
+    seeds: tuple[int, ...] = (0, 1, 2)
+    threads: int = 1
+    quick: bool = False
+    only: tuple[str, ...] = ()
+
+
+@dataclass(frozen=True, kw_only=True)
+class Contender:
+    """An algorithm.
+
+    Attributes:
+        name: what tables call it.
+        train: trains it.
+        published: its authors' setting, of ours the configured one; None where they give none.
+        candidates: settings to be tried, beside the published one.
+    """
+
+    name: str
+    train: Train
+    published: Setting | None
+    candidates: tuple[Setting, ...]
+
+    @property
+    def trials(self) -> tuple[Setting, ...]:
+        """All settings among which the best is chosen."""
+        return (*(() if self.published is None else (self.published,)), *self.candidates)
+
+
+def all_contenders(n_features: int, our_rate: float) -> tuple[Contender, ...]:
+    """Ours, then the algorithms we compare with.
+
+    Args:
+        n_features: features per layer, by which one of them sets its learning rate.
+        our_rate: learning rate of our configuration.
+    """
+    automatic = eleuther.published_learning_rate(n_features)
+    fixed = crosslayer.PUBLISHED_LEARNING_RATE
+    rates = tuple(Setting(learning_rate=automatic * factor) for factor in ELEUTHER_RATES)
+    own = tuple(Setting(learning_rate=our_rate * factor, bias_rate=biases) for factor, biases in OUR_RATES)
+    penalised = tuple(replace(rate, dead_penalty=penalty) for rate in rates[:2] for penalty in DEAD_PENALTIES)
+    return (
+        Contender(name=OURS, train=ours.train_ours, published=Setting(learning_rate=our_rate), candidates=own),
+        Contender(
+            name="clt-training untied",
+            train=eleuther.train_untied,
+            published=Setting(learning_rate=automatic),
+            candidates=rates,
+        ),
+        Contender(
+            name="clt-training tied",
+            train=eleuther.train_tied,
+            published=Setting(learning_rate=automatic),
+            candidates=rates,
+        ),
+        Contender(
+            name="clt-training untied, dead-latent loss",
+            train=eleuther.train_untied,
+            published=None,
+            candidates=penalised,
+        ),
+        Contender(
+            name="crosslayer-coding BatchTopK",
+            train=crosslayer.train_batch_topk,
+            published=Setting(learning_rate=fixed),
+            candidates=tuple(Setting(learning_rate=fixed * factor) for factor in CROSSLAYER_RATES),
+        ),
+    )
+
+
+def bench_baselines(settings: BaselineSettings) -> BaselineReport:
+    """Runs the comparison in this process.
+
+    Args:
+        settings: what is compared.
+
+    Returns:
+        Held-out measures and speeds.
+
+    Raises:
+        CLTError: the configuration is wrong, or capture or training failed.
+    """
+    _check(settings.only)
+    config = load_config(DemoConfig, settings.config)
+    seeds = settings.seeds
+    if settings.quick:
+        config, seeds = _small(config), seeds[:1]
+    steps = settings.steps or config.training.steps
+    with _threads(settings.threads), tempfile.TemporaryDirectory(prefix="clt-bench-") as scratch:
+        machine = this_machine(_PACKAGES, Path(scratch))
+        problem = make_problem(config, steps, settings.folder or Path(scratch), Path(scratch) / "clt")
+        contenders = all_contenders(problem.architecture.n_features, problem.job.optimizer.learning_rate)
+        contenders = tuple(each for each in contenders if not settings.only or each.name in (OURS, *settings.only))
+        if settings.quick:
+            contenders = tuple(replace(each, candidates=each.candidates[:1]) for each in contenders)
+        trials = list(_try(problem, contenders, max(seeds) + 1))
+        rows = _compare(problem, _entries(contenders, trials), seeds)
+    return BaselineReport(
+        machine=machine,
+        setting=_words(problem, seeds, settings.threads, settings.quick),
+        choices=(ours.CHOICES, eleuther.CHOICES, crosslayer.CHOICES),
+        trials=tuple(trials),
+        rows=rows,
+        features=problem.architecture.n_layers * problem.architecture.n_features,
+    )
+
+
+def _check(only: Sequence[str]) -> None:
+    # Rates decide nothing about names.
+    names = [each.name for each in all_contenders(1, 1.0)]
+    for name in only:
+        if name not in names:
+            raise ConfigError(f"--only '{name}': the contenders are {', '.join(names)}")
+
+
+@dataclass(frozen=True, kw_only=True)
+class _Entry:
+    """A row before its runs."""
+
+    name: str
+    how: How
+    train: Train
+    setting: Setting
+
+
+def _try(problem: Problem, contenders: Sequence[Contender], seed: int) -> Iterator[Trial]:
+    for contender in contenders:
+        for setting in contender.trials:
+            trained = contender.train(problem, seed, setting)
+            found = trial(contender.name, setting, measure(trained.predict, problem.validation))
+            log.info(
+                "bench: trial: %s, %s: FVU %.5f, dead %.4f", *(found.name, setting, found.fvu, found.dead_fraction)
+            )
+            yield found
+
+
+def best_trial(trials: Sequence[Trial], name: str) -> Setting:
+    """The setting of a contender with the least error; one whose error is not a number is never the best."""
+    own = [entry for entry in trials if entry.name == name]
+    return min(own, key=lambda entry: math.inf if math.isnan(entry.fvu) else entry.fvu).setting
+
+
+def _entries(contenders: Sequence[Contender], trials: Sequence[Trial]) -> list[_Entry]:
+    entries = []
+    for each in contenders:
+        tuned = best_trial(trials, each.name)
+        if each.published is not None:
+            given: How = "configured" if each.name == OURS else "published"
+            also: How = "configured, also best" if each.name == OURS else "published, also best"
+            how = also if tuned == each.published else given
+            entries.append(_Entry(name=each.name, how=how, train=each.train, setting=each.published))
+        if tuned != each.published:
+            entries.append(_Entry(name=each.name, how="tuned", train=each.train, setting=tuned))
+    return entries
+
+
+def _compare(problem: Problem, entries: Sequence[_Entry], seeds: Sequence[int]) -> tuple[Row, ...]:
+    """All contenders with a seed before the next seed, so that a busy hour strikes all of them."""
+    runs: list[list[Run]] = [[] for _ in entries]
+    for seed in seeds:
+        for entry, own in zip(entries, runs, strict=True):
+            trained = entry.train(problem, seed, entry.setting)
+            heldout = measure(trained.predict, problem.test)
+            own.append(Run(seed=seed, heldout=heldout, tokens_per_s=trained.tokens_per_s))
+            _tell(entry, own[-1], heldout)
+    return tuple(
+        Row(name=entry.name, how=entry.how, setting=entry.setting, runs=tuple(own))
+        for entry, own in zip(entries, runs, strict=True)
+    )
+
+
+def _tell(entry: _Entry, run: Run, heldout: HeldOut) -> None:
+    log.info(
+        "bench: seed %d: %s, %s: FVU %.5f, L0 %.2f, dead %.4f, %.0f tokens/s",
+        run.seed,
+        entry.name,
+        entry.setting,
+        heldout.mean_fvu,
+        heldout.total_l0,
+        heldout.mean_dead,
+        max(run.tokens_per_s),
+    )
+
+
+def _small(config: DemoConfig) -> DemoConfig:
+    training = config.training
+    return replace(
+        config,
+        train_prompts=30,
+        heldout_prompts=10,
+        training=replace(
+            training,
+            steps=4,
+            clt=replace(training.clt, n_features=64, k=4),
+            data=replace(training.data, batch_tokens=256),
+        ),
+    )
+
+
+def _words(problem: Problem, seeds: Sequence[int], threads: int, quick: bool) -> str:
+    job, sizes = problem.job, problem.architecture
+    validation, test = (sum(b.x_LBD.shape[1] for b in part) for part in (problem.validation, problem.test))
+    return (
+        f"{'Quick: the numbers mean nothing. ' if quick else ''}{sizes.n_layers} layers of width {sizes.d_model}, "
+        f"{sizes.n_features} features and k = {sizes.k} per layer; "
+        f"{problem.train_tokens:,} tokens, {job.steps:,} steps of {job.data.batch_tokens:,}, the same batches for all; "
+        f"{test:,} held-out tokens, and {validation:,} others for choosing settings; seeds "
+        f"{', '.join(map(str, seeds))}; one process, {threads} thread{'s' if threads > 1 else ''} of PyTorch, float32. "
+        f"tokens/s: windows of {job.log_every} steps of these very runs, reading the store included."
+    )
+
+
+@contextmanager
+def _threads(number: int) -> Iterator[None]:
+    before = torch.get_num_threads()
+    torch.set_num_threads(number)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(before)

@@ -1,0 +1,1 @@
+"""Timing, machine description and tables that all benchmarks share."""

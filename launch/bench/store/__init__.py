@@ -1,0 +1,1 @@
+"""Benchmark of writing, reading and delivering activations (`clt bench store`)."""

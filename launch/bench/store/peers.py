@@ -1,0 +1,288 @@
+"""Other ways to keep the same activations on disk, each by the fastest of its own calls that we found.
+
+All of them deliver blocks, [S, C, d] bits of C tokens at S sites, into arrays of the caller: what a training loop reads
+at a time. Libraries that know Zarr read the store's own files. The others keep the blocks one after the other, in the
+order in which they are read, so that their reads are as contiguous as ours.
+
+zarr-python comes twice: indexed as everyone does it, and with its `out` argument. Calls tried and left out because they
+were slower (November 2026): zarr-python and zarrs one of several sites at a time; tensorstore's `read` and a copy;
+torch.load without mmap; safetensors' `get_slice` with torch tensors. zarrs without `out` and `h5py.Dataset.__getitem__`
+were a little slower for one layout and a little faster for the other.
+"""
+
+from __future__ import annotations
+
+import importlib.util
+import os
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, cast
+
+import numpy as np
+import torch
+
+from clt.launch.bench.store.data import Bits, Layout, ReadBlock
+
+_BATCHED = "zarr.core.codec_pipeline.BatchedCodecPipeline"
+_ZARRS = "zarrs.ZarrsCodecPipeline"
+
+
+@dataclass(frozen=True, kw_only=True)
+class Peer:
+    """A rival format or library.
+
+    Attributes:
+        name: what the tables call it.
+        module: what must be importable; None if it comes with our own requirements.
+        checksums: whether reading verifies checksums.
+        writes: whether its writing is compared; another one stands for it where not.
+        reads_store: whether it reads the store's own files, [T,S,d]; others are given the blocks, [T/C,S,C,d].
+        write: writes an array of either shape under a path that does not exist, without fsync.
+        open: gives, of what was written, or of the store's array, the function that reads a block.
+    """
+
+    name: str
+    module: str | None = None
+    checksums: bool = False
+    writes: bool = True
+    reads_store: bool = False
+    write: Callable[[Path, Bits, Layout], None]
+    open: Callable[[Path, Layout], AbstractContextManager[ReadBlock]]
+
+    @property
+    def installed(self) -> bool:
+        """Whether it can be measured here."""
+        return self.module is None or importlib.util.find_spec(self.module) is not None
+
+
+def sync_tree(path: Path) -> None:
+    """Forces a file, or all files and folders below a folder, to disk, and the name in the folder above."""
+    places = [path, path.parent]
+    if path.is_dir():
+        places += [Path(folder, name) for folder, folders, files in os.walk(path) for name in (*folders, *files)]
+    for place in places:
+        descriptor = os.open(place, os.O_RDONLY)
+        try:
+            os.fsync(descriptor)
+        finally:
+            os.close(descriptor)
+
+
+def _write_zarr(path: Path, array: Bits, layout: Layout, pipeline: str) -> None:
+    import zarr
+    from zarr.codecs import Crc32cCodec
+
+    shard = (layout.shard_tokens, *array.shape[1:])
+    chunk = (layout.chunk_tokens, 1, layout.width)
+    with zarr.config.set({"codec_pipeline.path": pipeline}):
+        target = zarr.create_array(
+            path,
+            shape=array.shape,
+            shards=shard,
+            chunks=chunk,
+            dtype="uint16",
+            compressors=[Crc32cCodec()],
+            # Otherwise it compares every chunk with the fill value, which takes as long as the rest.
+            config={"write_empty_chunks": True},
+        )
+        # Shard by shard, as a capture would; the whole array at once was faster in some runs and slower in others.
+        for start in range(0, layout.tokens, layout.shard_tokens):
+            target[start : start + layout.shard_tokens] = array[start : start + layout.shard_tokens]
+
+
+def _write_zarr_python(path: Path, array: Bits, layout: Layout) -> None:
+    _write_zarr(path, array, layout, _BATCHED)
+
+
+def _write_zarrs(path: Path, array: Bits, layout: Layout) -> None:
+    _write_zarr(path, array, layout, _ZARRS)
+
+
+def _zarr_array(path: Path, pipeline: str) -> Any:
+    import zarr
+
+    with zarr.config.set({"codec_pipeline.path": pipeline}):
+        return zarr.open_array(path, mode="r")
+
+
+def _zarr_buffer(array: Bits) -> Any:
+    from zarr.core.buffer.cpu import NDBuffer
+
+    return NDBuffer(cast(Any, array))
+
+
+@contextmanager
+def _open_zarr(path: Path, layout: Layout) -> Iterator[ReadBlock]:
+    source, size = _zarr_array(path, _BATCHED), layout.chunk_tokens
+    yield lambda block, out: np.copyto(out, source[block * size : (block + 1) * size].transpose(1, 0, 2))
+
+
+@contextmanager
+def _open_zarr_out(path: Path, layout: Layout) -> Iterator[ReadBlock]:
+    source, size = _zarr_array(path, _BATCHED), layout.chunk_tokens
+
+    def read(block: int, out: Bits) -> None:
+        # It fills a view with the axes swapped as fast as one in its own order.
+        rows = slice(block * size, (block + 1) * size)
+        source.get_basic_selection((rows,), out=_zarr_buffer(out.transpose(1, 0, 2)))
+
+    yield read
+
+
+@contextmanager
+def _open_zarrs(path: Path, layout: Layout) -> Iterator[ReadBlock]:
+    source, size = _zarr_array(path, _ZARRS), layout.chunk_tokens
+
+    def read(block: int, out: Bits) -> None:
+        rows = slice(block * size, (block + 1) * size)
+        if layout.sites == 1:
+            source.get_basic_selection((rows,), out=_zarr_buffer(out.reshape(size, 1, layout.width)))
+            return
+        # It fills contiguous arrays only, hence in its own order.
+        tokens_first = np.empty((size, layout.sites, layout.width), np.uint16)
+        source.get_basic_selection((rows,), out=_zarr_buffer(tokens_first))
+        np.copyto(out, tokens_first.transpose(1, 0, 2))
+
+    yield read
+
+
+def _tensorstore_spec(path: Path) -> dict[str, Any]:
+    # Its own fsync is off: `sync_tree` follows where the comparison is about durable files.
+    return {
+        "driver": "zarr3",
+        "kvstore": {"driver": "file", "path": str(path)},
+        "context": {"file_io_sync": False, "cache_pool": {"total_bytes_limit": 0}},
+    }
+
+
+def _write_tensorstore(path: Path, array: Bits, layout: Layout) -> None:
+    import tensorstore
+
+    inner = {
+        "chunk_shape": [layout.chunk_tokens, 1, layout.width],
+        "codecs": [{"name": "bytes", "configuration": {"endian": "little"}}, {"name": "crc32c"}],
+    }
+    metadata = {
+        "shape": list(array.shape),
+        "data_type": "uint16",
+        "chunk_grid": {
+            "name": "regular",
+            "configuration": {"chunk_shape": [layout.shard_tokens, layout.sites, layout.width]},
+        },
+        "codecs": [{"name": "sharding_indexed", "configuration": inner}],
+    }
+    target = tensorstore.open(_tensorstore_spec(path) | {"metadata": metadata}, create=True).result()
+    for start in range(0, layout.tokens, layout.shard_tokens):
+        stop = start + layout.shard_tokens
+        target[start:stop].write(array[start:stop]).result()
+
+
+@contextmanager
+def _open_tensorstore(path: Path, layout: Layout) -> Iterator[ReadBlock]:
+    import tensorstore
+
+    source = tensorstore.open(_tensorstore_spec(path), open=True, read=True).result().transpose([1, 0, 2])
+    size = layout.chunk_tokens
+
+    def read(block: int, out: Bits) -> None:
+        part = source[:, block * size : (block + 1) * size][tensorstore.d[:].translate_to[0]]
+        tensorstore.array(out, copy=False).write(part).result()
+
+    yield read
+
+
+def _write_h5(path: Path, array: Bits, chunks: tuple[int, ...] | None) -> None:
+    import h5py
+
+    with h5py.File(path, "w") as file:
+        file.create_dataset("acts", data=array, chunks=chunks)
+
+
+def _write_h5_contiguous(path: Path, array: Bits, layout: Layout) -> None:
+    _write_h5(path, array, None)
+
+
+def _write_h5_chunked(path: Path, array: Bits, layout: Layout) -> None:
+    blocks_first = array.ndim == 4
+    chunk = (layout.chunk_tokens, layout.width)
+    _write_h5(path, array, (1, 1, *chunk) if blocks_first else (chunk[0], 1, chunk[1]))
+
+
+@contextmanager
+def _open_h5(path: Path, layout: Layout) -> Iterator[ReadBlock]:
+    import h5py
+
+    with h5py.File(path, "r") as file:
+        source = file["acts"]
+        yield lambda block, out: source.read_direct(out, np.s_[block])
+
+
+def _write_raw(path: Path, array: Bits, layout: Layout) -> None:
+    array.tofile(path)
+
+
+@contextmanager
+def _open_memmap(path: Path, layout: Layout) -> Iterator[ReadBlock]:
+    source = np.memmap(path, np.uint16, "r", shape=(layout.blocks, *layout.block_shape))
+    yield lambda block, out: np.copyto(out, source[block])
+
+
+@contextmanager
+def _open_preadv(path: Path, layout: Layout) -> Iterator[ReadBlock]:
+    descriptor = os.open(path, os.O_RDONLY)
+
+    def read(block: int, out: Bits) -> None:
+        done = os.preadv(descriptor, [out.data], block * out.nbytes)
+        assert done == out.nbytes, f"{path}: read {done} of {out.nbytes} bytes"
+
+    try:
+        yield read
+    finally:
+        os.close(descriptor)
+
+
+def _write_torch(path: Path, array: Bits, layout: Layout) -> None:
+    torch.save(torch.from_numpy(array), path)
+
+
+@contextmanager
+def _open_torch(path: Path, layout: Layout) -> Iterator[ReadBlock]:
+    source = torch.load(path, mmap=True)
+
+    def read(block: int, out: Bits) -> None:
+        torch.from_numpy(out).copy_(source[block])
+
+    yield read
+
+
+def _write_safetensors(path: Path, array: Bits, layout: Layout) -> None:
+    from safetensors.numpy import save_file
+
+    save_file({"acts": array}, path)
+
+
+@contextmanager
+def _open_safetensors(path: Path, layout: Layout) -> Iterator[ReadBlock]:
+    from safetensors import safe_open
+
+    with safe_open(path, "np") as file:
+        source = file.get_slice("acts")
+        yield lambda block, out: np.copyto(out, source[block])
+
+
+ZARR_PYTHON, ZARR_OUT, MEMMAP = "zarr-python", "zarr-python, out=", "np.memmap (tofile)"
+_OF_STORE: dict[str, Any] = {"checksums": True, "reads_store": True}
+PEERS = (
+    Peer(name=ZARR_PYTHON, module="zarr", write=_write_zarr_python, open=_open_zarr, **_OF_STORE),
+    Peer(name=ZARR_OUT, module="zarr", write=_write_zarr_python, open=_open_zarr_out, writes=False, **_OF_STORE),
+    Peer(name="zarrs", module="zarrs", write=_write_zarrs, open=_open_zarrs, **_OF_STORE),
+    Peer(name="tensorstore", module="tensorstore", write=_write_tensorstore, open=_open_tensorstore, **_OF_STORE),
+    Peer(name="h5py, contiguous", module="h5py", write=_write_h5_contiguous, open=_open_h5),
+    Peer(name="h5py, chunked", module="h5py", write=_write_h5_chunked, open=_open_h5),
+    Peer(name=MEMMAP, write=_write_raw, open=_open_memmap),
+    Peer(name="torch.save", write=_write_torch, open=_open_torch),
+    Peer(name="safetensors", write=_write_safetensors, open=_open_safetensors),
+    Peer(name="bare preadv", write=_write_raw, open=_open_preadv, writes=False),
+)

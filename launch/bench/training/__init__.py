@@ -1,0 +1,1 @@
+"""Benchmark of training steps: time, memory and traffic (`clt bench train`)."""

@@ -1,0 +1,1 @@
+"""The `clt` command: arguments, help texts and printed reports of each verb."""

@@ -1,0 +1,97 @@
+"""`clt convert`: transcoders in the formats of other projects, with calibration tokens from a store."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+
+from clt.capture.reading.loader import iterate_store
+from clt.capture.reading.open_store import open_store
+from clt.capture.reading.token_filter import TokenFilter
+from clt.convert import Combination, Format
+from clt.convert.formats import convert
+from clt.errors import StoreError
+from clt.records import ActivationBatch
+from clt.transcoder.architecture import CLTConfig, ReadSite
+
+#: Tokens that are encoded at a time.
+BATCH_TOKENS = 4096
+
+
+@dataclass(frozen=True, kw_only=True)
+class ConvertRequest:
+    """What `clt convert` is asked.
+
+    Attributes:
+        source: folder of the transcoder.
+        target: new or empty folder.
+        read_as: format of the one.
+        write_as: format of the other.
+        store: path or URL of the activations to calibrate on, if any.
+        tokens: tokens to read of it, all of which are held in memory; those at the beginning of sequences are left out.
+        read_site: what the encoders read, where the files do not say it or are wrong.
+        k: active features per token, where the files do not say it.
+        combine: how sources that were trained independently are combined, where the files do not say it.
+    """
+
+    source: Path
+    target: Path
+    read_as: Format
+    write_as: Format
+    store: str | None = None
+    tokens: int = 100_000
+    read_site: ReadSite | None = None
+    k: int | None = None
+    combine: Combination | None = None
+
+
+def run(request: ConvertRequest) -> Path:
+    """Converts a transcoder; see `clt.convert.formats.convert`."""
+    return convert(
+        request.source,
+        request.target,
+        request.read_as,
+        request.write_as,
+        None
+        if request.store is None
+        else lambda config: calibration_tokens(request.store or "", config, request.tokens),
+        read_site=request.read_site,
+        k=request.k,
+        combine=request.combine,
+    )
+
+
+def calibration_tokens(path: str, config: CLTConfig, tokens: int) -> Sequence[ActivationBatch]:
+    """The first tokens of a store, in memory.
+
+    Args:
+        path: of the store.
+        config: of the transcoder that reads them.
+        tokens: how many, without those at the beginning of sequences.
+
+    Returns:
+        Raw activations, x and y [n_layers,B,D].
+
+    Raises:
+        StoreError: the store cannot be read, or is of a model of another size.
+    """
+    store = open_store(path)
+    if (store.n_layers, store.d_model) != (config.n_layers, config.d_model):
+        raise StoreError(
+            f"{path}: {store.n_layers} layers of width {store.d_model}, the transcoder has {config.n_layers} of "
+            f"width {config.d_model}; name activations of its own model"
+        )
+    x_sites, y_sites = (
+        [f"lm.{layer}.{site}" for layer in range(config.n_layers)] for site in (config.read_site, "mlp_out")
+    )
+    where = TokenFilter(drop_bos=True)
+    return [
+        # The reader uses its memory again.
+        ActivationBatch(
+            x=batch.x.clone(), y=batch.y.clone(), tokens=batch.tokens.select(torch.arange(batch.x.shape[1]))
+        )
+        for batch in iterate_store(store, x_sites, y_sites, BATCH_TOKENS, where, tokens)
+    ]

@@ -1,0 +1,295 @@
+"""The report of `clt plan` about a training job before it runs; `clt.planning.plan` counts and projects.
+
+The model's dimensions come from the job's store unless the request gives them.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+from clt.capture.capacity import NVME
+from clt.capture.reading.open_store import open_store
+from clt.config import load_config
+from clt.errors import ConfigError, StoreError
+from clt.launch.store_text import count_text, duration_text, table
+from clt.planning.job import NUMERICS, Job, Sum, decoder_matrices
+from clt.planning.plan import MeasuredRun, Plan, alternatives, measured_run, plan, smallest
+from clt.planning.speed import MACHINES
+from clt.training.settings import TrainConfig
+from clt.transcoder.architecture import CLTConfig
+from clt.transcoder.layers import LayerShare
+
+_TABLE_ROWS = 6
+
+
+@dataclass(frozen=True, kw_only=True)
+class PlanRequest:
+    """What is asked of `clt plan`.
+
+    Attributes:
+        config: YAML file of the training job.
+        overrides: strings `a.b=value`.
+        model: "layers=L,width=D"; absent: the job's store says.
+        gpu: a key of `clt.planning.speed.MACHINES`.
+        gpus: devices; absent: one model group.
+        tokens: tokens to train on; absent: all steps of the job.
+        numerics: a key of `clt.planning.job.NUMERICS`; None: what the configuration says.
+    """
+
+    config: Path
+    overrides: Sequence[str] = ()
+    model: str | None = None
+    gpu: str = "h200"
+    gpus: int | None = None
+    tokens: float | None = None
+    numerics: str | None = None
+
+
+@dataclass(frozen=True, kw_only=True)
+class PlanReport:
+    """A plan and what stands beside it.
+
+    Attributes:
+        plan: on the mesh of the configuration.
+        meshes: the fastest meshes of as many devices on which it fits.
+        smallest: per kind of numerics, the job on the fewest devices, or None where none of the tried worlds is enough.
+        measured: what a run of the job reported, or None without one.
+    """
+
+    plan: Plan
+    meshes: tuple[Plan, ...]
+    smallest: tuple[Plan | None, ...]
+    measured: MeasuredRun | None
+
+    def to_json(self) -> str:
+        """The report as JSON; meshes other than the job's in short."""
+        tree = _tree(self.plan)
+        tree["meshes"] = [_short(p) for p in self.meshes]
+        pairs = zip(NUMERICS, self.smallest, strict=True)
+        tree["smallest"] = {name: None if p is None else _short(p) for name, p in pairs}
+        tree["measured"] = None if self.measured is None else asdict(self.measured)
+        return json.dumps(tree, indent=1)
+
+    def to_text(self) -> str:
+        """The report as text."""
+        parts = (_size_text(self.plan), _memory_text(self.plan), _work_text(self.plan), _speed_text(self))
+        return "\n\n".join((*parts, _meshes_text(self), _smallest_text(self)))
+
+
+def make_plan(request: PlanRequest) -> PlanReport:
+    """Plans a job and compares it with other meshes, other numerics and the run that is there.
+
+    Args:
+        request: what to plan.
+
+    Returns:
+        The report.
+
+    Raises:
+        ConfigError: the configuration, the mesh or an option is wrong.
+        StoreError: there is no store and the request does not say how large the model is.
+        CheckpointError: the metrics of the run are damaged.
+    """
+    if request.gpu not in MACHINES:
+        raise ConfigError(f"--gpu {request.gpu}: no such machine; take one of {', '.join(MACHINES)}")
+    if request.numerics is not None and request.numerics not in NUMERICS:
+        raise ConfigError(f"--numerics {request.numerics}: no such kind; take one of {', '.join(NUMERICS)}")
+    config = load_config(TrainConfig, request.config, request.overrides)
+    n_layers, d_model = dimensions(config, request.model)
+    clt = CLTConfig.resolve(config.clt, n_layers, d_model)
+    chosen = plan(
+        config,
+        clt,
+        MACHINES[request.gpu],
+        world=request.gpus,
+        tokens=request.tokens,
+        numerics=None if request.numerics is None else NUMERICS[request.numerics],
+    )
+    return PlanReport(
+        plan=chosen,
+        meshes=tuple(alternatives(chosen)[:_TABLE_ROWS]),
+        smallest=tuple(smallest(chosen, kind) for kind in NUMERICS.values()),
+        measured=measured_run(config.output),
+    )
+
+
+def dimensions(config: TrainConfig, model: str | None) -> tuple[int, int]:
+    """Decoder layers and width of the model.
+
+    Args:
+        config: the job, whose store is asked without `model`.
+        model: "layers=L,width=D", in any order.
+
+    Returns:
+        Both.
+
+    Raises:
+        ConfigError: `model` is not of that form, or is missing and the job has no store.
+        StoreError: the store cannot be opened.
+    """
+    hint = "give the model's size, --model layers=32,width=4096"
+    if model is None:
+        if config.store is None:
+            raise ConfigError(f"the job streams and has no store to ask; {hint}")
+        try:
+            identity = open_store(config.store).model
+        except StoreError as error:
+            raise StoreError(f"{error}; or {hint}") from None
+        return identity.n_layers, identity.d_model
+    given = dict(part.split("=", 1) for part in model.split(",") if "=" in part)
+    if set(given) != {"layers", "width"} or not all(value.isdigit() and int(value) for value in given.values()):
+        raise ConfigError(f"--model {model}: expected two positive numbers, as in layers=32,width=4096")
+    return int(given["layers"]), int(given["width"])
+
+
+def _decoders_text(p: Plan) -> str:
+    clt, matrices = p.job.clt, decoder_matrices(p.job.clt, LayerShare.everything(p.job.clt))
+    tied = f", tied for {p.pairs:,} sources and targets" if clt.tied_decoders else ""
+    return f"{matrices:,} of [F,D]{tied}"
+
+
+def _size_text(p: Plan) -> str:
+    job, whole = p.job, p.parameters
+    most, least = p.rank_parameters
+    skip = f", skip {_g(whole.skip)}" if whole.skip else ""
+    rows = [
+        ("architecture", _architecture(job)),
+        ("parameters", f"{_g(whole.total)}: encoders {_g(whole.encoders)}, decoders {_g(whole.decoders)}{skip}"),
+        ("decoders", _decoders_text(p)),
+        ("mesh", f"{_mesh(job)} = {job.mesh.world} x {p.machine.name}, ZeRO-{job.mesh.zero}"),
+        (
+            "a rank",
+            f"{_g(least)} to {_g(most)} parameters; sees {job.batch:,} of {job.config.data.batch_tokens:,} tokens",
+        ),
+        ("numerics", _numerics(job)),
+    ]
+    return table(rows, left=2)
+
+
+def _memory_text(p: Plan) -> str:
+    room = p.machine.memory * p.machine.usable
+    rows = [("memory of a rank", ""), *_rows(p.memory, "B")]
+    rows += [("total", _si(p.memory.total, "B")), (f"usable on one {p.machine.name}", _si(room, "B"))]
+    verdict = "it fits" if p.fits else f"IT DOES NOT FIT: {p.memory.total / room:.2f} times what is there"
+    return f"{table(rows)}\n{verdict}"
+
+
+def _work_text(p: Plan) -> str:
+    received = [("received by a rank in a step", ""), *_rows(p.traffic, "B"), ("total", _si(p.traffic.total, "B"))]
+    work = [("arithmetic of a step, all ranks", ""), *_rows(p.flops, "FLOP"), ("total", _si(p.flops.total, "FLOP"))]
+    work.append(("if every feature were decoded", _si(p.dense_flops, "FLOP")))
+    return f"{table(received)}\n\n{table(work)}"
+
+
+def _speed_text(report: PlanReport) -> str:
+    p = report.plan
+    rows = [("projected step", ""), *_rows(p.step, "s"), ("total", _si(p.step.total, "s"))]
+    nodes = -(-p.job.mesh.world // p.machine.per_node)
+    disk = NVME * nodes / p.store_bytes * p.tokens
+    facts = [
+        ("projected", f"{_rate(p)} tokens/s; {p.tokens:,.0f} tokens in {duration_text(p.seconds)}"),
+        ("rates", p.machine.rates.source),
+        ("store", f"{_si(p.store_bytes, 'B')} for these tokens in bfloat16"),
+        ("it must deliver", f"{_si(p.store_rate, 'B')}/s; one disk of 7 GB/s per node: {count_text(disk)} tokens/s"),
+    ]
+    if report.measured is not None:
+        seen = report.measured
+        share = seen.tokens_per_second / p.tokens_per_second
+        facts.append(("measured", f"{count_text(seen.tokens_per_second)} tokens/s, {share:.2f} of the projection"))
+        if seen.bytes_per_step:
+            counted = f"{_si(seen.bytes_per_step, 'B')} per step, {_si(p.traffic.total, 'B')} by the plan"
+            facts.append(("sent by a rank", counted))
+    return table(rows) + "\n\n" + table(facts, left=2)
+
+
+def _meshes_text(report: PlanReport) -> str:
+    p = report.plan
+    if not report.meshes:
+        return f"fits on no mesh of {p.job.mesh.world} {p.machine.name}"
+    rows = [(f"meshes of {p.job.mesh.world} that fit", "ZeRO", "memory", "received", "tokens/s")]
+    rows += [
+        (
+            _mesh(each.job),
+            str(each.job.mesh.zero),
+            _si(each.memory.total, "B"),
+            _si(each.traffic.total, "B"),
+            _rate(each),
+        )
+        for each in report.meshes
+    ]
+    return table(rows)
+
+
+def _smallest_text(report: PlanReport) -> str:
+    rows = [("numerics", "bytes/parameter", "fewest", "mesh", "tokens/s", "all tokens in")]
+    for (name, kind), p in zip(NUMERICS.items(), report.smallest, strict=True):
+        found = ("none", "-", "-", "-")
+        if p is not None:
+            found = (str(p.job.mesh.world), _mesh(p.job), _rate(p), duration_text(p.seconds))
+        rows.append((name, str(kind.bytes_per_parameter), *found))
+    return table(rows)
+
+
+def _architecture(job: Job) -> str:
+    clt = job.clt
+    targets = f"{clt.n_targets} target layers" if clt.n_targets else "all targets"
+    first = "its own layer" if clt.first_offset == 0 else "the next layer"
+    return (
+        f"{clt.n_layers} layers of {clt.d_model:,}; {clt.n_features:,} features each, {clt.sparsity.kind} k={clt.k}, "
+        f"{targets} from {first} on"
+    )
+
+
+def _numerics(job: Job) -> str:
+    return f"{job.numerics.name}: {job.numerics.bytes_per_parameter} bytes per parameter without ZeRO"
+
+
+def _mesh(job: Job) -> str:
+    return f"data {job.mesh.data} x layer {job.mesh.layer} x column {job.mesh.column}"
+
+
+def _rate(p: Plan) -> str:
+    return count_text(p.tokens_per_second)
+
+
+def _rows(numbers: Sum, unit: str) -> list[tuple[str, str]]:
+    """The numbers that are not zero, by name."""
+    return [(name.replace("_", " "), _si(value, unit)) for name, value in vars(numbers).items() if value]
+
+
+def _si(value: float, unit: str) -> str:
+    """A number with four digits and a decimal prefix: vendors count memory and links so."""
+    for factor, prefix in ((1e12, "T"), (1e9, "G"), (1e6, "M"), (1e3, "k"), (1, ""), (1e-3, "m")):
+        if value >= factor:
+            return f"{value / factor:.4g} {prefix}{unit}"
+    return f"{value * 1e6:.4g} u{unit}" if value else f"0 {unit}"
+
+
+def _g(count: float) -> str:
+    return f"{count / 1e9:.2f} G" if count >= 1e8 else f"{count / 1e6:.3f} M"
+
+
+def _tree(p: Plan) -> dict[str, Any]:
+    tree = _short(p)
+    tree |= {name: vars(getattr(p, name)) for name in ("parameters", "memory", "traffic", "flops", "step")}
+    tree |= {"pairs": p.pairs, "tokens": p.tokens, "store_bytes": p.store_bytes, "dense_flops": p.dense_flops}
+    return tree
+
+
+def _short(p: Plan) -> dict[str, Any]:
+    return {
+        "machine": p.machine.name,
+        "mesh": asdict(p.job.mesh),
+        "numerics": p.job.numerics.name,
+        "parameters_total": p.parameters.total,
+        "memory_bytes": p.memory.total,
+        "fits": p.fits,
+        "received_bytes": p.traffic.total,
+        "step_seconds": p.step.total,
+        "tokens_per_second": p.tokens_per_second,
+        "seconds": p.seconds,
+    }

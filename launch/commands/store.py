@@ -1,0 +1,301 @@
+"""`clt store`: sizes, checks, upkeep, transfer and export of activation stores.
+
+    clt store plan --config configs/capture/toy.yaml
+    clt store status runs/toy/store
+    clt store verify runs/toy/store --level chunk
+    clt store export-pt runs/toy/store runs/toy/pt
+
+Each command is the thin face of a function that scripts import. A user's mistake is one line on standard error and exit
+code 2, and so is a store that `verify` finds damaged.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Callable
+from dataclasses import asdict
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any, Literal
+
+import typer
+
+from clt.errors import ConfigError, StoreError
+from clt.launch.logs import set_up_logging
+from clt.launch.script import check_writable, guarded, write_text
+
+if TYPE_CHECKING:
+    from clt.capture.upkeep.verify_store import VerifyReport
+
+store_app = typer.Typer(no_args_is_help=True, help="Sizes, checks, upkeep, transfer and export of stores.")
+
+Config = Annotated[Path, typer.Option(help="YAML file of the capture job.")]
+Overrides = Annotated[
+    list[str] | None, typer.Option("--set", metavar="KEY=VALUE", help="Replaces a value, repeatable.")
+]
+Store = Annotated[str, typer.Argument(metavar="PATH", help="Folder or URL of the store.")]
+JsonFile = Annotated[Path | None, typer.Option("--json", metavar="FILE", help="Also write the report as JSON.")]
+LevelOption = Annotated[
+    Literal["index", "chunk", "full"],
+    typer.Option(help="index: sizes, small files, indexes; chunk: every byte; full: also what the values mean."),
+]
+Jobs = Annotated[int, typer.Option(min=1, help="Threads.")]
+Revision = Annotated[str | None, typer.Option(help="Branch; for pull also a tag or a commit. Absent: main.")]
+Repository = Annotated[str, typer.Argument(metavar="REPO", help="Dataset repository, OWNER/NAME.")]
+
+_JOBS = min(8, os.cpu_count() or 1)
+#: What does not travel: what belongs to this machine only, and the card that people write on the hub.
+_STAYS = ("units/leases/*", "quarantine/*", "*.partial", "README.md")
+
+
+def _run(work: Callable[[], Any]) -> None:
+    set_up_logging()
+    raise typer.Exit(guarded(work))
+
+
+def _write_json(file: Path | None, report: Any) -> None:
+    write_text(file, json.dumps(asdict(report), indent=1))
+
+
+@store_app.command()
+def plan(
+    config: Config,
+    overrides: Overrides = None,
+    measure: Annotated[bool, typer.Option(help="Run the model on two batches and time the disk.")] = True,
+    file: JsonFile = None,
+) -> None:
+    """Prints how large a capture will be, how long it will take here and how fast it can be read."""
+    from clt.capture.capacity import capacity
+    from clt.capture.planning import CaptureConfig, plan_capture
+    from clt.config import load_config
+    from clt.launch.store_text import capacity_text
+
+    def work() -> str:
+        job = load_config(CaptureConfig, config, overrides or ())
+        report = capacity(plan_capture(job, longest_answers=True), job.output, measure=measure)
+        _write_json(file, report)
+        return capacity_text(report)
+
+    _run(work)
+
+
+@store_app.command()
+def verify(
+    path: Store,
+    level: LevelOption = "chunk",
+    sample: Annotated[float, typer.Option(help="Share of the units that are looked into.")] = 1.0,
+    jobs: Jobs = _JOBS,
+    quarantine: Annotated[bool, typer.Option("--quarantine", help="Repair what is damaged, see 'repair'.")] = False,
+    file: JsonFile = None,
+) -> None:
+    """Compares a store with its records; exit code 2 if anything is wrong."""
+    from clt.capture.upkeep.maintain import repair_store
+    from clt.capture.upkeep.verify_store import verify_store
+    from clt.launch.store_text import problems_text, repair_text, verified_text
+
+    def work() -> str:
+        report = verify_store(path, level, sample=sample, jobs=jobs)
+        write_text(file, report.to_json())
+        if report.problems:
+            print(problems_text(report))
+            if not quarantine:
+                raise StoreError(f"{path}: {_problems(report)}; run 'clt store repair {path}'")
+            print(repair_text(repair_store(path, level=level, jobs=jobs)))
+            raise StoreError(f"{path}: {_problems(report)}, moved aside; the line above says what is next")
+        return verified_text(report)
+
+    _run(work)
+
+
+@store_app.command()
+def repair(
+    path: Store,
+    level: LevelOption = "chunk",
+    jobs: Jobs = _JOBS,
+    file: JsonFile = None,
+) -> None:
+    """Moves what is damaged to the folder quarantine/ and makes again what follows from the rest."""
+    from clt.capture.upkeep.maintain import repair_store
+    from clt.launch.store_text import repair_text
+
+    def work() -> str:
+        report = repair_store(path, level=level, jobs=jobs)
+        _write_json(file, report)
+        return repair_text(report)
+
+    _run(work)
+
+
+@store_app.command()
+def status(path: Store, file: JsonFile = None) -> None:
+    """Prints how far a store is and who is capturing what."""
+    from clt.capture.upkeep.maintain import store_status
+    from clt.launch.store_text import status_text
+
+    def work() -> str:
+        report = store_status(path)
+        _write_json(file, report)
+        return status_text(report)
+
+    _run(work)
+
+
+@store_app.command()
+def gc(
+    path: Store,
+    dry_run: Annotated[bool, typer.Option("--dry-run", help="Only print what would be deleted.")] = False,
+    quarantine: Annotated[bool, typer.Option("--quarantine", help="Also delete what a repair moved aside.")] = False,
+    file: JsonFile = None,
+) -> None:
+    """Deletes what a store does not need: partial files, files of units that were never committed, leases."""
+    from clt.capture.upkeep.maintain import collect_garbage
+    from clt.launch.store_text import gc_text
+
+    def work() -> str:
+        report = collect_garbage(path, dry_run=dry_run, quarantine=quarantine)
+        _write_json(file, report)
+        return gc_text(report)
+
+    _run(work)
+
+
+@store_app.command()
+def stats(path: Store, file: JsonFile = None) -> None:
+    """Prints norms, spread and quantisation error of every site by class of token."""
+    from clt.capture.reading.open_store import open_store
+    from clt.capture.upkeep.store_stats import store_stats
+    from clt.launch.store_text import stats_text
+
+    def work() -> str:
+        rows = store_stats(open_store(path))
+        write_text(file, json.dumps([asdict(row) for row in rows], indent=1))
+        return stats_text(rows)
+
+    _run(work)
+
+
+@store_app.command()
+def bench(
+    folder: Annotated[Path, typer.Option(help="Folder on the disk to be measured.")] = Path(),
+    size: Annotated[int | None, typer.Option(min=1, metavar="MIB", help="MiB of activations.")] = None,
+    rounds: Annotated[int | None, typer.Option(min=1, help="Rounds; the best counts.")] = None,
+    file: JsonFile = None,
+) -> None:
+    """Measures this store's reader, writer and loader against the usual ways to keep activations."""
+    from clt.launch.bench.store.run import StoreBenchSettings, bench_store
+
+    def work() -> str:
+        given = {"size_mib": size, "rounds": rounds}
+        settings = StoreBenchSettings(folder=folder, **{k: v for k, v in given.items() if v is not None})
+        check_writable(file)
+        report = bench_store(settings)
+        write_text(file, report.to_json())
+        return report.to_text()
+
+    _run(work)
+
+
+@store_app.command()
+def push(
+    path: Store,
+    repo: Repository,
+    private: Annotated[bool, typer.Option("--private/--public", help="Visibility of a new repository.")] = True,
+    revision: Revision = None,
+    message: Annotated[str | None, typer.Option(help="Summary of the commits.")] = None,
+) -> None:
+    """Sends a complete store to a dataset repository of the Hugging Face hub; prints the commit."""
+    from clt.capture.capacity import local_folder
+    from clt.capture.reading.open_store import open_store
+    from clt.capture.store.schema import MANIFEST
+    from clt.capture.upkeep.verify_store import verify_store
+    from clt.hub.transfer import push_folder
+
+    def work() -> str:
+        folder = local_folder(path)
+        if folder is None:
+            raise StoreError(f"{path}: only a folder can be pushed; copy the store to one, e.g. with 'rclone copy'")
+        store = open_store(folder)
+        _refuse_damaged(verify_store(folder, "index"))
+        summary = message or f"Activation store {store.id[:12]}: {store.num_tokens:,} tokens of {store.model.name}"
+        commit = push_folder(
+            folder,
+            repo,
+            private=private,
+            revision=revision,
+            last=(MANIFEST,),
+            ignore=_STAYS,
+            message=summary,
+        )
+        return f"{repo}: store {store.id} is commit {commit}"
+
+    _run(work)
+
+
+@store_app.command()
+def pull(
+    repo: Repository,
+    path: Annotated[Path, typer.Argument(help="New folder, or one that a pull has begun.")],
+    revision: Revision = None,
+) -> None:
+    """Fetches a store from a dataset repository of the Hugging Face hub and compares every byte with its records."""
+    from clt.capture.store.schema import MANIFEST
+    from clt.capture.upkeep.verify_store import verify_store
+    from clt.hub.transfer import pull_folder
+    from clt.launch.store_text import verified_text
+
+    def work() -> str:
+        pull_folder(repo, path, revision=revision, last=(MANIFEST,), ignore=_STAYS)
+        report = verify_store(path, "chunk", jobs=_JOBS)
+        _refuse_damaged(report)
+        return verified_text(report)
+
+    _run(work)
+
+
+@store_app.command("export-pt")
+def export_pt(
+    path: Store,
+    out: Annotated[str, typer.Argument(help="New folder, or one with the same export begun.")],
+    layout: Annotated[
+        Literal["activations", "samples"],
+        typer.Option(help="activations: L0/batch_0_x.pt and _y.pt; samples: sample_0000.pt, pooled over tokens."),
+    ] = "activations",
+    n_targets: Annotated[
+        int | None, typer.Option(help="activations: most target layers of a source layer. [default: 16]")
+    ] = None,
+    batch_samples: Annotated[int | None, typer.Option(help="activations: samples of a file. [default: 1]")] = None,
+    clt: Annotated[Path | None, typer.Option(help="samples: checkpoint whose features are pooled.")] = None,
+    dtype: Annotated[
+        Literal["float16", "bfloat16", "float32"] | None, typer.Option(help="Type of the tensors. [default: as stored]")
+    ] = None,
+    read_site: Annotated[str | None, typer.Option(help="What encoders read, if the store has several.")] = None,
+) -> None:
+    """Writes a store as .pt files in the layouts of the seed documents."""
+    from clt.capture.reading.open_store import open_store
+    from clt.capture.upkeep.export_pt import export_activations, export_samples
+    from clt.launch.store_text import export_text
+
+    def work() -> str:
+        numbers = {"n_targets": n_targets, "batch_samples": batch_samples}
+        given = {name: value for name, value in numbers.items() if value is not None}
+        if layout == "activations":
+            if clt is not None:
+                raise ConfigError("--clt: needs --layout samples; the layout 'activations' holds no features")
+            return export_text(
+                export_activations(open_store(path), out, dtype=dtype, read_site=read_site, **given), out
+            )
+        for name in given:
+            raise ConfigError(f"--{name.replace('_', '-')}: needs --layout activations; leave it out")
+        return export_text(export_samples(open_store(path), out, clt=clt, dtype=dtype, read_site=read_site), out)
+
+    _run(work)
+
+
+def _refuse_damaged(report: VerifyReport) -> None:
+    if report.problems:
+        raise StoreError(f"{report.location}: {_problems(report)}: {report.problems[0].message}")
+
+
+def _problems(report: VerifyReport) -> str:
+    count = len(report.problems)
+    return f"{count} problem{'' if count == 1 else 's'} at level {report.level}"
