@@ -97,14 +97,14 @@ def explain(config: AttributeConfig) -> Explanation:
     Raises:
         CLTError: the model, transcoder, prompt or image cannot be read, or they do not fit each other.
     """
-    clt = CrossLayerTranscoder.from_pretrained(config.clt)
+    transcoder = CrossLayerTranscoder.from_pretrained(config.clt)
     adapter = config.load()
     example = _example(config)
     inputs = adapter.prepare(example.prompt, example.images)
-    graph = attribute(adapter, clt, inputs, config.attribution)
+    graph = attribute(adapter, transcoder, inputs, config.attribution)
     edges = None
     if config.checked_edges:
-        edges = check_edges(adapter, clt, inputs, graph, n_edges=config.checked_edges, seed=config.seed)
+        edges = check_edges(adapter, transcoder, inputs, graph, n_edges=config.checked_edges, seed=config.seed)
     pruned = prune(graph, config.node_threshold, config.edge_threshold)
     document = graph_document(
         graph, pruned, example.images, edge_check=edges, slug=example.example_id, max_nodes=config.max_nodes
@@ -168,34 +168,38 @@ def evaluate(config: EvaluateConfig) -> EvaluationReport:
     Raises:
         CLTError: something cannot be read, or the transcoder, model and store do not belong together.
     """
-    clt = CrossLayerTranscoder.from_pretrained(config.clt)
+    transcoder = CrossLayerTranscoder.from_pretrained(config.clt)
     store = open_store(config.store)
-    require_same_model(clt.provenance.model, store.model)
+    require_same_model(transcoder.provenance.model, store.model)
     adapter = config.load()
     source = open_source(config.source)
     examples = (source.load(index) for index in range(len(source.texts)))
     inputs = (adapter.prepare(e.prompt, e.images, e.answer) for e in examples)
     report = EvaluationReport(
-        store=evaluate_on_store(clt, store, config.batch_tokens),
-        agreement=evaluate_replacement(adapter, clt, inputs, config.batch_size),
+        store=evaluate_on_store(transcoder, store, config.batch_tokens),
+        agreement=evaluate_replacement(adapter, transcoder, inputs, config.batch_size),
     )
     config.output.parent.mkdir(parents=True, exist_ok=True)
     config.output.write_text(json.dumps(asdict(report), indent=1) + "\n", encoding="utf-8")
     return report
 
 
-def evaluate_on_store(clt: CrossLayerTranscoder, store: ActivationStore, batch_tokens: int = 4096) -> StoreReport:
+def evaluate_on_store(
+    transcoder: CrossLayerTranscoder, store: ActivationStore, batch_tokens: int = 4096
+) -> StoreReport:
     """Measures a transcoder on all tokens of a store but the beginning-of-sequence ones.
 
     Args:
-        clt: a transcoder.
+        transcoder: a transcoder.
         store: held-out activations of the same model.
         batch_tokens: tokens at once.
 
     Returns:
         The report.
     """
-    layers = range(clt.config.n_layers)
-    x_sites = [f"lm.{layer}.{clt.config.read_site}" for layer in layers]
+    layers = range(transcoder.config.n_layers)
+    x_sites = [f"lm.{layer}.{transcoder.config.read_site}" for layer in layers]
     y_sites = [f"lm.{layer}.mlp_out" for layer in layers]
-    return evaluate_store(clt, iterate_store(store, x_sites, y_sites, batch_tokens, where=TokenFilter(drop_bos=True)))
+    return evaluate_store(
+        transcoder, iterate_store(store, x_sites, y_sites, batch_tokens, where=TokenFilter(drop_bos=True))
+    )

@@ -174,9 +174,9 @@ def _train(config: DemoConfig, out: Path) -> None:
 
 def _steer(config: DemoConfig, out: Path) -> SteeringReport:
     adapter = ModelAdapter.from_pretrained(str(config.model))
-    clt = CrossLayerTranscoder.from_pretrained(out / "clt")
+    transcoder = CrossLayerTranscoder.from_pretrained(out / "clt")
     source = open_source(_boards(2 * config.steering.num_prompts, PROMPT_SEED))
-    return steer(adapter, clt, (source.load(i) for i in range(len(source.texts))), config.steering)
+    return steer(adapter, transcoder, (source.load(i) for i in range(len(source.texts))), config.steering)
 
 
 def _summary(

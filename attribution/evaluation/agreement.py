@@ -96,13 +96,13 @@ class AgreementReport:
 
 
 def evaluate_replacement(
-    adapter: ModelAdapter, clt: CrossLayerTranscoder, inputs: Iterable[PromptInputs], batch_size: int = 32
+    adapter: ModelAdapter, transcoder: CrossLayerTranscoder, inputs: Iterable[PromptInputs], batch_size: int = 32
 ) -> AgreementReport:
     """Compares the replacement model with the model on prompts with answers.
 
     Args:
         adapter: the model.
-        clt: a transcoder trained on it.
+        transcoder: a transcoder trained on it.
         inputs: prompts from `adapter.prepare(prompt, images, answer)`, held out from training.
         batch_size: batches from `inputs` joined for one forward.
 
@@ -114,7 +114,7 @@ def evaluate_replacement(
         NonFiniteError: a logit is NaN or infinite.
         CheckpointError: the transcoder belongs to another model.
     """
-    comparison = Comparison(ReplacementModel(adapter, clt))
+    comparison = Comparison(ReplacementModel(adapter, transcoder))
     for batch in batched_prompts(adapter, inputs, batch_size):
         comparison.add(batch)
     return comparison.report()

@@ -104,20 +104,20 @@ class ReplacementEvaluator:
             if int(mesh.all_reduce(torch.tensor(int(found is not None)), "world", dist.ReduceOp.MAX)):
                 return found or Evaluation()
 
-    def _steps(self, clt: CrossLayerTranscoder, prompts: HeldOutPrompts) -> Iterator[Evaluation | None]:
+    def _steps(self, transcoder: CrossLayerTranscoder, prompts: HeldOutPrompts) -> Iterator[Evaluation | None]:
         """None after each piece of work, and the measures in the end."""
         settings, adapter = self._settings, prompts.adapter
         has_images = any(images for inputs in prompts.answered for images in inputs.images)
-        parts = partial_replacements(clt.config, settings.layer_ranges, has_images)
-        replacement = ReplacementModel(adapter, clt)
-        del clt
+        parts = partial_replacements(transcoder.config, settings.layer_ranges, has_images)
+        replacement = ReplacementModel(adapter, transcoder)
+        del transcoder
         comparison = Comparison(replacement, parts)
         for batch in batched_prompts(adapter, prompts.answered, settings.batch_size):
             comparison.add(batch)
             yield None
         limits, scores = AttributionSettings(max_feature_nodes=settings.graph_features), []
         for question in prompts.questions:
-            scores.append(score(attribute(adapter, replacement.clt, question, limits)))
+            scores.append(score(attribute(adapter, replacement.transcoder, question, limits)))
             yield None
         yield Evaluation(scalars=_scalars(comparison.report(), scores))
 

@@ -34,17 +34,17 @@ class FeaturePairs:
     strength: Tensor
 
 
-def rank_pairs(graph: Graph, clt: CrossLayerTranscoder) -> FeaturePairs:
+def rank_pairs(graph: Graph, transcoder: CrossLayerTranscoder) -> FeaturePairs:
     """The active (layer, feature) pairs of a graph, most influential first; ties by layer, then feature number.
 
     Args:
         graph: a graph whose only targets are what the influence is on.
-        clt: its transcoder, folded, so that strengths are in the model's units.
+        transcoder: its transcoder, folded, so that strengths are in the model's units.
 
     Returns:
         The pairs, on the CPU.
     """
-    nodes, n_features = graph.nodes, clt.config.n_features
+    nodes, n_features = graph.nodes, transcoder.config.n_features
     columns = nodes.is_kind(NodeKind.FEATURE)
     keys, pair_of_column = torch.unique(
         nodes.layer[columns].long() * n_features + nodes.feature[columns], return_inverse=True
@@ -54,7 +54,9 @@ def rank_pairs(graph: Graph, clt: CrossLayerTranscoder) -> FeaturePairs:
         return torch.zeros(len(keys), dtype=torch.float64).index_add_(0, pair_of_column, values.double())
 
     layer, feature = keys // n_features, keys % n_features
-    norm = torch.cat([decoder_norms(clt, source)[feature[layer == source]] for source in layer.unique().tolist()])
+    norm = torch.cat(
+        [decoder_norms(transcoder, source)[feature[layer == source]] for source in layer.unique().tolist()]
+    )
     total = over_positions(influence(graph)[columns])
     order = total.argsort(descending=True, stable=True)
     return FeaturePairs(
@@ -65,11 +67,11 @@ def rank_pairs(graph: Graph, clt: CrossLayerTranscoder) -> FeaturePairs:
     )
 
 
-def decoder_norms(clt: CrossLayerTranscoder, source: int) -> Tensor:
+def decoder_norms(transcoder: CrossLayerTranscoder, source: int) -> Tensor:
     """[F] float64 on the CPU: length of each feature's decoder vectors, over all targets of its layer together."""
-    squares = torch.zeros(clt.config.n_features, dtype=torch.float64)
-    for target in clt.targets_of(source):
-        squares += clt.decoder(source, target).detach().double().square().sum(1).cpu()
+    squares = torch.zeros(transcoder.config.n_features, dtype=torch.float64)
+    for target in transcoder.targets_of(source):
+        squares += transcoder.decoder(source, target).detach().double().square().sum(1).cpu()
     return squares.sqrt()
 
 

@@ -94,7 +94,7 @@ class SteeringReport:
 
 def steer(
     adapter: ModelAdapter,
-    clt: CrossLayerTranscoder,
+    transcoder: CrossLayerTranscoder,
     examples: Iterable[Example],
     settings: SteeringSettings | None = None,
 ) -> SteeringReport:
@@ -102,7 +102,7 @@ def steer(
 
     Args:
         adapter: the model.
-        clt: a transcoder trained on it.
+        transcoder: a transcoder trained on it.
         examples: held-out examples with answers.
         settings: sizes and limits; the defaults when absent.
 
@@ -115,7 +115,7 @@ def steer(
         CheckpointError: the transcoder belongs to another model.
     """
     settings = settings or SteeringSettings()
-    model = ReplacementModel(adapter, clt)
+    model = ReplacementModel(adapter, transcoder)
     trials: list[_Trial] = []
     num_prompts = num_examples = 0
     for example in examples:
@@ -188,7 +188,7 @@ def _steer_prompt(model: ReplacementModel, question: _Question, settings: Steeri
     attribution = AttributionSettings(
         targets=(LogitTargets(tokens=(question.token,)),), max_feature_nodes=settings.max_feature_nodes
     )
-    pairs = rank_pairs(attribute(model.adapter, model.clt, question.inputs, attribution), model.clt)
+    pairs = rank_pairs(attribute(model.adapter, model.transcoder, question.inputs, attribution), model.transcoder)
     rows: list[tuple[int, bool, Tensor]] = []
     for n in settings.sizes:
         control = match_controls(pairs, n) if n <= len(pairs.layer) else None

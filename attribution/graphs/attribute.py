@@ -53,7 +53,7 @@ class AttributionSettings:
 @torch.no_grad()
 def attribute(
     adapter: ModelAdapter,
-    clt: CrossLayerTranscoder,
+    transcoder: CrossLayerTranscoder,
     inputs: PromptInputs,
     settings: AttributionSettings | None = None,
 ) -> Graph:
@@ -61,7 +61,7 @@ def attribute(
 
     Args:
         adapter: the model.
-        clt: a transcoder of this model; scaled or folded.
+        transcoder: a transcoder of this model; scaled or folded.
         inputs: one prompt without padding, from `adapter.prepare`.
         settings: targets and limits; the defaults when absent.
 
@@ -77,10 +77,10 @@ def attribute(
     settings = settings or AttributionSettings()
     started = time.perf_counter()
     # Checks that the two fit, and folds.
-    folded = ReplacementModel(adapter, clt).clt
+    folded = ReplacementModel(adapter, transcoder).transcoder
     if folded.config.layer_norm:
         raise ConfigError("clt.layer_norm: encoders that normalise each token are not linear; train without it")
-    frozen = FrozenModel(adapter, record(adapter, inputs, clt.config.read_site))
+    frozen = FrozenModel(adapter, record(adapter, inputs, transcoder.config.read_site))
     sources = Sources(frozen, folded.to(frozen.dtype), inputs.tokens.select(0))
     targets = resolve_targets(adapter, inputs, sources, settings.targets)
     n_features = len(sources.features)
@@ -104,17 +104,17 @@ def attribute(
         prompt=inputs.prompts[0],
         images=graph_images(adapter, inputs),
         model=adapter.identity,
-        clt=clt.config,
-        clt_fingerprint=fingerprint(clt),
+        architecture=transcoder.config,
+        clt_fingerprint=fingerprint(transcoder),
     )
 
 
-def fingerprint(clt: CrossLayerTranscoder) -> str:
+def fingerprint(transcoder: CrossLayerTranscoder) -> str:
     """Hex digest of a strided sample of every weight of a transcoder and of its scaling."""
     digest = hashlib.sha256()
     # Decoders that stay in their files are in no state dict.
-    decoders = {f"W_dec.{name}": W_SFD for name, W_SFD in clt.W_dec.items()}
-    for name, tensor in sorted({**clt.state_dict(), **decoders, **clt.scaling.tensors()}.items()):
+    decoders = {f"W_dec.{name}": W_SFD for name, W_SFD in transcoder.W_dec.items()}
+    for name, tensor in sorted({**transcoder.state_dict(), **decoders, **transcoder.scaling.tensors()}.items()):
         step = max(1, tensor.shape.numel() // 4096)
         flat = tensor.every(step) if isinstance(tensor, MappedDecoder) else tensor.detach().reshape(-1)[::step]
         sample = flat.to("cpu", torch.float32).contiguous()

@@ -68,7 +68,7 @@ class EdgeReport:
 @torch.no_grad()
 def check_edges(
     adapter: ModelAdapter,
-    clt: CrossLayerTranscoder,
+    transcoder: CrossLayerTranscoder,
     inputs: PromptInputs,
     graph: Graph,
     *,
@@ -83,7 +83,7 @@ def check_edges(
 
     Args:
         adapter: the model the graph was made with.
-        clt: the transcoder the graph was made with.
+        transcoder: the transcoder the graph was made with.
         inputs: the prompt the graph was made of.
         graph: an unpruned graph.
         n_edges: edges drawn from all kinds together.
@@ -97,7 +97,7 @@ def check_edges(
         GraphError: the graph is not of this model, transcoder and prompt.
     """
     _require_same(adapter, inputs, graph)
-    measuring = MeasuringModel(adapter, clt, inputs, graph)
+    measuring = MeasuringModel(adapter, transcoder, inputs, graph)
     largest = graph.edges.abs().amax(1).double()
     drawn = _draw(graph, n_edges, per_kind, seed)
     rows, sources = drawn // len(graph.nodes), drawn % len(graph.nodes)

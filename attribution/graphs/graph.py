@@ -153,7 +153,7 @@ class Graph:
         prompt: the prompt as given.
         images: the images of the prompt.
         model: the model that ran.
-        clt: architecture of the transcoder.
+        transcoder: architecture of the transcoder.
         clt_fingerprint: hex digest of the transcoder's weights.
     """
 
@@ -167,7 +167,7 @@ class Graph:
     prompt: str
     images: tuple[GraphImage, ...]
     model: ModelIdentity
-    clt: CLTConfig
+    architecture: CLTConfig
     clt_fingerprint: str
 
     @property

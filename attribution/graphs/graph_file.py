@@ -46,7 +46,7 @@ def write_graph(graph: Graph, path: Path) -> None:
             "prompt": graph.prompt,
             "images": [{"grid": image.grid, "box": image.box} for image in graph.images],
             "model": asdict(graph.model),
-            "clt": config_to_tree(graph.clt),
+            "clt": config_to_tree(graph.architecture),
             "clt_fingerprint": graph.clt_fingerprint,
             "crc32": {name: _crc32(tensor) for name, tensor in tensors.items()},
         }
@@ -118,7 +118,7 @@ def _assemble(header: Mapping[str, Any], tensors: Mapping[str, Tensor], source: 
             for number, tree in enumerate(header["images"])
         ),
         model=ModelIdentity(**header["model"]),
-        clt=parse_config(CLTConfig, header["clt"], source=source),
+        architecture=parse_config(CLTConfig, header["clt"], source=source),
         clt_fingerprint=header["clt_fingerprint"],
     )
 

@@ -53,7 +53,7 @@ class MeasuringModel:
 
     Args:
         adapter: the model the graph was made with.
-        clt: the transcoder the graph was made with, scaled or folded.
+        transcoder: the transcoder the graph was made with, scaled or folded.
         inputs: the prompt.
         graph: its unpruned graph.
 
@@ -62,18 +62,20 @@ class MeasuringModel:
     """
 
     @torch.no_grad()
-    def __init__(self, adapter: ModelAdapter, clt: CrossLayerTranscoder, inputs: PromptInputs, graph: Graph) -> None:
+    def __init__(
+        self, adapter: ModelAdapter, transcoder: CrossLayerTranscoder, inputs: PromptInputs, graph: Graph
+    ) -> None:
         self.graph = graph
         self.layers = range(adapter.n_layers)
-        self.read_sites = [f"lm.{layer}.{clt.config.read_site}" for layer in self.layers]
-        self.sources = LayerShare.everything(clt.config).sources
-        self.targets = LayerShare.everything(clt.config).targets
+        self.read_sites = [f"lm.{layer}.{transcoder.config.read_site}" for layer in self.layers]
+        self.sources = LayerShare.everything(transcoder.config).sources
+        self.targets = LayerShare.everything(transcoder.config).targets
         self.seen = inputs.real_mask[0]
-        if clt.config.drop_bos:
+        if transcoder.config.drop_bos:
             self.seen = self.seen & (inputs.tokens.modality[0] != Modality.BOS)
         self._record(adapter, inputs)
         self.adapter = ModelAdapter(copy.deepcopy(adapter.model).double(), adapter, adapter.identity)
-        self.clt = copy.deepcopy(clt).to(adapter.device).double()
+        self.transcoder = copy.deepcopy(transcoder).to(adapter.device).double()
         wide = {k: v.double() if v.is_floating_point() else v for k, v in inputs.model_inputs.items()}
         self.inputs = replace(inputs, model_inputs=wide)
         self.values_LSK, self.indices_LSK, self.slots = self._codes()
@@ -185,7 +187,7 @@ class MeasuringModel:
                 without_LSK[self.sources.index(source), position, slot] = 0
                 written_SD = self.reconstructions[layer] - self._reconstruction(layer, without_LSK)
                 y_SD = y_SD + written_SD * self.seen[:, None]
-            if layer in self.targets and self.clt.config.skip:
+            if layer in self.targets and self.transcoder.config.skip:
                 now_SD = self._decode(layer, self.values_LSK, found[self.read_sites[layer]][0])
                 y_SD = y_SD + (now_SD - self.reconstructions[layer]) * self.seen[:, None]
             return y_SD[None]
@@ -194,20 +196,20 @@ class MeasuringModel:
 
     def _decode(self, layer: int, values_LSK: Tensor, x_SD: Tensor | None) -> Tensor:
         """Raw output of a target layer from codes and raw input."""
-        rows = [self.sources.index(source) for source in self.clt.sources_of(layer)]
+        rows = [self.sources.index(source) for source in self.transcoder.sources_of(layer)]
         if x_SD is not None:
-            x_SD = self.clt.scaling.standardise_x(x_SD[None], (layer,))[0]
-        y_SD = self.clt.decode_layer(layer, values_LSK[rows], self.indices_LSK[rows], x_SD)
-        return self.clt.scaling.restore_y(y_SD[None], (layer,))[0]
+            x_SD = self.transcoder.scaling.standardise_x(x_SD[None], (layer,))[0]
+        y_SD = self.transcoder.decode_layer(layer, values_LSK[rows], self.indices_LSK[rows], x_SD)
+        return self.transcoder.scaling.restore_y(y_SD[None], (layer,))[0]
 
     def _reconstruction(self, layer: int, values_LSK: Tensor) -> Tensor:
         """Raw output of a target layer from codes and the recorded input."""
-        x_SD = self.recorded[self.read_sites[layer]] if self.clt.config.skip else None
+        x_SD = self.recorded[self.read_sites[layer]] if self.transcoder.config.skip else None
         return self._decode(layer, values_LSK, x_SD)
 
     def _decoder_bias(self, layer: int) -> Tensor:
         """What the transcoder gives without features at input zero, where it acts."""
-        x_SD = torch.zeros_like(self.recorded["lm.embed"]) if self.clt.config.skip else None
+        x_SD = torch.zeros_like(self.recorded["lm.embed"]) if self.transcoder.config.skip else None
         return self._decode(layer, torch.zeros_like(self.values_LSK), x_SD) * self.seen[:, None]
 
     def _error(self, layer: int) -> Tensor:
@@ -246,8 +248,10 @@ class MeasuringModel:
         return values
 
     def _pre_activations(self, layer: int, x_SD: Tensor, positions: Tensor, numbers: Tensor) -> Tensor:
-        x_SD = self.clt.scaling.standardise_x(x_SD[None], (layer,))[0]
-        return (x_SD[positions] * self.clt.W_enc[str(layer)][numbers]).sum(1) + self.clt.b_enc[str(layer)][numbers]
+        x_SD = self.transcoder.scaling.standardise_x(x_SD[None], (layer,))[0]
+        return (x_SD[positions] * self.transcoder.W_enc[str(layer)][numbers]).sum(1) + self.transcoder.b_enc[
+            str(layer)
+        ][numbers]
 
     def _codes(self) -> tuple[Tensor, Tensor, Tensor]:
         """Values and indices [L,S,K] of the graph's features, and the slot of each feature node."""

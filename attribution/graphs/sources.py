@@ -85,19 +85,21 @@ class Sources:
 
     Args:
         frozen: the linear model of the prompt.
-        clt: folded transcoder, in the dtype and on the device of `frozen`.
+        transcoder: folded transcoder, in the dtype and on the device of `frozen`.
         tokens: [S] the prompt's tokens.
     """
 
-    def __init__(self, frozen: FrozenModel, clt: CrossLayerTranscoder, tokens: TokenTable) -> None:
-        reads_itself = clt.config.first_offset == 0 or clt.config.skip
-        assert not (clt.config.read_site == "resid_post" and reads_itself), "ReplacementModel refuses this transcoder"
+    def __init__(self, frozen: FrozenModel, transcoder: CrossLayerTranscoder, tokens: TokenTable) -> None:
+        reads_itself = transcoder.config.first_offset == 0 or transcoder.config.skip
+        assert not (transcoder.config.read_site == "resid_post" and reads_itself), (
+            "ReplacementModel refuses this transcoder"
+        )
         self.frozen = frozen
-        self.clt = clt
+        self.transcoder = transcoder
         self.seen = torch.ones_like(tokens.modality, dtype=torch.bool)
-        if clt.config.drop_bos:
+        if transcoder.config.drop_bos:
             self.seen = tokens.modality != Modality.BOS
-        self.targets = target_layers(clt.config)
+        self.targets = target_layers(transcoder.config)
         self.features = self._active_features()
         self._order_by_position()
         self.errors = self._errors()
@@ -115,8 +117,8 @@ class Sources:
             position: [B] int64.
             number: [B] int64, feature numbers.
         """
-        name, site = str(layer), self.clt.config.read_site
-        W_BD, b_B = self.clt.W_enc[name][number], self.clt.b_enc[name][number]
+        name, site = str(layer), self.transcoder.config.read_site
+        W_BD, b_B = self.transcoder.W_enc[name][number], self.transcoder.b_enc[name][number]
         value_B = (self.frozen.recording.read[layer][position] * W_BD).sum(1) + b_B
         if site == "mlp_in":
             W_BD, site = W_BD * self.frozen.mlp_scale[layer][position], "resid_mid"
@@ -126,7 +128,7 @@ class Sources:
         """Lengths of the bias columns' vectors over all positions at which they act."""
         n_seen, norms = float(self.seen.sum()), []
         for layer in self.targets:
-            norms.append(float(self.clt.b_dec[str(layer)].norm()) * n_seen**0.5)
+            norms.append(float(self.transcoder.b_dec[str(layer)].norm()) * n_seen**0.5)
         for layer in self.biased:
             norms.append(float(self.frozen.attention_bias(layer).norm()) * self.frozen.n_positions**0.5)
         return norms
@@ -151,7 +153,7 @@ class Sources:
             if site == "resid_post":
                 self._meet_mlp(layer, G_BRD, out_BN, by_position_Bn)
                 skip_BRD = self._pull_skip(layer, G_BRD)
-            if skip_BRD is not None and self.clt.config.read_site != "resid_pre":
+            if skip_BRD is not None and self.transcoder.config.read_site != "resid_pre":
                 G_BRD, skip_BRD = G_BRD + skip_BRD, None
             if site != "resid_pre":
                 G_BRD = self._meet_attention(layer, G_BRD, out_BN)
@@ -170,8 +172,8 @@ class Sources:
         if layer not in self.targets:
             return
         bias = self.first_bias + self.targets.index(layer)
-        out_BN[:, bias] = G_BRD[:, self.seen[:R]].sum(1) @ self.clt.b_dec[str(layer)]
-        W_dec_SFD, sources = self.clt.W_dec[str(layer)], self.clt.sources_of(layer)
+        out_BN[:, bias] = G_BRD[:, self.seen[:R]].sum(1) @ self.transcoder.b_dec[str(layer)]
+        W_dec_SFD, sources = self.transcoder.W_dec[str(layer)], self.transcoder.sources_of(layer)
         for position in range(R):
             # Sorted by position, then layer: the sources of one target are neighbours.
             begin, end = self._span[position][sources.start], self._span[position][sources.stop]
@@ -182,11 +184,11 @@ class Sources:
 
     def _pull_skip(self, layer: int, G_BRD: Tensor) -> Tensor | None:
         """Cotangents with respect to the skip path's input, at the residual stream before or after the attention."""
-        if not self.clt.config.skip or layer not in self.targets:
+        if not self.transcoder.config.skip or layer not in self.targets:
             return None
         R = G_BRD.shape[1]
-        skip_BRD = (G_BRD @ self.clt.W_skip[str(layer)]) * self.seen[:R, None]
-        return skip_BRD * self.frozen.mlp_scale[layer][:R] if self.clt.config.read_site == "mlp_in" else skip_BRD
+        skip_BRD = (G_BRD @ self.transcoder.W_skip[str(layer)]) * self.seen[:R, None]
+        return skip_BRD * self.frozen.mlp_scale[layer][:R] if self.transcoder.config.read_site == "mlp_in" else skip_BRD
 
     def _meet_attention(self, layer: int, G_BRD: Tensor, out_BN: Tensor) -> Tensor:
         """Adds what the layer's attention biases contribute; returns the cotangents before the attention."""
@@ -202,8 +204,8 @@ class Sources:
 
     def _active_features(self) -> ActiveFeatures:
         parts = []
-        for layer in source_layers(self.clt.config):
-            values_SK, indices_SK = self.clt.encode_layer(layer, self.frozen.recording.read[layer])
+        for layer in source_layers(self.transcoder.config):
+            values_SK, indices_SK = self.transcoder.encode_layer(layer, self.frozen.recording.read[layer])
             position, slot = ((values_SK > 0) & self.seen[:, None]).nonzero(as_tuple=True)
             number = indices_SK[position, slot].long()
             # Slots are ascending in feature number, so this order is (position, number).
@@ -224,20 +226,20 @@ class Sources:
 
     def _written(self, target: int, begin: int, end: int) -> Tensor:
         """[n] what some features multiply their decoder vectors into a target by; their order is by position."""
-        if not self.clt.config.feature_offset:
+        if not self.transcoder.config.feature_offset:
             return self._activation[begin:end]
-        source_n = self._source[begin:end] - self.clt.sources_of(target).start
-        return self._activation[begin:end] + self.clt.offset[str(target)][source_n, self._number[begin:end]]
+        source_n = self._source[begin:end] - self.transcoder.sources_of(target).start
+        return self._activation[begin:end] + self.transcoder.offset[str(target)][source_n, self._number[begin:end]]
 
     def _errors(self) -> Tensor:
         """[L,S,D] MLP outputs minus what the transcoder gives."""
         found = self.frozen.recording
         errors_LSD = found.mlp_out.clone()
         for layer in self.targets:
-            y_SD = self.clt.b_dec[str(layer)].expand(len(self.seen), -1).clone()
-            if self.clt.config.skip:
-                y_SD += found.read[layer] @ self.clt.W_skip[str(layer)].T
-            W_dec_SFD, sources = self.clt.W_dec[str(layer)], self.clt.sources_of(layer)
+            y_SD = self.transcoder.b_dec[str(layer)].expand(len(self.seen), -1).clone()
+            if self.transcoder.config.skip:
+                y_SD += found.read[layer] @ self.transcoder.W_skip[str(layer)].T
+            W_dec_SFD, sources = self.transcoder.W_dec[str(layer)], self.transcoder.sources_of(layer)
             for position in range(len(self.seen)):
                 begin, end = self._span[position][sources.start], self._span[position][sources.stop]
                 decoder_nD = W_dec_SFD[self._source[begin:end] - sources.start, self._number[begin:end]]

@@ -205,9 +205,9 @@ class _Resolver:
         )
 
     def _feature(self, setting: FeatureTarget, position: int) -> ResolvedTarget:
-        config, name = self.sources.clt.config, f"feature {setting.layer}.{setting.feature}"
-        if str(setting.layer) not in self.sources.clt.W_enc or setting.feature >= config.n_features:
-            layers = sorted(int(layer) for layer in self.sources.clt.W_enc)
+        config, name = self.sources.transcoder.config, f"feature {setting.layer}.{setting.feature}"
+        if str(setting.layer) not in self.sources.transcoder.W_enc or setting.feature >= config.n_features:
+            layers = sorted(int(layer) for layer in self.sources.transcoder.W_enc)
             raise GraphError(
                 f"target {name}: the transcoder has features 0..{config.n_features - 1} in layers "
                 f"{layers[0]}..{layers[-1]}"

@@ -101,13 +101,13 @@ Plan = Mapping[int, Sequence[Intervention]]
 
 
 def plan_interventions(
-    interventions: Iterable[Intervention], clt: CrossLayerTranscoder, columns: Columns
+    interventions: Iterable[Intervention], transcoder: CrossLayerTranscoder, columns: Columns
 ) -> dict[int, list[Intervention]]:
     """Groups interventions by layer, in the order given.
 
     Args:
         interventions: activations to change.
-        clt: the transcoder they are meant for.
+        transcoder: the transcoder they are meant for.
         columns: where it acts.
 
     Returns:
@@ -118,17 +118,17 @@ def plan_interventions(
     """
     plan: dict[int, list[Intervention]] = {}
     for intervention in interventions:
-        _check(intervention, clt, columns)
+        _check(intervention, transcoder, columns)
         plan.setdefault(intervention.layer, []).append(intervention)
     return plan
 
 
-def _check(intervention: Intervention, clt: CrossLayerTranscoder, columns: Columns) -> None:
-    sources = LayerShare.everything(clt.config).sources
+def _check(intervention: Intervention, transcoder: CrossLayerTranscoder, columns: Columns) -> None:
+    sources = LayerShare.everything(transcoder.config).sources
     if intervention.layer not in sources:
         raise GraphError(f"{intervention}: the transcoder has features in layers {sources[0]}..{sources[-1]}")
-    if not 0 <= intervention.feature < clt.config.n_features:
-        raise GraphError(f"{intervention}: features are numbered 0..{clt.config.n_features - 1}")
+    if not 0 <= intervention.feature < transcoder.config.n_features:
+        raise GraphError(f"{intervention}: features are numbered 0..{transcoder.config.n_features - 1}")
     n_prompts = len(columns.positions)
     if intervention.prompt is not None and not 0 <= intervention.prompt < n_prompts:
         raise GraphError(f"{intervention}: prompt {intervention.prompt} is not in 0..{n_prompts - 1}")
@@ -160,14 +160,14 @@ class LiveEdits:
     """The edits of one forward or generation; codes travel from the read sites to the MLP outputs.
 
     Args:
-        clt: a whole folded transcoder.
+        transcoder: a whole folded transcoder.
         columns: where it acts.
         plan: interventions by layer.
     """
 
-    def __init__(self, clt: CrossLayerTranscoder, columns: Columns, plan: Plan) -> None:
-        whole = LayerShare.everything(clt.config)
-        self.clt, self.columns, self.plan = clt, columns, plan
+    def __init__(self, transcoder: CrossLayerTranscoder, columns: Columns, plan: Plan) -> None:
+        whole = LayerShare.everything(transcoder.config)
+        self.transcoder, self.columns, self.plan = transcoder, columns, plan
         self.sources: Sequence[int] = whole.sources
         self.targets: Sequence[int] = whole.targets
         self.codes: dict[int, tuple[Tensor, Tensor]] = {}
@@ -178,8 +178,8 @@ class LiveEdits:
 
     def edits(self) -> dict[str, Callable[[Tensor], Tensor]]:
         """What to do at each site, for `clt.capture.models.hooks.attach`."""
-        layers = sorted(set(self.sources) | (set(self.targets) if self.clt.config.skip else set()))
-        site = self.clt.config.read_site
+        layers = sorted(set(self.sources) | (set(self.targets) if self.transcoder.config.skip else set()))
+        site = self.transcoder.config.read_site
         reads = {f"lm.{layer}.{site}": self._reader(layer, first=layer == layers[0]) for layer in layers}
         return reads | {f"lm.{target}.mlp_out": self._writer(target) for target in self.targets}
 
@@ -191,11 +191,11 @@ class LiveEdits:
         def read(x_NWD: Tensor) -> Tensor:
             if first:
                 self._advance(x_NWD.shape[1])
-            x_BD = x_NWD.reshape(-1, x_NWD.shape[2]).to(next(self.clt.parameters()).dtype)
-            x_BD = self.clt.scaling.normalise_x(x_BD)
+            x_BD = x_NWD.reshape(-1, x_NWD.shape[2]).to(next(self.transcoder.parameters()).dtype)
+            x_BD = self.transcoder.scaling.normalise_x(x_BD)
             self._inputs[layer] = x_BD
             if layer in self.sources:
-                self.codes[layer] = self.clt.encode_layer(layer, x_BD)
+                self.codes[layer] = self.transcoder.encode_layer(layer, x_BD)
             if layer in self.plan:
                 self._changes[layer] = self._change(layer)
             return x_NWD
@@ -239,20 +239,22 @@ class LiveEdits:
 
     def _reconstruct(self, target: int, like_NWD: Tensor) -> Tensor:
         """Output of the transcoder from the running codes, without interventions."""
-        pairs = [self.codes[source] for source in self.clt.sources_of(target)]
-        codes = SparseCodes.stacked(pairs, self.clt.config.n_features)
-        y_BD = self.clt.decode_layer(target, codes.values, codes.indices, self._inputs.get(target))
+        pairs = [self.codes[source] for source in self.transcoder.sources_of(target)]
+        codes = SparseCodes.stacked(pairs, self.transcoder.config.n_features)
+        y_BD = self.transcoder.decode_layer(target, codes.values, codes.indices, self._inputs.get(target))
         return y_BD.reshape(like_NWD.shape)
 
     def _add_changes(self, target: int, y_NWD: Tensor) -> Tensor:
         """Adds what the interventions change in the transcoder's output."""
-        sources = self.clt.sources_of(target)
+        sources = self.transcoder.sources_of(target)
         for source in (layer for layer in sources if layer in self.plan):
             row, change = source - sources.start, self._changes[source]
             written_NWU = change.activation_NWU
-            if self.clt.config.feature_offset:
-                written_NWU = written_NWU + change.active_NWU * self.clt.offset[str(target)][row, self._numbers[source]]
-            y_NWD = y_NWD + written_NWU @ self.clt.W_dec[str(target)][row, self._numbers[source]]
+            if self.transcoder.config.feature_offset:
+                written_NWU = (
+                    written_NWU + change.active_NWU * self.transcoder.offset[str(target)][row, self._numbers[source]]
+                )
+            y_NWD = y_NWD + written_NWU @ self.transcoder.W_dec[str(target)][row, self._numbers[source]]
         return y_NWD
 
 
@@ -260,7 +262,7 @@ class ReplacedOutputs(LiveEdits):
     """MLP outputs are the transcoder's, with recorded errors where there are some.
 
     Args:
-        clt: a whole folded transcoder.
+        transcoder: a whole folded transcoder.
         columns: where it acts.
         plan: interventions by layer.
         errors: error terms of the same columns.
@@ -272,16 +274,16 @@ class ReplacedOutputs(LiveEdits):
 
     def __init__(
         self,
-        clt: CrossLayerTranscoder,
+        transcoder: CrossLayerTranscoder,
         columns: Columns,
         plan: Plan,
         errors: RecordedErrors | None = None,
         targets: Sequence[int] | None = None,
     ) -> None:
-        super().__init__(clt, columns, plan)
+        super().__init__(transcoder, columns, plan)
         if targets is not None:
             self.targets = targets
-            self.sources = sorted({*plan, *(source for target in targets for source in clt.sources_of(target))})
+            self.sources = sorted({*plan, *(source for target in targets for source in transcoder.sources_of(target))})
         self._errors = errors.by_target if errors else {}
         expected = tuple(columns.replaced.shape)
         for target, error_NSD in self._errors.items():
@@ -301,10 +303,10 @@ class ReplacedOutputs(LiveEdits):
 class SteeredOutputs(LiveEdits):
     """MLP outputs are the model's own plus what the interventions change; only what that needs is encoded."""
 
-    def __init__(self, clt: CrossLayerTranscoder, columns: Columns, plan: Plan) -> None:
-        super().__init__(clt, columns, plan)
+    def __init__(self, transcoder: CrossLayerTranscoder, columns: Columns, plan: Plan) -> None:
+        super().__init__(transcoder, columns, plan)
         self.sources = sorted(plan)
-        self.targets = sorted({target for source in plan for target in clt.targets_of(source)})
+        self.targets = sorted({target for source in plan for target in transcoder.targets_of(source)})
 
     def write(self, target: int, own_NWD: Tensor) -> Tensor:
         return self._add_changes(target, own_NWD).to(own_NWD.dtype)
@@ -313,8 +315,8 @@ class SteeredOutputs(LiveEdits):
 class RecordedOutputs(LiveEdits):
     """MLP outputs stay the model's own; what the transcoder misses is recorded in `errors`."""
 
-    def __init__(self, clt: CrossLayerTranscoder, columns: Columns) -> None:
-        super().__init__(clt, columns, {})
+    def __init__(self, transcoder: CrossLayerTranscoder, columns: Columns) -> None:
+        super().__init__(transcoder, columns, {})
         self.errors: dict[int, Tensor] = {}
 
     def write(self, target: int, own_NWD: Tensor) -> Tensor:

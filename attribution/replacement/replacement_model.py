@@ -52,16 +52,16 @@ class ReplacementModel:
 
     Args:
         adapter: the model.
-        clt: a whole transcoder trained on it, scaled or folded.
+        transcoder: a whole transcoder trained on it, scaled or folded.
 
     Raises:
         CheckpointError: the transcoder belongs to another model, or its dimensions do not fit.
         ConfigError: the transcoder reads what its own MLP has yet to write.
     """
 
-    def __init__(self, adapter: ModelAdapter, clt: CrossLayerTranscoder) -> None:
-        config = clt.config
-        require_same_model(clt.provenance.model, adapter.identity)
+    def __init__(self, adapter: ModelAdapter, transcoder: CrossLayerTranscoder) -> None:
+        config = transcoder.config
+        require_same_model(transcoder.provenance.model, adapter.identity)
         if (config.n_layers, config.d_model) != (adapter.n_layers, adapter.d_model):
             raise CheckpointError(
                 f"the transcoder is made for {config.n_layers} layers of width {config.d_model}, "
@@ -70,7 +70,7 @@ class ReplacementModel:
         if config.read_site == "resid_post" and (config.first_offset == 0 or config.skip):
             raise ConfigError("read_site: resid_post comes after the layer's own MLP; use first_offset 1 without skip")
         self.adapter = adapter
-        self.clt = clt.folded().to(adapter.device)
+        self.transcoder = transcoder.folded().to(adapter.device)
 
     @torch.no_grad()
     def forward(
@@ -117,7 +117,7 @@ class ReplacementModel:
         if modalities is not None:
             chosen = torch.isin(inputs.tokens.modality, torch.tensor(modalities, device=columns.replaced.device))
             columns = replace(columns, replaced=columns.replaced & chosen)
-        with attach(self.adapter, edit=ReplacedOutputs(self.clt, columns, {}, targets=targets).edits()):
+        with attach(self.adapter, edit=ReplacedOutputs(self.transcoder, columns, {}, targets=targets).edits()):
             return self.adapter.forward(inputs)
 
     @torch.no_grad()
@@ -158,7 +158,7 @@ class ReplacementModel:
         Returns:
             Error terms for `forward` of the same inputs.
         """
-        run = RecordedOutputs(self.clt, self._columns(inputs))
+        run = RecordedOutputs(self.transcoder, self._columns(inputs))
         with attach(self.adapter, edit=run.edits()):
             self.adapter.forward(inputs)
         return RecordedErrors(by_target=run.errors)
@@ -175,17 +175,17 @@ class ReplacementModel:
             Codes [L,N*S,K] of the layers that have features, prompt by prompt; empty where the transcoder does not act.
         """
         columns = self._columns(inputs)
-        run: LiveEdits = ReplacedOutputs(self.clt, columns, {})
+        run: LiveEdits = ReplacedOutputs(self.transcoder, columns, {})
         if mlps == "original":
-            run = RecordedOutputs(self.clt, columns)
+            run = RecordedOutputs(self.transcoder, columns)
         with attach(self.adapter, edit=run.edits()):
             self.adapter.forward(inputs)
-        codes = SparseCodes.stacked([run.codes[s] for s in run.sources], self.clt.config.n_features)
+        codes = SparseCodes.stacked([run.codes[s] for s in run.sources], self.transcoder.config.n_features)
         seen = columns.replaced.reshape(1, -1, 1)
         return replace(codes, values=torch.where(seen, codes.values, 0), indices=torch.where(seen, codes.indices, 0))
 
     def _columns(self, inputs: PromptInputs, new_columns: int = 0) -> Columns:
-        return Columns.of(inputs, self.clt.config.drop_bos, new_columns)
+        return Columns.of(inputs, self.transcoder.config.drop_bos, new_columns)
 
     def _running(
         self,
@@ -197,12 +197,12 @@ class ReplacementModel:
     ) -> AbstractContextManager[dict[str, Tensor]]:
         """The model with its MLP outputs edited, for as long as the context lasts."""
         columns = self._columns(inputs, new_columns)
-        plan = plan_interventions(interventions, self.clt, columns)
+        plan = plan_interventions(interventions, self.transcoder, columns)
         if mlps == "replaced":
-            return attach(self.adapter, edit=ReplacedOutputs(self.clt, columns, plan, errors).edits())
+            return attach(self.adapter, edit=ReplacedOutputs(self.transcoder, columns, plan, errors).edits())
         if errors is not None:
             raise GraphError("error terms belong to replaced MLPs; leave them out with mlps='original'")
-        return attach(self.adapter, edit=SteeredOutputs(self.clt, columns, plan).edits())
+        return attach(self.adapter, edit=SteeredOutputs(self.transcoder, columns, plan).edits())
 
 
 def require_same_model(trained_on: ModelIdentity | None, model: ModelIdentity) -> None:

@@ -133,7 +133,7 @@ def export_samples(
     store: ActivationStore,
     out: str | Path,
     *,
-    clt: str | Path | None = None,
+    transcoder: str | Path | None = None,
     dtype: PtDtype | None = None,
     read_site: str | None = None,
 ) -> ExportReport:
@@ -142,7 +142,7 @@ def export_samples(
     Args:
         store: a complete store.
         out: folder, empty or with an unfinished export of the same kind.
-        clt: checkpoint of the transcoder whose features are pooled; absent: what encoders read is pooled.
+        transcoder: checkpoint of the transcoder whose features are pooled; absent: what encoders read is pooled.
         dtype: type of the tensors; absent: the stored type, float32 for int8 stores and for features.
         read_site: what the encoders read; absent: the transcoder's, or the only such site that the store has.
 
@@ -155,9 +155,9 @@ def export_samples(
         StoreError: a site is not stored, a file is missing or damaged, or the folder is in use or its disk full.
         NonFiniteError: a value does not fit into float16.
     """
-    features = None if clt is None else _Features(store, Path(clt))
+    features = None if transcoder is None else _Features(store, Path(transcoder))
     if features is not None and read_site not in (None, features.read_site):
-        raise ConfigError(f"read_site={read_site}: {clt} reads {features.read_site}; leave read_site out")
+        raise ConfigError(f"read_site={read_site}: {transcoder} reads {features.read_site}; leave read_site out")
     site = _read_site(store, read_site if features is None else features.read_site)
     kind = torch.float32 if features is not None and dtype is None else _dtype(store, dtype)
     layers, width = (range(store.n_layers), store.d_model) if features is None else (features.layers, features.width)
@@ -224,17 +224,17 @@ class _Features:
     """The features of a transcoder that reads a store's model."""
 
     def __init__(self, store: ActivationStore, folder: Path) -> None:
-        self._clt = CrossLayerTranscoder.from_pretrained(folder)
-        trained_on = self._clt.provenance.model
+        self._transcoder = CrossLayerTranscoder.from_pretrained(folder)
+        trained_on = self._transcoder.provenance.model
         if trained_on is not None and trained_on.fingerprint != store.model.fingerprint:
             raise CheckpointError(
                 f"{folder}: trained on {trained_on.name} (weights {trained_on.fingerprint[:12]}), {store.location} "
                 f"holds {store.model.name} (weights {store.model.fingerprint[:12]}); take a transcoder of that model"
             )
-        self.layers = source_layers(self._clt.config)
-        self.width, self.read_site = self._clt.config.n_features, self._clt.config.read_site
+        self.layers = source_layers(self._transcoder.config)
+        self.width, self.read_site = self._transcoder.config.n_features, self._transcoder.config.read_site
         checksum = 0
-        for parameter in self._clt.parameters():
+        for parameter in self._transcoder.parameters():
             checksum = crc32c(parameter.detach().numpy().tobytes(), checksum)
         self.origin = {"clt": str(folder), "clt_crc32c": checksum}
 
@@ -244,7 +244,7 @@ class _Features:
         most = torch.zeros(len(self.layers), self.width)
         if x_LBD.shape[1] == 0:
             return most, most.clone()
-        codes = self._clt.encode(self._clt.scaling.standardise_x(x_LBD, self.layers))
+        codes = self._transcoder.encode(self._transcoder.scaling.standardise_x(x_LBD, self.layers))
         values, indices = codes.values.flatten(1), codes.indices.flatten(1).long()
         # Empty slots carry value 0 and index 0, which changes neither.
         total = torch.zeros_like(most).scatter_add_(1, indices, values)

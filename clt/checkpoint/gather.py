@@ -53,16 +53,16 @@ def gather_transcoder(transcoder: CrossLayerTranscoder, mesh: Mesh) -> CrossLaye
     return whole
 
 
-def _matrices(clt: CrossLayerTranscoder, share: LayerShare, *, whole: bool) -> Iterator[Tensor]:
+def _matrices(transcoder: CrossLayerTranscoder, share: LayerShare, *, whole: bool) -> Iterator[Tensor]:
     """Everything that a share holds, in one order on all ranks, at most a matrix at a time.
 
     Args:
-        clt: the transcoder that has it.
+        transcoder: the transcoder that has it.
         share: whose part.
         whole: whether `clt` has all columns of the targets, or the share's only.
     """
     for layer in sorted({*share.sources, *share.targets}):
-        for key, tensor in (layer_tensors(clt, layer) | layer_buffers(clt, layer)).items():
+        for key, tensor in (layer_tensors(transcoder, layer) | layer_buffers(transcoder, layer)).items():
             if layer in (share.targets if key in COLUMN_DIMS else share.sources):
                 part = own_columns(key, tensor.detach(), share.columns if whole else None)
                 yield from part if part.dim() == 3 else [part]

@@ -31,15 +31,15 @@ lazy = CrossLayerTranscoder.from_pretrained("OWNER/NAME", lazy=True)      # deco
 """
 
 
-def model_card(clt: CrossLayerTranscoder) -> str:
+def model_card(transcoder: CrossLayerTranscoder) -> str:
     """Markdown with the front matter of the hub; the same text for the same transcoder and code.
 
     Args:
-        clt: what is described; its provenance has the model, the store and the training.
+        transcoder: what is described; its provenance has the model, the store and the training.
     """
-    model = clt.provenance.model
+    model = transcoder.provenance.model
     of = "" if model is None else f" of {model.name}"
-    facts = "".join(f"| {name} | {value} |\n" for name, value in _facts(clt))
+    facts = "".join(f"| {name} | {value} |\n" for name, value in _facts(transcoder))
     return (
         f"{_FRONT_MATTER}\n# Cross-layer transcoder{of}\n\n"
         "Sparse features read the model at every source layer and write to the MLP outputs of that layer and later "
@@ -48,8 +48,8 @@ def model_card(clt: CrossLayerTranscoder) -> str:
     )
 
 
-def _facts(clt: CrossLayerTranscoder) -> Iterator[tuple[str, object]]:
-    config, provenance = clt.config, clt.provenance
+def _facts(transcoder: CrossLayerTranscoder) -> Iterator[tuple[str, object]]:
+    config, provenance = transcoder.config, transcoder.provenance
     if (model := provenance.model) is not None:
         yield "Model", f"{model.name}, revision {model.revision}, {model.architecture}"
         yield "Model fingerprint", model.fingerprint
@@ -61,7 +61,7 @@ def _facts(clt: CrossLayerTranscoder) -> Iterator[tuple[str, object]]:
     yield "Skip connection", "yes" if config.skip else "no"
     if config.feature_offset:
         yield "Active features", "write with a constant more than their activation"
-    if clt.has_variants:
+    if transcoder.has_variants:
         yield "Decoders", f"tied: {config.tied_decoders}, independent: {config.independent}"
     yield "Sparsity", f"{config.sparsity.kind}, k = {config.k}"
     if provenance.store_id is not None:

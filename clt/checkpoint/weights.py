@@ -51,55 +51,61 @@ def average_file(layer: int) -> str:
     return f"average_{layer:02d}.safetensors"
 
 
-def layer_tensors(clt: CrossLayerTranscoder, layer: int) -> dict[str, Tensor]:
+def layer_tensors(transcoder: CrossLayerTranscoder, layer: int) -> dict[str, Tensor]:
     """The parameters of one layer that this process owns, by their name in the file."""
-    return {key: group[str(layer)] for key, group in _parameters(clt).items() if str(layer) in group}
+    return {key: group[str(layer)] for key, group in _parameters(transcoder).items() if str(layer) in group}
 
 
-def layer_buffers(clt: CrossLayerTranscoder, layer: int) -> dict[str, Tensor]:
+def layer_buffers(transcoder: CrossLayerTranscoder, layer: int) -> dict[str, Tensor]:
     """What is saved of a source layer besides its parameters, by its name in the file."""
-    return {key: group[layer] for key, group in _buffers(clt).items() if layer in group}
+    return {key: group[layer] for key, group in _buffers(transcoder).items() if layer in group}
 
 
-def _parameters(clt: CrossLayerTranscoder) -> dict[str, nn.ParameterDict]:
-    groups = {"W_enc": clt.W_enc, "b_enc": clt.b_enc, "W_dec": clt.W_dec, "b_dec": clt.b_dec, "W_skip": clt.W_skip}
-    groups |= {"log_threshold": clt.log_threshold, "offset": clt.offset}
-    return groups | {"W_shared": clt.W_shared, "target_scale": clt.target_scale}
+def _parameters(transcoder: CrossLayerTranscoder) -> dict[str, nn.ParameterDict]:
+    groups = {
+        "W_enc": transcoder.W_enc,
+        "b_enc": transcoder.b_enc,
+        "W_dec": transcoder.W_dec,
+        "b_dec": transcoder.b_dec,
+        "W_skip": transcoder.W_skip,
+    }
+    groups |= {"log_threshold": transcoder.log_threshold, "offset": transcoder.offset}
+    return groups | {"W_shared": transcoder.W_shared, "target_scale": transcoder.target_scale}
 
 
-def _buffers(clt: CrossLayerTranscoder) -> dict[str, LayerBuffers]:
-    return {"decoder_norm": clt.decoder_norm, "threshold": clt.threshold}
+def _buffers(transcoder: CrossLayerTranscoder) -> dict[str, LayerBuffers]:
+    return {"decoder_norm": transcoder.decoder_norm, "threshold": transcoder.threshold}
 
 
-def save_transcoder(clt: CrossLayerTranscoder, folder: Path) -> None:
+def save_transcoder(transcoder: CrossLayerTranscoder, folder: Path) -> None:
     """Writes the card, the scaling and the weights of all layers owned here into a folder, all of it or nothing.
 
     Args:
-        clt: a transcoder, or a share of whole layers.
+        transcoder: a transcoder, or a share of whole layers.
         folder: new, empty, or with a transcoder that is replaced when the new one is complete.
 
     Raises:
         CheckpointError: the folder holds other files, or cannot be written; it stays as it was.
     """
-    assert clt.share.columns is None, "a column share has no whole layer to write"
+    assert transcoder.share.columns is None, "a column share has no whole layer to write"
     with new_folder(folder, OWN_FILES) as temporary:
-        write_tensors(temporary / SCALING_FILE, clt.scaling.tensors())
-        for layer in range(clt.config.n_layers):
-            own = layer_tensors(clt, layer) | layer_buffers(clt, layer)
+        write_tensors(temporary / SCALING_FILE, transcoder.scaling.tensors())
+        for layer in range(transcoder.config.n_layers):
+            own = layer_tensors(transcoder, layer) | layer_buffers(transcoder, layer)
             read = {key: tensor[:] if isinstance(tensor, MappedDecoder) else tensor for key, tensor in own.items()}
             write_tensors(temporary / layer_file(layer), read)
-        (temporary / MODEL_CARD_FILE).write_text(model_card(clt), encoding="utf-8")
-        (temporary / CARD_FILE).write_text(json.dumps(card(clt), indent=1) + "\n", encoding="utf-8")
+        (temporary / MODEL_CARD_FILE).write_text(model_card(transcoder), encoding="utf-8")
+        (temporary / CARD_FILE).write_text(json.dumps(card(transcoder), indent=1) + "\n", encoding="utf-8")
 
 
-def card(clt: CrossLayerTranscoder) -> dict[str, Any]:
+def card(transcoder: CrossLayerTranscoder) -> dict[str, Any]:
     """What `transcoder.json` says of a transcoder."""
-    model, training = clt.provenance.model, clt.provenance.training
+    model, training = transcoder.provenance.model, transcoder.provenance.training
     return {
         "format": FORMAT,
-        "config": config_to_tree(clt.config),
+        "config": config_to_tree(transcoder.config),
         "model": None if model is None else asdict(model),
-        "store": clt.provenance.store_id,
+        "store": transcoder.provenance.store_id,
         "training": None if training is None else asdict(training),
         "created_by": code_version(),
     }
@@ -169,29 +175,29 @@ def load_transcoder(
     scaling, share = _read_scaling(checked(SCALING_FILE), config), share_of_layers(config, layers)
     with torch.device("meta"):
         # Shapes only: initial weights would be drawn, and held, for nothing.
-        clt = CrossLayerTranscoder(config, scaling, share, provenance=provenance)
+        transcoder = CrossLayerTranscoder(config, scaling, share, provenance=provenance)
     for layer in sorted({*share.sources, *share.targets}):
         name = average_file(layer) if averaged else layer_file(layer)
         if averaged and not (folder / name).exists():
             raise CheckpointError(f"{folder / name}: no such file; train with optimizer.ema_decay, or take the weights")
         like = torch.ones((), dtype=dtype, device=device)
-        _fill_layer(clt, layer, folder / name if lazy else checked(name), like, lazy)
-    return clt.requires_grad_(False)
+        _fill_layer(transcoder, layer, folder / name if lazy else checked(name), like, lazy)
+    return transcoder.requires_grad_(False)
 
 
-def _fill_layer(clt: CrossLayerTranscoder, layer: int, path: Path, like: Tensor, lazy: bool) -> None:
+def _fill_layer(transcoder: CrossLayerTranscoder, layer: int, path: Path, like: Tensor, lazy: bool) -> None:
     """Puts one file in the place of a layer's weights and buffers, in the type and on the device of `like`."""
     # The tensors of one call share a mapping of the file: what is copied shall not keep its pages.
     tensors, mapped = read_tensors(path), read_tensors(path) if lazy else {}
-    for key, wanted in layer_tensors(clt, layer).items():
-        group = _parameters(clt)[key]
+    for key, wanted in layer_tensors(transcoder, layer).items():
+        group = _parameters(transcoder)[key]
         if lazy and key == "W_dec":
             put_mapped(group, str(layer), MappedDecoder(_checked(mapped, key, wanted.shape, path), like))
         else:
             own = _checked(tensors, key, wanted.shape, path).to(like, copy=True)
             group[str(layer)] = nn.Parameter(own, requires_grad=False)
-    for key, wanted in layer_buffers(clt, layer).items():
-        _buffers(clt)[key][layer] = _checked(tensors, key, wanted.shape, path).to(like.device, copy=True)
+    for key, wanted in layer_buffers(transcoder, layer).items():
+        _buffers(transcoder)[key][layer] = _checked(tensors, key, wanted.shape, path).to(like.device, copy=True)
 
 
 def read_into(parameters: dict[str, Tensor], path: Path, columns: range | None = None) -> None:

@@ -71,23 +71,23 @@ def load_circuit_tracer(folder: Path, *, read_site: ReadSite | None = None) -> C
     refuse(path, "model_kind", kind, "cross_layer_transcoder or transcoder_set is wanted")
 
 
-def save_circuit_tracer(clt: CrossLayerTranscoder, folder: Path) -> None:
+def save_circuit_tracer(transcoder: CrossLayerTranscoder, folder: Path) -> None:
     """Writes a cross-layer transcoder for circuit-tracer, with the scaling folded into its weights.
 
     Args:
-        clt: a whole transcoder of the kind jumprelu or relu.
+        transcoder: a whole transcoder of the kind jumprelu or relu.
         folder: new or empty.
 
     Raises:
         ConfigError: the format has no place for what the transcoder is.
         CheckpointError: the folder is not empty or cannot be written.
     """
-    check_pointwise(clt, "circuit-tracer")
-    if clt.config.skip:
+    check_pointwise(transcoder, "circuit-tracer")
+    if transcoder.config.skip:
         raise ConfigError("clt.skip: circuit-tracer ignores W_skip of cross-layer transcoders; train without it")
-    plain, config = clt.folded(), clt.config
+    plain, config = transcoder.folded(), transcoder.config
     hook = next(name for name, site in HOOKS.items() if site == config.read_site)
-    model = clt.provenance.model
+    model = transcoder.provenance.model
     with new_folder(folder) as temporary:
         for layer in range(config.n_layers):
             write_tensors(temporary / f"W_enc_{layer}.safetensors", _encoder_tensors(plain, layer))
@@ -103,48 +103,54 @@ def save_circuit_tracer(clt: CrossLayerTranscoder, folder: Path) -> None:
     note_zeros(plain, "circuit-tracer")
 
 
-def check_pointwise(clt: CrossLayerTranscoder, reader: str) -> None:
+def check_pointwise(transcoder: CrossLayerTranscoder, reader: str) -> None:
     """ConfigError unless every feature is judged by itself, from a linear map of raw inputs, and written linearly."""
-    if clt.config.feature_offset:
+    if transcoder.config.feature_offset:
         raise ConfigError(f"clt.feature_offset: {reader} has no constants beside the activations of features")
-    kind = clt.config.sparsity.kind
+    kind = transcoder.config.sparsity.kind
     if kind not in ("jumprelu", "relu"):
         raise ConfigError(
             f"clt.sparsity.kind={kind}: {reader} compares no features; convert to thresholds first "
             "(--calibrate STORE --tokens N, or clt.convert.thresholds.to_jumprelu)"
         )
-    if clt.config.layer_norm:
+    if transcoder.config.layer_norm:
         raise ConfigError(f"clt.layer_norm: {reader} has no LayerNorm before its encoders; train without it")
 
 
-def pair_or_zeros(clt: CrossLayerTranscoder, source: int, target: int) -> Tensor:
+def pair_or_zeros(transcoder: CrossLayerTranscoder, source: int, target: int) -> Tensor:
     """[F,D]: decoder of a source into a target, zeros where the transcoder has none."""
-    if target in clt.targets_of(source):
-        return clt.decoder(source, target)
-    return torch.zeros(clt.config.n_features, clt.config.d_model, dtype=clt.dtype)
+    if target in transcoder.targets_of(source):
+        return transcoder.decoder(source, target)
+    return torch.zeros(transcoder.config.n_features, transcoder.config.d_model, dtype=transcoder.dtype)
 
 
-def note_zeros(clt: CrossLayerTranscoder, reader: str) -> None:
+def note_zeros(transcoder: CrossLayerTranscoder, reader: str) -> None:
     """Says how much of what was written for a reader that knows neither horizon nor first offset is zeros."""
-    config = clt.config
+    config = transcoder.config
     every = config.n_layers * (config.n_layers + 1) // 2
-    zeros = every - sum(len(clt.targets_of(source)) for source in range(config.n_layers))
+    zeros = every - sum(len(transcoder.targets_of(source)) for source in range(config.n_layers))
     if zeros:
-        gib = config.n_features * config.d_model * clt.dtype.itemsize / 2**30
+        gib = config.n_features * config.d_model * transcoder.dtype.itemsize / 2**30
         log.warning(
             "%s has no horizon and no first offset: %d of its %d decoder matrices are zeros, %.2f of %.2f GiB",
             *(reader, zeros, every, zeros * gib, every * gib),
         )
 
 
-def _encoder_tensors(clt: CrossLayerTranscoder, layer: int) -> dict[str, Tensor]:
-    name, F, D = str(layer), clt.config.n_features, clt.config.d_model
-    like = next(clt.parameters())
+def _encoder_tensors(transcoder: CrossLayerTranscoder, layer: int) -> dict[str, Tensor]:
+    name, F, D = str(layer), transcoder.config.n_features, transcoder.config.d_model
+    like = next(transcoder.parameters())
     # A layer that is no source never fires: its pre-activations are 0.
-    W_FD, b_F = clt.encoder(layer) if name in clt.W_enc else (like.new_zeros(F, D), like.new_zeros(F))
-    tensors = {"W_enc": W_FD, "b_enc": b_F, "b_dec": clt.b_dec[name] if name in clt.b_dec else like.new_zeros(D)}
-    if clt.config.sparsity.kind == "jumprelu":
-        tensors["threshold"] = clt.log_threshold[name].exp() if name in clt.log_threshold else like.new_zeros(F)
+    W_FD, b_F = transcoder.encoder(layer) if name in transcoder.W_enc else (like.new_zeros(F, D), like.new_zeros(F))
+    tensors = {
+        "W_enc": W_FD,
+        "b_enc": b_F,
+        "b_dec": transcoder.b_dec[name] if name in transcoder.b_dec else like.new_zeros(D),
+    }
+    if transcoder.config.sparsity.kind == "jumprelu":
+        tensors["threshold"] = (
+            transcoder.log_threshold[name].exp() if name in transcoder.log_threshold else like.new_zeros(F)
+        )
     return {f"{key}_{layer}": tensor for key, tensor in tensors.items()}
 
 
@@ -153,47 +159,47 @@ def _load_cross_layer(folder: Path, read_site: ReadSite) -> CrossLayerTranscoder
     if len(encoders) != len(decoders):
         raise CheckpointError(f"{folder}: {len(encoders)} files of encoders, {len(decoders)} of decoders; fetch all")
     L = len(encoders)
-    clt, F, D = None, 0, 0
+    transcoder, F, D = None, 0, 0
     for layer, (path_enc, path_dec) in enumerate(zip(encoders, decoders, strict=True)):
         file, name = ForeignFile.safetensors(path_enc), str(layer)
-        if clt is None:
-            clt = _like(file, "W_enc_0", f"threshold_{layer}", "W_skip_0", L, None, read_site)
-            F, D = clt.config.n_features, clt.config.d_model
-        clt.W_enc[name].copy_(file.take(f"W_enc_{layer}", F, D))
-        clt.b_enc[name].copy_(file.take(f"b_enc_{layer}", F))
-        clt.b_dec[name].copy_(file.take(f"b_dec_{layer}", D))
-        if clt.config.sparsity.kind == "jumprelu":
-            clt.log_threshold[name].copy_(_log_threshold(file, f"threshold_{layer}", F))
-        if clt.config.skip:
-            clt.W_skip[name].copy_(file.take(f"W_skip_{layer}", D, D).T)
+        if transcoder is None:
+            transcoder = _like(file, "W_enc_0", f"threshold_{layer}", "W_skip_0", L, None, read_site)
+            F, D = transcoder.config.n_features, transcoder.config.d_model
+        transcoder.W_enc[name].copy_(file.take(f"W_enc_{layer}", F, D))
+        transcoder.b_enc[name].copy_(file.take(f"b_enc_{layer}", F))
+        transcoder.b_dec[name].copy_(file.take(f"b_dec_{layer}", D))
+        if transcoder.config.sparsity.kind == "jumprelu":
+            transcoder.log_threshold[name].copy_(_log_threshold(file, f"threshold_{layer}", F))
+        if transcoder.config.skip:
+            transcoder.W_skip[name].copy_(file.take(f"W_skip_{layer}", D, D).T)
         file.end()
         file = ForeignFile.safetensors(path_dec)
         W_FTD = file.take(f"W_dec_{layer}", F, L - layer, D)
-        for place, target in enumerate(clt.targets_of(layer)):
-            clt.W_dec[str(target)][layer].copy_(W_FTD[:, place])
+        for place, target in enumerate(transcoder.targets_of(layer)):
+            transcoder.W_dec[str(target)][layer].copy_(W_FTD[:, place])
         file.end()
-    assert clt is not None
-    return clt
+    assert transcoder is not None
+    return transcoder
 
 
 def _load_set(folder: Path, read_site: ReadSite) -> CrossLayerTranscoder:
     paths = numbered(folder, r"layer_(\d+)\.safetensors")
-    threshold, clt = "activation_function.threshold", None
+    threshold, transcoder = "activation_function.threshold", None
     for layer, path in enumerate(paths):
         file, name = ForeignFile.safetensors(path), str(layer)
-        clt = clt or _like(file, "W_enc", threshold, "W_skip", len(paths), 1, read_site)
-        F, D = clt.config.n_features, clt.config.d_model
-        clt.W_enc[name].copy_(file.take("W_enc", F, D))
-        clt.b_enc[name].copy_(file.take("b_enc", F))
-        clt.b_dec[name].copy_(file.take("b_dec", D))
-        clt.W_dec[name][0].copy_(file.take("W_dec", F, D))
-        if clt.config.sparsity.kind == "jumprelu":
-            clt.log_threshold[name].copy_(_log_threshold(file, threshold, F))
-        if clt.config.skip:
-            clt.W_skip[name].copy_(file.take("W_skip", D, D))
+        transcoder = transcoder or _like(file, "W_enc", threshold, "W_skip", len(paths), 1, read_site)
+        F, D = transcoder.config.n_features, transcoder.config.d_model
+        transcoder.W_enc[name].copy_(file.take("W_enc", F, D))
+        transcoder.b_enc[name].copy_(file.take("b_enc", F))
+        transcoder.b_dec[name].copy_(file.take("b_dec", D))
+        transcoder.W_dec[name][0].copy_(file.take("W_dec", F, D))
+        if transcoder.config.sparsity.kind == "jumprelu":
+            transcoder.log_threshold[name].copy_(_log_threshold(file, threshold, F))
+        if transcoder.config.skip:
+            transcoder.W_skip[name].copy_(file.take("W_skip", D, D))
         file.end()
-    assert clt is not None
-    return clt
+    assert transcoder is not None
+    return transcoder
 
 
 def _like(

@@ -100,30 +100,30 @@ def load_crosslayer_coding(folder: Path, *, read_site: ReadSite | None = None) -
     # Sizes are checked before there is memory of these sizes.
     last = file.take(f"{_ENCODER.format(config.n_layers - 1)}.weight", F, config.d_model)
     norms = _norms(folder, settings, config)
-    clt = empty_transcoder(config, last.dtype)
+    transcoder = empty_transcoder(config, last.dtype)
     for layer in range(config.n_layers):
-        _fill_source(clt, layer, file, norms[layer])
-        _fill_target(clt, layer, file, norms[layer], tying)
+        _fill_source(transcoder, layer, file, norms[layer])
+        _fill_target(transcoder, layer, file, norms[layer], tying)
     if activation == "jumprelu":
         for layer, log_F in enumerate(file.take(_THRESHOLD, config.n_layers, F)):
-            clt.log_threshold[str(layer)].copy_(log_F)
+            transcoder.log_threshold[str(layer)].copy_(log_F)
     file.end()
-    return clt
+    return transcoder
 
 
-def save_crosslayer_coding(clt: CrossLayerTranscoder, folder: Path) -> None:
+def save_crosslayer_coding(transcoder: CrossLayerTranscoder, folder: Path) -> None:
     """Writes cfg.json and model.safetensors, in raw units, with a decoder for every source and target.
 
     Args:
-        clt: a whole transcoder of the kind jumprelu or relu.
+        transcoder: a whole transcoder of the kind jumprelu or relu.
         folder: new or empty.
 
     Raises:
         ConfigError: the format has no place for what the transcoder is.
         CheckpointError: the folder is not empty or cannot be written.
     """
-    check_pointwise(clt, "crosslayer-coding")
-    config, plain = clt.config, clt.folded()
+    check_pointwise(transcoder, "crosslayer-coding")
+    config, plain = transcoder.config, transcoder.folded()
     if config.read_site not in _INPUTS.values():
         raise ConfigError(f"clt.read_site={config.read_site}: crosslayer-coding reads an MLP's or its norm's input")
     tensors: dict[str, Tensor] = {}
@@ -138,7 +138,7 @@ def save_crosslayer_coding(clt: CrossLayerTranscoder, folder: Path) -> None:
                 for layer in range(config.n_layers)
             ]
         )
-    model = clt.provenance.model
+    model = transcoder.provenance.model
     settings = {
         "num_features": config.n_features,
         "num_layers": config.n_layers,
@@ -208,39 +208,39 @@ def _norm_of(path: Path, stats: dict[str, Any], layer: int, d_model: int) -> _No
     return _Norm(**found)
 
 
-def _fill_source(clt: CrossLayerTranscoder, layer: int, file: ForeignFile, norm: _Norm) -> None:
-    F, D, key = clt.config.n_features, clt.config.d_model, _ENCODER.format(layer)
+def _fill_source(transcoder: CrossLayerTranscoder, layer: int, file: ForeignFile, norm: _Norm) -> None:
+    F, D, key = transcoder.config.n_features, transcoder.config.d_model, _ENCODER.format(layer)
     W_FD = file.take(f"{key}.weight", F, D).double() / norm.std_x
-    clt.W_enc[str(layer)].copy_(W_FD)
-    clt.b_enc[str(layer)].copy_(file.take(f"{key}.bias_param", F) - W_FD @ norm.mean_x)
+    transcoder.W_enc[str(layer)].copy_(W_FD)
+    transcoder.b_enc[str(layer)].copy_(file.take(f"{key}.bias_param", F) - W_FD @ norm.mean_x)
 
 
-def _fill_target(clt: CrossLayerTranscoder, target: int, file: ForeignFile, norm: _Norm, tying: str) -> None:
-    F, D, name = clt.config.n_features, clt.config.d_model, str(target)
+def _fill_target(transcoder: CrossLayerTranscoder, target: int, file: ForeignFile, norm: _Norm, tying: str) -> None:
+    F, D, name = transcoder.config.n_features, transcoder.config.d_model, str(target)
     scale_F = None
     if tying != "none":
         if file.has(_OFFSET.format(target)):
             offset_F = file.take(_OFFSET.format(target), F)
-            if clt.config.feature_offset:
+            if transcoder.config.feature_offset:
                 # The same for all sources.
-                clt.offset[name].copy_(offset_F)
+                transcoder.offset[name].copy_(offset_F)
         if file.has(_SCALE.format(target)):
             scale_F = file.take(_SCALE.format(target), F)
     bias_D = torch.zeros(D, dtype=torch.float64)
-    for source in clt.sources_of(target):
+    for source in transcoder.sources_of(target):
         place = {"none": f"{source}->{target}", "per_source": str(source), "per_target": name}[tying]
         key = _DECODER.format(place)
         W_FD = file.take(f"{key}.weight", D, F).T.double() * norm.std_y
-        clt.W_dec[name][source].copy_(W_FD if scale_F is None else W_FD * scale_F[:, None])
+        transcoder.W_dec[name][source].copy_(W_FD if scale_F is None else W_FD * scale_F[:, None])
         # One matrix per target is applied once, to the sum of its sources' activations.
         if tying != "per_target" or source == target:
             bias_D += file.take(f"{key}.bias_param", D)
     bias_D = bias_D * norm.std_y + norm.mean_y
-    if clt.config.skip:
+    if transcoder.config.skip:
         W_DD = _skip(file, target, tying, D).double() * norm.std_y[:, None] / norm.std_x
-        clt.W_skip[name].copy_(W_DD)
+        transcoder.W_skip[name].copy_(W_DD)
         bias_D -= W_DD @ norm.mean_x
-    clt.b_dec[name].copy_(bias_D)
+    transcoder.b_dec[name].copy_(bias_D)
 
 
 def _skip(file: ForeignFile, target: int, tying: str, d_model: int) -> Tensor:
@@ -253,23 +253,26 @@ def _skip(file: ForeignFile, target: int, tying: str, d_model: int) -> Tensor:
     return file.take(_SKIP.format(f"{target}->{target}"), d_model, d_model)
 
 
-def _source_tensors(clt: CrossLayerTranscoder, layer: int) -> dict[str, Tensor]:
-    like, key, name = next(clt.parameters()), _ENCODER.format(layer), str(layer)
-    W_FD, b_F = like.new_zeros(clt.config.n_features, clt.config.d_model), like.new_zeros(clt.config.n_features)
-    if name in clt.W_enc:
-        W_FD, b_F = clt.encoder(layer)
+def _source_tensors(transcoder: CrossLayerTranscoder, layer: int) -> dict[str, Tensor]:
+    like, key, name = next(transcoder.parameters()), _ENCODER.format(layer), str(layer)
+    W_FD, b_F = (
+        like.new_zeros(transcoder.config.n_features, transcoder.config.d_model),
+        like.new_zeros(transcoder.config.n_features),
+    )
+    if name in transcoder.W_enc:
+        W_FD, b_F = transcoder.encoder(layer)
     return {f"{key}.weight": W_FD, f"{key}.bias_param": b_F}
 
 
-def _target_tensors(clt: CrossLayerTranscoder, target: int) -> dict[str, Tensor]:
+def _target_tensors(transcoder: CrossLayerTranscoder, target: int) -> dict[str, Tensor]:
     """Decoders and skip connections of all pairs into a target; its bias stands with its own layer."""
-    name, D, tensors = str(target), clt.config.d_model, {}
+    name, D, tensors = str(target), transcoder.config.d_model, {}
     for source in range(target + 1):
-        key, own = _DECODER.format(f"{source}->{target}"), source == target and name in clt.b_dec
-        tensors[f"{key}.weight"] = pair_or_zeros(clt, source, target).T
-        tensors[f"{key}.bias_param"] = clt.b_dec[name] if own else torch.zeros(D, dtype=clt.dtype)
-        if clt.config.skip:
+        key, own = _DECODER.format(f"{source}->{target}"), source == target and name in transcoder.b_dec
+        tensors[f"{key}.weight"] = pair_or_zeros(transcoder, source, target).T
+        tensors[f"{key}.bias_param"] = transcoder.b_dec[name] if own else torch.zeros(D, dtype=transcoder.dtype)
+        if transcoder.config.skip:
             tensors[_SKIP.format(f"{source}->{target}")] = (
-                clt.W_skip[name] if own else torch.zeros(D, D, dtype=clt.dtype)
+                transcoder.W_skip[name] if own else torch.zeros(D, D, dtype=transcoder.dtype)
             )
     return tensors

@@ -92,18 +92,18 @@ def convert(
         StoreError: there are no tokens, or they do not fit.
     """
     with new_folder(target) as folder:
-        clt = load_format(read_as, source, **choices)
+        transcoder = load_format(read_as, source, **choices)
         if write_as == "kokosdev":
             if calibration is None:
                 raise ConfigError("--calibrate is missing: the seed's mapping is a mean over tokens; name a store")
-            save_seed_files(clt, folder, calibration(clt.config))
+            save_seed_files(transcoder, folder, calibration(transcoder.config))
             return target
         report = None
         if calibration is not None:
             if write_as == "sparsify":
                 raise ConfigError("--calibrate: sparsify has no thresholds, nor any other use for tokens; leave it out")
-            clt, report = to_jumprelu(clt, calibration(clt.config))
-        _WRITERS[write_as](clt, folder)
+            transcoder, report = to_jumprelu(transcoder, calibration(transcoder.config))
+        _WRITERS[write_as](transcoder, folder)
         if report is not None:
             (folder / REPORT_FILE).write_text(json.dumps(asdict(report), indent=1) + "\n", encoding="utf-8")
     return target

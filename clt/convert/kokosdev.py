@@ -51,10 +51,10 @@ def load_kokosdev(
         ConfigError: k is more than there are features.
     """
     paths = numbered(folder, r"transcoder_L(\d+)\.pt")
-    clt, n_targets = None, 0
+    transcoder, n_targets = None, 0
     for layer, path in enumerate(paths):
         file, notes = _read(path, layer)
-        if clt is None:
+        if transcoder is None:
             F, D, dtype = file.matrix("enc.1.weight")
             n_targets = file.matrix("dec.weight")[0] // D
             if not n_targets:
@@ -72,10 +72,10 @@ def load_kokosdev(
                 independent=combine,
                 sparsity=SparsitySettings(kind="topk" if k else "relu"),
             )
-            clt = empty_transcoder(config, dtype)
-        _fill(clt, layer, file, n_targets)
-    assert clt is not None
-    return clt
+            transcoder = empty_transcoder(config, dtype)
+        _fill(transcoder, layer, file, n_targets)
+    assert transcoder is not None
+    return transcoder
 
 
 def _choices(
@@ -106,16 +106,16 @@ def _read(path: Path, layer: int) -> tuple[ForeignFile, dict[str, Any]]:
     return ForeignFile(path, tensors), notes if isinstance(notes, dict) else {}
 
 
-def _fill(clt: CrossLayerTranscoder, layer: int, file: ForeignFile, n_targets: int) -> None:
-    F, D, name = clt.config.n_features, clt.config.d_model, str(layer)
+def _fill(transcoder: CrossLayerTranscoder, layer: int, file: ForeignFile, n_targets: int) -> None:
+    F, D, name = transcoder.config.n_features, transcoder.config.d_model, str(layer)
     weight_D, bias_D = file.take("enc.0.weight", D), file.take("enc.0.bias", D)
     W_FD = file.take("enc.1.weight", F, D)
-    clt.W_enc[name].copy_(W_FD * weight_D)
-    clt.b_enc[name].copy_(file.take("enc.1.bias", F) + W_FD @ bias_D)
+    transcoder.W_enc[name].copy_(W_FD * weight_D)
+    transcoder.b_enc[name].copy_(file.take("enc.1.bias", F) + W_FD @ bias_D)
     W_TDF = file.take("dec.weight", n_targets * D, F).view(n_targets, D, F)
     bias_TD = file.take("dec.bias", n_targets * D).view(n_targets, D)
     file.end()
-    for place, target in enumerate(clt.targets_of(layer)):
-        row = clt.sources_of(target).index(layer)
-        clt.W_dec[str(target)][row].copy_(W_TDF[place].T)
-        clt.b_dec[str(target)][row].copy_(bias_TD[place])
+    for place, target in enumerate(transcoder.targets_of(layer)):
+        row = transcoder.sources_of(target).index(layer)
+        transcoder.W_dec[str(target)][row].copy_(W_TDF[place].T)
+        transcoder.b_dec[str(target)][row].copy_(bias_TD[place])

@@ -38,11 +38,11 @@ class _Decoders:
 
 
 @torch.no_grad()
-def save_seed_files(clt: CrossLayerTranscoder, folder: Path, batches: Sequence[ActivationBatch]) -> None:
+def save_seed_files(transcoder: CrossLayerTranscoder, folder: Path, batches: Sequence[ActivationBatch]) -> None:
     """Writes the three files of every source layer.
 
     Args:
-        clt: a whole transcoder of the kind topk or relu.
+        transcoder: a whole transcoder of the kind topk or relu.
         folder: new or empty.
         batches: raw activations of all layers, x and y [n_layers,B,D], for the mapping and the metrics.
 
@@ -51,17 +51,17 @@ def save_seed_files(clt: CrossLayerTranscoder, folder: Path, batches: Sequence[A
         StoreError: there are no tokens.
         CheckpointError: the folder is not empty or cannot be written.
     """
-    _check(clt)
+    _check(transcoder)
     if not sum(batch.x.shape[1] for batch in batches):
         raise StoreError("there are no tokens; the mapping and the metrics need some")
-    plain = clt if clt.config.independent else clt.untied()
+    plain = transcoder if transcoder.config.independent else transcoder.untied()
     with new_folder(folder) as temporary:
-        for layer in clt.share.sources:
+        for layer in transcoder.share.sources:
             _save_layer(plain, layer, temporary, batches)
 
 
-def _check(clt: CrossLayerTranscoder) -> None:
-    config = clt.config
+def _check(transcoder: CrossLayerTranscoder) -> None:
+    config = transcoder.config
     if config.source is not None:
         raise ConfigError(f"clt.source={config.source}: only one source is there; 'clt join' those of all layers first")
     if not config.layer_norm:
@@ -78,14 +78,14 @@ def _check(clt: CrossLayerTranscoder) -> None:
         raise ConfigError(f"clt.sparsity.kind={config.sparsity.kind}: the seed knows topk and relu only")
 
 
-def _save_layer(clt: CrossLayerTranscoder, layer: int, folder: Path, batches: Sequence[ActivationBatch]) -> None:
-    config, decoders = clt.config, _decoders(clt, layer)
-    mapping_DF, summary, error = _measure(clt, layer, decoders, batches)
-    W_FD, b_F = clt.encoder(layer)
+def _save_layer(transcoder: CrossLayerTranscoder, layer: int, folder: Path, batches: Sequence[ActivationBatch]) -> None:
+    config, decoders = transcoder.config, _decoders(transcoder, layer)
+    mapping_DF, summary, error = _measure(transcoder, layer, decoders, batches)
+    W_FD, b_F = transcoder.encoder(layer)
     sizes = {"layer": layer, "hidden_dim": config.d_model, "feature_dim": config.n_features}
     weights = decoders.W_TFD.transpose(1, 2).flatten(0, 1).contiguous()
     notes = {"k": config.k if config.sparsity.kind == "topk" else None, "combine": config.independent or "sum"}
-    transcoder = {
+    contents = {
         **sizes,
         "state_dict": {
             "enc.0.weight": W_FD.new_ones(config.d_model),
@@ -99,25 +99,25 @@ def _save_layer(clt: CrossLayerTranscoder, layer: int, folder: Path, batches: Se
         "mlp_to_clt_mapping": mapping_DF,
     }
     mapping = {"mlp_to_clt_mapping": mapping_DF, "decoder_weights": weights, "description": _DESCRIPTION}
-    torch.save(transcoder, folder / f"transcoder_L{layer}.pt")
+    torch.save(contents, folder / f"transcoder_L{layer}.pt")
     torch.save({**sizes, **mapping}, folder / f"mapping_L{layer}.pt")
     write_json(folder / f"metrics_L{layer}.json", {"layer": layer, "metrics": [], "summary": summary})
 
 
-def _decoders(clt: CrossLayerTranscoder, layer: int) -> _Decoders:
+def _decoders(transcoder: CrossLayerTranscoder, layer: int) -> _Decoders:
     """All sources have as many targets in these files; the last ones' have no layer to write to."""
-    config, scaling, like = clt.config, clt.scaling, next(clt.parameters())
+    config, scaling, like = transcoder.config, transcoder.scaling, next(transcoder.parameters())
     T, F, D = min(config.n_targets or config.n_layers, config.n_layers - 1), config.n_features, config.d_model
     decoders = _Decoders(W_TFD=like.new_zeros(T, F, D), b_TD=like.new_zeros(T, D))
-    for place, target in enumerate(clt.targets_of(layer)):
-        sources, name = clt.sources_of(target), str(target)
+    for place, target in enumerate(transcoder.targets_of(layer)):
+        sources, name = transcoder.sources_of(target), str(target)
         row = sources.index(layer)
         nearest, rms, mean_D = layer == sources[-1], scaling.rms_y[target], scaling.mean_y[target].to(like)
-        decoders.W_TFD[place] = clt.W_dec[name][row] * rms
+        decoders.W_TFD[place] = transcoder.W_dec[name][row] * rms
         if config.independent is not None:
-            decoders.b_TD[place] = clt.b_dec[name][row] * rms
+            decoders.b_TD[place] = transcoder.b_dec[name][row] * rms
         elif nearest:
-            decoders.b_TD[place] = clt.b_dec[name] * rms
+            decoders.b_TD[place] = transcoder.b_dec[name] * rms
         # A sum has the mean of the outputs once; a mean, or the nearest source alone, has it in every part.
         if nearest or config.independent in ("mean", "nearest"):
             decoders.b_TD[place] += mean_D
@@ -125,15 +125,15 @@ def _decoders(clt: CrossLayerTranscoder, layer: int) -> _Decoders:
 
 
 def _measure(
-    clt: CrossLayerTranscoder, layer: int, decoders: _Decoders, batches: Sequence[ActivationBatch]
+    transcoder: CrossLayerTranscoder, layer: int, decoders: _Decoders, batches: Sequence[ActivationBatch]
 ) -> tuple[Tensor, dict[str, float], float]:
     """The mapping [D,F], what training_metadata says of features, and the mean squared error of the source alone."""
-    config, like, targets = clt.config, next(clt.parameters()), clt.targets_of(layer)
+    config, like, targets = transcoder.config, next(transcoder.parameters()), transcoder.targets_of(layer)
     sum_DF, count_F = like.new_zeros(config.d_model, config.n_features), like.new_zeros(config.n_features)
     squares, tokens = 0.0, 0
     for batch in batches:
-        x_BD = clt.scaling.standardise_x(batch.x[[layer]].to(like), (layer,))[0]
-        values_BK, indices_BK = clt.encode_layer(layer, x_BD)
+        x_BD = transcoder.scaling.standardise_x(batch.x[[layer]].to(like), (layer,))[0]
+        values_BK, indices_BK = transcoder.encode_layer(layer, x_BD)
         z_BF = like.new_zeros(len(x_BD), config.n_features).scatter_add(1, indices_BK.long(), values_BK)
         active_BF = (z_BF > 0).to(like.dtype)
         sum_DF += batch.y[layer + 1].to(like).abs().T @ active_BF

@@ -115,28 +115,28 @@ def load_sparsify(folder: Path, *, read_site: ReadSite | None = None) -> CrossLa
         read_site=read_site or _read_site(folder),
         feature_offset=any(layer.has_offsets for layer in layers),
     )
-    clt = empty_transcoder(config, dtype, _scaling(layers, D))
+    transcoder = empty_transcoder(config, dtype, _scaling(layers, D))
     for layer in layers:
-        _fill_target(clt, layer, layers)
+        _fill_target(transcoder, layer, layers)
     for layer in layers:
-        clt.W_enc[str(layer.number)].copy_(layer.file.take("encoder.weight", F, D))
-        clt.b_enc[str(layer.number)].copy_(layer.file.take("encoder.bias", F))
+        transcoder.W_enc[str(layer.number)].copy_(layer.file.take("encoder.weight", F, D))
+        transcoder.b_enc[str(layer.number)].copy_(layer.file.take("encoder.bias", F))
         layer.file.end()
-    return clt
+    return transcoder
 
 
-def save_sparsify(clt: CrossLayerTranscoder, folder: Path) -> None:
+def save_sparsify(transcoder: CrossLayerTranscoder, folder: Path) -> None:
     """Writes the layers as folders layers.{i}.mlp, for sparsify if every source has one target, else for clt-training.
 
     Args:
-        clt: a whole transcoder of the kind topk whose sources write to their own layer first.
+        transcoder: a whole transcoder of the kind topk whose sources write to their own layer first.
         folder: new or empty.
 
     Raises:
         ConfigError: the format has no place for what the transcoder is.
         CheckpointError: the folder is not empty or cannot be written.
     """
-    config = clt.config
+    config = transcoder.config
     if config.sparsity.kind != "topk" or config.sparsity.decoder_norm:
         raise ConfigError(f"clt.sparsity.kind={config.sparsity.kind}: sparsify knows topk without decoder norms only")
     if config.first_offset:
@@ -145,7 +145,7 @@ def save_sparsify(clt: CrossLayerTranscoder, folder: Path) -> None:
         raise ConfigError("clt.layer_norm: sparsify has no LayerNorm before its encoders; train without it")
     if config.read_site not in ("resid_mid", "mlp_in"):
         raise ConfigError(f"clt.read_site={config.read_site}: a run of sparsify reads an MLP's or its norm's input")
-    plain = clt.folded()
+    plain = transcoder.folded()
     names = [f"layers.{layer}.mlp" for layer in range(config.n_layers)]
     with new_folder(folder) as temporary:
         for layer, name in enumerate(names):
@@ -242,28 +242,33 @@ def _scaling(layers: list[_Layer], d_model: int) -> Scaling:
     return scaling
 
 
-def _fill_target(clt: CrossLayerTranscoder, goal: _Layer, layers: list[_Layer]) -> None:
+def _fill_target(transcoder: CrossLayerTranscoder, goal: _Layer, layers: list[_Layer]) -> None:
     """Copies decoders, bias and skip connection of one target."""
-    F, D, name, sources = clt.config.n_features, clt.config.d_model, str(goal.number), clt.sources_of(goal.number)
-    if max(1, goal.n_targets) != len(clt.targets_of(goal.number)):
-        wanted = f"{len(clt.targets_of(goal.number))} is wanted, one horizon for all; are layers missing?"
+    F, D, name, sources = (
+        transcoder.config.n_features,
+        transcoder.config.d_model,
+        str(goal.number),
+        transcoder.sources_of(goal.number),
+    )
+    if max(1, goal.n_targets) != len(transcoder.targets_of(goal.number)):
+        wanted = f"{len(transcoder.targets_of(goal.number))} is wanted, one horizon for all; are layers missing?"
         refuse(goal.folder / SETTINGS_FILE, "n_targets", goal.settings.get("n_targets"), wanted)
-    bias_D = goal.file.take("b_dec", D) if goal.coalesced else torch.zeros(D, dtype=clt.dtype)
+    bias_D = goal.file.take("b_dec", D) if goal.coalesced else torch.zeros(D, dtype=transcoder.dtype)
     for row, source in enumerate(sources):
         layer, place = layers[source], goal.number - source
         divided = goal.settings.get("divide_cross_layer") and place and not goal.coalesced
         share = 1 / (len(sources) - 1) if divided else 1.0
-        clt.W_dec[name][row].copy_(_decoder(layer, goal, row, place, (len(sources), F, D)) * share)
+        transcoder.W_dec[name][row].copy_(_decoder(layer, goal, row, place, (len(sources), F, D)) * share)
         offset_F = _offset(layer, place, F)
-        if clt.config.feature_offset and offset_F is not None:
-            clt.offset[name][row].copy_(offset_F)
+        if transcoder.config.feature_offset and offset_F is not None:
+            transcoder.offset[name][row].copy_(offset_F)
         if not goal.coalesced:
             bias_D = bias_D + share * layer.take("b_dec", place, D)
-            if place and clt.config.skip:
+            if place and transcoder.config.skip:
                 layer.file.take_zeros(f"W_skips.{place}", "it maps a source's input; ours reads the target's own", D, D)
-    clt.b_dec[name].copy_(bias_D)
-    if clt.config.skip:
-        clt.W_skip[name].copy_(goal.take("W_skip", 0, D, D))
+    transcoder.b_dec[name].copy_(bias_D)
+    if transcoder.config.skip:
+        transcoder.W_skip[name].copy_(goal.take("W_skip", 0, D, D))
 
 
 def _decoder(layer: _Layer, goal: _Layer, row: int, place: int, sizes: tuple[int, int, int]) -> Tensor:
@@ -296,19 +301,19 @@ def _offset(layer: _Layer, place: int, n_features: int) -> Tensor | None:
     return None
 
 
-def _tensors(clt: CrossLayerTranscoder, layer: int) -> dict[str, Tensor]:
+def _tensors(transcoder: CrossLayerTranscoder, layer: int) -> dict[str, Tensor]:
     """The file of one layer; the bias of a target is wholly its own layer's."""
-    W_FD, b_F = clt.encoder(layer)
+    W_FD, b_F = transcoder.encoder(layer)
     tensors = {"encoder.weight": W_FD, "encoder.bias": b_F}
-    several = clt.config.n_targets != 1
-    for place, target in enumerate(clt.targets_of(layer)):
-        b_D = clt.b_dec[str(target)]
-        of_target = {"W_dec": clt.decoder(layer, target), "b_dec": torch.zeros_like(b_D) if place else b_D}
-        if clt.config.skip:
-            W_DD = clt.W_skip[str(target)]
+    several = transcoder.config.n_targets != 1
+    for place, target in enumerate(transcoder.targets_of(layer)):
+        b_D = transcoder.b_dec[str(target)]
+        of_target = {"W_dec": transcoder.decoder(layer, target), "b_dec": torch.zeros_like(b_D) if place else b_D}
+        if transcoder.config.skip:
+            W_DD = transcoder.W_skip[str(target)]
             of_target["W_skip"] = torch.zeros_like(W_DD) if place else W_DD
-        if clt.config.feature_offset:
-            of_target["post_enc"] = clt.offset[str(target)][clt.sources_of(target).index(layer)]
+        if transcoder.config.feature_offset:
+            of_target["post_enc"] = transcoder.offset[str(target)][transcoder.sources_of(target).index(layer)]
         tensors |= {f"{key}s.{place}" if several else key: tensor for key, tensor in of_target.items()}
     return tensors
 

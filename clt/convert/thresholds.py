@@ -54,14 +54,14 @@ class ConversionReport:
 
 @torch.no_grad()
 def to_jumprelu(
-    clt: CrossLayerTranscoder, batches: Sequence[ActivationBatch]
+    transcoder: CrossLayerTranscoder, batches: Sequence[ActivationBatch]
 ) -> tuple[CrossLayerTranscoder, ConversionReport]:
     """A jumprelu transcoder with the same weights, each feature of which fires as often as it did.
 
     The threshold of a feature that fires on c tokens lies midway between its c-th and next largest pre-activation.
 
     Args:
-        clt: a whole transcoder of any other kind.
+        transcoder: a whole transcoder of any other kind.
         batches: raw calibration activations of all layers; x and y [n_layers,B,D]. Read several times; the
             pre-activations of one layer at all tokens are held in memory.
 
@@ -72,17 +72,19 @@ def to_jumprelu(
         ConfigError: the transcoder is of the kind jumprelu already.
         StoreError: there are no tokens.
     """
-    if clt.config.sparsity.kind == "jumprelu":
+    if transcoder.config.sparsity.kind == "jumprelu":
         raise ConfigError("sparsity.kind=jumprelu: the transcoder has a threshold per feature already")
-    before = evaluate_store(clt, batches)
-    counts_LF = _firing(clt, batches)
-    config = replace(clt.config, sparsity=SparsitySettings(kind="jumprelu"))
-    converted = CrossLayerTranscoder(config, clt.scaling, clt.share, provenance=clt.provenance)
-    converted = converted.to(next(clt.parameters())).requires_grad_(False)
-    converted.load_state_dict(clt.state_dict(), strict=False)
-    for row, layer in enumerate(clt.share.sources):
-        pre_NF = torch.cat([ops.preactivations(x_BD, *clt.encoder(layer)) for x_BD in _inputs(clt, batches, row)])
-        for features in torch.arange(clt.config.n_features, device=pre_NF.device).split(_SORTED_TOGETHER):
+    before = evaluate_store(transcoder, batches)
+    counts_LF = _firing(transcoder, batches)
+    config = replace(transcoder.config, sparsity=SparsitySettings(kind="jumprelu"))
+    converted = CrossLayerTranscoder(config, transcoder.scaling, transcoder.share, provenance=transcoder.provenance)
+    converted = converted.to(next(transcoder.parameters())).requires_grad_(False)
+    converted.load_state_dict(transcoder.state_dict(), strict=False)
+    for row, layer in enumerate(transcoder.share.sources):
+        pre_NF = torch.cat(
+            [ops.preactivations(x_BD, *transcoder.encoder(layer)) for x_BD in _inputs(transcoder, batches, row)]
+        )
+        for features in torch.arange(transcoder.config.n_features, device=pre_NF.device).split(_SORTED_TOGETHER):
             log_F = _log_thresholds(pre_NF[:, features], counts_LF[row, features])
             converted.log_threshold[str(layer)][features] = log_F
     report = ConversionReport(
@@ -94,18 +96,18 @@ def to_jumprelu(
     return converted, report
 
 
-def save_conversion(clt: CrossLayerTranscoder, report: ConversionReport, folder: Path) -> None:
+def save_conversion(transcoder: CrossLayerTranscoder, report: ConversionReport, folder: Path) -> None:
     """Writes a converted transcoder, and its report as `conversion.json` beside it."""
-    clt.save_pretrained(folder)
+    transcoder.save_pretrained(folder)
     (folder / REPORT_FILE).write_text(json.dumps(asdict(report), indent=1) + "\n", encoding="utf-8")
 
 
 @torch.no_grad()
-def calibrate_threshold(clt: CrossLayerTranscoder, batches: Sequence[ActivationBatch]) -> float:
+def calibrate_threshold(transcoder: CrossLayerTranscoder, batches: Sequence[ActivationBatch]) -> float:
     """Sets the score above which a layer fires by itself, so that as many features fire as under the rule.
 
     Args:
-        clt: a whole transcoder of the kind joint_topk or batch_topk; its threshold is set.
+        transcoder: a whole transcoder of the kind joint_topk or batch_topk; its threshold is set.
         batches: raw calibration activations, as for `to_jumprelu`; the scores that pass are held in memory.
 
     Returns:
@@ -114,42 +116,43 @@ def calibrate_threshold(clt: CrossLayerTranscoder, batches: Sequence[ActivationB
     Raises:
         ConfigError: the transcoder is of another kind.
     """
-    kind = clt.config.sparsity.kind
+    kind = transcoder.config.sparsity.kind
     if kind not in ("joint_topk", "batch_topk"):
         raise ConfigError(f"sparsity.kind={kind}: its layers are encoded by themselves; there is nothing to calibrate")
     tokens = sum(batch.x.shape[1] for batch in batches)
-    n = clt.config.k * clt.n_sources * tokens
+    n = transcoder.config.k * transcoder.n_sources * tokens
     if kind == "joint_topk":
-        n = int(_firing(clt, batches).sum())
-    best = torch.zeros(0, dtype=next(clt.parameters()).dtype, device=next(clt.parameters()).device)
-    for row, layer in enumerate(clt.share.sources):
-        for x_BD in _inputs(clt, batches, row):
-            scores_BF = scores_of(clt, layer, ops.preactivations(x_BD, *clt.encoder(layer)))
+        n = int(_firing(transcoder, batches).sum())
+    best = torch.zeros(0, dtype=next(transcoder.parameters()).dtype, device=next(transcoder.parameters()).device)
+    for row, layer in enumerate(transcoder.share.sources):
+        for x_BD in _inputs(transcoder, batches, row):
+            scores_BF = scores_of(transcoder, layer, ops.preactivations(x_BD, *transcoder.encoder(layer)))
             best = torch.cat([best, scores_BF[scores_BF > 0]])
             best = best.topk(min(n + 1, len(best)), sorted=False).values
     # Midway between the n-th and the next, or above zero when all positive ones are wanted.
     best = best.sort(descending=True).values
     next_best = float(best[n]) if len(best) > n else 0.0
     threshold = (float(best[min(n, len(best)) - 1]) + next_best) / 2 if len(best) else 0.0
-    for layer in clt.share.sources:
-        clt.threshold[layer].fill_(threshold)
+    for layer in transcoder.share.sources:
+        transcoder.threshold[layer].fill_(threshold)
     return threshold
 
 
-def _inputs(clt: CrossLayerTranscoder, batches: Sequence[ActivationBatch], row: int) -> list[Tensor]:
+def _inputs(transcoder: CrossLayerTranscoder, batches: Sequence[ActivationBatch], row: int) -> list[Tensor]:
     """Standardised encoder inputs [B,D] of one source layer."""
-    layer, like = clt.share.sources[row], next(clt.parameters())
+    layer, like = transcoder.share.sources[row], next(transcoder.parameters())
     return [
-        clt.scaling.standardise_x(batch.x[[layer]].to(like.device), (layer,))[0].to(like.dtype) for batch in batches
+        transcoder.scaling.standardise_x(batch.x[[layer]].to(like.device), (layer,))[0].to(like.dtype)
+        for batch in batches
     ]
 
 
-def _firing(clt: CrossLayerTranscoder, batches: Sequence[ActivationBatch]) -> Tensor:
+def _firing(transcoder: CrossLayerTranscoder, batches: Sequence[ActivationBatch]) -> Tensor:
     """[L,F] int64: on how many tokens each feature fires."""
-    device = next(clt.parameters()).device
-    counts_LF = torch.zeros(clt.n_sources, clt.config.n_features, dtype=torch.int64, device=device)
-    for inputs in zip(*(_inputs(clt, batches, row) for row in range(clt.n_sources)), strict=True):
-        codes: SparseCodes = clt.encode(torch.stack(inputs))
+    device = next(transcoder.parameters()).device
+    counts_LF = torch.zeros(transcoder.n_sources, transcoder.config.n_features, dtype=torch.int64, device=device)
+    for inputs in zip(*(_inputs(transcoder, batches, row) for row in range(transcoder.n_sources)), strict=True):
+        codes: SparseCodes = transcoder.encode(torch.stack(inputs))
         counts_LF += firing_counts(codes)
     return counts_LF
 

@@ -24,37 +24,37 @@ from clt.transcoder.layers import source_layers
 from clt.transcoder.model import CrossLayerTranscoder
 
 
-def shared_decoders(clt: CrossLayerTranscoder, mesh: Mesh) -> SharedDecoders | None:
+def shared_decoders(transcoder: CrossLayerTranscoder, mesh: Mesh) -> SharedDecoders | None:
     """Receives the decoders that belong to sources; all ranks of the model group call this together.
 
     Args:
-        clt: this rank's share.
+        transcoder: this rank's share.
         mesh: the processes.
 
     Returns:
         The decoders of all sources; None for a transcoder whose decoders belong to targets. With gradients enabled
         every rank must go backward through them.
     """
-    return SharedDecoders(clt, mesh) if clt.config.tied_decoders == "source" else None
+    return SharedDecoders(transcoder, mesh) if transcoder.config.tied_decoders == "source" else None
 
 
 class SharedDecoders:
     """The decoders of all sources on one rank, from `shared_decoders`."""
 
-    def __init__(self, clt: CrossLayerTranscoder, mesh: Mesh) -> None:
-        self._clt, self._bank = clt, _Bank(clt, mesh)
-        sources = [str(layer) for layer in clt.share.sources]
+    def __init__(self, transcoder: CrossLayerTranscoder, mesh: Mesh) -> None:
+        self._transcoder, self._bank = transcoder, _Bank(transcoder, mesh)
+        sources = [str(layer) for layer in transcoder.share.sources]
         # A rank without sources takes part in the way back too: its graph must reach it.
         anchor = torch.zeros((), requires_grad=True)
-        own = [clt.W_shared[name] for name in sources] + [clt.target_scale[name] for name in sources]
-        like = clt.b_dec[str(clt.share.targets[0])]
+        own = [transcoder.W_shared[name] for name in sources] + [transcoder.target_scale[name] for name in sources]
+        like = transcoder.b_dec[str(transcoder.share.targets[0])]
         self._ticket: Tensor = _Receive.apply(self._bank, anchor, like, *own)
 
     def into(self, target: int) -> tuple[Tensor, Tensor]:
         """Decoders [S,F,D_own] and scales [S,F] of a target's sources."""
-        rows = self._clt.source_rows(target)
+        rows = self._transcoder.source_rows(target)
         # Which of each source's targets this one is.
-        places = [self._clt.targets_of(source).index(target) for source in self._clt.sources_of(target)]
+        places = [self._transcoder.targets_of(source).index(target) for source in self._transcoder.sources_of(target)]
         W_SFD, scale_SF = _Into.apply(self._bank, rows, places, self._ticket)
         return W_SFD, scale_SF
 
@@ -65,15 +65,18 @@ class _Bank:
     What travels of a source is [F,w+T]: its decoders' columns, w of each rank, and its scales as T further columns.
     """
 
-    def __init__(self, clt: CrossLayerTranscoder, mesh: Mesh) -> None:
-        shares, layers = deal_layers(clt.config, mesh.layer_size, mesh.column_size), source_layers(clt.config)
+    def __init__(self, transcoder: CrossLayerTranscoder, mesh: Mesh) -> None:
+        shares, layers = (
+            deal_layers(transcoder.config, mesh.layer_size, mesh.column_size),
+            source_layers(transcoder.config),
+        )
         self._mesh = mesh
         self._dealt = [len(share.sources) for share in shares]
         #: Rows of all sources in the order in which they travel.
         self._rows = [layers.index(layer) for share in shares for layer in share.sources]
-        self._n_targets = [len(clt.targets_of(layer)) for layer in clt.share.sources]
-        self._most_targets = max(len(clt.targets_of(layer)) for layer in layers)
-        self._n_features, self._width = clt.config.n_features, clt.config.d_model // mesh.column_size
+        self._n_targets = [len(transcoder.targets_of(layer)) for layer in transcoder.share.sources]
+        self._most_targets = max(len(transcoder.targets_of(layer)) for layer in layers)
+        self._n_features, self._width = transcoder.config.n_features, transcoder.config.d_model // mesh.column_size
         self._gradients: tuple[Tensor, Tensor] | None = None
 
     def receive(self, W: Sequence[Tensor], scales: Sequence[Tensor], like: Tensor) -> None:

@@ -52,7 +52,7 @@ class HeldOutSums:
 
     def add(
         self,
-        clt: CrossLayerTranscoder,
+        transcoder: CrossLayerTranscoder,
         batch: ActivationBatch,
         exchange: Callable[[SparseCodes], SparseCodes] | None = None,
         peers: Peers | None = None,
@@ -60,34 +60,34 @@ class HeldOutSums:
         """Adds a batch.
 
         Args:
-            clt: this rank's share.
+            transcoder: this rank's share.
             batch: raw activations; x of `input_layers` of the share, y of its targets.
             exchange: gives the codes of all sources for those of the own ones; absent where all are owned.
             peers: owners of the other layers; absent where all are owned.
         """
-        share, device = clt.share, self.fired_NF.device
+        share, device = transcoder.share, self.fired_NF.device
         modality_GB = torch.arange(len(Modality), device=device)[:, None] == batch.tokens.modality.to(device)
         modality_GB = modality_GB.double()
         # In standardised units the means are near zero, so that the two-sum formula of the variance keeps its digits.
-        x_layers = input_layers(clt.config, share)
-        x = clt.scaling.standardise_x(batch.x.to(device), x_layers)
-        y_MBD = clt.scaling.standardise_y(batch.y.to(device), share.targets, clt.columns)
+        x_layers = input_layers(transcoder.config, share)
+        x = transcoder.scaling.standardise_x(batch.x.to(device), x_layers)
+        y_MBD = transcoder.scaling.standardise_y(batch.y.to(device), share.targets, transcoder.columns)
 
-        own = clt.encode(x[[x_layers.index(layer) for layer in share.sources]], peers=peers)
+        own = transcoder.encode(x[[x_layers.index(layer) for layer in share.sources]], peers=peers)
         self._active_NG[list(share.sources)] += (own.values > 0).sum(dim=2).double() @ modality_GB.T
         self.fired_NF[list(share.sources)] += firing_counts(own)
         if self._counts_tokens:
             self._tokens_G += modality_GB.sum(dim=1)
 
         codes = own if exchange is None else exchange(own)
-        shared = None if peers is None or peers.mesh is None else shared_decoders(clt, peers.mesh)
+        shared = None if peers is None or peers.mesh is None else shared_decoders(transcoder, peers.mesh)
         for layer, y_BD in zip(share.targets, y_MBD.double(), strict=True):
-            rows = clt.source_rows(layer)
-            x_BD = x[x_layers.index(layer)] if clt.config.skip else None
-            found_BD = clt.decode_layer(layer, codes.values[rows], codes.indices[rows], x_BD, shared)
+            rows = transcoder.source_rows(layer)
+            x_BD = x[x_layers.index(layer)] if transcoder.config.skip else None
+            found_BD = transcoder.decode_layer(layer, codes.values[rows], codes.indices[rows], x_BD, shared)
             self._error_NG[layer] += modality_GB @ (found_BD.double() - y_BD).square().sum(dim=1)
             self._square_NG[layer] += modality_GB @ y_BD.square().sum(dim=1)
-            self._sum_NGD[layer, :, clt.columns] += modality_GB @ y_BD
+            self._sum_NGD[layer, :, transcoder.columns] += modality_GB @ y_BD
 
     def tensors(self) -> tuple[Tensor, ...]:
         """All sums, to be added up over the ranks in place."""

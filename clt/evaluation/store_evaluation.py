@@ -180,11 +180,11 @@ class StoreReport:
 
 
 @torch.no_grad()
-def evaluate_store(clt: CrossLayerTranscoder, batches: Iterable[ActivationBatch]) -> StoreReport:
+def evaluate_store(transcoder: CrossLayerTranscoder, batches: Iterable[ActivationBatch]) -> StoreReport:
     """Measures a transcoder on activations.
 
     Args:
-        clt: a whole transcoder.
+        transcoder: a whole transcoder.
         batches: raw activations of all layers; x [n_layers,B,D] and y [n_layers,B,D].
 
     Returns:
@@ -193,12 +193,12 @@ def evaluate_store(clt: CrossLayerTranscoder, batches: Iterable[ActivationBatch]
     Raises:
         StoreError: there are no tokens.
     """
-    x_layers, y_layers = list(input_layers(clt.config, clt.share)), list(clt.share.targets)
-    sums = HeldOutSums(clt.config, next(clt.parameters()).device)
+    x_layers, y_layers = list(input_layers(transcoder.config, transcoder.share)), list(transcoder.share.targets)
+    sums = HeldOutSums(transcoder.config, next(transcoder.parameters()).device)
     for batch in batches:
         own = ActivationBatch(x=batch.x[x_layers], y=batch.y[y_layers], tokens=batch.tokens)
-        sums.add(clt, own)
-    return report(clt, sums)
+        sums.add(transcoder, own)
+    return report(transcoder, sums)
 
 
 class StoreEvaluator:
@@ -244,9 +244,9 @@ class StoreEvaluator:
         return report(transcoder, sums)
 
 
-def report(clt: CrossLayerTranscoder, sums: HeldOutSums) -> StoreReport:
+def report(transcoder: CrossLayerTranscoder, sums: HeldOutSums) -> StoreReport:
     """The report of the sums over all tokens and layers; StoreError when there are no tokens."""
-    sources, targets, everything = source_layers(clt.config), target_layers(clt.config), list(Modality)
+    sources, targets, everything = source_layers(transcoder.config), target_layers(transcoder.config), list(Modality)
     num_tokens = sums.tokens(everything)
     if num_tokens == 0:
         raise StoreError("no tokens to evaluate; give a store that holds some")
@@ -255,7 +255,7 @@ def report(clt: CrossLayerTranscoder, sums: HeldOutSums) -> StoreReport:
         num_tokens=num_tokens,
         fvu=dict(zip(targets, sums.fvu(targets, everything), strict=True)),
         l0=dict(zip(sources, sums.l0(sources, everything), strict=True)),
-        dead_fraction=dict(zip(sources, [count / clt.config.n_features for count in silent], strict=True)),
+        dead_fraction=dict(zip(sources, [count / transcoder.config.n_features for count in silent], strict=True)),
         modalities={
             modality.name.lower(): ModalityReport(
                 num_tokens=sums.tokens([modality]),

@@ -62,10 +62,10 @@ def open_pretrained(
             folder = _fetch(name, layers, revision, averaged)
         except HubError as error:
             raise HubError(f"{error} (and here is no folder of this name)") from None
-    clt = load_transcoder(folder, layers, averaged=averaged, **how)
+    transcoder = load_transcoder(folder, layers, averaged=averaged, **how)
     if (folder / PROGRESS_FILE).exists():
-        clt.provenance = replace(clt.provenance, training=_training_facts(folder))
-    return clt
+        transcoder.provenance = replace(transcoder.provenance, training=_training_facts(folder))
+    return transcoder
 
 
 def _is_hub_name(name: str) -> bool:
@@ -87,7 +87,7 @@ def _fetch(name: str, layers: Sequence[int] | None, revision: str | None, averag
 
 
 def push_transcoder(
-    clt: CrossLayerTranscoder,
+    transcoder: CrossLayerTranscoder,
     name: str,
     *,
     private: bool = True,
@@ -97,8 +97,8 @@ def push_transcoder(
     """As `CrossLayerTranscoder.push_to_hub`."""
     with TemporaryDirectory() as scratch:
         folder = Path(scratch) / "transcoder"
-        save_transcoder(clt, folder)
-        return _push(clt, folder, name, private, revision, message)
+        save_transcoder(transcoder, folder)
+        return _push(transcoder, folder, name, private, revision, message)
 
 
 def push_pretrained(
@@ -127,8 +127,8 @@ def push_pretrained(
         HubError: as for `clt.hub.transfer.push_folder`.
     """
     folder = transcoder_folder(folder)
-    clt = open_pretrained(folder, lazy=True)
-    names = [SCALING_FILE, *(layer_file(layer) for layer in range(clt.config.n_layers))]
+    transcoder = open_pretrained(folder, lazy=True)
+    names = [SCALING_FILE, *(layer_file(layer) for layer in range(transcoder.config.n_layers))]
     if (folder / MANIFEST_FILE).exists():
         manifest = read_manifest(folder)
         for file in names:
@@ -137,18 +137,18 @@ def push_pretrained(
         staged = Path(scratch)
         for file in names:
             (staged / file).symlink_to((folder / file).resolve())
-        training = clt.provenance.training
+        training = transcoder.provenance.training
         tree = json.loads((folder / CARD_FILE).read_text(encoding="utf-8"))
         tree["training"] = None if training is None else asdict(training)
         (staged / CARD_FILE).write_text(json.dumps(tree, indent=1) + "\n", encoding="utf-8")
-        (staged / MODEL_CARD_FILE).write_text(model_card(clt), encoding="utf-8")
-        return _push(clt, staged, name, private, revision, message)
+        (staged / MODEL_CARD_FILE).write_text(model_card(transcoder), encoding="utf-8")
+        return _push(transcoder, staged, name, private, revision, message)
 
 
 def _push(
-    clt: CrossLayerTranscoder, folder: Path, name: str, private: bool, revision: str | None, message: str | None
+    transcoder: CrossLayerTranscoder, folder: Path, name: str, private: bool, revision: str | None, message: str | None
 ) -> str:
-    model = clt.provenance.model
+    model = transcoder.provenance.model
     summary = message or f"Cross-layer transcoder{'' if model is None else f' of {model.name}'}"
     # Without this file nothing is read, so an unfinished push is no transcoder.
     last = (CARD_FILE,)

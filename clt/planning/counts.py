@@ -130,20 +130,22 @@ def memory(job: Job, share: LayerShare) -> Memory:
     Returns:
         The bytes.
     """
-    kind, zero, tokens, clt = job.numerics, job.mesh.zero, job.part, job.clt
-    own, columns = parameters(clt, share).total, width(clt, share)
+    kind, zero, tokens, architecture = job.numerics, job.mesh.zero, job.part, job.architecture
+    own, columns = parameters(architecture, share).total, width(architecture, share)
     split = job.mesh.data if zero else 1
-    matrices = 1 if clt.tied_decoders == "target" else max(pairs(clt, [target]) for target in share.targets)
-    largest = matrices * clt.n_features * columns
+    matrices = (
+        1 if architecture.tied_decoders == "target" else max(pairs(architecture, [target]) for target in share.targets)
+    )
+    largest = matrices * architecture.n_features * columns
     buffers = kind.gradient * (min(own, max(BUCKET, largest)) + (own if zero == 1 else 0))
     if job.auxk_batch:
         buffers += kind.gradient * largest
     if kind.master:
         buffers += kind.master * own // split
     mean = FLOAT * own if job.config.optimizer.ema_decay else 0
-    x_layers, n_targets = len(input_layers(clt, share)), len(share.targets)
-    raw = job.batch * (x_layers + n_targets) * clt.d_model * RAW
-    standardised = tokens * (x_layers * clt.d_model + n_targets * columns) * kind.weight
+    x_layers, n_targets = len(input_layers(architecture, share)), len(share.targets)
+    raw = job.batch * (x_layers + n_targets) * architecture.d_model * RAW
+    standardised = tokens * (x_layers * architecture.d_model + n_targets * columns) * kind.weight
     return Memory(
         weights=own * kind.weight,
         gradients=own * kind.gradient / split,
@@ -153,38 +155,42 @@ def memory(job: Job, share: LayerShare) -> Memory:
         pre_activations=_pre_activations(job, len(share.sources)),
         codes=_code_memory(job, len(share.sources)),
         # AuxK stacks the residuals of its tokens and leaves its own.
-        residuals=_residuals(clt, share) * columns * kind.weight * (tokens + 2 * job.auxk_part),
-        shared_decoders=len(source_layers(clt)) * _shared_numbers(clt, columns) * (kind.weight + 3 * CODE_GRADIENT),
+        residuals=_residuals(architecture, share) * columns * kind.weight * (tokens + 2 * job.auxk_part),
+        shared_decoders=len(source_layers(architecture))
+        * _shared_numbers(architecture, columns)
+        * (kind.weight + 3 * CODE_GRADIENT),
     )
 
 
-def _residuals(clt: CLTConfig, share: LayerShare) -> int:
+def _residuals(architecture: CLTConfig, share: LayerShare) -> int:
     """Reconstructions that are held against a target."""
-    return len(share.targets) if clt.independent is None else pairs(clt, share.targets)
+    return len(share.targets) if architecture.independent is None else pairs(architecture, share.targets)
 
 
-def _shared_numbers(clt: CLTConfig, columns: int) -> int:
+def _shared_numbers(architecture: CLTConfig, columns: int) -> int:
     """Numbers of decoders and scales that travel to a rank from one source, where they belong to sources."""
-    if clt.tied_decoders != "source":
+    if architecture.tied_decoders != "source":
         return 0
-    return clt.n_features * (columns + max(len(targets_of(clt, layer)) for layer in source_layers(clt)))
+    return architecture.n_features * (
+        columns + max(len(targets_of(architecture, layer)) for layer in source_layers(architecture))
+    )
 
 
 def _pre_activations(job: Job, own_sources: int) -> int:
     """A chunk of one layer's; rules that compare tokens, layers or norms hold those of all own layers several times."""
-    layer = job.part * job.clt.n_features * job.numerics.weight
-    if job.clt.sparsity.kind == "topk" and not job.clt.sparsity.uses_decoder_norm:
+    layer = job.part * job.architecture.n_features * job.numerics.weight
+    if job.architecture.sparsity.kind == "topk" and not job.architecture.sparsity.uses_decoder_norm:
         return min(layer, PRE_ACTIVATIONS) if own_sources else 0
     # As computed, as compared, stacked, and for joint_topk token by token (`clt.transcoder.encoding`,
     # `clt.transcoder.sparsity`).
-    return (4 if job.clt.sparsity.kind == "joint_topk" else 3) * own_sources * layer
+    return (4 if job.architecture.sparsity.kind == "joint_topk" else 3) * own_sources * layer
 
 
 def _code_memory(job: Job, own_sources: int) -> int:
     """Own codes; everybody's, as they travel too; their gradients; and slot and token numbers by feature."""
     slots = job.part * job.slots + job.auxk_part * job.auxk_slots
-    code, layers = job.numerics.weight + INDEX, len(source_layers(job.clt))
-    received = code + index_dtype(job.clt.n_features).itemsize + CODE_GRADIENT + 2 * INDEX
+    code, layers = job.numerics.weight + INDEX, len(source_layers(job.architecture))
+    received = code + index_dtype(job.architecture.n_features).itemsize + CODE_GRADIENT + 2 * INDEX
     return slots * (own_sources * code + layers * received)
 
 
@@ -204,10 +210,10 @@ def traffic(job: Job) -> StepTraffic:
         The bytes; the padding of ranks with fewer than S encoders travels too.
     """
     shares, kind, mesh = job.shares(), job.numerics, job.mesh
-    most_sources, index = slot_count(shares), index_dtype(job.clt.n_features).itemsize
+    most_sources, index = slot_count(shares), index_dtype(job.architecture.n_features).itemsize
     slots = (mesh.model - 1) * most_sources * job.batch * job.slots
     auxk_slots = (mesh.model - 1) * most_sources * job.auxk_batch * job.auxk_slots
-    own = max(parameters(job.clt, share).total for share in shares)
+    own = max(parameters(job.architecture, share).total for share in shares)
     return StepTraffic(
         values=slots * kind.weight,
         indices=slots * index,
@@ -217,11 +223,12 @@ def traffic(job: Job) -> StepTraffic:
         weights=own * kind.weight * (mesh.data - 1) / mesh.data if mesh.zero else 0,
         shared_decoders=(mesh.model - 1)
         * most_sources
-        * _shared_numbers(job.clt, width(job.clt, shares[0]))
+        * _shared_numbers(job.architecture, width(job.architecture, shares[0]))
         * (kind.weight + CODE_GRADIENT)
         * job.config.data.micro_batches,
         selection=_selection(job),
-        bookkeeping=all_reduce(most_sources * job.clt.n_features, mesh.data) + all_reduce(AGREED * SCALAR, mesh.world),
+        bookkeeping=all_reduce(most_sources * job.architecture.n_features, mesh.data)
+        + all_reduce(AGREED * SCALAR, mesh.world),
     )
 
 
@@ -231,10 +238,14 @@ def _selection(job: Job) -> float:
     Decoder norms: L F over the model group. joint_topk: 256 B per radix digit, of which a value has as many as bytes,
     L B ties and one count. batch_topk: 256 per digit and data (L + 1) ties over the world, and one count.
     """
-    clt, mesh, digits = job.clt, job.mesh, job.numerics.weight
-    layers, kind = len(source_layers(clt)), clt.sparsity.kind
+    architecture, mesh, digits = job.architecture, job.mesh, job.numerics.weight
+    layers, kind = len(source_layers(architecture)), architecture.sparsity.kind
     # The penalty's norms have gradients, which are summed too.
-    numbers = layers * clt.n_features * (clt.sparsity.uses_decoder_norm + 2 * clt.sparsity.has_penalty)
+    numbers = (
+        layers
+        * architecture.n_features
+        * (architecture.sparsity.uses_decoder_norm + 2 * architecture.sparsity.has_penalty)
+    )
     numbers += 0 if kind == "topk" else 1
     if kind == "joint_topk":
         numbers += (256 * digits + layers) * job.batch
@@ -249,28 +260,28 @@ def all_reduce(n_bytes: float, ranks: int) -> float:
 
 def flops(job: Job) -> Flops:
     """Arithmetic of a step over all ranks and replicas; only active features are decoded."""
-    clt, tokens = job.clt, job.config.data.batch_tokens
-    n_sources, n_pairs = len(source_layers(clt)), pairs(clt)
+    architecture, tokens = job.architecture, job.config.data.batch_tokens
+    n_sources, n_pairs = len(source_layers(architecture)), pairs(architecture)
     auxk_tokens = job.auxk_batch * job.mesh.data
-    encode, slots = 2.0 * n_sources * clt.n_features * clt.d_model, float(tokens * clt.k)
+    encode, slots = 2.0 * n_sources * architecture.n_features * architecture.d_model, float(tokens * architecture.k)
     auxk_slots = float(auxk_tokens * job.auxk_slots)
     return Flops(
         encode=encode * tokens,
-        decode=2 * slots * n_pairs * clt.d_model,
-        decoder_gradients=4 * slots * n_pairs * clt.d_model,
-        encoder_gradients=2 * slots * n_sources * clt.d_model,
-        skip=4.0 * tokens * len(target_layers(clt)) * clt.d_model**2 if clt.skip else 0.0,
-        auxk=encode * auxk_tokens + auxk_slots * (6 * n_pairs + 2 * n_sources) * clt.d_model,
+        decode=2 * slots * n_pairs * architecture.d_model,
+        decoder_gradients=4 * slots * n_pairs * architecture.d_model,
+        encoder_gradients=2 * slots * n_sources * architecture.d_model,
+        skip=4.0 * tokens * len(target_layers(architecture)) * architecture.d_model**2 if architecture.skip else 0.0,
+        auxk=encode * auxk_tokens + auxk_slots * (6 * n_pairs + 2 * n_sources) * architecture.d_model,
     )
 
 
 def dense_flops(job: Job) -> float:
     """What a step takes if every feature is decoded, 2 N F D (2 L + 3 P), without AuxK and skip."""
-    clt = job.clt
-    products = 2 * len(source_layers(clt)) + 3 * pairs(clt)
-    return 2.0 * job.config.data.batch_tokens * clt.n_features * clt.d_model * products
+    architecture = job.architecture
+    products = 2 * len(source_layers(architecture)) + 3 * pairs(architecture)
+    return 2.0 * job.config.data.batch_tokens * architecture.n_features * architecture.d_model * products
 
 
-def store_bytes_per_token(clt: CLTConfig, itemsize: int = 2) -> int:
+def store_bytes_per_token(architecture: CLTConfig, itemsize: int = 2) -> int:
     """Bytes of activations that a store holds per token: input and output of every layer's MLP, 2 L D each."""
-    return 2 * clt.n_layers * clt.d_model * itemsize
+    return 2 * architecture.n_layers * architecture.d_model * itemsize

@@ -124,13 +124,13 @@ class Job:
 
     Attributes:
         config: the configuration.
-        clt: the architecture.
+        architecture: the architecture.
         mesh: the processes.
         numerics: types of weights and optimizer.
     """
 
     config: TrainConfig
-    clt: CLTConfig
+    architecture: CLTConfig
     mesh: MeshShape
     numerics: Numerics
 
@@ -158,17 +158,21 @@ class Job:
     @property
     def slots(self) -> int:
         """Slots per token and source layer in which codes are stored and sent; beyond topk an estimate."""
-        sparsity = self.clt.sparsity.kind
-        return self.clt.k if sparsity == "topk" else min(self.clt.n_features, SLOTS_PER_K * self.clt.k)
+        sparsity = self.architecture.sparsity.kind
+        return (
+            self.architecture.k
+            if sparsity == "topk"
+            else min(self.architecture.n_features, SLOTS_PER_K * self.architecture.k)
+        )
 
     @property
     def auxk_slots(self) -> int:
         """The same for the dead features of AuxK."""
-        return self.config.auxk.k or self.clt.k
+        return self.config.auxk.k or self.architecture.k
 
     def shares(self) -> tuple[LayerShare, ...]:
         """What the ranks of a model group own, in the order of `Mesh.model_rank`."""
-        return deal_layers(self.clt, self.mesh.layer, self.mesh.column)
+        return deal_layers(self.architecture, self.mesh.layer, self.mesh.column)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -192,39 +196,44 @@ class Parameters(Sum):
         return int(super().total)
 
 
-def pairs(clt: CLTConfig, targets: Iterable[int] | None = None) -> int:
+def pairs(architecture: CLTConfig, targets: Iterable[int] | None = None) -> int:
     """(source, target) decoders into some targets, by default all of them."""
-    return sum(len(sources_of(clt, target)) for target in (target_layers(clt) if targets is None else targets))
+    return sum(
+        len(sources_of(architecture, target))
+        for target in (target_layers(architecture) if targets is None else targets)
+    )
 
 
-def decoder_matrices(clt: CLTConfig, share: LayerShare) -> int:
+def decoder_matrices(architecture: CLTConfig, share: LayerShare) -> int:
     """Matrices [F,D] of decoders that a share owns: a matrix that belongs to a target is split by columns."""
-    match clt.tied_decoders:
+    match architecture.tied_decoders:
         case "source":
             return len(share.sources)
         case "target":
             return len(share.targets)
-    return pairs(clt, share.targets)
+    return pairs(architecture, share.targets)
 
 
-def width(clt: CLTConfig, share: LayerShare) -> int:
+def width(architecture: CLTConfig, share: LayerShare) -> int:
     """Columns of D of a share's decoders."""
-    return clt.d_model if share.columns is None else len(share.columns)
+    return architecture.d_model if share.columns is None else len(share.columns)
 
 
-def parameters(clt: CLTConfig, share: LayerShare | None = None) -> Parameters:
+def parameters(architecture: CLTConfig, share: LayerShare | None = None) -> Parameters:
     """Numbers of weights of a share, by default of the whole."""
-    share = share or LayerShare.everything(clt)
-    n_sources, n_targets, columns = len(share.sources), len(share.targets), width(clt, share)
-    by_source = clt.tied_decoders == "source"
-    scales = sum(len(targets_of(clt, layer)) for layer in share.sources) if by_source else 0
-    biases = n_targets if clt.independent is None else pairs(clt, share.targets)
+    share = share or LayerShare.everything(architecture)
+    n_sources, n_targets, columns = len(share.sources), len(share.targets), width(architecture, share)
+    by_source = architecture.tied_decoders == "source"
+    scales = sum(len(targets_of(architecture, layer)) for layer in share.sources) if by_source else 0
+    biases = n_targets if architecture.independent is None else pairs(architecture, share.targets)
     return Parameters(
-        encoders=n_sources * clt.n_features * clt.d_model,
-        encoder_biases=n_sources * clt.n_features,
-        thresholds=n_sources * clt.n_features if clt.sparsity.kind == "jumprelu" else 0,
-        decoders=decoder_matrices(clt, share) * clt.n_features * (clt.d_model if by_source else columns),
-        decoder_scales=scales * clt.n_features,
+        encoders=n_sources * architecture.n_features * architecture.d_model,
+        encoder_biases=n_sources * architecture.n_features,
+        thresholds=n_sources * architecture.n_features if architecture.sparsity.kind == "jumprelu" else 0,
+        decoders=decoder_matrices(architecture, share)
+        * architecture.n_features
+        * (architecture.d_model if by_source else columns),
+        decoder_scales=scales * architecture.n_features,
         decoder_biases=biases * columns,
-        skip=n_targets * columns * clt.d_model if clt.skip else 0,
+        skip=n_targets * columns * architecture.d_model if architecture.skip else 0,
     )

@@ -92,7 +92,7 @@ class MeasuredRun:
 
 def plan(
     config: TrainConfig,
-    clt: CLTConfig,
+    architecture: CLTConfig,
     machine: Machine,
     *,
     world: int | None = None,
@@ -103,7 +103,7 @@ def plan(
 
     Args:
         config: the job.
-        clt: its architecture.
+        architecture: its architecture.
         machine: where it runs, one device per rank.
         world: processes; absent: one model group.
         tokens: tokens to train on; absent: all steps of the job.
@@ -132,35 +132,35 @@ def plan(
         )
     if data > 1 and not numerics.replicas:
         raise ConfigError(f"{numerics.name} takes no replicas, and these are {data}; raise mesh.layer or mesh.column")
-    job = Job(config=config, clt=clt, mesh=shape, numerics=numerics)
+    job = Job(config=config, architecture=architecture, mesh=shape, numerics=numerics)
     return _planned(job, machine, tokens or config.steps * config.data.batch_tokens)
 
 
 def _planned(job: Job, machine: Machine, tokens: float) -> Plan:
     shares = job.shares()
-    own = [parameters(job.clt, share).total for share in shares]
+    own = [parameters(job.architecture, share).total for share in shares]
     return Plan(
         job=job,
         machine=machine,
         tokens=tokens,
-        parameters=parameters(job.clt),
-        pairs=pairs(job.clt),
+        parameters=parameters(job.architecture),
+        pairs=pairs(job.architecture),
         rank_parameters=(max(own), min(own)),
         memory=max((memory(job, share) for share in shares), key=lambda need: need.total),
         traffic=traffic(job),
         flops=flops(job),
         dense_flops=dense_flops(job),
-        store_bytes=tokens * store_bytes_per_token(job.clt),
+        store_bytes=tokens * store_bytes_per_token(job.architecture),
         step=step_time(job, machine),
     )
 
 
 def meshes(job: Job, world: int) -> Iterator[MeshShape]:
     """Every mesh of so many processes on which the job can run, ZeRO as in the job where there are replicas, else 0."""
-    for layer in _divisors(world, len(target_layers(job.clt))):
-        for column in _divisors(world // layer, job.clt.d_model):
+    for layer in _divisors(world, len(target_layers(job.architecture))):
+        for column in _divisors(world // layer, job.architecture.d_model):
             data = world // layer // column
-            if job.clt.d_model % column == 0 and job.config.data.batch_tokens % data == 0:
+            if job.architecture.d_model % column == 0 and job.config.data.batch_tokens % data == 0:
                 zero = job.config.zero_stage(data) if data > 1 else 0
                 yield MeshShape(data=data, layer=layer, column=column, zero=zero)
 

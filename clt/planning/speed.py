@@ -161,14 +161,14 @@ def step_time(job: Job, machine: Machine) -> StepTime:
 
 def _rank_time(job: Job, share: LayerShare, machine: Machine, moved: StepTraffic) -> StepTime:
     kind, rates, mesh = job.numerics, machine.rates, job.mesh
-    forward, backward, encoder_back, encode = _passes(job, share, rates, job.batch, job.clt.k)
+    forward, backward, encoder_back, encode = _passes(job, share, rates, job.batch, job.architecture.k)
     auxk = sum(_passes(job, share, rates, job.auxk_batch, job.auxk_slots)) if job.auxk_batch else 0.0
-    decoders = parameters(job.clt, share).decoders
+    decoders = parameters(job.architecture, share).decoders
     if job.auxk_batch:
         # Adding to a gradient that is there reads both and writes one; the pass itself counts the writing.
         auxk += 2 * decoders * kind.gradient / rates.stream
-    own = parameters(job.clt, share).total / (mesh.data if mesh.zero else 1)
-    skip = 4.0 * job.batch * parameters(job.clt, share).skip
+    own = parameters(job.architecture, share).total / (mesh.data if mesh.zero else 1)
+    skip = 4.0 * job.batch * parameters(job.architecture, share).skip
     return StepTime(
         encode=encode,
         decode=forward + skip / _product(job, rates),
@@ -184,18 +184,24 @@ def _rank_time(job: Job, share: LayerShare, machine: Machine, moved: StepTraffic
 
 def _passes(job: Job, share: LayerShare, rates: Rates, tokens: int, slots: int) -> tuple[float, float, float, float]:
     """Seconds of decode, decoder gradients, encoder gradients and encode for some tokens."""
-    clt, size, columns = job.clt, job.numerics.weight, width(job.clt, share)
-    n_sources, n_pairs = len(share.sources), pairs(clt, share.targets)
-    rows, matrix = tokens * slots * columns * size, clt.n_features * columns * size
+    architecture, size, columns = job.architecture, job.numerics.weight, width(job.architecture, share)
+    n_sources, n_pairs = len(share.sources), pairs(architecture, share.targets)
+    rows, matrix = tokens * slots * columns * size, architecture.n_features * columns * size
     # Where k is a large share of F, products over all features are faster, and the kernels take them.
-    product = 2.0 * tokens * clt.n_features * columns / _product(job, rates)
+    product = 2.0 * tokens * architecture.n_features * columns / _product(job, rates)
     residuals = 2 * len(share.targets) * tokens * columns * size / rates.stream
     forward = n_pairs * min(rows / rates.gather, product) + residuals
     backward = n_pairs * (min(rows / rates.gather_back, 2 * product) + 2 * matrix / rates.stream_back)
-    x_rows, x_matrix = tokens * slots * clt.d_model * size, clt.n_features * clt.d_model * size
+    x_rows, x_matrix = (
+        tokens * slots * architecture.d_model * size,
+        architecture.n_features * architecture.d_model * size,
+    )
     encoder_back = n_sources * (x_rows / rates.gather_back + x_matrix / rates.stream_back)
-    pre_activations = 2 * tokens * clt.n_features * size + tokens * slots * (size + INDEX)
-    encode = 2.0 * tokens * clt.n_features * clt.d_model / _product(job, rates) + pre_activations / rates.stream
+    pre_activations = 2 * tokens * architecture.n_features * size + tokens * slots * (size + INDEX)
+    encode = (
+        2.0 * tokens * architecture.n_features * architecture.d_model / _product(job, rates)
+        + pre_activations / rates.stream
+    )
     return forward, backward, encoder_back, n_sources * encode
 
 

@@ -48,12 +48,12 @@ def choose_kernels(config: TrainConfig, transcoder: CrossLayerTranscoder) -> Non
         raise ConfigError(f"kernels={config.kernels}: {error}") from None
 
 
-def check_job(config: TrainConfig, clt: CLTConfig, data_size: int) -> None:
+def check_job(config: TrainConfig, architecture: CLTConfig, data_size: int) -> None:
     """ConfigError naming the key unless the settings fit each other and the data axis.
 
     Args:
         config: the job.
-        clt: its architecture.
+        architecture: its architecture.
         data_size: replicas on the data axis.
     """
     data = config.data
@@ -62,15 +62,15 @@ def check_job(config: TrainConfig, clt: CLTConfig, data_size: int) -> None:
         key += f" of {data.micro_batches} micro-batches" if data.micro_batches > 1 else ""
         raise ConfigError(f"{key}; take a multiple of {data_size * data.micro_batches}")
     for key, value in (("auxk.k", config.auxk.k), ("optimizer.k_start", config.optimizer.k_start)):
-        if value is not None and value > clt.n_features:
-            raise ConfigError(f"{key}={value} exceeds clt.n_features={clt.n_features}; lower it")
+        if value is not None and value > architecture.n_features:
+            raise ConfigError(f"{key}={value} exceeds clt.n_features={architecture.n_features}; lower it")
     if config.optimizer.kind == "row_adam":
-        _check_row_adam(config, clt, data_size)
+        _check_row_adam(config, architecture, data_size)
     elif config.optimizer.weights == "bfloat16_master" and config.mesh.zero_stage == 0:
         raise ConfigError("mesh.zero_stage=0 keeps no float32 copies; set 1 or 2, or optimizer.weights=float32")
 
 
-def _check_row_adam(config: TrainConfig, clt: CLTConfig, data_size: int) -> None:
+def _check_row_adam(config: TrainConfig, architecture: CLTConfig, data_size: int) -> None:
     key = "optimizer.kind=row_adam"
     if data_size > 1:
         raise ConfigError(
@@ -84,11 +84,12 @@ def _check_row_adam(config: TrainConfig, clt: CLTConfig, data_size: int) -> None
             f"data.micro_batches={config.data.micro_batches} does not go with {key}, which stores no gradients to add "
             "to; set 1"
         )
-    for name, form in (("tied_decoders", clt.tied_decoders), ("independent", clt.independent)):
+    for name, form in (("tied_decoders", architecture.tied_decoders), ("independent", architecture.independent)):
         if form is not None:
             raise ConfigError(f"clt.{name}={form} does not go with {key}; set optimizer.kind=adam")
-    if clt.sparsity.has_penalty:
+    if architecture.sparsity.has_penalty:
         raise ConfigError(
-            f"clt.sparsity.kind={clt.sparsity.kind} does not go with {key}: its penalty moves all decoder rows; set "
+            f"clt.sparsity.kind={architecture.sparsity.kind} does not go with {key}: its penalty moves all decoder "
+            "rows; set "
             "optimizer.kind=adam"
         )

@@ -75,11 +75,13 @@ def modality_weights(settings: TokenWeights, counts: Sequence[int]) -> Tensor | 
     return torch.tensor(weights, dtype=torch.float64) * sum(counts) / sum(sums)
 
 
-def encode_dead(clt: CrossLayerTranscoder, x_LBD: Tensor, dead_LF: Tensor, k: int) -> Iterator[tuple[Tensor, Tensor]]:
+def encode_dead(
+    transcoder: CrossLayerTranscoder, x_LBD: Tensor, dead_LF: Tensor, k: int
+) -> Iterator[tuple[Tensor, Tensor]]:
     """Codes of the dead features only: their k largest positive pre-activations.
 
     Args:
-        clt: the transcoder, or one rank's share.
+        transcoder: the transcoder, or one rank's share.
         x_LBD: [L_own,B,D] standardised encoder inputs.
         dead_LF: [L_own,F] bool.
         k: slots per token and layer.
@@ -88,14 +90,14 @@ def encode_dead(clt: CrossLayerTranscoder, x_LBD: Tensor, dead_LF: Tensor, k: in
         values [B,K] and indices [B,K] int32 of each source owned here; a layer without dead features has empty slots
         only.
     """
-    for row, layer in enumerate(clt.share.sources):
-        exclude_F = torch.zeros_like(clt.b_enc[str(layer)]).masked_fill(~dead_LF[row], -torch.inf)
-        bias_F = clt.b_enc[str(layer)] + exclude_F
-        yield ops.encode_topk(x_LBD[row], clt.W_enc[str(layer)], bias_F, k)
+    for row, layer in enumerate(transcoder.share.sources):
+        exclude_F = torch.zeros_like(transcoder.b_enc[str(layer)]).masked_fill(~dead_LF[row], -torch.inf)
+        bias_F = transcoder.b_enc[str(layer)] + exclude_F
+        yield ops.encode_topk(x_LBD[row], transcoder.W_enc[str(layer)], bias_F, k)
 
 
 def auxk_error(
-    clt: CrossLayerTranscoder,
+    transcoder: CrossLayerTranscoder,
     layer: int,
     values_SBK: Tensor,
     indices_SBK: Tensor,
@@ -107,7 +109,7 @@ def auxk_error(
     """Squared error of the dead features' reconstruction of what the live features miss in one target.
 
     Args:
-        clt: the transcoder, or one rank's share.
+        transcoder: the transcoder, or one rank's share.
         layer: target layer owned here.
         values_SBK: [S,B,K] activations of the dead features of this target's sources.
         indices_SBK: [S,B,K] int32 feature numbers.
@@ -120,9 +122,11 @@ def auxk_error(
         error [], weighted sum over tokens of the mean over all D channels as far as columns are owned here, and the
         residual, reconstruction - missed, detached. Of independent sources the mean of their errors.
     """
-    no_bias = torch.zeros_like(clt.b_dec[str(layer)])
-    error, residual = squared_error(clt, layer, values_SBK, indices_SBK, no_bias, missed, weights_B, None, csr, shared)
-    return clt.column_part(error), residual
+    no_bias = torch.zeros_like(transcoder.b_dec[str(layer)])
+    error, residual = squared_error(
+        transcoder, layer, values_SBK, indices_SBK, no_bias, missed, weights_B, None, csr, shared
+    )
+    return transcoder.column_part(error), residual
 
 
 def revival(codes: SparseCodes, n_sources: int, weights_B: Tensor | None = None) -> Tensor:

@@ -130,11 +130,11 @@ class Objective(nn.Module):
             This rank's share of the loss, and what was seen.
         """
         passed = self.run(x_raw, y_raw, k, dead_LF, weights_B)
-        clt, total, penalty = self.transcoder, passed.terms.total, None
-        if clt.config.sparsity.has_penalty:
+        transcoder, total, penalty = self.transcoder, passed.terms.total, None
+        if transcoder.config.sparsity.has_penalty:
             peers = Peers(mesh=self._exchange.mesh)
             weights = None if passed.weights_B is None else passed.weights_B.to(passed.x_LBD.dtype)
-            cost, penalty = sparsity_loss(clt, passed.codes.own, penalty_weight, peers, weights)
+            cost, penalty = sparsity_loss(transcoder, passed.codes.own, penalty_weight, peers, weights)
             total = total + cost
         return total, passed.observations(penalty)
 
@@ -152,15 +152,17 @@ class Objective(nn.Module):
         Args:
             returns: whether gradients of codes will be sent back (`CodeExchange.send`).
         """
-        clt = self.transcoder
-        x = clt.scaling.standardise_x(x_raw, self._x_layers).to(clt.dtype)
-        y_MBD = clt.scaling.standardise_y(y_raw, clt.share.targets, clt.columns).to(clt.dtype)
-        x_LBD = self._rows(x, clt.share.sources)
-        x_MBD = self._rows(x, clt.share.targets) if clt.config.skip else None
+        transcoder = self.transcoder
+        x = transcoder.scaling.standardise_x(x_raw, self._x_layers).to(transcoder.dtype)
+        y_MBD = transcoder.scaling.standardise_y(y_raw, transcoder.share.targets, transcoder.columns).to(
+            transcoder.dtype
+        )
+        x_LBD = self._rows(x, transcoder.share.sources)
+        x_MBD = self._rows(x, transcoder.share.targets) if transcoder.config.skip else None
         if weights_B is not None:
             weights_B = weights_B.to(accumulator(x.dtype))
 
-        shared = shared_decoders(clt, self._exchange.mesh)
+        shared = shared_decoders(transcoder, self._exchange.mesh)
         codes = self._send(x_LBD, k, returns)
         # Every n-th token of each rank: the share is exact and no random state has to be kept.
         tokens = slice(None, None, round(1 / self.settings.token_fraction))
@@ -172,7 +174,7 @@ class Objective(nn.Module):
             some_B = None if weights_B is None else _of_some(weights_B, tokens)
             missed = [-residual[..., tokens, :] for residual in residuals]
             auxk_M, left = self._decode_dead(dead_codes, missed, some_B, shared)
-            lift = revival(dead_codes.own, clt.n_sources_of_model, some_B)
+            lift = revival(dead_codes.own, transcoder.n_sources_of_model, some_B)
             dead = DeadPart(codes=dead_codes, x_LBD=x_LBD[:, tokens], residuals=left, weights_B=some_B)
         return ForwardPass(
             x_LBD=x_LBD,
@@ -185,12 +187,15 @@ class Objective(nn.Module):
         )
 
     def _send(self, x_LBD: Tensor, k: int, returns: bool | None) -> CodeFlight:
-        clt = self.transcoder
-        n_features, tokens = clt.config.n_features, x_LBD.shape[1]
-        if clt.encodes_layers_alone:
-            pairs = (clt.encode_layer(layer, x_BD, k) for layer, x_BD in zip(clt.share.sources, x_LBD, strict=True))
+        transcoder = self.transcoder
+        n_features, tokens = transcoder.config.n_features, x_LBD.shape[1]
+        if transcoder.encodes_layers_alone:
+            pairs = (
+                transcoder.encode_layer(layer, x_BD, k)
+                for layer, x_BD in zip(transcoder.share.sources, x_LBD, strict=True)
+            )
             return self._exchange.send(pairs, (tokens, k), n_features, x_LBD, returns)
-        codes = clt.encode(x_LBD, k, Peers(mesh=self._exchange.mesh))
+        codes = transcoder.encode(x_LBD, k, Peers(mesh=self._exchange.mesh))
         pairs_of_all = zip(codes.values, codes.indices, strict=True)
         return self._exchange.send(pairs_of_all, codes.values.shape[1:], n_features, x_LBD, returns)
 
@@ -209,13 +214,15 @@ class Objective(nn.Module):
         shared: SharedDecoders | None,
     ) -> tuple[Tensor, list[Tensor]]:
         """Errors [M_own] and residuals [B,D_own] of the own targets."""
-        clt = self.transcoder
+        transcoder = self.transcoder
         found = {}
         for row in self.order:
-            layer = clt.share.targets[row]
-            values_SBK, indices_SBK, csr = codes.take(clt.source_rows(layer))
+            layer = transcoder.share.targets[row]
+            values_SBK, indices_SBK, csr = codes.take(transcoder.source_rows(layer))
             x_BD = None if x_MBD is None else x_MBD[row]
-            found[row] = clt.decode_loss_layer(layer, values_SBK, indices_SBK, y_MBD[row], x_BD, csr, weights_B, shared)
+            found[row] = transcoder.decode_loss_layer(
+                layer, values_SBK, indices_SBK, y_MBD[row], x_BD, csr, weights_B, shared
+            )
         codes.land()
         return torch.stack([found[row][0] for row in sorted(found)]), [found[row][1] for row in sorted(found)]
 
@@ -223,12 +230,12 @@ class Objective(nn.Module):
         self, codes: CodeFlight, missed: list[Tensor], weights_B: Tensor | None, shared: SharedDecoders | None
     ) -> tuple[Tensor, list[Tensor]]:
         """Auxiliary errors [M_own] and their residuals [B,D_own]."""
-        clt = self.transcoder
+        transcoder = self.transcoder
         found = {}
         for row in self.order:
-            layer = clt.share.targets[row]
-            values_SBK, indices_SBK, csr = codes.take(clt.source_rows(layer))
-            found[row] = auxk_error(clt, layer, values_SBK, indices_SBK, missed[row], csr, weights_B, shared)
+            layer = transcoder.share.targets[row]
+            values_SBK, indices_SBK, csr = codes.take(transcoder.source_rows(layer))
+            found[row] = auxk_error(transcoder, layer, values_SBK, indices_SBK, missed[row], csr, weights_B, shared)
         codes.land()
         return torch.stack([found[row][0] for row in sorted(found)]), [found[row][1] for row in sorted(found)]
 

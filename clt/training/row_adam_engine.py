@@ -74,9 +74,9 @@ class RowEngine:
         check = agree(self._mesh, passed.terms.total, torch.zeros_like(passed.terms.total), stop)
         if check.finite:
             self.adam_steps += 1
-            clt = self._objective.transcoder
+            transcoder = self._objective.transcoder
             hyper, bias_hyper = (
-                replace(self._adam, learning_rate=rate).hyper(self.adam_steps, passed.x_LBD.device, clt.dtype)
+                replace(self._adam, learning_rate=rate).hyper(self.adam_steps, passed.x_LBD.device, transcoder.dtype)
                 for rate in (learning_rate, learning_rate * self._bias_rate)
             )
             self._backward(passed, hyper, bias_hyper)
@@ -111,11 +111,11 @@ class RowEngine:
             self._move(self._objective.transcoder.b_enc[str(layers[row])], grad_b_F, bias_hyper)
 
     def _move_target(self, row: int, passed: ForwardPass, merged: _Merged, hyper: Tensor) -> None:
-        clt = self._objective.transcoder
-        layer = clt.share.targets[row]
-        rows, W_dec_SFD = clt.source_rows(layer), clt.W_dec[str(layer)]
+        transcoder = self._objective.transcoder
+        layer = transcoder.share.targets[row]
+        rows, W_dec_SFD = transcoder.source_rows(layer), transcoder.W_dec[str(layer)]
         # The loss is the mean over targets and channels of the weighted squares.
-        scale = hyper.new_tensor(2 / (clt.config.d_model * self._objective.n_targets))
+        scale = hyper.new_tensor(2 / (transcoder.config.d_model * self._objective.n_targets))
         grads_SNK = ops.decoder_step_(
             merged.residual(row),
             merged.values[rows],
@@ -129,15 +129,15 @@ class RowEngine:
         )
         merged.give_back(rows, grads_SNK)
         grad_BD = passed.residuals[row].to(scale.dtype) * (scale * merged.weights_N[: merged.tokens, None])
-        self._move(clt.b_dec[str(layer)], grad_BD.sum(dim=0), hyper)
+        self._move(transcoder.b_dec[str(layer)], grad_BD.sum(dim=0), hyper)
         if passed.x_MBD is not None:
-            self._move(clt.W_skip[str(layer)], grad_BD.T @ passed.x_MBD[row].to(grad_BD.dtype), hyper)
+            self._move(transcoder.W_skip[str(layer)], grad_BD.T @ passed.x_MBD[row].to(grad_BD.dtype), hyper)
 
     def _move_encoder(self, row: int, merged: _Merged, hyper: Tensor) -> Tensor:
         """Moves W_enc of an own source; [F] is the gradient of its b_enc."""
-        clt = self._objective.transcoder
-        layer = clt.share.sources[row]
-        W_enc_FD, own = clt.W_enc[str(layer)], clt.source_row(layer)
+        transcoder = self._objective.transcoder
+        layer = transcoder.share.sources[row]
+        W_enc_FD, own = transcoder.W_enc[str(layer)], transcoder.source_row(layer)
         return ops.encoder_step_(
             merged.own_gradient(row),
             merged.values[own],

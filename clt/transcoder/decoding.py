@@ -32,7 +32,7 @@ Slots = tuple[Tensor, Tensor, Tensor, ops.FeatureCSR | None]
 
 
 def decode(
-    clt: CrossLayerTranscoder,
+    transcoder: CrossLayerTranscoder,
     layer: int,
     values_SBK: Tensor,
     indices_SBK: Tensor,
@@ -42,7 +42,7 @@ def decode(
     """Reconstruction of a target layer; sources trained independently are combined as the settings say.
 
     Args:
-        clt: the transcoder, or one rank's share.
+        transcoder: the transcoder, or one rank's share.
         layer: target layer owned here.
         values_SBK: [S,B,K] activations of this target's sources.
         indices_SBK: [S,B,K] int32 feature numbers.
@@ -52,13 +52,13 @@ def decode(
     Returns:
         [B,D_own] standardised MLP output, the columns owned here.
     """
-    values_SBK, indices_SBK, W_SFD, csr = _slots(clt, layer, values_SBK, indices_SBK, None, shared)
-    b_dec = clt.b_dec[str(layer)]
-    if clt.config.independent is None:
+    values_SBK, indices_SBK, W_SFD, csr = _slots(transcoder, layer, values_SBK, indices_SBK, None, shared)
+    b_dec = transcoder.b_dec[str(layer)]
+    if transcoder.config.independent is None:
         values_SBK, indices_SBK, W_SFD, csr = _in_memory(values_SBK, indices_SBK, W_SFD, csr)
         return ops.decode(values_SBK, indices_SBK, W_SFD, b_dec, skip_BD, csr)
-    weights_S = combination(clt, layer)
-    if clt.config.independent == "nearest":
+    weights_S = combination(transcoder, layer)
+    if transcoder.config.independent == "nearest":
         values_SBK, indices_SBK, W_SFD, b_dec, weights_S = (
             tensor[-1:] for tensor in (values_SBK, indices_SBK, W_SFD, b_dec, weights_S)
         )
@@ -66,11 +66,11 @@ def decode(
     return ops.decode(*slots[:3], weights_S @ b_dec, skip_BD)
 
 
-def combination(clt: CrossLayerTranscoder, layer: int) -> Tensor:
+def combination(transcoder: CrossLayerTranscoder, layer: int) -> Tensor:
     """[S]: how much of each source's own reconstruction of a target the transcoder takes."""
-    n_sources = len(clt.sources_of(layer))
-    ones_S = clt.b_dec[str(layer)].new_ones(n_sources)
-    match clt.config.independent:
+    n_sources = len(transcoder.sources_of(layer))
+    ones_S = transcoder.b_dec[str(layer)].new_ones(n_sources)
+    match transcoder.config.independent:
         case "mean":
             return ones_S / n_sources
         case "nearest":
@@ -79,7 +79,7 @@ def combination(clt: CrossLayerTranscoder, layer: int) -> Tensor:
 
 
 def squared_error(
-    clt: CrossLayerTranscoder,
+    transcoder: CrossLayerTranscoder,
     layer: int,
     values_SBK: Tensor,
     indices_SBK: Tensor,
@@ -93,7 +93,7 @@ def squared_error(
     """Squared error of a reconstruction, or its mean over those of independent sources.
 
     Args:
-        clt: the transcoder, or one rank's share.
+        transcoder: the transcoder, or one rank's share.
         layer: target layer owned here.
         values_SBK: [S,B,K] activations of this target's sources.
         indices_SBK: [S,B,K] int32 feature numbers.
@@ -108,8 +108,8 @@ def squared_error(
         error [], of the channels owned here, and the residual, reconstruction - y, detached: [B,D_own], or [S,B,D_own]
         of independent sources.
     """
-    values_SBK, indices_SBK, W_SFD, csr = _slots(clt, layer, values_SBK, indices_SBK, csr, shared)
-    if clt.config.independent is None:
+    values_SBK, indices_SBK, W_SFD, csr = _slots(transcoder, layer, values_SBK, indices_SBK, csr, shared)
+    if transcoder.config.independent is None:
         values_SBK, indices_SBK, W_SFD, csr = _in_memory(values_SBK, indices_SBK, W_SFD, csr)
         return ops.decode_loss(values_SBK, indices_SBK, W_SFD, b_dec, y, weights_B, skip_BD, csr)
     errors, residuals = [], []
@@ -123,44 +123,44 @@ def squared_error(
     return torch.stack(errors).mean(), torch.stack(residuals)
 
 
-def pair_decoder(clt: CrossLayerTranscoder, source: int, target: int) -> Tensor:
+def pair_decoder(transcoder: CrossLayerTranscoder, source: int, target: int) -> Tensor:
     """[F,D_own]: what each feature of a source adds to the reconstruction of a target per unit of activation."""
-    if clt.config.independent is not None:
-        row = clt.sources_of(target).index(source)
-        return combination(clt, target)[row] * clt.W_dec[str(target)][row]
-    match clt.config.tied_decoders:
+    if transcoder.config.independent is not None:
+        row = transcoder.sources_of(target).index(source)
+        return combination(transcoder, target)[row] * transcoder.W_dec[str(target)][row]
+    match transcoder.config.tied_decoders:
         case "target":
-            return clt.W_dec[str(target)][0]
+            return transcoder.W_dec[str(target)][0]
         case "source":
-            scale_F = clt.target_scale[str(source)][clt.targets_of(source).index(target)]
-            return scale_F[:, None] * clt.W_shared[str(source)]
-    return clt.W_dec[str(target)][clt.sources_of(target).index(source)]
+            scale_F = transcoder.target_scale[str(source)][transcoder.targets_of(source).index(target)]
+            return scale_F[:, None] * transcoder.W_shared[str(source)]
+    return transcoder.W_dec[str(target)][transcoder.sources_of(target).index(source)]
 
 
 def _slots(
-    clt: CrossLayerTranscoder,
+    transcoder: CrossLayerTranscoder,
     layer: int,
     values_SBK: Tensor,
     indices_SBK: Tensor,
     csr: ops.FeatureCSR | None,
     shared: SharedDecoders | None,
 ) -> Slots:
-    match clt.config.tied_decoders:
+    match transcoder.config.tied_decoders:
         case "target":
             merged = (tensor.transpose(0, 1).flatten(1)[None] for tensor in (values_SBK, indices_SBK))
-            return *merged, clt.W_dec[str(layer)], None
+            return *merged, transcoder.W_dec[str(layer)], None
         case "source":
-            W_SFD, scale_SF = _own_shared(clt, layer) if shared is None else shared.into(layer)
+            W_SFD, scale_SF = _own_shared(transcoder, layer) if shared is None else shared.into(layer)
             scaled_SBK: Tensor = _Scaled.apply(values_SBK, scale_SF, indices_SBK)
             return scaled_SBK, indices_SBK, W_SFD, csr
-    return written(clt, layer, values_SBK, indices_SBK), indices_SBK, clt.W_dec[str(layer)], csr
+    return written(transcoder, layer, values_SBK, indices_SBK), indices_SBK, transcoder.W_dec[str(layer)], csr
 
 
-def written(clt: CrossLayerTranscoder, target: int, values_SBK: Tensor, indices_SBK: Tensor) -> Tensor:
+def written(transcoder: CrossLayerTranscoder, target: int, values_SBK: Tensor, indices_SBK: Tensor) -> Tensor:
     """[S,B,K]: factors of the decoder vectors of a target, the activations and, where there are some, offsets."""
-    if not clt.config.feature_offset:
+    if not transcoder.config.feature_offset:
         return values_SBK
-    offset_SBK = _of_slots(clt.offset[str(target)], indices_SBK)
+    offset_SBK = _of_slots(transcoder.offset[str(target)], indices_SBK)
     # An empty slot writes nothing.
     return torch.where(values_SBK == 0, 0, values_SBK + offset_SBK)
 
@@ -172,11 +172,11 @@ def _in_memory(values_SBK: Tensor, indices_SBK: Tensor, W_SFD: Tensor, csr: ops.
     return values_SBK, indices_SBK, W_SFD, csr
 
 
-def _own_shared(clt: CrossLayerTranscoder, target: int) -> tuple[Tensor, Tensor]:
+def _own_shared(transcoder: CrossLayerTranscoder, target: int) -> tuple[Tensor, Tensor]:
     """Copies of the decoders [S,F,D] and scales [S,F] of a target's sources, all of them owned here."""
-    sources = clt.sources_of(target)
-    scales = [clt.target_scale[str(source)][clt.targets_of(source).index(target)] for source in sources]
-    return torch.stack([clt.W_shared[str(source)] for source in sources]), torch.stack(scales)
+    sources = transcoder.sources_of(target)
+    scales = [transcoder.target_scale[str(source)][transcoder.targets_of(source).index(target)] for source in sources]
+    return torch.stack([transcoder.W_shared[str(source)] for source in sources]), torch.stack(scales)
 
 
 class _Scaled(torch.autograd.Function):

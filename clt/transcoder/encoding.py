@@ -22,14 +22,14 @@ if TYPE_CHECKING:
     from clt.transcoder.model import CrossLayerTranscoder
 
 
-def encode(clt: CrossLayerTranscoder, x_LBD: Tensor, k: int, peers: Peers | None) -> SparseCodes:
+def encode(transcoder: CrossLayerTranscoder, x_LBD: Tensor, k: int, peers: Peers | None) -> SparseCodes:
     """Codes of the source layers owned here, by the transcoder's rule.
 
     A step of training has peers and a transcoder in training mode: it updates decoder norms and the running threshold.
     Otherwise the norms are those saved, and batch_topk fires above its running threshold.
 
     Args:
-        clt: the transcoder, or one rank's share.
+        transcoder: the transcoder, or one rank's share.
         x_LBD: [L_own,B,D] standardised encoder inputs of its sources.
         k: as the rule reads it.
         peers: the processes to agree with; None for one that owns all layers.
@@ -40,66 +40,68 @@ def encode(clt: CrossLayerTranscoder, x_LBD: Tensor, k: int, peers: Peers | None
     Raises:
         CheckpointError: the rule has no inference threshold yet.
     """
-    kind, layers = clt.config.sparsity.kind, clt.share.sources
-    trains = peers is not None and clt.training
+    kind, layers = transcoder.config.sparsity.kind, transcoder.share.sources
+    trains = peers is not None and transcoder.training
     peers = peers or Peers()
-    assert peers.mesh or kind != "joint_topk" or len(layers) == clt.n_sources, "joint_topk of a share needs its peers"
-    if trains and clt.config.sparsity.uses_decoder_norm:
-        update_decoder_norms(clt, peers)
+    assert peers.mesh or kind != "joint_topk" or len(layers) == transcoder.n_sources, (
+        "joint_topk of a share needs its peers"
+    )
+    if trains and transcoder.config.sparsity.uses_decoder_norm:
+        update_decoder_norms(transcoder, peers)
     fires_above = kind == "batch_topk" and not trains
     rule = all_positive if fires_above else RULES[kind]
-    codes, threshold = _activate(clt, layers, x_LBD, k, rule, peers, fires_above)
+    codes, threshold = _activate(transcoder, layers, x_LBD, k, rule, peers, fires_above)
     if trains and threshold is not None:
-        _follow(clt, threshold)
+        _follow(transcoder, threshold)
     return codes
 
 
-def encode_layer(clt: CrossLayerTranscoder, layer: int, x_BD: Tensor, k: int) -> tuple[Tensor, Tensor]:
+def encode_layer(transcoder: CrossLayerTranscoder, layer: int, x_BD: Tensor, k: int) -> tuple[Tensor, Tensor]:
     """Codes [B,K] of one layer by itself, as inference needs them; see `encode`."""
-    compares = clt.config.sparsity.kind in ("joint_topk", "batch_topk")
-    rule = all_positive if compares else RULES[clt.config.sparsity.kind]
-    codes, _ = _activate(clt, (layer,), x_BD[None], k, rule, Peers(), compares)
+    compares = transcoder.config.sparsity.kind in ("joint_topk", "batch_topk")
+    rule = all_positive if compares else RULES[transcoder.config.sparsity.kind]
+    codes, _ = _activate(transcoder, (layer,), x_BD[None], k, rule, Peers(), compares)
     return codes.values[0], codes.indices[0]
 
 
 @torch.no_grad()
-def scores_of(clt: CrossLayerTranscoder, layer: int, pre_BF: Tensor) -> Tensor:
+def scores_of(transcoder: CrossLayerTranscoder, layer: int, pre_BF: Tensor) -> Tensor:
     """What rules compare: pre-activations [B,F], weighted by decoder norm where the settings say so."""
-    if not clt.config.sparsity.uses_decoder_norm:
+    if not transcoder.config.sparsity.uses_decoder_norm:
         return pre_BF
-    return pre_BF * clt.decoder_norm[layer].to(pre_BF.dtype)
+    return pre_BF * transcoder.decoder_norm[layer].to(pre_BF.dtype)
 
 
 @torch.no_grad()
-def update_decoder_norms(clt: CrossLayerTranscoder, peers: Peers | None = None) -> None:
+def update_decoder_norms(transcoder: CrossLayerTranscoder, peers: Peers | None = None) -> None:
     """Sets the norms that rank features to those of the decoders; training does it every step.
 
     Args:
-        clt: the transcoder, or one rank's share.
+        transcoder: the transcoder, or one rank's share.
         peers: owners of the other decoders; None for a process that owns all.
     """
     # To float32: sums in another order differ in the last digits of float64, and must not change how features rank.
-    norms_LF = decoder_squares(clt, peers or Peers()).sqrt().to(torch.float32)
-    for layer in clt.share.sources:
-        clt.decoder_norm[layer].copy_(norms_LF[clt.source_row(layer)])
+    norms_LF = decoder_squares(transcoder, peers or Peers()).sqrt().to(torch.float32)
+    for layer in transcoder.share.sources:
+        transcoder.decoder_norm[layer].copy_(norms_LF[transcoder.source_row(layer)])
 
 
-def decoder_squares(clt: CrossLayerTranscoder, peers: Peers) -> Tensor:
+def decoder_squares(transcoder: CrossLayerTranscoder, peers: Peers) -> Tensor:
     """Squared norm of every feature's decoder vectors over all its targets, [L,F] float64, differentiable.
 
     In float64, so that the norms are the same numbers however the decoders are dealt. One all-reduce forward, and one
     backward.
     """
-    device = next(clt.parameters()).device
-    squares_LF = torch.zeros(clt.n_sources, clt.config.n_features, dtype=torch.float64, device=device)
-    for name, W_SFD in clt.W_dec.items():
-        rows = clt.source_rows(int(name))
+    device = next(transcoder.parameters()).device
+    squares_LF = torch.zeros(transcoder.n_sources, transcoder.config.n_features, dtype=torch.float64, device=device)
+    for name, W_SFD in transcoder.W_dec.items():
+        rows = transcoder.source_rows(int(name))
         # Of a matrix that all sources share, each feature counts for every source.
         squares_SF = _RowSquares.apply(W_SFD).expand(rows.stop - rows.start, -1)
-        squares_LF = squares_LF + _placed(squares_SF, rows.start, clt.n_sources)
-    for name, W_FD in clt.W_shared.items():
-        squares_F = clt.target_scale[name].double().square().sum(dim=0) * _RowSquares.apply(W_FD)
-        squares_LF = squares_LF + _placed(squares_F[None], clt.source_row(int(name)), clt.n_sources)
+        squares_LF = squares_LF + _placed(squares_SF, rows.start, transcoder.n_sources)
+    for name, W_FD in transcoder.W_shared.items():
+        squares_F = transcoder.target_scale[name].double().square().sum(dim=0) * _RowSquares.apply(W_FD)
+        squares_LF = squares_LF + _placed(squares_F[None], transcoder.source_row(int(name)), transcoder.n_sources)
     summed: Tensor = _SumOverPeers.apply(squares_LF, peers)
     return summed
 
@@ -145,7 +147,7 @@ def in_window(values_BK: Tensor, thresholds_BK: Tensor, bandwidth: float) -> Ten
 
 
 def _activate(
-    clt: CrossLayerTranscoder,
+    transcoder: CrossLayerTranscoder,
     layers: Sequence[int],
     x_LBD: Tensor,
     k: int,
@@ -155,12 +157,12 @@ def _activate(
 ) -> tuple[SparseCodes, Tensor | None]:
     """Codes of some layers by a rule, and the rule's threshold."""
     with torch.no_grad():
-        pre = [ops.preactivations(x, *clt.encoder(layer)) for layer, x in zip(layers, x_LBD, strict=True)]
-        empty = x_LBD.new_zeros(0, x_LBD.shape[1], clt.config.n_features)
-        own = [_eligible(clt, layer, pre_BF, fires_above) for layer, pre_BF in zip(layers, pre, strict=True)]
-        rows = tuple(clt.source_row(layer) for layer in layers)
+        pre = [ops.preactivations(x, *transcoder.encoder(layer)) for layer, x in zip(layers, x_LBD, strict=True)]
+        empty = x_LBD.new_zeros(0, x_LBD.shape[1], transcoder.config.n_features)
+        own = [_eligible(transcoder, layer, pre_BF, fires_above) for layer, pre_BF in zip(layers, pre, strict=True)]
+        rows = tuple(transcoder.source_row(layer) for layer in layers)
         own_LBF = torch.stack(own) if own else empty
-        selected = rule(Scores(own_LBF=own_LBF, rows=rows, n_layers=clt.n_sources, peers=peers), k)
+        selected = rule(Scores(own_LBF=own_LBF, rows=rows, n_layers=transcoder.n_sources, peers=peers), k)
         del own, own_LBF
         picked = [
             _pick(pre_BF, scores_BK, indices_BK)
@@ -169,29 +171,29 @@ def _activate(
         del pre
     values = []
     for layer, x_BD, picked_BK, indices_BK in zip(layers, x_LBD, picked, selected.indices_LBK, strict=True):
-        values_BK = ops.encode_selected(x_BD, *clt.encoder(layer), picked_BK, indices_BK)
-        if str(layer) in clt.log_threshold:
-            bandwidth = clt.config.sparsity.bandwidth
-            values_BK = jump(values_BK, clt.log_threshold[str(layer)], indices_BK, bandwidth)
+        values_BK = ops.encode_selected(x_BD, *transcoder.encoder(layer), picked_BK, indices_BK)
+        if str(layer) in transcoder.log_threshold:
+            bandwidth = transcoder.config.sparsity.bandwidth
+            values_BK = jump(values_BK, transcoder.log_threshold[str(layer)], indices_BK, bandwidth)
         values.append(values_BK)
     values_LBK = torch.stack(values) if values else selected.scores_LBK
-    codes = SparseCodes(values=values_LBK, indices=selected.indices_LBK, n_features=clt.config.n_features)
+    codes = SparseCodes(values=values_LBK, indices=selected.indices_LBK, n_features=transcoder.config.n_features)
     return codes, selected.threshold
 
 
-def _eligible(clt: CrossLayerTranscoder, layer: int, pre_BF: Tensor, fires_above: bool) -> Tensor:
+def _eligible(transcoder: CrossLayerTranscoder, layer: int, pre_BF: Tensor, fires_above: bool) -> Tensor:
     """Scores of a layer, 0 for what its thresholds exclude."""
-    scores_BF = scores_of(clt, layer, pre_BF)
-    if clt.config.sparsity.kind != "topk":
+    scores_BF = scores_of(transcoder, layer, pre_BF)
+    if transcoder.config.sparsity.kind != "topk":
         scores_BF = _one_nan(scores_BF)
-    if str(layer) in clt.log_threshold:
-        return scores_BF.masked_fill(scores_BF <= clt.log_threshold[str(layer)].exp(), 0)
+    if str(layer) in transcoder.log_threshold:
+        return scores_BF.masked_fill(scores_BF <= transcoder.log_threshold[str(layer)].exp(), 0)
     if fires_above:
-        threshold = clt.threshold[layer]
+        threshold = transcoder.threshold[layer]
         if bool(threshold.isnan()):
             raise CheckpointError(
-                f"sparsity.kind={clt.config.sparsity.kind}: the transcoder has no threshold for a layer by itself; "
-                "set one with clt.convert.thresholds.calibrate_threshold, or convert it with "
+                f"sparsity.kind={transcoder.config.sparsity.kind}: the transcoder has no threshold for a layer by "
+                "itself; set one with clt.convert.thresholds.calibrate_threshold, or convert it with "
                 "clt.convert.thresholds.to_jumprelu"
             )
         return scores_BF.masked_fill(scores_BF <= threshold.to(scores_BF.dtype), 0)
@@ -213,11 +215,11 @@ def _pick(pre_BF: Tensor, scores_BK: Tensor, indices_BK: Tensor) -> Tensor:
 
 
 @torch.no_grad()
-def _follow(clt: CrossLayerTranscoder, threshold: Tensor) -> None:
+def _follow(transcoder: CrossLayerTranscoder, threshold: Tensor) -> None:
     """Moves the running threshold towards that of a step; the first one is taken as it is."""
-    for layer in clt.share.sources:
-        old, new = clt.threshold[layer], threshold.to(torch.float64)
-        followed = torch.where(old.isnan(), new, torch.lerp(new, old, clt.config.sparsity.threshold_decay))
+    for layer in transcoder.share.sources:
+        old, new = transcoder.threshold[layer], threshold.to(torch.float64)
+        followed = torch.where(old.isnan(), new, torch.lerp(new, old, transcoder.config.sparsity.threshold_decay))
         # A step that is not finite is skipped by all ranks, and leaves no trace here either.
         old.copy_(torch.where(new.isfinite(), followed, old))
 

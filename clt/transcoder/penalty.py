@@ -30,12 +30,12 @@ _LEAST_SQUARE = 1e-24
 
 
 def sparsity_loss(
-    clt: CrossLayerTranscoder, codes: SparseCodes, weight: float, peers: Peers, weights_B: Tensor | None = None
+    transcoder: CrossLayerTranscoder, codes: SparseCodes, weight: float, peers: Peers, weights_B: Tensor | None = None
 ) -> tuple[Tensor, Tensor]:
     """The weighted penalty of the source layers owned here; all ranks of the model group must call it.
 
     Args:
-        clt: the transcoder, or one rank's share, of the kind jumprelu or relu.
+        transcoder: the transcoder, or one rank's share, of the kind jumprelu or relu.
         codes: [L_own,B,K] its codes.
         weight: of the penalty at this step.
         peers: owners of the other layers.
@@ -45,24 +45,24 @@ def sparsity_loss(
         this rank's share of the loss [], to be added to that of the squared error, and the share of the penalty
         itself [], without its weight and detached; both summed over the model group are those of the transcoder.
     """
-    settings, F = clt.config.sparsity, codes.n_features
-    squares_LF = decoder_squares(clt, peers)
+    settings, F = transcoder.config.sparsity, codes.n_features
+    squares_LF = decoder_squares(transcoder, peers)
     tokens = codes.values.shape[1]
     if weights_B is None:
         weights_B = codes.values.new_full((tokens,), 1 / max(1, tokens))
     # Reading the squares, if only none of their rows, puts their all-reduce into every rank's backward pass.
     penalty = squares_LF[[]].sum().to(codes.values.dtype)
     correction = torch.zeros_like(penalty)
-    for row, layer in enumerate(clt.share.sources):
+    for row, layer in enumerate(transcoder.share.sources):
         values_BK, indices_BK = codes.values[row], codes.indices[row]
-        squares_F = squares_LF[clt.source_row(layer)]
+        squares_F = squares_LF[transcoder.source_row(layer)]
         norm_F = squares_F.clamp(min=_LEAST_SQUARE).sqrt().to(values_BK.dtype)
         tanh_BK: Tensor = _TanhPenalty.apply(values_BK, norm_F, indices_BK, settings.penalty_scale)
-        penalty = penalty + tanh_BK.sum(dim=1) @ weights_B / clt.n_sources_of_model
-        if str(layer) not in clt.log_threshold:
+        penalty = penalty + tanh_BK.sum(dim=1) @ weights_B / transcoder.n_sources_of_model
+        if str(layer) not in transcoder.log_threshold:
             continue
-        log_threshold_F = clt.log_threshold[str(layer)]
-        owed_F = _owed(clt, codes, row, squares_F.detach(), weight, weights_B)
+        log_threshold_F = transcoder.log_threshold[str(layer)]
+        owed_F = _owed(transcoder, codes, row, squares_F.detach(), weight, weights_B)
         assert owed_F.shape == (F,)
         # A threshold of infinity, of a feature that never fires, has no gradient.
         finite_F = log_threshold_F.masked_fill(log_threshold_F.isinf(), 0)
@@ -73,18 +73,18 @@ def sparsity_loss(
 
 @torch.no_grad()
 def _owed(
-    clt: CrossLayerTranscoder, codes: SparseCodes, row: int, squares_F: Tensor, weight: float, weights_B: Tensor
+    transcoder: CrossLayerTranscoder, codes: SparseCodes, row: int, squares_F: Tensor, weight: float, weights_B: Tensor
 ) -> Tensor:
     """[F]: what the gradient of each log threshold lacks after `encoding.jump`."""
-    settings, layer = clt.config.sparsity, clt.share.sources[row]
+    settings, layer = transcoder.config.sparsity, transcoder.share.sources[row]
     values_BK, indices_BK = codes.values[row].detach(), codes.indices[row]
     chosen = indices_BK.long()
-    t_BK = clt.log_threshold[str(layer)].detach().exp()[chosen]
+    t_BK = transcoder.log_threshold[str(layer)].detach().exp()[chosen]
     squares_BK = squares_F.to(values_BK.dtype)[chosen]
     c_BK = settings.penalty_scale * squares_BK.clamp(min=_LEAST_SQUARE).sqrt()
-    half_curvature_BK = squares_BK * (error_weight(clt.config) / clt.config.d_model)
+    half_curvature_BK = squares_BK * (error_weight(transcoder.config) / transcoder.config.d_model)
     at_threshold_BK = torch.tanh(c_BK * t_BK) - t_BK * c_BK / torch.cosh(c_BK * values_BK).square()
-    gain_BK = -t_BK.square() * half_curvature_BK + weight / clt.n_sources_of_model * at_threshold_BK
+    gain_BK = -t_BK.square() * half_curvature_BK + weight / transcoder.n_sources_of_model * at_threshold_BK
     amounts_BK = -(t_BK / settings.bandwidth) * gain_BK * weights_B[:, None]
     amounts_BK = torch.where(in_window(values_BK, t_BK, settings.bandwidth), amounts_BK, 0)
     return sum_by_feature(amounts_BK, values_BK, indices_BK, codes.n_features)

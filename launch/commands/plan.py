@@ -100,10 +100,10 @@ def make_plan(request: PlanRequest) -> PlanReport:
         raise ConfigError(f"--numerics {request.numerics}: no such kind; take one of {', '.join(NUMERICS)}")
     config = load_config(TrainConfig, request.config, request.overrides)
     n_layers, d_model = dimensions(config, request.model)
-    clt = CLTConfig.resolve(config.clt, n_layers, d_model)
+    architecture = CLTConfig.resolve(config.clt, n_layers, d_model)
     chosen = plan(
         config,
-        clt,
+        architecture,
         MACHINES[request.gpu],
         world=request.gpus,
         tokens=request.tokens,
@@ -147,8 +147,11 @@ def dimensions(config: TrainConfig, model: str | None) -> tuple[int, int]:
 
 
 def _decoders_text(p: Plan) -> str:
-    clt, matrices = p.job.clt, decoder_matrices(p.job.clt, LayerShare.everything(p.job.clt))
-    tied = f", tied for {p.pairs:,} sources and targets" if clt.tied_decoders else ""
+    architecture, matrices = (
+        p.job.architecture,
+        decoder_matrices(p.job.architecture, LayerShare.everything(p.job.architecture)),
+    )
+    tied = f", tied for {p.pairs:,} sources and targets" if architecture.tied_decoders else ""
     return f"{matrices:,} of [F,D]{tied}"
 
 
@@ -235,11 +238,12 @@ def _smallest_text(report: PlanReport) -> str:
 
 
 def _architecture(job: Job) -> str:
-    clt = job.clt
-    targets = f"{clt.n_targets} target layers" if clt.n_targets else "all targets"
-    first = "its own layer" if clt.first_offset == 0 else "the next layer"
+    architecture = job.architecture
+    targets = f"{architecture.n_targets} target layers" if architecture.n_targets else "all targets"
+    first = "its own layer" if architecture.first_offset == 0 else "the next layer"
     return (
-        f"{clt.n_layers} layers of {clt.d_model:,}; {clt.n_features:,} features each, {clt.sparsity.kind} k={clt.k}, "
+        f"{architecture.n_layers} layers of {architecture.d_model:,}; {architecture.n_features:,} features each, "
+        f"{architecture.sparsity.kind} k={architecture.k}, "
         f"{targets} from {first} on"
     )
 

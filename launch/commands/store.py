@@ -264,7 +264,7 @@ def export_pt(
         int | None, typer.Option(help="activations: most target layers of a source layer. [default: 16]")
     ] = None,
     batch_samples: Annotated[int | None, typer.Option(help="activations: samples of a file. [default: 1]")] = None,
-    clt: Annotated[Path | None, typer.Option(help="samples: checkpoint whose features are pooled.")] = None,
+    transcoder: Annotated[Path | None, typer.Option(help="samples: checkpoint whose features are pooled.")] = None,
     dtype: Annotated[
         Literal["float16", "bfloat16", "float32"] | None, typer.Option(help="Type of the tensors. [default: as stored]")
     ] = None,
@@ -279,14 +279,16 @@ def export_pt(
         numbers = {"n_targets": n_targets, "batch_samples": batch_samples}
         given = {name: value for name, value in numbers.items() if value is not None}
         if layout == "activations":
-            if clt is not None:
+            if transcoder is not None:
                 raise ConfigError("--clt: needs --layout samples; the layout 'activations' holds no features")
             return export_text(
                 export_activations(open_store(path), out, dtype=dtype, read_site=read_site, **given), out
             )
         for name in given:
             raise ConfigError(f"--{name.replace('_', '-')}: needs --layout activations; leave it out")
-        return export_text(export_samples(open_store(path), out, clt=clt, dtype=dtype, read_site=read_site), out)
+        return export_text(
+            export_samples(open_store(path), out, transcoder=transcoder, dtype=dtype, read_site=read_site), out
+        )
 
     _run(work)
 

@@ -89,7 +89,7 @@ def build_graph(
         model=ModelIdentity(
             name="toy", revision="local", architecture="Llava", n_layers=n_layers, d_model=16, fingerprint="ab" * 32
         ),
-        clt=CLTConfig(n_features=7, k=2, n_layers=n_layers, d_model=16),
+        architecture=CLTConfig(n_features=7, k=2, n_layers=n_layers, d_model=16),
         clt_fingerprint="cd" * 32,
     )
 
@@ -190,10 +190,15 @@ def build_random_clt(adapter: ModelAdapter, **settings: object) -> CrossLayerTra
         mean_y=0.1 * torch.randn(layers, width, generator=generator),
         rms_y=0.5 + torch.rand(layers, generator=generator),
     )
-    clt = CrossLayerTranscoder(config, scaling, seed=3, provenance=Provenance(model=adapter.identity))
+    transcoder = CrossLayerTranscoder(config, scaling, seed=3, provenance=Provenance(model=adapter.identity))
     with torch.no_grad():
-        sizes = [(clt.W_dec, 0.1), (clt.b_enc, 0.3), (clt.b_dec, 0.1), (clt.W_skip, 0.1)]
-        for group, size in (*sizes, (clt.W_shared, 0.1), (clt.target_scale, 1.0), (clt.offset, 1.0)):
+        sizes = [(transcoder.W_dec, 0.1), (transcoder.b_enc, 0.3), (transcoder.b_dec, 0.1), (transcoder.W_skip, 0.1)]
+        for group, size in (
+            *sizes,
+            (transcoder.W_shared, 0.1),
+            (transcoder.target_scale, 1.0),
+            (transcoder.offset, 1.0),
+        ):
             for parameter in group.values():
                 parameter.copy_(size * torch.randn(parameter.shape, generator=generator))
-    return clt.to(adapter.dtype)
+    return transcoder.to(adapter.dtype)

@@ -47,18 +47,18 @@ def test_recorded_errors_make_the_replacement_model_the_model(name, make_random_
 @pytest.mark.parametrize("name", list(MODELS))
 def test_edges_are_what_interventions_measure_or_attribution_is_refused_in_one_line(name, make_random_clt):
     adapter = make_adapter(name)
-    inputs, clt = question(name, adapter), make_random_clt(adapter)
+    inputs, transcoder = question(name, adapter), make_random_clt(adapter)
     settings = AttributionSettings(max_feature_nodes=8)
     if name in REFUSED:
         with pytest.raises(ModelError, match=REFUSED[name]) as error:
-            attribute(adapter, clt, inputs, settings)
+            attribute(adapter, transcoder, inputs, settings)
         assert "\n" not in str(error.value)
         return
-    graph = attribute(adapter, clt, inputs, settings)
+    graph = attribute(adapter, transcoder, inputs, settings)
     # Every row sums to its value: nothing that acts is missing. float32.
     scale = graph.edges.abs().sum(1)
     assert ((graph.edges.sum(1) - graph.row_values).abs() <= 1e-4 * scale).all()
-    report = check_edges(adapter, clt, inputs, graph, n_edges=12, per_kind=3)
+    report = check_edges(adapter, transcoder, inputs, graph, n_edges=12, per_kind=3)
     # The graph is float32, the interventions run in float64.
     assert max(report.max_rel_error, report.column_max_rel_error) <= 1e-5
     # LLaVA's image processor crops the centre.

@@ -94,10 +94,10 @@ def test_every_row_sums_to_its_targets_value_with_an_image_in_float32(toy_graph)
 
 
 def test_features_are_those_of_the_transcoder_where_it_looks(toy_adapter, toy_inputs, toy_graph, make_random_clt):
-    clt = make_random_clt(toy_adapter, n_features=64, drop_bos=True)
+    transcoder = make_random_clt(toy_adapter, n_features=64, drop_bos=True)
     nodes, n = toy_graph.nodes, toy_graph.n_features
     x_LSD = record(toy_adapter, toy_inputs, "resid_mid").read
-    codes = clt.encode(clt.scaling.standardise_x(x_LSD, (0, 1, 2, 3)))
+    codes = transcoder.encode(transcoder.scaling.standardise_x(x_LSD, (0, 1, 2, 3)))
     bos = toy_inputs.tokens.modality[0] == Modality.BOS
     assert int(bos.sum()) == 1
     expected = codes.values.masked_fill(bos[None, :, None], 0)
@@ -204,11 +204,11 @@ def test_a_cap_lowers_scores_by_no_more_than_the_share_it_reports(adapter, input
 
 
 def test_a_prompt_without_active_features_has_a_graph(adapter, inputs, make_random_clt):
-    clt = make_random_clt(adapter)
+    transcoder = make_random_clt(adapter)
     with torch.no_grad():
-        for bias in clt.b_enc.values():
+        for bias in transcoder.b_enc.values():
             bias.fill_(-1e4)
-    graph = attribute(adapter, clt, inputs)
+    graph = attribute(adapter, transcoder, inputs)
     assert graph.n_features == 0
     assert row_sum_error(graph) < 1e-10
     assert 0 < score(graph).replacement < 1
@@ -252,10 +252,10 @@ def test_the_box_of_a_picture_is_what_the_centre_crop_leaves():
 
 
 def test_another_models_transcoder_is_refused(adapter, inputs, make_random_clt):
-    clt = make_random_clt(adapter)
-    clt.provenance = Provenance(model=replace(adapter.identity, fingerprint="0" * 64, name="other"))
+    transcoder = make_random_clt(adapter)
+    transcoder.provenance = Provenance(model=replace(adapter.identity, fingerprint="0" * 64, name="other"))
     with pytest.raises(CheckpointError, match="other"):
-        attribute(adapter, clt, inputs)
+        attribute(adapter, transcoder, inputs)
 
 
 def test_features_that_read_what_they_write_are_refused(adapter, inputs, make_random_clt):

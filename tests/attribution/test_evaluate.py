@@ -62,8 +62,8 @@ def test_same_top1_compares_the_likeliest_token():
 
 
 def test_report_equals_one_prompt_at_a_time_in_float64(toy_adapter, make_random_clt):
-    clt, inputs = make_random_clt(toy_adapter), prepared(toy_adapter, 7)
-    model = ReplacementModel(toy_adapter, clt)
+    transcoder, inputs = make_random_clt(toy_adapter), prepared(toy_adapter, 7)
+    model = ReplacementModel(toy_adapter, transcoder)
     kl, top1, demeaned, missed, text_kl, text_top1, gap = [], [], [], [], [], [], []
     for prompt in inputs:
         original, replaced = toy_adapter.forward(prompt)[0].double(), model.forward(prompt)[0].double()
@@ -84,7 +84,7 @@ def test_report_equals_one_prompt_at_a_time_in_float64(toy_adapter, make_random_
                 demeaned.append(original[position] - original[position].mean())
                 missed.append(demeaned[-1] - replaced[position] + replaced[position].mean())
     variation = (torch.stack(demeaned) - torch.stack(demeaned).mean(0)).square().sum()
-    report = evaluate_replacement(toy_adapter, clt, inputs, batch_size=3)
+    report = evaluate_replacement(toy_adapter, transcoder, inputs, batch_size=3)
     assert (report.num_prompts, report.num_answer_positions) == (7, len(kl))
     assert report.num_text_positions == len(text_kl)
     assert report.top1_agreement == sum(top1) / len(top1)
@@ -99,8 +99,10 @@ def test_report_equals_one_prompt_at_a_time_in_float64(toy_adapter, make_random_
 
 
 def test_report_does_not_depend_on_the_batch_size(toy_adapter, make_random_clt):
-    clt, inputs = make_random_clt(toy_adapter), prepared(toy_adapter, 5)
-    one, all_together = (evaluate_replacement(toy_adapter, clt, iter(inputs), batch_size=size) for size in (1, 8))
+    transcoder, inputs = make_random_clt(toy_adapter), prepared(toy_adapter, 5)
+    one, all_together = (
+        evaluate_replacement(toy_adapter, transcoder, iter(inputs), batch_size=size) for size in (1, 8)
+    )
     assert one.top1_agreement == all_together.top1_agreement
     assert one.num_text_positions == all_together.num_text_positions
     for name in ("kl", "fvu_logits", "text_kl"):
@@ -114,8 +116,8 @@ def test_a_transcoder_that_is_exact_agrees_exactly(toy_adapter):
         layer.mlp.down_proj.weight.zero_()
     silent = ModelAdapter(model, toy_adapter)
     config = CLTConfig(n_features=8, k=2, n_layers=silent.n_layers, d_model=silent.d_model)
-    clt = CrossLayerTranscoder(config, Scaling.identity(config.n_layers, config.d_model))
-    report = evaluate_replacement(silent, clt, prepared(silent, 3))
+    transcoder = CrossLayerTranscoder(config, Scaling.identity(config.n_layers, config.d_model))
+    report = evaluate_replacement(silent, transcoder, prepared(silent, 3))
     assert (report.top1_agreement, report.kl, report.fvu_logits, report.ce_gap) == (1.0, 0.0, 0.0, 0.0)
     assert (report.text_top1_agreement, report.text_kl) == (1.0, 0.0)
 
@@ -132,27 +134,27 @@ def test_text_positions_are_text_tokens_that_a_token_follows(toy_adapter):
 
 
 def test_prompts_without_answers_and_empty_inputs_are_refused(toy_adapter, make_random_clt):
-    clt = make_random_clt(toy_adapter)
+    transcoder = make_random_clt(toy_adapter)
     mixed = [*prepared(toy_adapter, 1), *prepared(toy_adapter, 1, answers=False)]
     with pytest.raises(InputError, match="no answer"):
-        evaluate_replacement(toy_adapter, clt, mixed)
+        evaluate_replacement(toy_adapter, transcoder, mixed)
     with pytest.raises(InputError, match="no prompts"):
-        evaluate_replacement(toy_adapter, clt, [])
+        evaluate_replacement(toy_adapter, transcoder, [])
 
 
 def test_logits_that_are_not_finite_are_refused(toy_adapter, make_random_clt):
-    clt = make_random_clt(toy_adapter)
+    transcoder = make_random_clt(toy_adapter)
     with torch.no_grad():
-        clt.b_dec["3"][0] = torch.nan
+        transcoder.b_dec["3"][0] = torch.nan
     with pytest.raises(NonFiniteError, match="not finite"):
-        evaluate_replacement(toy_adapter, clt, prepared(toy_adapter, 1))
+        evaluate_replacement(toy_adapter, transcoder, prepared(toy_adapter, 1))
 
 
 def test_a_transcoder_of_another_model_is_refused(toy_adapter, make_random_clt):
-    clt = make_random_clt(toy_adapter)
-    clt.provenance = Provenance(model=replace(toy_adapter.identity, fingerprint="f" * 64))
+    transcoder = make_random_clt(toy_adapter)
+    transcoder.provenance = Provenance(model=replace(toy_adapter.identity, fingerprint="f" * 64))
     with pytest.raises(CheckpointError, match="trained on"):
-        evaluate_replacement(toy_adapter, clt, prepared(toy_adapter, 1))
+        evaluate_replacement(toy_adapter, transcoder, prepared(toy_adapter, 1))
 
 
 def test_parts_divide_target_layers_evenly_and_know_modalities():
@@ -174,14 +176,14 @@ def test_partial_replacement_changes_the_chosen_layers_and_tokens_only(toy_adapt
     def reader(layer):
         def read_site(x_NSD):
             read[layer] = x_NSD.flatten(0, 1)
-            codes[layer] = model.clt.encode_layer(layer, read[layer])
+            codes[layer] = model.transcoder.encode_layer(layer, read[layer])
             return x_NSD
 
         return read_site
 
     def write(own_NSD):
         values, indices = (torch.stack(part) for part in zip(codes[0], codes[1], strict=True))
-        found = model.clt.decode_layer(1, values, indices, read[1]).reshape(own_NSD.shape)
+        found = model.transcoder.decode_layer(1, values, indices, read[1]).reshape(own_NSD.shape)
         return torch.where(image[..., None], found, own_NSD)
 
     edits = {f"lm.{layer}.resid_mid": reader(layer) for layer in (0, 1)} | {"lm.1.mlp_out": write}
@@ -194,10 +196,10 @@ def test_partial_replacement_changes_the_chosen_layers_and_tokens_only(toy_adapt
 
 
 def test_parts_are_compared_at_answer_positions(toy_adapter, make_random_clt):
-    clt, inputs = make_random_clt(toy_adapter), prepared(toy_adapter, 4)
+    transcoder, inputs = make_random_clt(toy_adapter), prepared(toy_adapter, 4)
     whole = tuple(range(toy_adapter.n_layers))
     comparison = Comparison(
-        ReplacementModel(toy_adapter, clt),
+        ReplacementModel(toy_adapter, transcoder),
         (Part(name="all", targets=whole), Part(name="none", modalities=(Modality.PAD,))),
     )
     comparison.add(toy_adapter.collate(inputs))

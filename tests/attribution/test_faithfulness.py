@@ -36,8 +36,8 @@ def toy_case(toy_adapter, make_random_clt):
     """The toy model with an image, a transcoder, its prompt and its graph."""
     example = toy_examples(1, seed=21)[0]
     inputs = toy_adapter.prepare(example.prompt, example.images)
-    clt = make_random_clt(toy_adapter, n_features=256, k=8)
-    return toy_adapter, clt, inputs, attribute(toy_adapter, clt, inputs)
+    transcoder = make_random_clt(toy_adapter, n_features=256, k=8)
+    return toy_adapter, transcoder, inputs, attribute(toy_adapter, transcoder, inputs)
 
 
 @pytest.fixture(scope="module")
@@ -48,10 +48,10 @@ def small_report(toy_case):
 @pytest.mark.parametrize("settings", ARCHITECTURES, ids=str)
 def test_every_column_equals_its_intervention_in_float64(make_tiny_llama, make_random_clt, settings):
     adapter = make_tiny_llama()
-    clt = make_random_clt(adapter, **settings)
+    transcoder = make_random_clt(adapter, **settings)
     inputs = adapter.prepare("s i x t h")
-    graph = attribute(adapter, clt, inputs, AttributionSettings(targets=TARGETS))
-    measuring = MeasuringModel(adapter, clt, inputs, graph)
+    graph = attribute(adapter, transcoder, inputs, AttributionSettings(targets=TARGETS))
+    measuring = MeasuringModel(adapter, transcoder, inputs, graph)
     measured = torch.stack([measuring.effect(source) for source in range(len(graph.nodes))], dim=1)
     kinds = set(graph.nodes.kind[(measured != 0).any(0)].tolist())
     assert kinds == {NodeKind.FEATURE, NodeKind.ERROR, NodeKind.TEXT, NodeKind.BIAS}
@@ -90,41 +90,41 @@ def test_the_report_holds_distinct_edges_of_the_graph_that_are_not_zero(toy_case
 
 @pytest.mark.parametrize("kind", [NodeKind.FEATURE, NodeKind.ERROR, NodeKind.TEXT, NodeKind.IMAGE, NodeKind.BIAS])
 def test_wrong_columns_of_one_kind_are_found(toy_case, kind):
-    adapter, clt, inputs, graph = toy_case
+    adapter, transcoder, inputs, graph = toy_case
     edges = graph.edges.clone()
     edges[:, graph.nodes.is_kind(kind)] *= 1.01
-    report = check_edges(adapter, clt, inputs, replace(graph, edges=edges), n_edges=10, per_kind=5)
+    report = check_edges(adapter, transcoder, inputs, replace(graph, edges=edges), n_edges=10, per_kind=5)
     for item in report.by_kind:
         assert (item.max_rel_error > 1e-5) == (item.kind == kind)
     assert row_sum_error(replace(graph, edges=edges)) > 1e-5
 
 
 def test_a_missing_edge_is_found_in_its_column(toy_case):
-    adapter, clt, inputs, graph = toy_case
+    adapter, transcoder, inputs, graph = toy_case
     edges = graph.edges.clone()
     bias = graph.nodes.is_kind(NodeKind.BIAS) & (graph.nodes.feature == BiasKind.DECODER)
     edges[-1, bias] = 0
-    report = check_edges(adapter, clt, inputs, replace(graph, edges=edges), n_edges=5, per_kind=20)
+    report = check_edges(adapter, transcoder, inputs, replace(graph, edges=edges), n_edges=5, per_kind=20)
     assert report.column_max_rel_error > 1e-4
 
 
 def test_a_graph_of_a_text_model_has_no_image_edges_to_draw(make_tiny_llama, make_random_clt):
     adapter = make_tiny_llama(bias=False, dtype=torch.float32)
-    clt, inputs = make_random_clt(adapter), adapter.prepare("a b c d e f g h i j")
-    report = check_edges(adapter, clt, inputs, attribute(adapter, clt, inputs))
+    transcoder, inputs = make_random_clt(adapter), adapter.prepare("a b c d e f g h i j")
+    report = check_edges(adapter, transcoder, inputs, attribute(adapter, transcoder, inputs))
     assert {item.kind for item in report.by_kind} == set(NodeKind) - {NodeKind.LOGIT, NodeKind.IMAGE}
     assert report.max_rel_error <= 1e-5
 
 
 def test_graphs_of_another_prompt_model_or_transcoder_are_refused(make_tiny_llama, make_random_clt):
     adapter = make_tiny_llama()
-    clt, inputs = make_random_clt(adapter), adapter.prepare("a b c")
-    graph = attribute(adapter, clt, inputs)
+    transcoder, inputs = make_random_clt(adapter), adapter.prepare("a b c")
+    graph = attribute(adapter, transcoder, inputs)
     with pytest.raises(GraphError, match="not of 'a b d'"):
-        check_edges(adapter, clt, adapter.prepare("a b d"), graph)
+        check_edges(adapter, transcoder, adapter.prepare("a b d"), graph)
     with pytest.raises(GraphError, match="not with"):
-        check_edges(make_tiny_llama(n_layers=2), clt, inputs, graph)
-    for weight in clt.W_enc.values():
+        check_edges(make_tiny_llama(n_layers=2), transcoder, inputs, graph)
+    for weight in transcoder.W_enc.values():
         weight.data *= 1.5
     with pytest.raises(GraphError, match="not those of this model, transcoder"):
-        check_edges(adapter, clt, inputs, graph)
+        check_edges(adapter, transcoder, inputs, graph)

@@ -37,6 +37,6 @@ def test_graph_and_interventions_are_those_of_the_loaded_transcoder(
     assert fingerprint(lazy) == fingerprint(loaded) == found.clt_fingerprint
     models = ReplacementModel(adapter, lazy), ReplacementModel(adapter, loaded)
     if not lazy.has_variants:
-        assert all(isinstance(W_SFD, MappedDecoder) for W_SFD in models[0].clt.W_dec.values())
+        assert all(isinstance(W_SFD, MappedDecoder) for W_SFD in models[0].transcoder.W_dec.values())
     change = [Intervention(layer=0, feature=1, value=2.0)]
     torch.testing.assert_close(models[0].forward(inputs, change), models[1].forward(inputs, change), rtol=0, atol=1e-10)

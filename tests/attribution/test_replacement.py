@@ -45,49 +45,49 @@ def prepared(adapter, count=1, seed=11, answer=False):
     return [adapter.prepare(e.prompt, e.images, e.answer if answer else None) for e in examples]
 
 
-def standardised(clt, layer, x):
+def standardised(transcoder, layer, x):
     """What the encoder of a layer sees of raw inputs [...,D]."""
-    if clt.config.layer_norm:
+    if transcoder.config.layer_norm:
         centred = x - x.mean(-1, keepdim=True)
         return centred / (centred.square().mean(-1, keepdim=True) + 1e-5).sqrt()
-    return (x - clt.scaling.mean_x[layer]) / clt.scaling.rms_x[layer]
+    return (x - transcoder.scaling.mean_x[layer]) / transcoder.scaling.rms_x[layer]
 
 
-def dense_codes(clt, layer, x):
+def dense_codes(transcoder, layer, x):
     """Activations of raw inputs as a dense [...,F] tensor."""
-    x = standardised(clt, layer, x)
-    z = (x @ clt.W_enc[str(layer)].T + clt.b_enc[str(layer)]).relu()
-    if clt.config.sparsity.has_penalty:
-        thresholds = clt.log_threshold[str(layer)].exp() if str(layer) in clt.log_threshold else 0
+    x = standardised(transcoder, layer, x)
+    z = (x @ transcoder.W_enc[str(layer)].T + transcoder.b_enc[str(layer)]).relu()
+    if transcoder.config.sparsity.has_penalty:
+        thresholds = transcoder.log_threshold[str(layer)].exp() if str(layer) in transcoder.log_threshold else 0
         return torch.where(z > thresholds, z, 0)
-    kth = z.topk(clt.config.k).values[..., -1:]
+    kth = z.topk(transcoder.config.k).values[..., -1:]
     return torch.where(z >= kth, z, 0)
 
 
-def reference_logits(adapter, clt, inputs):
+def reference_logits(adapter, transcoder, inputs):
     """Replaced MLPs by plain torch hooks, dense codes and the unfolded transcoder."""
-    config, codes, x, handles = clt.config, {}, {}, []
+    config, codes, x, handles = transcoder.config, {}, {}, []
     acts = inputs.real_mask & ~((inputs.tokens.modality == Modality.BOS) & config.drop_bos)
 
     def read(layer):
         def hook(_module, args, output=None):
             tensor = args[0] if config.read_site != "resid_post" else output
             x[layer] = tensor
-            if clt.targets_of(layer):
-                codes[layer] = dense_codes(clt, layer, tensor)
+            if transcoder.targets_of(layer):
+                codes[layer] = dense_codes(transcoder, layer, tensor)
 
         return hook
 
     def write(target):
         def hook(_module, _args, output):
-            if not clt.sources_of(target):
+            if not transcoder.sources_of(target):
                 return output
-            y = clt.b_dec[str(target)]
-            for source in clt.sources_of(target):
-                y = y + codes[source] @ clt.decoder(source, target)
+            y = transcoder.b_dec[str(target)]
+            for source in transcoder.sources_of(target):
+                y = y + codes[source] @ transcoder.decoder(source, target)
             if config.skip:
-                y = y + standardised(clt, target, x[target]) @ clt.W_skip[str(target)].T
-            y = y * clt.scaling.rms_y[target] + clt.scaling.mean_y[target]
+                y = y + standardised(transcoder, target, x[target]) @ transcoder.W_skip[str(target)].T
+            y = y * transcoder.scaling.rms_y[target] + transcoder.scaling.mean_y[target]
             return torch.where(acts[..., None], y, output)
 
         return hook
@@ -150,11 +150,11 @@ def greedy_without_cache(model, inputs, steps, interventions, mlps):
 
 @pytest.mark.parametrize("settings", ARCHITECTURES)
 def test_replaced_logits_equal_a_dense_forward_with_plain_hooks(toy_adapter, make_clt, settings):
-    clt = make_clt(**settings)
+    transcoder = make_clt(**settings)
     batch = toy_adapter.collate(prepared(toy_adapter, 3))
-    replaced = ReplacementModel(toy_adapter, clt).forward(batch)
+    replaced = ReplacementModel(toy_adapter, transcoder).forward(batch)
     real = batch.real_mask
-    torch.testing.assert_close(replaced[real], reference_logits(toy_adapter, clt, batch)[real], **CLOSE)
+    torch.testing.assert_close(replaced[real], reference_logits(toy_adapter, transcoder, batch)[real], **CLOSE)
     # The random transcoder must matter, or the comparison would say nothing.
     assert (replaced - toy_adapter.forward(batch))[real].abs().max() > 0.5
 
@@ -191,24 +191,24 @@ def test_a_bfloat16_model_keeps_its_dtype_under_interventions(toy_adapter, make_
 
 
 def test_recorded_errors_are_the_mlp_outputs_minus_the_transcoder_on_the_original_residual(toy_adapter, make_clt):
-    clt = make_clt()
+    transcoder = make_clt()
     [prompt] = prepared(toy_adapter)
     layers = range(toy_adapter.n_layers)
     with attach(toy_adapter, read=[f"lm.{i}.{kind}" for i in layers for kind in ("resid_mid", "mlp_out")]) as seen:
         toy_adapter.forward(prompt)
     x = torch.stack([seen[f"lm.{i}.resid_mid"][0] for i in layers])
     y = torch.stack([seen[f"lm.{i}.mlp_out"][0] for i in layers])
-    errors = ReplacementModel(toy_adapter, clt).record_errors(prompt)
-    expected = y - clt(x).detach()
+    errors = ReplacementModel(toy_adapter, transcoder).record_errors(prompt)
+    expected = y - transcoder(x).detach()
     torch.testing.assert_close(torch.stack([errors.by_target[i][0] for i in layers]), expected, rtol=1e-4, atol=1e-5)
 
 
 def test_padding_beginning_of_sequence_and_sourceless_layers_keep_their_own_output(toy_adapter, make_clt):
-    clt = make_clt(drop_bos=True, first_offset=1)
+    transcoder = make_clt(drop_bos=True, first_offset=1)
     batch = toy_adapter.collate(prepared(toy_adapter, 4))
     sites = [f"lm.{layer}.{kind}" for layer in range(toy_adapter.n_layers) for kind in ("mlp_in", "mlp_out")]
     with attach(toy_adapter, read=sites) as seen:
-        ReplacementModel(toy_adapter, clt).forward(batch)
+        ReplacementModel(toy_adapter, transcoder).forward(batch)
     kept = (batch.tokens.modality == Modality.PAD) | (batch.tokens.modality == Modality.BOS)
     assert (batch.tokens.modality == Modality.PAD).any()
     for layer in range(toy_adapter.n_layers):
@@ -243,7 +243,7 @@ def test_an_intervention_equals_a_hand_made_edit_of_the_mlp_outputs(toy_adapter,
     intervention = Intervention(layer=layer, feature=feature, position=position, value=float(activation) + 2.5)
 
     def adding(target):
-        decoder = model.clt.W_dec[str(target)][layer - model.clt.sources_of(target).start, feature]
+        decoder = model.transcoder.W_dec[str(target)][layer - model.transcoder.sources_of(target).start, feature]
 
         def edit(y):
             y = y.clone()
@@ -253,7 +253,7 @@ def test_an_intervention_equals_a_hand_made_edit_of_the_mlp_outputs(toy_adapter,
         return edit
 
     # The outer edits act after the replacement, so later features and MLPs respond to them as to the intervention.
-    with attach(toy_adapter, edit={f"lm.{t}.mlp_out": adding(t) for t in model.clt.targets_of(layer)}):
+    with attach(toy_adapter, edit={f"lm.{t}.mlp_out": adding(t) for t in model.transcoder.targets_of(layer)}):
         by_hand = model.forward(prompt, errors=errors, mlps=mlps)
     steered = model.forward(prompt, [intervention], errors=errors, mlps=mlps)
     torch.testing.assert_close(steered, by_hand, **CLOSE)
@@ -314,17 +314,17 @@ def test_a_feature_that_is_switched_takes_its_offsets_along(make_tiny_llama, mak
         written, sign = active[feature], -1
 
     def change(target):
-        row = layer - model.clt.sources_of(target).start
-        factor = written + model.clt.offset[str(target)][row, feature]
+        row = layer - model.transcoder.sources_of(target).start
+        factor = written + model.transcoder.offset[str(target)][row, feature]
 
         def edit(y):
             y = y.clone()
-            y[0, position] += sign * factor * model.clt.W_dec[str(target)][row, feature]
+            y[0, position] += sign * factor * model.transcoder.W_dec[str(target)][row, feature]
             return y
 
         return edit
 
-    with attach(adapter, edit={f"lm.{t}.mlp_out": change(t) for t in model.clt.targets_of(layer)}):
+    with attach(adapter, edit={f"lm.{t}.mlp_out": change(t) for t in model.transcoder.targets_of(layer)}):
         by_hand = model.forward(prompt)
     intervention = Intervention(layer=layer, feature=feature, position=position, value=value)
     torch.testing.assert_close(model.forward(prompt, [intervention]), by_hand)
@@ -351,12 +351,12 @@ def test_generation_with_interventions_equals_greedy_decoding_without_cache(toy_
     lengths = [prompt.tokens.position.shape[1] for prompt in prompts]
     last = toy_adapter.n_layers - 1
     # A feature that is never active by itself and writes a token which is never generated otherwise.
-    model.clt.b_enc[str(last)][0] = -1e9
+    model.transcoder.b_enc[str(last)][0] = -1e9
     plain = model.generate(toy_adapter.collate(prompts), 8, mlps=mlps)
     assert len(plain[0]) > 1
     word = next(token for token in range(5, toy_adapter.vocab_size) if not any(token in row for row in plain))
     unembedding = toy_adapter.lm_head.weight
-    model.clt.W_dec[str(last)][-1, 0] = unembedding[word] - unembedding.mean(0)
+    model.transcoder.W_dec[str(last)][-1, 0] = unembedding[word] - unembedding.mean(0)
     switch = Intervention(layer=last, feature=0, value=1e4)
     cases = [
         [],
@@ -378,8 +378,8 @@ def test_generation_with_interventions_equals_greedy_decoding_without_cache(toy_
 
 
 def test_features_are_the_codes_of_the_read_sites(toy_adapter, make_clt):
-    clt = make_clt(first_offset=1, drop_bos=True)
-    model = ReplacementModel(toy_adapter, clt)
+    transcoder = make_clt(first_offset=1, drop_bos=True)
+    model = ReplacementModel(toy_adapter, transcoder)
     batch = toy_adapter.collate(prepared(toy_adapter, 2))
     with attach(toy_adapter, read=[f"lm.{i}.resid_mid" for i in range(3)]) as seen:
         toy_adapter.forward(batch)
@@ -387,7 +387,7 @@ def test_features_are_the_codes_of_the_read_sites(toy_adapter, make_clt):
     assert codes.values.shape == (3, batch.real_mask.numel(), 6)
     acts = batch.real_mask & (batch.tokens.modality != Modality.BOS)
     for layer in range(3):
-        dense = dense_codes(clt, layer, seen[f"lm.{layer}.resid_mid"]) * acts[..., None]
+        dense = dense_codes(transcoder, layer, seen[f"lm.{layer}.resid_mid"]) * acts[..., None]
         found = (
             torch.zeros_like(dense).reshape(-1, 48).scatter_add_(1, codes.indices[layer].long(), codes.values[layer])
         )
@@ -441,10 +441,10 @@ def test_a_transcoder_of_another_model_is_refused_by_name(toy_adapter, make_clt)
     with pytest.raises(CheckpointError, match="some/other-model") as refusal:
         require_same_model(other, toy_adapter.identity)
     assert toy_adapter.identity.name in str(refusal.value)
-    clt = make_clt()
-    clt.provenance = Provenance(model=other)
+    transcoder = make_clt()
+    transcoder.provenance = Provenance(model=other)
     with pytest.raises(CheckpointError, match="some/other-model"):
-        ReplacementModel(toy_adapter, clt)
+        ReplacementModel(toy_adapter, transcoder)
     # The same weights under another path are the same model.
     require_same_model(replace(toy_adapter.identity, name="elsewhere"), toy_adapter.identity)
 

@@ -62,7 +62,7 @@ def graph():
         model=ModelIdentity(
             name="hand", revision="local", architecture="none", n_layers=2, d_model=4, fingerprint="00" * 32
         ),
-        clt=CLTConfig(n_features=8, k=1, n_layers=2, d_model=4),
+        architecture=CLTConfig(n_features=8, k=1, n_layers=2, d_model=4),
         clt_fingerprint="11" * 32,
     )
 

@@ -29,12 +29,12 @@ def make_clt(adapter, size=0.02, **settings):
         **{"n_features": 64, "k": 8, "n_layers": adapter.n_layers, "d_model": adapter.d_model} | settings
     )
     scaling = replace(Scaling.identity(config.n_layers, config.d_model), rms_y=torch.full((config.n_layers,), 2.0))
-    clt = CrossLayerTranscoder(config, scaling, seed=2)
+    transcoder = CrossLayerTranscoder(config, scaling, seed=2)
     generator = torch.Generator().manual_seed(4)
     with torch.no_grad():
-        for parameter in clt.W_dec.values():
+        for parameter in transcoder.W_dec.values():
             parameter.copy_(size * torch.randn(parameter.shape, generator=generator))
-    return clt
+    return transcoder
 
 
 def correct_examples(adapter, count, answer=None):
@@ -63,18 +63,21 @@ def pairs_of(layers, strengths):
 
 
 def test_pairs_sum_influence_and_strength_over_positions(toy_adapter):
-    clt = make_clt(toy_adapter, n_targets=2).folded()
+    transcoder = make_clt(toy_adapter, n_targets=2).folded()
     [example] = correct_examples(toy_adapter, 1)
     inputs = toy_adapter.prepare(example.prompt, example.images)
-    graph = attribute(toy_adapter, clt, inputs, AttributionSettings(max_feature_nodes=100))
+    graph = attribute(toy_adapter, transcoder, inputs, AttributionSettings(max_feature_nodes=100))
     flow, nodes = influence(graph), graph.nodes
     total, strength = defaultdict(float), defaultdict(float)
     for node in nodes.is_kind(NodeKind.FEATURE).nonzero()[:, 0].tolist():
         layer, feature = int(nodes.layer[node]), int(nodes.feature[node])
-        vectors = [clt.W_dec[str(t)][layer - clt.sources_of(t).start, feature] for t in clt.targets_of(layer)]
+        vectors = [
+            transcoder.W_dec[str(t)][layer - transcoder.sources_of(t).start, feature]
+            for t in transcoder.targets_of(layer)
+        ]
         total[layer, feature] += float(flow[node])
         strength[layer, feature] += float(nodes.activation[node]) * float(torch.cat(vectors).norm())
-    pairs = rank_pairs(graph, clt)
+    pairs = rank_pairs(graph, transcoder)
     keys = list(zip(pairs.layer.tolist(), pairs.feature.tolist(), strict=True))
     assert sorted(keys) == sorted(total)
     assert keys == sorted(total, key=lambda key: (-total[key], key))
@@ -85,13 +88,13 @@ def test_pairs_sum_influence_and_strength_over_positions(toy_adapter):
 
 
 def test_decoder_norms_span_all_targets_of_a_layer(toy_adapter):
-    clt = make_clt(toy_adapter, size=0.0)
+    transcoder = make_clt(toy_adapter, size=0.0)
     with torch.no_grad():
-        clt.W_dec["1"][1, 7, 0] = 3.0
-        clt.W_dec["3"][1, 7, 5] = -4.0
-        clt.W_dec["3"][0, 7, 5] = 100.0
-    assert float(decoder_norms(clt, 1)[7]) == 5.0
-    assert float(decoder_norms(clt, 1).sum()) == 5.0
+        transcoder.W_dec["1"][1, 7, 0] = 3.0
+        transcoder.W_dec["3"][1, 7, 5] = -4.0
+        transcoder.W_dec["3"][0, 7, 5] = 100.0
+    assert float(decoder_norms(transcoder, 1)[7]) == 5.0
+    assert float(decoder_norms(transcoder, 1).sum()) == 5.0
 
 
 def test_controls_are_the_nearest_free_pairs_of_the_same_layer():
@@ -128,14 +131,14 @@ def test_controls_are_distinct_unchosen_and_of_the_same_layer(listed, data):
 def test_ablating_the_feature_that_holds_the_answer_flips_it_and_the_control_does_not(toy_adapter):
     examples = correct_examples(toy_adapter, 3, answer="Yes")
     [token] = toy_adapter.tokenizer("Yes", add_special_tokens=False)["input_ids"]
-    clt, last = make_clt(toy_adapter, size=1e-4), str(toy_adapter.n_layers - 1)
+    transcoder, last = make_clt(toy_adapter, size=1e-4), str(toy_adapter.n_layers - 1)
     unembedding = toy_adapter.lm_head.weight
     with torch.no_grad():
         # Active at every position, and written along the answer's own direction: without it the answer falls last.
-        clt.W_enc[last][9] = 0.0
-        clt.b_enc[last][9] = 50.0
-        clt.W_dec[last][-1, 9] = 10 * (unembedding[token] - unembedding.mean(0))
-    report = steer(toy_adapter, clt, examples, SteeringSettings(num_prompts=3, sizes=(1, 2)))
+        transcoder.W_enc[last][9] = 0.0
+        transcoder.b_enc[last][9] = 50.0
+        transcoder.W_dec[last][-1, 9] = 10 * (unembedding[token] - unembedding.mean(0))
+    report = steer(toy_adapter, transcoder, examples, SteeringSettings(num_prompts=3, sizes=(1, 2)))
     assert (report.num_prompts, report.num_examples) == (3, 3)
     assert [(r.mlps, r.n) for r in report.results] == [
         ("original", 1),
@@ -153,10 +156,10 @@ def test_ablating_the_feature_that_holds_the_answer_flips_it_and_the_control_doe
 
 
 def test_report_equals_ablations_run_one_by_one(toy_adapter):
-    clt = make_clt(toy_adapter, size=0.4)
+    transcoder = make_clt(toy_adapter, size=0.4)
     examples = correct_examples(toy_adapter, 4)
     settings = SteeringSettings(num_prompts=4, sizes=(1, 4), max_feature_nodes=40)
-    model = ReplacementModel(toy_adapter, clt)
+    model = ReplacementModel(toy_adapter, transcoder)
     flips, margins = defaultdict(list), defaultdict(list)
 
     def margin_of(logits, token):
@@ -168,11 +171,11 @@ def test_report_equals_ablations_run_one_by_one(toy_adapter):
         token = int(plain.argmax())
         graph = attribute(
             toy_adapter,
-            clt,
+            transcoder,
             inputs,
             AttributionSettings(targets=(LogitTargets(tokens=(token,)),), max_feature_nodes=40),
         )
-        pairs = rank_pairs(graph, model.clt)
+        pairs = rank_pairs(graph, model.transcoder)
         for n in (1, 4):
             for side, rows in (("ablated", range(n)), ("control", match_controls(pairs, n).tolist())):
                 changes = [
@@ -183,7 +186,7 @@ def test_report_equals_ablations_run_one_by_one(toy_adapter):
                     logits = model.forward(inputs, changes, errors, mlps=mlps)
                     flips[mlps, n, side].append(int(logits[0, -1].argmax()) != token)
                     margins[mlps, n, side].append(margin_of(logits[0, -1], token) / margin_of(plain, token))
-    report = steer(toy_adapter, clt, examples, settings)
+    report = steer(toy_adapter, transcoder, examples, settings)
     assert len(report.results) == 4
     for result in report.results:
         assert result.ablated.successes == sum(flips[result.mlps, result.n, "ablated"])
@@ -192,25 +195,29 @@ def test_report_equals_ablations_run_one_by_one(toy_adapter):
             # Batching changes float32 logits in their last digits.
             assert found == pytest.approx(sum(margins[result.mlps, result.n, side]) / 4, rel=1e-3, abs=1e-3)
     assert any(any(flipped) for flipped in flips.values())
-    assert steer(toy_adapter, clt, examples, settings) == report
+    assert steer(toy_adapter, transcoder, examples, settings) == report
 
 
 def test_wrong_answers_are_passed_over_and_too_few_right_ones_are_an_error(toy_adapter):
-    clt = make_clt(toy_adapter)
+    transcoder = make_clt(toy_adapter)
     right = correct_examples(toy_adapter, 2)
     wrong = replace(right[0], answer="There is a red tile on a red background.")
-    report = steer(toy_adapter, clt, [wrong, *right], SteeringSettings(num_prompts=2, sizes=(1,), max_feature_nodes=8))
+    report = steer(
+        toy_adapter, transcoder, [wrong, *right], SteeringSettings(num_prompts=2, sizes=(1,), max_feature_nodes=8)
+    )
     assert (report.num_prompts, report.num_examples) == (2, 3)
     with pytest.raises(InputError, match="2 of 3 examples are answered correctly, 5 are needed"):
-        steer(toy_adapter, clt, [wrong, *right], SteeringSettings(num_prompts=5, sizes=(1,), max_feature_nodes=8))
+        steer(
+            toy_adapter, transcoder, [wrong, *right], SteeringSettings(num_prompts=5, sizes=(1,), max_feature_nodes=8)
+        )
     with pytest.raises(InputError, match="no answer"):
-        steer(toy_adapter, clt, [replace(right[0], answer=None)])
+        steer(toy_adapter, transcoder, [replace(right[0], answer=None)])
 
 
 def test_a_size_without_matching_controls_counts_for_neither_side(toy_adapter):
-    clt = make_clt(toy_adapter, n_features=8)
+    transcoder = make_clt(toy_adapter, n_features=8)
     settings = SteeringSettings(num_prompts=1, sizes=(1, 32), mlps=("original",), max_feature_nodes=8)
-    report = steer(toy_adapter, clt, correct_examples(toy_adapter, 1), settings)
+    report = steer(toy_adapter, transcoder, correct_examples(toy_adapter, 1), settings)
     assert [(r.ablated.trials, r.control.trials) for r in report.results][1] == (0, 0)
 
 

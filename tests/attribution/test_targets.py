@@ -24,8 +24,8 @@ def adapter(make_tiny_llama):
 def resolve(adapter, make_random_clt):
     """A function from settings to targets of one prompt, and the logits of that prompt."""
     inputs = adapter.prepare(PROMPT, answer="x y")
-    clt = make_random_clt(adapter, drop_bos=True, first_offset=1).folded()
-    sources = Sources(FrozenModel(adapter, record(adapter, inputs, "resid_mid")), clt, inputs.tokens.select(0))
+    transcoder = make_random_clt(adapter, drop_bos=True, first_offset=1).folded()
+    sources = Sources(FrozenModel(adapter, record(adapter, inputs, "resid_mid")), transcoder, inputs.tokens.select(0))
 
     def run(*settings):
         return resolve_targets(adapter, inputs, sources, settings)
@@ -89,9 +89,9 @@ def test_difference_readout_is_the_difference_of_two_logits(resolve):
 
 def test_feature_readout_is_the_pre_activation_of_the_scaled_transcoder(resolve, adapter, make_random_clt):
     item = resolve(FeatureTarget(layer=1, feature=7, position=5))[0]
-    clt = make_random_clt(adapter, drop_bos=True, first_offset=1)
-    x_SD = clt.scaling.standardise_x(resolve.sources.frozen.recording.read[1][None], (1,))[0]
-    expected = x_SD[5] @ clt.W_enc["1"][7] + clt.b_enc["1"][7]
+    transcoder = make_random_clt(adapter, drop_bos=True, first_offset=1)
+    x_SD = transcoder.scaling.standardise_x(resolve.sources.frozen.recording.read[1][None], (1,))[0]
+    expected = x_SD[5] @ transcoder.W_enc["1"][7] + transcoder.b_enc["1"][7]
     torch.testing.assert_close(item.readout.value[0], expected)
     assert (item.target.label, item.target.layer, item.target.feature) == ("feature 1.7", 1, 7)
 

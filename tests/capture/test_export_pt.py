@@ -183,25 +183,25 @@ def test_sample_files_pool_over_all_tokens_but_the_first(store: ActivationStore,
 
 
 @pytest.fixture
-def transcoder(tmp_path: Path) -> Path:
+def transcoder_folder(tmp_path: Path) -> Path:
     """Twelve features, three a token, the last layer without features."""
     config = CLTConfig(n_layers=4, d_model=4, n_features=12, k=3, first_offset=1)
     scaling = Scaling(mean_x=torch.randn(4, 4), rms_x=torch.rand(4) + 1, mean_y=torch.zeros(4, 4), rms_y=torch.ones(4))
-    clt = CrossLayerTranscoder(config, scaling, seed=3, provenance=Provenance(model=identity(n_layers=4)))
-    clt.save_pretrained(tmp_path / "clt")
+    transcoder = CrossLayerTranscoder(config, scaling, seed=3, provenance=Provenance(model=identity(n_layers=4)))
+    transcoder.save_pretrained(tmp_path / "clt")
     return tmp_path / "clt"
 
 
 def test_sample_files_of_a_transcoder_pool_its_features(
-    store: ActivationStore, tmp_path: Path, transcoder: Path
+    store: ActivationStore, tmp_path: Path, transcoder_folder: Path
 ) -> None:
-    export_samples(store, tmp_path / "pt", clt=transcoder)
-    clt = CrossLayerTranscoder.from_pretrained(transcoder)
+    export_samples(store, tmp_path / "pt", transcoder=transcoder_folder)
+    transcoder = CrossLayerTranscoder.from_pretrained(transcoder_folder)
     for sample in (0, 4, 8):
         contents = load(tmp_path / "pt" / f"sample_{sample:04d}.pt")
-        assert list(contents["activations"]) == [0, 1, 2] and contents["meta"]["clt"] == str(transcoder)
+        assert list(contents["activations"]) == [0, 1, 2] and contents["meta"]["clt"] == str(transcoder_folder)
         acts = store.sample(sample, [f"lm.{layer}.resid_mid" for layer in range(3)]).acts[:, 1:]
-        codes = clt.encode(clt.scaling.standardise_x(acts, (0, 1, 2)))
+        codes = transcoder.encode(transcoder.scaling.standardise_x(acts, (0, 1, 2)))
         dense = torch.zeros(3, acts.shape[1], 12).scatter_add(2, codes.indices.long(), codes.values)
         for layer in range(3):
             assert torch.equal(contents["activations"][layer], dense[layer].amax(0))
@@ -209,12 +209,14 @@ def test_sample_files_of_a_transcoder_pool_its_features(
             torch.testing.assert_close(contents["mean"][layer], dense[layer].mean(0), atol=1e-6, rtol=1e-5)
 
 
-def test_a_transcoder_of_another_model_is_refused(store: ActivationStore, tmp_path: Path, transcoder: Path) -> None:
-    clt = CrossLayerTranscoder.from_pretrained(transcoder)
-    clt.provenance = Provenance(model=identity(n_layers=4, fingerprint="e" * 64))
-    clt.save_pretrained(tmp_path / "foreign")
-    with pytest.raises(CheckpointError, match=r"foreign: trained on random .*take a transcoder of that model"):
-        export_samples(store, tmp_path / "pt", clt=tmp_path / "foreign")
+def test_a_transcoder_of_another_model_is_refused(
+    store: ActivationStore, tmp_path: Path, transcoder_folder: Path
+) -> None:
+    transcoder = CrossLayerTranscoder.from_pretrained(transcoder_folder)
+    transcoder.provenance = Provenance(model=identity(n_layers=4, fingerprint="e" * 64))
+    transcoder.save_pretrained(tmp_path / "foreign")
+    with pytest.raises(CheckpointError, match=r"foreign: trained on random .*take a transcoder_folder of that model"):
+        export_samples(store, tmp_path / "pt", transcoder=tmp_path / "foreign")
     with pytest.raises(ConfigError, match="reads resid_mid"):
-        export_samples(store, tmp_path / "pt", clt=transcoder, read_site="mlp_in")
+        export_samples(store, tmp_path / "pt", transcoder=transcoder_folder, read_site="mlp_in")
     assert not (tmp_path / "pt").exists()

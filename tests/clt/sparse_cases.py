@@ -27,16 +27,16 @@ def make_clt(kind: str, dtype: torch.dtype = torch.float64, **sparsity: Any) -> 
         k=K,
         sparsity=SparsitySettings(kind=kind, **sparsity),  # type: ignore[arg-type]
     )
-    clt = CrossLayerTranscoder(config, Scaling.identity(L, D)).to(dtype)
+    transcoder = CrossLayerTranscoder(config, Scaling.identity(L, D)).to(dtype)
     with torch.no_grad():
-        for group in (clt.W_enc, clt.b_enc, clt.W_dec, clt.b_dec):
+        for group in (transcoder.W_enc, transcoder.b_enc, transcoder.W_dec, transcoder.b_dec):
             for parameter in group.values():
                 parameter.copy_(torch.randn(parameter.shape, dtype=torch.float64))
-        for parameter in clt.log_threshold.values():
+        for parameter in transcoder.log_threshold.values():
             parameter.copy_(torch.randn(parameter.shape).mul(0.5) - 0.5)
     if config.sparsity.uses_decoder_norm:
-        update_decoder_norms(clt)
-    return clt
+        update_decoder_norms(transcoder)
+    return transcoder
 
 
 def dense(codes: SparseCodes) -> Tensor:
@@ -66,11 +66,13 @@ def by_definition(kind: str, scores_LBF: Tensor, k: int) -> Tensor:
     return scores_LBF > 0
 
 
-def scores_by_hand(clt: CrossLayerTranscoder, x_LBD: Tensor) -> tuple[Tensor, Tensor]:
+def scores_by_hand(transcoder: CrossLayerTranscoder, x_LBD: Tensor) -> tuple[Tensor, Tensor]:
     """Pre-activations and scores [L,B,F] of a whole transcoder."""
-    pre = torch.stack([x @ clt.W_enc[str(i)].T + clt.b_enc[str(i)] for i, x in enumerate(x_LBD)])
+    pre = torch.stack([x @ transcoder.W_enc[str(i)].T + transcoder.b_enc[str(i)] for i, x in enumerate(x_LBD)])
     norms = torch.zeros(L, F, dtype=pre.dtype)
     for source in range(L):
-        rows = [clt.W_dec[str(t)][source - clt.sources_of(t).start] for t in clt.targets_of(source)]
+        rows = [
+            transcoder.W_dec[str(t)][source - transcoder.sources_of(t).start] for t in transcoder.targets_of(source)
+        ]
         norms[source] = torch.cat(rows, dim=1).norm(dim=1)
-    return pre, pre * norms[:, None] if clt.config.sparsity.uses_decoder_norm else pre
+    return pre, pre * norms[:, None] if transcoder.config.sparsity.uses_decoder_norm else pre

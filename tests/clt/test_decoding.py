@@ -51,45 +51,47 @@ def make(form: dict[str, Any], seed: int = 0) -> CrossLayerTranscoder:
     draw = torch.Generator().manual_seed(seed)
     config = CLTConfig(**({"n_layers": L, "d_model": D, "n_features": F, "k": K} | form))
     mean, rms = torch.randn(2, L, D, generator=draw), torch.rand(2, L, generator=draw) + 0.5
-    clt = CrossLayerTranscoder(config, Scaling(mean_x=mean[0], rms_x=rms[0], mean_y=mean[1], rms_y=rms[1])).double()
+    transcoder = CrossLayerTranscoder(
+        config, Scaling(mean_x=mean[0], rms_x=rms[0], mean_y=mean[1], rms_y=rms[1])
+    ).double()
     with torch.no_grad():
-        for parameter in clt.parameters():
+        for parameter in transcoder.parameters():
             parameter.copy_(torch.randn(parameter.shape, generator=draw, dtype=torch.float64))
-        if clt.config.sparsity.uses_decoder_norm:
-            update_decoder_norms(clt)
-    return clt.eval()
+        if transcoder.config.sparsity.uses_decoder_norm:
+            update_decoder_norms(transcoder)
+    return transcoder.eval()
 
 
-def activations(clt: CrossLayerTranscoder, x_LBD: Tensor) -> dict[int, Tensor]:
+def activations(transcoder: CrossLayerTranscoder, x_LBD: Tensor) -> dict[int, Tensor]:
     """Dense activations [B,F] of every source, as the rule gives them."""
-    sources = source_layers(clt.config)
-    codes = clt.encode(clt.scaling.standardise_x(x_LBD[list(sources)], sources))
-    zeros = torch.zeros(len(sources), x_LBD.shape[1], clt.config.n_features, dtype=x_LBD.dtype)
+    sources = source_layers(transcoder.config)
+    codes = transcoder.encode(transcoder.scaling.standardise_x(x_LBD[list(sources)], sources))
+    zeros = torch.zeros(len(sources), x_LBD.shape[1], transcoder.config.n_features, dtype=x_LBD.dtype)
     return dict(zip(sources, zeros.scatter_add(2, codes.indices.long(), codes.values), strict=True))
 
 
-def pair_output(clt: CrossLayerTranscoder, source: int, target: int, z_BF: Tensor) -> Tensor:
+def pair_output(transcoder: CrossLayerTranscoder, source: int, target: int, z_BF: Tensor) -> Tensor:
     """What a source alone says of a target, by the definitions, without bias."""
-    match clt.config.tied_decoders:
+    match transcoder.config.tied_decoders:
         case "target":
-            return z_BF @ clt.W_dec[str(target)][0]
+            return z_BF @ transcoder.W_dec[str(target)][0]
         case "source":
-            scale_F = clt.target_scale[str(source)][target - source - clt.config.first_offset]
-            return (z_BF * scale_F) @ clt.W_shared[str(source)]
-    row = source - clt.sources_of(target)[0]
-    if clt.config.feature_offset:
-        z_BF = z_BF + clt.offset[str(target)][row] * (z_BF > 0)
-    return z_BF @ clt.W_dec[str(target)][row]
+            scale_F = transcoder.target_scale[str(source)][target - source - transcoder.config.first_offset]
+            return (z_BF * scale_F) @ transcoder.W_shared[str(source)]
+    row = source - transcoder.sources_of(target)[0]
+    if transcoder.config.feature_offset:
+        z_BF = z_BF + transcoder.offset[str(target)][row] * (z_BF > 0)
+    return z_BF @ transcoder.W_dec[str(target)][row]
 
 
-def outputs(clt: CrossLayerTranscoder, x_LBD: Tensor) -> Tensor:
+def outputs(transcoder: CrossLayerTranscoder, x_LBD: Tensor) -> Tensor:
     """Raw MLP outputs of all targets, by the definitions."""
-    z, layers, found = activations(clt, x_LBD), target_layers(clt.config), []
+    z, layers, found = activations(transcoder, x_LBD), target_layers(transcoder.config), []
     for target in layers:
-        sources = clt.sources_of(target)
-        parts = torch.stack([pair_output(clt, source, target, z[source]) for source in sources])
-        bias = clt.b_dec[str(target)]
-        match clt.config.independent:
+        sources = transcoder.sources_of(target)
+        parts = torch.stack([pair_output(transcoder, source, target, z[source]) for source in sources])
+        bias = transcoder.b_dec[str(target)]
+        match transcoder.config.independent:
             case None:
                 y_BD = parts.sum(dim=0) + bias
             case "sum":
@@ -98,48 +100,53 @@ def outputs(clt: CrossLayerTranscoder, x_LBD: Tensor) -> Tensor:
                 y_BD = (parts + bias[:, None]).mean(dim=0)
             case _:
                 y_BD = parts[-1] + bias[-1]
-        if clt.config.skip:
-            y_BD = y_BD + clt.scaling.standardise_x(x_LBD[[target]], (target,))[0] @ clt.W_skip[str(target)].T
+        if transcoder.config.skip:
+            y_BD = (
+                y_BD
+                + transcoder.scaling.standardise_x(x_LBD[[target]], (target,))[0] @ transcoder.W_skip[str(target)].T
+            )
         found.append(y_BD)
-    return clt.scaling.restore_y(torch.stack(found), layers)
+    return transcoder.scaling.restore_y(torch.stack(found), layers)
 
 
 @pytest.mark.parametrize("form", FORMS.values(), ids=FORMS)
 def test_forward_is_the_definition_and_survives_untying_folding_and_saving(
     form: dict[str, Any], tmp_path: Path
 ) -> None:
-    clt, x = make(form), torch.randn(L, B, D, dtype=torch.float64)
-    expected = outputs(clt, x)
-    plain = clt.untied()
-    assert plain.config == replace(clt.config, tied_decoders=None, independent=None)
-    for found in (clt, plain, clt.folded(), plain.folded()):
+    transcoder, x = make(form), torch.randn(L, B, D, dtype=torch.float64)
+    expected = outputs(transcoder, x)
+    plain = transcoder.untied()
+    assert plain.config == replace(transcoder.config, tied_decoders=None, independent=None)
+    for found in (transcoder, plain, transcoder.folded(), plain.folded()):
         torch.testing.assert_close(found(x), expected, rtol=1e-9, atol=1e-9)
-    for source in source_layers(clt.config):
-        for target in clt.targets_of(source):
-            assert torch.equal(clt.decoder(source, target), plain.decoder(source, target))
-    clt.float().save_pretrained(tmp_path)
+    for source in source_layers(transcoder.config):
+        for target in transcoder.targets_of(source):
+            assert torch.equal(transcoder.decoder(source, target), plain.decoder(source, target))
+    transcoder.float().save_pretrained(tmp_path)
     loaded = CrossLayerTranscoder.from_pretrained(tmp_path)
-    assert loaded.config == clt.config and torch.equal(loaded(x.float()), clt(x.float()))
+    assert loaded.config == transcoder.config and torch.equal(loaded(x.float()), transcoder(x.float()))
 
 
 @pytest.mark.parametrize("name", ["target", "source", "source_norm"])
 def test_squared_norms_of_tied_decoders_are_those_of_the_untied(name: str) -> None:
-    clt = make(FORMS[name])
-    torch.testing.assert_close(decoder_squares(clt, Peers()), decoder_squares(clt.untied(), Peers()))
+    transcoder = make(FORMS[name])
+    torch.testing.assert_close(decoder_squares(transcoder, Peers()), decoder_squares(transcoder.untied(), Peers()))
 
 
-def loss_by_definition(clt: CrossLayerTranscoder, x_LBD: Tensor, y_MBD: Tensor) -> Tensor:
+def loss_by_definition(transcoder: CrossLayerTranscoder, x_LBD: Tensor, y_MBD: Tensor) -> Tensor:
     """Mean over targets of the squared error; of independent sources, mean over pairs."""
-    layers, z = target_layers(clt.config), activations(clt, x_LBD)
-    y = dict(zip(layers, clt.scaling.standardise_y(y_MBD, layers), strict=True))
+    layers, z = target_layers(transcoder.config), activations(transcoder, x_LBD)
+    y = dict(zip(layers, transcoder.scaling.standardise_y(y_MBD, layers), strict=True))
     errors = []
     for target in layers:
-        parts = [pair_output(clt, source, target, z[source]) for source in clt.sources_of(target)]
-        bias = clt.b_dec[str(target)]
-        if clt.config.independent is None:
+        parts = [pair_output(transcoder, source, target, z[source]) for source in transcoder.sources_of(target)]
+        bias = transcoder.b_dec[str(target)]
+        if transcoder.config.independent is None:
             skip_BD = torch.zeros_like(y[target])
-            if clt.config.skip:
-                skip_BD = clt.scaling.standardise_x(x_LBD[[target]], (target,))[0] @ clt.W_skip[str(target)].T
+            if transcoder.config.skip:
+                skip_BD = (
+                    transcoder.scaling.standardise_x(x_LBD[[target]], (target,))[0] @ transcoder.W_skip[str(target)].T
+                )
             errors.append((sum(parts) + bias + skip_BD - y[target]).square().mean())
         else:
             errors += [(part + own - y[target]).square().mean() for part, own in zip(parts, bias, strict=True)]
@@ -148,42 +155,42 @@ def loss_by_definition(clt: CrossLayerTranscoder, x_LBD: Tensor, y_MBD: Tensor) 
 
 @pytest.mark.parametrize("name", ["target", "source", "source_later", "sum", "nearest", "layer_norm"])
 def test_loss_and_gradients_are_those_of_the_definition(name: str) -> None:
-    clt = make(FORMS[name])
+    transcoder = make(FORMS[name])
     x, y = torch.randn(2, L, B, D, dtype=torch.float64)
-    sources, y = source_layers(clt.config), y[list(target_layers(clt.config))]
-    read = x if clt.config.skip else x[list(sources)]
+    sources, y = source_layers(transcoder.config), y[list(target_layers(transcoder.config))]
+    read = x if transcoder.config.skip else x[list(sources)]
     with joined_job():
-        exchange = CodeExchange(Mesh.create(1), deal_layers(clt.config, 1))
-        loss, _ = Objective(clt, exchange, AuxKSettings())(read, y, K, None)
+        exchange = CodeExchange(Mesh.create(1), deal_layers(transcoder.config, 1))
+        loss, _ = Objective(transcoder, exchange, AuxKSettings())(read, y, K, None)
         loss.backward()
-    found = {key: parameter.grad for key, parameter in clt.named_parameters()}
-    clt.zero_grad()
-    expected = loss_by_definition(clt, x, y)
+    found = {key: parameter.grad for key, parameter in transcoder.named_parameters()}
+    transcoder.zero_grad()
+    expected = loss_by_definition(transcoder, x, y)
     expected.backward()
     torch.testing.assert_close(loss, expected, rtol=1e-10, atol=0)
-    for key, parameter in clt.named_parameters():
+    for key, parameter in transcoder.named_parameters():
         torch.testing.assert_close(found[key], parameter.grad, rtol=1e-9, atol=1e-12, msg=key)
     assert all(gradient is not None and gradient.abs().sum() > 0 for gradient in found.values())
 
 
 def test_loss_of_independent_sources_by_hand() -> None:
-    clt = CrossLayerTranscoder(
+    transcoder = CrossLayerTranscoder(
         CLTConfig(n_layers=2, d_model=1, n_features=1, k=1, independent="sum"), Scaling.identity(2, 1)
     )
     with torch.no_grad():
         for layer in ("0", "1"):
-            clt.W_enc[layer].fill_(1)
-        clt.W_dec["0"].fill_(2)
-        clt.W_dec["1"].copy_(torch.tensor([[[1.0]], [[3.0]]]))
-        clt.b_dec["1"].copy_(torch.tensor([[0.5], [0.0]]))
+            transcoder.W_enc[layer].fill_(1)
+        transcoder.W_dec["0"].fill_(2)
+        transcoder.W_dec["1"].copy_(torch.tensor([[[1.0]], [[3.0]]]))
+        transcoder.b_dec["1"].copy_(torch.tensor([[0.5], [0.0]]))
     x, y = torch.tensor([[[1.0]], [[2.0]]]), torch.tensor([[[1.0]], [[4.0]]])
     with joined_job():
-        exchange = CodeExchange(Mesh.create(1), deal_layers(clt.config, 1))
-        loss, seen = Objective(clt, exchange, AuxKSettings())(x, y, 1, None)
+        exchange = CodeExchange(Mesh.create(1), deal_layers(transcoder.config, 1))
+        loss, seen = Objective(transcoder, exchange, AuxKSettings())(x, y, 1, None)
     # Layer 0 says 2 of 1; of 4, layer 0 says 1.5 and layer 1 says 6.
     assert seen.error_M.tolist() == [1, (2.5**2 + 2**2) / 2]
     assert loss.item() == pytest.approx((1 + 2.5**2 + 2**2) / 3)
-    assert clt(x).flatten().tolist() == [2, 7.5]
+    assert transcoder(x).flatten().tolist() == [2, 7.5]
 
 
 @pytest.mark.parametrize("sparsity", [{}, {"kind": "jumprelu"}, {"decoder_norm": True}], ids=["topk", "jump", "norm"])
@@ -213,11 +220,11 @@ def test_sources_trained_alone_and_joined_are_those_trained_together(sparsity: d
 
 @pytest.mark.parametrize("name", ["target", "source", "sum"])
 def test_conversion_to_thresholds_keeps_the_form_of_decoders(name: str) -> None:
-    clt = make(FORMS[name])
+    transcoder = make(FORMS[name])
     x, y = torch.randn(2, L, 40, D, dtype=torch.float64)
     zeros = torch.zeros(40, dtype=torch.int64)
     table = TokenTable(**dict.fromkeys((field.name for field in fields(TokenTable)), zeros))
-    converted, report = to_jumprelu(clt, [ActivationBatch(x=x, y=y, tokens=table)])
+    converted, report = to_jumprelu(transcoder, [ActivationBatch(x=x, y=y, tokens=table)])
     assert report.changed_counts == 0 and report.after.l0 == report.before.l0
     torch.testing.assert_close(converted(x), outputs(converted, x), rtol=1e-9, atol=1e-9)
 

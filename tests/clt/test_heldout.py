@@ -28,14 +28,14 @@ from clt.transcoder.scaling import Scaling
 L, D, F, K, B = 3, 6, 12, 3, 80
 
 
-def _clt() -> CrossLayerTranscoder:
+def _transcoder() -> CrossLayerTranscoder:
     config = CLTConfig(n_layers=L, d_model=D, n_features=F, k=K, first_offset=1)
-    clt = CrossLayerTranscoder(config, Scaling.identity(L, D)).requires_grad_(False)
-    for parameter in clt.W_dec.values():
+    transcoder = CrossLayerTranscoder(config, Scaling.identity(L, D)).requires_grad_(False)
+    for parameter in transcoder.W_dec.values():
         parameter.normal_()
     # A feature that never fires.
-    clt.b_enc["0"][4] = -100.0
-    return clt
+    transcoder.b_enc["0"][4] = -100.0
+    return transcoder
 
 
 def _data() -> tuple[ActivationBatch, torch.Tensor]:
@@ -51,19 +51,19 @@ def _data() -> tuple[ActivationBatch, torch.Tensor]:
 @pytest.fixture
 def found() -> tuple[CrossLayerTranscoder, ActivationBatch, torch.Tensor, StoreReport]:
     """A transcoder, its data and the report."""
-    clt, (batch, modality) = _clt(), _data()
+    transcoder, (batch, modality) = _transcoder(), _data()
     halves = [
         ActivationBatch(x=batch.x[:, part], y=batch.y[:, part], tokens=batch.tokens.select(part))
         for part in (slice(0, 50), slice(50, B))
     ]
-    return clt, batch, modality, evaluate_store(clt, halves)
+    return transcoder, batch, modality, evaluate_store(transcoder, halves)
 
 
 def test_modalities_have_their_own_tokens_and_their_own_mean(
     found: tuple[CrossLayerTranscoder, ActivationBatch, torch.Tensor, StoreReport],
 ) -> None:
-    clt, batch, modality, report = found
-    y_hat, codes = clt(batch.x), clt.encode(batch.x[:2])
+    transcoder, batch, modality, report = found
+    y_hat, codes = transcoder(batch.x), transcoder.encode(batch.x[:2])
     assert set(report.modalities) == {"text", "image", "image_special"}
     for name in ("text", "image"):
         rows, part = modality == Modality[name.upper()], report.modalities[name]
@@ -82,8 +82,8 @@ def test_modalities_have_their_own_tokens_and_their_own_mean(
 def test_density_counts_every_feature_once(
     found: tuple[CrossLayerTranscoder, ActivationBatch, torch.Tensor, StoreReport],
 ) -> None:
-    clt, batch, _, report = found
-    fired = firing_counts(clt.encode(batch.x[:2]))
+    transcoder, batch, _, report = found
+    fired = firing_counts(transcoder.encode(batch.x[:2]))
     density = report.density
     assert density.edges == RATE_EDGES and (density.edges[0], density.edges[-1]) == (-7.0, 0.0)
     for layer in (0, 1):
@@ -135,7 +135,7 @@ def test_density_plot_darkens_the_fullest_bin_of_a_layer(layers: int) -> None:
 
 
 def test_evaluators_leave_the_mode_alone_are_joined_and_can_be_stopped() -> None:
-    clt, seen = _clt().train(), []
+    transcoder, seen = _transcoder().train(), []
 
     def one(transcoder: CrossLayerTranscoder, mesh: Mesh, between: Callable[[], None]) -> Evaluation:
         seen.append((transcoder.training, torch.is_grad_enabled()))
@@ -148,11 +148,11 @@ def test_evaluators_leave_the_mode_alone_are_joined_and_can_be_stopped() -> None
     control = JobControl()
     with joined_job():
         mesh = Mesh.create(1)
-        assert evaluate_all([one, other], clt, mesh, control) == Evaluation(scalars={"a": 1.0, "b": 2.0})
-        assert seen == [(False, False)] and clt.training and control.progress == 1
-        assert evaluate_all([one], clt.eval(), mesh, control) == Evaluation(scalars={"a": 1.0})
-        assert not clt.training
+        assert evaluate_all([one, other], transcoder, mesh, control) == Evaluation(scalars={"a": 1.0, "b": 2.0})
+        assert seen == [(False, False)] and transcoder.training and control.progress == 1
+        assert evaluate_all([one], transcoder.eval(), mesh, control) == Evaluation(scalars={"a": 1.0})
+        assert not transcoder.training
         control.stop_requested = True
         # A stop ends the evaluation at the next piece of work, and leaves the mode alone as well.
-        assert evaluate_all([other, one], clt.train(), mesh, control) is None
-        assert clt.training and len(seen) == 2
+        assert evaluate_all([other, one], transcoder.train(), mesh, control) is None
+        assert transcoder.training and len(seen) == 2

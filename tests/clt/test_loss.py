@@ -20,25 +20,25 @@ from clt.transcoder.scaling import Scaling
 L, D, F, K = 2, 3, 6, 2
 
 
-def _clt(**changes: object) -> CrossLayerTranscoder:
+def _transcoder(**changes: object) -> CrossLayerTranscoder:
     config = CLTConfig(**({"n_layers": L, "d_model": D, "n_features": F, "k": K} | changes))  # type: ignore[arg-type]
-    clt = CrossLayerTranscoder(config, Scaling.identity(L, D))
+    transcoder = CrossLayerTranscoder(config, Scaling.identity(L, D))
     with torch.no_grad():
-        for parameter in clt.parameters():
+        for parameter in transcoder.parameters():
             parameter.normal_()
-    return clt.double()
+    return transcoder.double()
 
 
-def _dead_codes(clt: CrossLayerTranscoder, x_LBD: Tensor, dead_LF: Tensor) -> SparseCodes:
-    values, indices = zip(*encode_dead(clt, x_LBD, dead_LF, K), strict=True)
+def _dead_codes(transcoder: CrossLayerTranscoder, x_LBD: Tensor, dead_LF: Tensor) -> SparseCodes:
+    values, indices = zip(*encode_dead(transcoder, x_LBD, dead_LF, K), strict=True)
     return SparseCodes(values=torch.stack(values), indices=torch.stack(indices), n_features=F)
 
 
-def _auxk_error(clt: CrossLayerTranscoder, codes: SparseCodes, missed_MBD: Tensor) -> Tensor:
-    rows = [clt.source_rows(layer) for layer in clt.share.targets]
+def _auxk_error(transcoder: CrossLayerTranscoder, codes: SparseCodes, missed_MBD: Tensor) -> Tensor:
+    rows = [transcoder.source_rows(layer) for layer in transcoder.share.targets]
     errors = [
-        auxk_error(clt, layer, codes.values[own], codes.indices[own], missed_BD)[0]
-        for layer, own, missed_BD in zip(clt.share.targets, rows, missed_MBD, strict=True)
+        auxk_error(transcoder, layer, codes.values[own], codes.indices[own], missed_BD)[0]
+        for layer, own, missed_BD in zip(transcoder.share.targets, rows, missed_MBD, strict=True)
     ]
     return torch.stack(errors)
 
@@ -54,50 +54,50 @@ def test_combine_weighs_the_terms_as_the_settings_say() -> None:
 
 
 def test_encode_dead_selects_among_dead_features_only() -> None:
-    clt = _clt()
+    transcoder = _transcoder()
     dead = torch.zeros(L, F, dtype=torch.bool)
     dead[0, [1, 4]] = True
-    codes = _dead_codes(clt, torch.randn(L, 40, D, dtype=torch.float64), dead)
+    codes = _dead_codes(transcoder, torch.randn(L, 40, D, dtype=torch.float64), dead)
     filled = codes.values > 0
     assert set(codes.indices[0][filled[0]].tolist()) == {1, 4}
     assert not filled[1].any()
 
 
 def test_dead_feature_terms_move_the_selected_features_and_nothing_else() -> None:
-    clt = _clt()
+    transcoder = _transcoder()
     dead = torch.zeros(L, F, dtype=torch.bool)
     dead[:, 2] = True
     x, residual = (torch.randn(L, 30, D, dtype=torch.float64) for _ in range(2))
-    codes = _dead_codes(clt, x, dead)
-    (_auxk_error(clt, codes, residual).sum() + revival(codes, L)).backward()
+    codes = _dead_codes(transcoder, x, dead)
+    (_auxk_error(transcoder, codes, residual).sum() + revival(codes, L)).backward()
     for layer in range(L):
-        moved = clt.W_enc[str(layer)].grad.abs().sum(dim=1) > 0  # type: ignore[union-attr]
+        moved = transcoder.W_enc[str(layer)].grad.abs().sum(dim=1) > 0  # type: ignore[union-attr]
         assert moved.nonzero().flatten().tolist() == [2]
-        moved_decoders = clt.W_dec[str(layer)].grad.abs().sum(dim=2) > 0  # type: ignore[union-attr]
+        moved_decoders = transcoder.W_dec[str(layer)].grad.abs().sum(dim=2) > 0  # type: ignore[union-attr]
         assert set(moved_decoders.nonzero()[:, 1].tolist()) == {2}
-        assert clt.b_dec[str(layer)].grad is None
+        assert transcoder.b_dec[str(layer)].grad is None
 
 
 def test_revival_raises_selected_preactivations() -> None:
-    clt = _clt()
+    transcoder = _transcoder()
     dead = torch.ones(L, F, dtype=torch.bool)
     x = torch.randn(L, 30, D, dtype=torch.float64)
-    before = _dead_codes(clt, x, dead)
+    before = _dead_codes(transcoder, x, dead)
     revival(before, L).backward()
     with torch.no_grad():
-        for parameter in clt.parameters():
+        for parameter in transcoder.parameters():
             if parameter.grad is not None:
                 parameter -= 0.01 * parameter.grad
-    assert _dead_codes(clt, x, dead).values.mean() > before.values.mean()
+    assert _dead_codes(transcoder, x, dead).values.mean() > before.values.mean()
 
 
 def test_auxk_error_is_the_error_of_the_residual_without_bias_or_skip() -> None:
-    clt = _clt(skip=True)
+    transcoder = _transcoder(skip=True)
     empty = SparseCodes(
         values=torch.zeros(L, 4, K, dtype=torch.float64), indices=torch.zeros(L, 4, K).int(), n_features=F
     )
     residual = torch.randn(L, 4, D, dtype=torch.float64)
-    torch.testing.assert_close(_auxk_error(clt, empty, residual), residual.square().mean(dim=(1, 2)))
+    torch.testing.assert_close(_auxk_error(transcoder, empty, residual), residual.square().mean(dim=(1, 2)))
 
 
 def _codes(values: list[list[list[float]]], indices: list[list[list[int]]]) -> SparseCodes:
@@ -157,16 +157,16 @@ def _batch(x: torch.Tensor, y: torch.Tensor) -> ActivationBatch:
 
 @pytest.mark.parametrize("variant", [{}, {"first_offset": 1}, {"skip": True}])
 def test_store_report_equals_the_definitions(variant: dict[str, object]) -> None:
-    clt = _clt(**variant).float()
+    transcoder = _transcoder(**variant).float()
     x, y = torch.randn(L, 90, D), torch.randn(L, 90, D) + 5
-    report = evaluate_store(clt, (_batch(x[:, i : i + 40], y[:, i : i + 40]) for i in range(0, 90, 40)))
-    y_hat = clt(x)
+    report = evaluate_store(transcoder, (_batch(x[:, i : i + 40], y[:, i : i + 40]) for i in range(0, 90, 40)))
+    y_hat = transcoder(x)
     for row, target in enumerate(report.fvu):
         y_t = y[target].double()
         expected = (y_hat[row] - y_t).square().sum() / (y_t - y_t.mean(dim=0)).square().sum()
         # The sums run in float64 over float32 reconstructions.
         assert report.fvu[target] == pytest.approx(expected.item(), rel=1e-5)
-    codes = clt.encode(x[list(report.l0)])
+    codes = transcoder.encode(x[list(report.l0)])
     assert list(report.l0.values()) == pytest.approx((codes.values > 0).sum(dim=(1, 2)).div(90).tolist())
     assert list(report.dead_fraction.values()) == pytest.approx(
         (firing_counts(codes) == 0).double().mean(dim=1).tolist()
@@ -177,4 +177,4 @@ def test_store_report_equals_the_definitions(variant: dict[str, object]) -> None
 
 def test_a_store_without_tokens_is_refused() -> None:
     with pytest.raises(StoreError, match="no tokens"):
-        evaluate_store(_clt(), iter(()))
+        evaluate_store(_transcoder(), iter(()))

@@ -21,37 +21,37 @@ L, D, F, K, B = 4, 6, 20, 3, 9
 IDENTITY = ModelIdentity(name="toy", revision="local", architecture="X", n_layers=L, d_model=D, fingerprint="ab12")
 
 
-def _clt(**changes: object) -> CrossLayerTranscoder:
+def _transcoder(**changes: object) -> CrossLayerTranscoder:
     config = CLTConfig(**({"n_layers": L, "d_model": D, "n_features": F, "k": K} | changes))  # type: ignore[arg-type]
     scaling = Scaling(
         mean_x=torch.randn(L, D), rms_x=torch.rand(L) + 0.5, mean_y=torch.randn(L, D), rms_y=torch.rand(L) + 0.5
     )
-    clt = CrossLayerTranscoder(config, scaling, provenance=Provenance(model=IDENTITY, store_id="s1"))
+    transcoder = CrossLayerTranscoder(config, scaling, provenance=Provenance(model=IDENTITY, store_id="s1"))
     with torch.no_grad():
-        for parameter in clt.parameters():
+        for parameter in transcoder.parameters():
             parameter.normal_()
-    return clt.double().requires_grad_(False)
+    return transcoder.double().requires_grad_(False)
 
 
-def _dense_forward(clt: CrossLayerTranscoder, x_LBD: Tensor) -> dict[int, Tensor]:
+def _dense_forward(transcoder: CrossLayerTranscoder, x_LBD: Tensor) -> dict[int, Tensor]:
     """The definition, written with dense activations."""
-    s = {k: v.double() for k, v in clt.scaling.tensors().items()}
+    s = {k: v.double() for k, v in transcoder.scaling.tensors().items()}
     x_std = (x_LBD - s["mean_x"][:, None]) / s["rms_x"][:, None, None]
-    if clt.config.layer_norm:
+    if transcoder.config.layer_norm:
         centred = x_LBD - x_LBD.mean(dim=2, keepdim=True)
         x_std = centred / (centred.square().mean(dim=2, keepdim=True) + 1e-5).sqrt()
     z = {}
-    for layer in source_layers(clt.config):
-        pre = torch.relu(x_std[layer] @ clt.W_enc[str(layer)].T + clt.b_enc[str(layer)])
+    for layer in source_layers(transcoder.config):
+        pre = torch.relu(x_std[layer] @ transcoder.W_enc[str(layer)].T + transcoder.b_enc[str(layer)])
         kept = pre.topk(K, dim=1)
         z[layer] = torch.zeros_like(pre).scatter(1, kept.indices, kept.values)
     y = {}
-    for target in target_layers(clt.config):
-        total = clt.b_dec[str(target)].expand(B, D)
-        for row, source in enumerate(sources_of(clt.config, target)):
-            total = total + z[source] @ clt.W_dec[str(target)][row]
-        if clt.config.skip:
-            total = total + x_std[target] @ clt.W_skip[str(target)].T
+    for target in target_layers(transcoder.config):
+        total = transcoder.b_dec[str(target)].expand(B, D)
+        for row, source in enumerate(sources_of(transcoder.config, target)):
+            total = total + z[source] @ transcoder.W_dec[str(target)][row]
+        if transcoder.config.skip:
+            total = total + x_std[target] @ transcoder.W_skip[str(target)].T
         y[target] = total * s["rms_y"][target] + s["mean_y"][target]
     return y
 
@@ -68,17 +68,19 @@ VARIANTS = [
 
 @pytest.mark.parametrize("variant", VARIANTS)
 def test_forward_equals_dense_definition(variant: dict[str, object]) -> None:
-    clt = _clt(**variant)
+    transcoder = _transcoder(**variant)
     x = torch.randn(L, B, D, dtype=torch.float64)
-    expected = _dense_forward(clt, x)
-    torch.testing.assert_close(clt(x), torch.stack([expected[t] for t in sorted(expected)]), rtol=1e-10, atol=1e-10)
+    expected = _dense_forward(transcoder, x)
+    torch.testing.assert_close(
+        transcoder(x), torch.stack([expected[t] for t in sorted(expected)]), rtol=1e-10, atol=1e-10
+    )
 
 
 @pytest.mark.parametrize("variant", VARIANTS)
 def test_folded_transcoder_is_the_same_function_of_raw_inputs(variant: dict[str, object]) -> None:
-    clt = _clt(**variant)
+    transcoder = _transcoder(**variant)
     x = torch.randn(L, B, D, dtype=torch.float64)
-    torch.testing.assert_close(clt.folded()(x), clt(x), rtol=1e-9, atol=1e-9)
+    torch.testing.assert_close(transcoder.folded()(x), transcoder(x), rtol=1e-9, atol=1e-9)
 
 
 def test_sources_and_targets_are_two_views_of_the_same_pairs() -> None:
@@ -106,17 +108,17 @@ def test_a_share_starts_from_the_same_weights_as_the_whole() -> None:
 
 @pytest.mark.parametrize("variant", VARIANTS)
 def test_save_and_load_reproduce_outputs_and_provenance(tmp_path: Path, variant: dict[str, object]) -> None:
-    clt = _clt(**variant).float()
-    clt.save_pretrained(tmp_path)
+    transcoder = _transcoder(**variant).float()
+    transcoder.save_pretrained(tmp_path)
     loaded = CrossLayerTranscoder.from_pretrained(tmp_path)
     x = torch.randn(L, B, D)
-    assert torch.equal(loaded(x), clt(x))
-    assert loaded.provenance == clt.provenance and loaded.config == clt.config
+    assert torch.equal(loaded(x), transcoder(x))
+    assert loaded.provenance == transcoder.provenance and loaded.config == transcoder.config
     assert json.loads((tmp_path / "transcoder.json").read_text())["created_by"] == code_version()
 
 
 def test_a_flipped_bit_in_a_checkpoint_with_manifest_is_refused(tmp_path: Path) -> None:
-    _clt().float().save_pretrained(tmp_path)
+    _transcoder().float().save_pretrained(tmp_path)
     checksums: Checksums = {}
     for path in sorted(tmp_path.iterdir()):
         write_text(path, path.read_text(), checksums) if path.suffix != ".safetensors" else save_tensors(
@@ -156,7 +158,7 @@ def _damage_width(folder: Path) -> str:
 
 @pytest.mark.parametrize("damage", [_damage_truncate, _damage_missing, _damage_format, _damage_width])
 def test_a_damaged_folder_is_refused_in_one_line_that_names_the_place(tmp_path: Path, damage: object) -> None:
-    _clt().float().save_pretrained(tmp_path)
+    _transcoder().float().save_pretrained(tmp_path)
     place = damage(tmp_path)  # type: ignore[operator]
     with pytest.raises(CheckpointError, match=place) as error:
         CrossLayerTranscoder.from_pretrained(tmp_path)

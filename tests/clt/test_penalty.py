@@ -16,40 +16,46 @@ from clt.transcoder.sparsity import Peers
 TOKENS, WEIGHT = 40, 0.3
 
 
-def squared_error(clt: CrossLayerTranscoder, z_LBF: Tensor, y_LBD: Tensor, weights_B: Tensor) -> Tensor:
+def squared_error(transcoder: CrossLayerTranscoder, z_LBF: Tensor, y_LBD: Tensor, weights_B: Tensor) -> Tensor:
     """Mean over targets and channels, weighted over tokens, from dense activations."""
     total = z_LBF.new_zeros(())
     for target in range(L):
-        rows = clt.sources_of(target)
-        found = torch.einsum("sbf,sfd->bd", z_LBF[rows.start : rows.stop], clt.W_dec[str(target)])
-        total = total + (found + clt.b_dec[str(target)] - y_LBD[target]).square().mean(dim=1) @ weights_B
+        rows = transcoder.sources_of(target)
+        found = torch.einsum("sbf,sfd->bd", z_LBF[rows.start : rows.stop], transcoder.W_dec[str(target)])
+        total = total + (found + transcoder.b_dec[str(target)] - y_LBD[target]).square().mean(dim=1) @ weights_B
     return total / L
 
 
-def dense_penalty(clt: CrossLayerTranscoder, z_LBF: Tensor, weights_B: Tensor) -> Tensor:
+def dense_penalty(transcoder: CrossLayerTranscoder, z_LBF: Tensor, weights_B: Tensor) -> Tensor:
     """By definition, differentiable with respect to activations and decoders."""
     norms = torch.stack(
         [
             torch.cat(
-                [clt.W_dec[str(t)][source - clt.sources_of(t).start] for t in clt.targets_of(source)], dim=1
+                [
+                    transcoder.W_dec[str(t)][source - transcoder.sources_of(t).start]
+                    for t in transcoder.targets_of(source)
+                ],
+                dim=1,
             ).norm(dim=1)
             for source in range(L)
         ]
     )
-    return (torch.tanh(clt.config.sparsity.penalty_scale * z_LBF * norms[:, None]).sum(dim=2) @ weights_B).sum() / L
+    return (
+        torch.tanh(transcoder.config.sparsity.penalty_scale * z_LBF * norms[:, None]).sum(dim=2) @ weights_B
+    ).sum() / L
 
 
 @pytest.mark.parametrize("kind", ["jumprelu", "relu"])
 def test_penalty_and_its_gradients_are_those_of_the_definition(kind: str) -> None:
-    clt = make_clt(kind)
+    transcoder = make_clt(kind)
     x = torch.randn(L, TOKENS, D, dtype=torch.float64)
     weights_B = torch.rand(TOKENS, dtype=torch.float64)
-    codes = clt.encode(x, peers=Peers())
-    share, penalty = sparsity_loss(clt, codes, WEIGHT, Peers(), weights_B)
-    expected = dense_penalty(clt, dense(codes), weights_B)
+    codes = transcoder.encode(x, peers=Peers())
+    share, penalty = sparsity_loss(transcoder, codes, WEIGHT, Peers(), weights_B)
+    expected = dense_penalty(transcoder, dense(codes), weights_B)
     torch.testing.assert_close(penalty, expected.detach())
     torch.testing.assert_close(share, WEIGHT * expected)
-    leaves = [codes.values, *clt.W_dec.values()]
+    leaves = [codes.values, *transcoder.W_dec.values()]
     ours, theirs = (torch.autograd.grad(loss, leaves, retain_graph=True) for loss in (share, WEIGHT * expected))
     filled = codes.values != 0
     torch.testing.assert_close(ours[0][filled], theirs[0][filled])
@@ -58,39 +64,39 @@ def test_penalty_and_its_gradients_are_those_of_the_definition(kind: str) -> Non
 
 
 def test_penalty_of_decoders_that_are_zero_has_a_finite_gradient() -> None:
-    clt = make_clt("jumprelu")
+    transcoder = make_clt("jumprelu")
     with torch.no_grad():
-        for weights in clt.W_dec.values():
+        for weights in transcoder.W_dec.values():
             weights.zero_()
-    codes = clt.encode(torch.randn(L, TOKENS, D, dtype=torch.float64), peers=Peers())
-    sparsity_loss(clt, codes, WEIGHT, Peers())[0].backward()
-    assert all(p.grad is None or p.grad.isfinite().all() for p in clt.parameters())
+    codes = transcoder.encode(torch.randn(L, TOKENS, D, dtype=torch.float64), peers=Peers())
+    sparsity_loss(transcoder, codes, WEIGHT, Peers())[0].backward()
+    assert all(p.grad is None or p.grad.isfinite().all() for p in transcoder.parameters())
 
 
 def test_threshold_gradient_is_the_gain_of_dropping_what_lies_just_above() -> None:
-    clt = make_clt("jumprelu", bandwidth=0.5)
+    transcoder = make_clt("jumprelu", bandwidth=0.5)
     x, y = (torch.randn(L, TOKENS, D, dtype=torch.float64) for _ in range(2))
     weights_B = torch.rand(TOKENS, dtype=torch.float64) / TOKENS
-    codes = clt.encode(x, peers=Peers())
+    codes = transcoder.encode(x, peers=Peers())
     z = dense(codes)
-    loss = squared_error(clt, z, y, weights_B) + sparsity_loss(clt, codes, WEIGHT, Peers(), weights_B)[0]
-    found = torch.autograd.grad(loss, list(clt.log_threshold.values()))
+    loss = squared_error(transcoder, z, y, weights_B) + sparsity_loss(transcoder, codes, WEIGHT, Peers(), weights_B)[0]
+    found = torch.autograd.grad(loss, list(transcoder.log_threshold.values()))
     # By hand: slope of the squared error at each activation, its curvature, and the penalty's step.
-    pre, _ = scores_by_hand(clt, x)
-    t = torch.stack([p.detach().exp() for p in clt.log_threshold.values()])[:, None]
+    pre, _ = scores_by_hand(transcoder, x)
+    t = torch.stack([p.detach().exp() for p in transcoder.log_threshold.values()])[:, None]
     free = torch.where(pre > t, pre, 0).detach().requires_grad_()
-    (slope,) = torch.autograd.grad(squared_error(clt, free, y, weights_B), free)
+    (slope,) = torch.autograd.grad(squared_error(transcoder, free, y, weights_B), free)
     norms = torch.stack(
         [
             sum(  # type: ignore[misc]
-                clt.W_dec[str(target)][s - clt.sources_of(target).start].detach().square().sum(dim=1)
-                for target in clt.targets_of(s)
+                transcoder.W_dec[str(target)][s - transcoder.sources_of(target).start].detach().square().sum(dim=1)
+                for target in transcoder.targets_of(s)
             )
             for s in range(L)
         ]
     ).sqrt()[:, None]
     curvature = 2 * norms.square() * weights_B[:, None] / (D * L)
-    c = clt.config.sparsity.penalty_scale
+    c = transcoder.config.sparsity.penalty_scale
     step = WEIGHT * weights_B[:, None] / L * torch.tanh(c * t * norms)
     gain = t * slope - t.square() / 2 * curvature + step
     window = (pre > t) & (pre <= t + 0.5)
@@ -102,10 +108,10 @@ def test_threshold_gradient_is_the_gain_of_dropping_what_lies_just_above() -> No
 def test_threshold_gradient_approaches_the_derivative_of_the_mean_loss() -> None:
     """Of one feature over very many tokens, where the derivative can be had by moving the threshold."""
     torch.manual_seed(3)
-    clt = make_clt("jumprelu", bandwidth=0.05, threshold=0.5)
+    transcoder = make_clt("jumprelu", bandwidth=0.05, threshold=0.5)
     tokens = 400_000
     pre = torch.randn(tokens, dtype=torch.float64)
-    d = clt.W_dec["0"][0, 0].detach()
+    d = transcoder.W_dec["0"][0, 0].detach()
     # What the other features leave of the target, correlated with this feature.
     rest = 0.7 * pre[:, None] * d + torch.randn(tokens, D, dtype=torch.float64)
 
@@ -127,14 +133,14 @@ def test_threshold_gradient_approaches_the_derivative_of_the_mean_loss() -> None
 
 
 def test_features_that_never_fire_keep_their_infinite_threshold() -> None:
-    clt = make_clt("jumprelu")
+    transcoder = make_clt("jumprelu")
     with torch.no_grad():
-        clt.log_threshold["1"][2] = torch.inf
-    codes = clt.encode(torch.randn(L, TOKENS, D, dtype=torch.float64), peers=Peers())
+        transcoder.log_threshold["1"][2] = torch.inf
+    codes = transcoder.encode(torch.randn(L, TOKENS, D, dtype=torch.float64), peers=Peers())
     assert not (dense(codes)[1, :, 2] > 0).any()
-    (codes.values.sum() + sparsity_loss(clt, codes, WEIGHT, Peers())[0]).backward()
-    assert clt.log_threshold["1"].grad is not None and clt.log_threshold["1"].grad.isfinite().all()
-    assert clt.log_threshold["1"].grad[2] == 0
+    (codes.values.sum() + sparsity_loss(transcoder, codes, WEIGHT, Peers())[0]).backward()
+    assert transcoder.log_threshold["1"].grad is not None and transcoder.log_threshold["1"].grad.isfinite().all()
+    assert transcoder.log_threshold["1"].grad[2] == 0
 
 
 def test_penalty_weight_rises_linearly() -> None:

@@ -44,10 +44,10 @@ def config(**keys: Any) -> TrainConfig:
 
 
 def job(train: TrainConfig, n_layers: int = 32, d_model: int = 4096, data: int = 1, numerics: str = "float32") -> Job:
-    clt = CLTConfig.resolve(train.clt, n_layers, d_model)
+    architecture = CLTConfig.resolve(train.clt, n_layers, d_model)
     zero = train.zero_stage(data)
     mesh = MeshShape(data=data, layer=train.mesh.layer, column=train.mesh.column, zero=zero)
-    return Job(config=train, clt=clt, mesh=mesh, numerics=NUMERICS[numerics])
+    return Job(config=train, architecture=architecture, mesh=mesh, numerics=NUMERICS[numerics])
 
 
 def llava(n_targets: int | None = 16, **keys: Any) -> Job:
@@ -62,9 +62,9 @@ def llava(n_targets: int | None = 16, **keys: Any) -> Job:
 def test_parameters_of_llava_are_those_of_the_note(
     n_targets: int | None, n_pairs: int, decoders: int, total: float
 ) -> None:
-    clt = llava(n_targets).clt
-    counted = parameters(clt)
-    assert pairs(clt) == n_pairs
+    architecture = llava(n_targets).architecture
+    counted = parameters(architecture)
+    assert pairs(architecture) == n_pairs
     assert counted.encoders == 32 * 8192 * 4096 and counted.decoders == decoders
     assert counted.encoder_biases == 32 * 8192 and counted.decoder_biases == 32 * 4096
     assert counted.total == pytest.approx(total, rel=5e-4)
@@ -82,8 +82,8 @@ def test_parameters_of_llava_are_those_of_the_note(
 def test_parameters_of_other_forms_of_decoders_by_hand(
     form: dict[str, str], decoders: int, scales: int, biases: int
 ) -> None:
-    clt = job(config(clt={"n_features": 8192, "k": 32, "n_targets": 16, **form})).clt
-    counted = parameters(clt)
+    architecture = job(config(clt={"n_features": 8192, "k": 32, "n_targets": 16, **form})).architecture
+    counted = parameters(architecture)
     assert counted.decoders == decoders * 8192 * 4096
     assert counted.decoder_scales == scales * 8192 and counted.decoder_biases == biases * 4096
 
@@ -117,7 +117,7 @@ def test_bytes_per_parameter_are_those_of_the_note(numerics: str, per_parameter:
     kind = NUMERICS[numerics]
     assert kind.bytes_per_parameter == per_parameter
     for n_targets, whole in ((16, t16), (None, full)):
-        assert parameters(llava(n_targets).clt).total * per_parameter == pytest.approx(whole, rel=1e-3)
+        assert parameters(llava(n_targets).architecture).total * per_parameter == pytest.approx(whole, rel=1e-3)
 
 
 def test_adam_moves_28_bytes_per_parameter() -> None:
@@ -157,7 +157,7 @@ def test_auxk_of_every_eighth_token_adds_an_eighth_of_the_codes() -> None:
 
 def test_replicas_send_gradients_twice_and_under_zero_weights_once() -> None:
     # Three replicas of one process: 14.23 G float32 gradients, 2 x 2/3 of them; weights 2/3 of them.
-    gradient_bytes = parameters(llava().clt).total * 4
+    gradient_bytes = parameters(llava().architecture).total * 4
     for zero, weights in ((0, 0), (1, gradient_bytes * 2 / 3), (2, gradient_bytes * 2 / 3)):
         moved = traffic(job(config(data={"batch_tokens": 4098}, mesh={"zero_stage": zero}), data=3))
         assert moved.gradients == pytest.approx(gradient_bytes * 4 / 3)
@@ -182,8 +182,8 @@ def test_rules_that_compare_send_counts() -> None:
 
 
 def test_store_bytes_of_llava_are_52_terabytes_for_100_million_tokens() -> None:
-    assert store_bytes_per_token(llava().clt) == 524_288
-    assert store_bytes_per_token(llava().clt, itemsize=1) == 262_144
+    assert store_bytes_per_token(llava().architecture) == 524_288
+    assert store_bytes_per_token(llava().architecture, itemsize=1) == 262_144
 
 
 @pytest.mark.parametrize(
@@ -195,7 +195,7 @@ def test_store_bytes_of_llava_are_52_terabytes_for_100_million_tokens() -> None:
 def test_memory_of_zero_is_what_was_measured(zero: int, data: int, resident: int, most: int) -> None:
     planned = job(config(mesh={"zero_stage": zero}), 4, 128, data=data)
     (share,) = planned.shares()
-    own = parameters(planned.clt, share).total
+    own = parameters(planned.architecture, share).total
     need = memory(planned, share)
     assert (need.weights + need.optimizer + need.gradients) / own == pytest.approx(resident)
     # The bucket, which takes all gradients of this small model, is on top of what each stage keeps.
@@ -253,13 +253,13 @@ def numbers(transcoder: CrossLayerTranscoder) -> int:
 @given(jobs())
 @settings(max_examples=60, deadline=None)
 def test_parameters_are_those_of_real_transcoders_whole_and_by_share(planned: Job) -> None:
-    scaling = Scaling.identity(planned.clt.n_layers, planned.clt.d_model)
-    whole = parameters(planned.clt)
-    assert whole.total == numbers(CrossLayerTranscoder(planned.clt, scaling))
-    shares = deal_layers(planned.clt, planned.mesh.layer, planned.mesh.column)
-    counted = [parameters(planned.clt, share) for share in shares]
+    scaling = Scaling.identity(planned.architecture.n_layers, planned.architecture.d_model)
+    whole = parameters(planned.architecture)
+    assert whole.total == numbers(CrossLayerTranscoder(planned.architecture, scaling))
+    shares = deal_layers(planned.architecture, planned.mesh.layer, planned.mesh.column)
+    counted = [parameters(planned.architecture, share) for share in shares]
     for share, own in zip(shares, counted, strict=True):
-        assert own.total == numbers(CrossLayerTranscoder(planned.clt, scaling, share))
+        assert own.total == numbers(CrossLayerTranscoder(planned.architecture, scaling, share))
     for field in fields(whole):
         assert sum(getattr(own, field.name) for own in counted) == getattr(whole, field.name)
 
@@ -268,7 +268,7 @@ def test_parameters_are_those_of_real_transcoders_whole_and_by_share(planned: Jo
 @settings(max_examples=60, deadline=None)
 def test_weights_in_memory_of_all_ranks_are_the_whole(planned: Job) -> None:
     needs = [memory(planned, share) for share in planned.shares()]
-    assert sum(need.weights for need in needs) == parameters(planned.clt).total * planned.numerics.weight
+    assert sum(need.weights for need in needs) == parameters(planned.architecture).total * planned.numerics.weight
     for need in needs:
         assert all(value >= 0 for value in vars(need).values()) and need.total == sum(vars(need).values())
 
@@ -290,8 +290,8 @@ def test_nothing_travels_where_there_is_nobody(planned: Job) -> None:
 def test_bytes_of_codes_are_those_that_the_exchange_promises(planned: Job) -> None:
     moved, shares = traffic(planned), planned.shares()
     dtype = torch.float32 if planned.numerics.weight == 4 else torch.bfloat16
-    sent = exchange_bytes(shares, planned.clt.n_features, planned.batch, planned.slots, dtype)
-    dead = exchange_bytes(shares, planned.clt.n_features, planned.auxk_batch, planned.auxk_slots, dtype)
+    sent = exchange_bytes(shares, planned.architecture.n_features, planned.batch, planned.slots, dtype)
+    dead = exchange_bytes(shares, planned.architecture.n_features, planned.auxk_batch, planned.auxk_slots, dtype)
     assert moved.values + moved.indices + moved.code_gradients == sent and moved.auxk == dead
 
 
@@ -299,9 +299,9 @@ def test_bytes_of_codes_are_those_that_the_exchange_promises(planned: Job) -> No
 @settings(max_examples=60, deadline=None)
 def test_everything_grows_with_k_and_tokens(planned: Job, more: int) -> None:
     train = planned.config
-    wider = replace(planned.clt, k=min(planned.clt.k + more, planned.clt.n_features))
+    wider = replace(planned.architecture, k=min(planned.architecture.k + more, planned.architecture.n_features))
     tokens = replace(train.data, batch_tokens=train.data.batch_tokens + more * planned.mesh.data)
-    for larger in (replace(planned, clt=wider), replace(planned, config=replace(train, data=tokens))):
+    for larger in (replace(planned, architecture=wider), replace(planned, config=replace(train, data=tokens))):
         assert traffic(larger).total >= traffic(planned).total
         assert flops(larger).total >= flops(planned).total
         assert step_time(larger, H200).total >= step_time(planned, H200).total
@@ -328,7 +328,7 @@ def test_step_of_llava_on_eight_gpus_by_hand() -> None:
     assert found.decode == pytest.approx(49 * gather + 2 * 4 * 4096 * 16_384 / 4.32e12)
     assert found.decoder_gradients == pytest.approx(49 * (gather + 2 * 8192 * 16_384 / 4.32e12))
     # 28 bytes of Adam, 4 of the norm, 8 of clipping.
-    assert found.optimizer == pytest.approx(parameters(llava().clt).total / 8 * 40 / 4.32e12, rel=1e-3)
+    assert found.optimizer == pytest.approx(parameters(llava().architecture).total / 8 * 40 / 4.32e12, rel=1e-3)
     assert found.data_axis == found.auxk == 0
 
 

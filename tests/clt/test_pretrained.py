@@ -58,11 +58,11 @@ def make_clt(**changes: Any) -> CrossLayerTranscoder:
     scaling = Scaling(
         mean_x=torch.randn(L, D), rms_x=torch.rand(L) + 0.5, mean_y=torch.randn(L, D), rms_y=torch.rand(L) + 0.5
     )
-    clt = CrossLayerTranscoder(config, scaling, provenance=Provenance(model=IDENTITY, store_id="s1"))
+    transcoder = CrossLayerTranscoder(config, scaling, provenance=Provenance(model=IDENTITY, store_id="s1"))
     with torch.no_grad():
-        for parameter in clt.parameters():
+        for parameter in transcoder.parameters():
             parameter.normal_()
-    return clt.requires_grad_(False)
+    return transcoder.requires_grad_(False)
 
 
 @pytest.fixture
@@ -87,20 +87,20 @@ def close(found: Tensor, expected: Tensor) -> None:
 
 @pytest.mark.parametrize("variant", VARIANTS, ids=str)
 def test_decoders_in_their_files_give_what_loaded_ones_give(tmp_path: Path, variant: dict[str, Any]) -> None:
-    clt = make_clt(**variant)
-    clt.save_pretrained(tmp_path)
+    transcoder = make_clt(**variant)
+    transcoder.save_pretrained(tmp_path)
     opened = lazy(tmp_path)
-    assert sum(isinstance(module, MappedDecoder) for module in opened.modules()) == len(clt.W_dec)
+    assert sum(isinstance(module, MappedDecoder) for module in opened.modules()) == len(transcoder.W_dec)
     x = torch.randn(L, B, D)
-    close(opened(x), clt(x))
-    close(opened.folded()(x), clt.folded()(x))
-    for target in clt.share.targets:
-        for source in clt.sources_of(target):
-            assert torch.equal(opened.decoder(source, target), clt.decoder(source, target))
-    y, rows = torch.randn(B, D), clt.source_rows(clt.share.targets[-1])
-    codes, last = clt.encode(x[list(clt.share.sources)]), clt.share.targets[-1]
+    close(opened(x), transcoder(x))
+    close(opened.folded()(x), transcoder.folded()(x))
+    for target in transcoder.share.targets:
+        for source in transcoder.sources_of(target):
+            assert torch.equal(opened.decoder(source, target), transcoder.decoder(source, target))
+    y, rows = torch.randn(B, D), transcoder.source_rows(transcoder.share.targets[-1])
+    codes, last = transcoder.encode(x[list(transcoder.share.sources)]), transcoder.share.targets[-1]
     given = last, codes.values[rows], codes.indices[rows], y, x[last]
-    for found, expected in zip(opened.decode_loss_layer(*given), clt.decode_loss_layer(*given), strict=True):
+    for found, expected in zip(opened.decode_loss_layer(*given), transcoder.decode_loss_layer(*given), strict=True):
         close(found, expected)
 
 
@@ -115,10 +115,10 @@ def test_folding_leaves_decoders_in_their_files_and_types_can_change(folder: Pat
 
 def test_gradients_of_activations_pass_through_decoders_in_their_files(folder: Path) -> None:
     gradients = []
-    for clt in (lazy(folder), CrossLayerTranscoder.from_pretrained(folder)):
+    for transcoder in (lazy(folder), CrossLayerTranscoder.from_pretrained(folder)):
         values = torch.rand(L, B, K, generator=torch.Generator().manual_seed(1)).requires_grad_()
         indices = torch.arange(K, dtype=torch.int32).expand(L, B, K).contiguous()
-        clt.decode_layer(L - 1, values, indices).square().sum().backward()
+        transcoder.decode_layer(L - 1, values, indices).square().sum().backward()
         assert values.grad is not None
         gradients.append(values.grad)
     close(*gradients)
@@ -129,7 +129,7 @@ def test_evaluation_is_the_same(folder: Path) -> None:
         **dict.fromkeys((field.name for field in fields(TokenTable)), torch.zeros(40, dtype=torch.int64))
     )
     batch = ActivationBatch(x=torch.randn(L, 40, D), y=torch.randn(L, 40, D), tokens=tokens)
-    found, expected = (evaluate_store(clt, [batch]) for clt in (lazy(folder), make_clt_from(folder)))
+    found, expected = (evaluate_store(transcoder, [batch]) for transcoder in (lazy(folder), make_clt_from(folder)))
     assert found.l0 == expected.l0
     assert found.fvu == pytest.approx(expected.fvu, rel=1e-5)
 
@@ -306,15 +306,15 @@ def test_model_card_says_what_it_is_and_how_it_was_trained(tmp_path: Path) -> No
 def test_transcoder_comes_back_from_the_hub_and_a_folder_of_its_name_wins(
     hub: HubStandIn, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    clt = make_clt()
-    commit = clt.push_to_hub(NAME)
+    transcoder = make_clt()
+    commit = transcoder.push_to_hub(NAME)
     assert sorted(hub.tree(NAME, kind="model")) == OWN and hub.repositories[f"model:{NAME}"].private
     assert hub.history(NAME, kind="model")[-1] == {"transcoder.json"}
     x = torch.randn(L, B, D)
     for name in (NAME, f"{NAME}@main", f"{NAME}@{commit}"):
-        assert torch.equal(CrossLayerTranscoder.from_pretrained(name)(x), clt(x))
-    close(CrossLayerTranscoder.from_pretrained(NAME, lazy=True, revision=commit)(x), clt(x))
-    assert clt.push_to_hub(NAME) == commit
+        assert torch.equal(CrossLayerTranscoder.from_pretrained(name)(x), transcoder(x))
+    close(CrossLayerTranscoder.from_pretrained(NAME, lazy=True, revision=commit)(x), transcoder(x))
+    assert transcoder.push_to_hub(NAME) == commit
 
     monkeypatch.chdir(tmp_path)
     other = make_clt()
@@ -335,13 +335,13 @@ def test_only_the_layers_asked_for_travel_and_only_once(hub: HubStandIn) -> None
 
 
 def test_what_is_in_the_cache_needs_no_network(hub: HubStandIn, monkeypatch: pytest.MonkeyPatch) -> None:
-    clt, x = make_clt(), torch.randn(L, B, D)
-    clt.push_to_hub(NAME)
+    transcoder, x = make_clt(), torch.randn(L, B, D)
+    transcoder.push_to_hub(NAME)
     make_from_hub = CrossLayerTranscoder.from_pretrained
     make_from_hub(NAME)
     monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)
     hub.requests.clear()
-    assert torch.equal(make_from_hub(NAME)(x), clt(x)) and not hub.requests
+    assert torch.equal(make_from_hub(NAME)(x), transcoder(x)) and not hub.requests
 
 
 def test_training_output_is_pushed_without_its_job(hub: HubStandIn, tmp_path: Path) -> None:
@@ -374,8 +374,8 @@ def test_refusals_of_the_hub_are_one_line_with_the_remedy(
         assert "\n" not in str(error.value)
 
     refused("alice/clt: no such model repository.*HF_TOKEN.*no folder of this name", NAME)
-    clt = make_clt_from(folder)
-    clt.push_to_hub(NAME)
+    transcoder = make_clt_from(folder)
+    transcoder.push_to_hub(NAME)
     refused("no revision 'v9'", f"{NAME}@v9")
     refused("names another one", f"{NAME}@v9", revision="v8")
     refused(r"no 'average_00\.safetensors'", NAME, averaged=True)
@@ -383,7 +383,7 @@ def test_refusals_of_the_hub_are_one_line_with_the_remedy(
         make_clt().push_to_hub(NAME)
     monkeypatch.setenv("HF_TOKEN", "hf_bob")
     with pytest.raises(HubError, match="HF_TOKEN"):
-        clt.push_to_hub("alice/other")
+        transcoder.push_to_hub("alice/other")
     result = CliRunner().invoke(app, ["push", str(folder), "alice/other"])
     assert result.exit_code == 2 and "HF_TOKEN" in result.stderr
     # A refused connection is tried again for half a minute by the library.

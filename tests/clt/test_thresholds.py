@@ -30,20 +30,20 @@ def _batches(dtype: torch.dtype, n: int = 3) -> list[ActivationBatch]:
     ]
 
 
-def _counts(clt: CrossLayerTranscoder, batches: list[ActivationBatch]) -> Tensor:
-    return sum(firing_counts(clt.encode(batch.x)) for batch in batches)  # type: ignore[return-value]
+def _counts(transcoder: CrossLayerTranscoder, batches: list[ActivationBatch]) -> Tensor:
+    return sum(firing_counts(transcoder.encode(batch.x)) for batch in batches)  # type: ignore[return-value]
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
 @pytest.mark.parametrize("kind", [kind for kind in KINDS if kind != "jumprelu"])
 def test_conversion_keeps_every_firing_count(kind: str, dtype: torch.dtype, tmp_path: Path) -> None:
-    clt = make_clt(kind, dtype)
+    transcoder = make_clt(kind, dtype)
     with torch.no_grad():
-        clt.b_enc["1"][3] = -100
+        transcoder.b_enc["1"][3] = -100
     batches = _batches(dtype)
-    clt.encode(batches[0].x, peers=Peers())
-    converted, report = to_jumprelu(clt, batches)
-    counts = _counts(clt, batches)
+    transcoder.encode(batches[0].x, peers=Peers())
+    converted, report = to_jumprelu(transcoder, batches)
+    counts = _counts(transcoder, batches)
     assert torch.equal(_counts(converted, batches), counts) and report.changed_counts == 0
     assert report.never_fired == (counts == 0).sum() and counts[1, 3] == 0
     assert converted.log_threshold["1"][3] == torch.inf
@@ -72,17 +72,17 @@ def test_converting_twice_is_refused() -> None:
 
 
 def test_a_layer_by_itself_fires_as_often_after_calibration() -> None:
-    clt, batches = make_clt("joint_topk"), _batches(torch.float64)
-    threshold = calibrate_threshold(clt, batches)
+    transcoder, batches = make_clt("joint_topk"), _batches(torch.float64)
+    threshold = calibrate_threshold(transcoder, batches)
     assert threshold > 0
-    alone = sum(int((clt.encode_layer(layer, b.x[layer])[0] > 0).sum()) for b in batches for layer in range(L))
-    assert alone == _counts(clt, batches).sum()
+    alone = sum(int((transcoder.encode_layer(layer, b.x[layer])[0] > 0).sum()) for b in batches for layer in range(L))
+    assert alone == _counts(transcoder, batches).sum()
     assert alone <= K * L * 150
     with pytest.raises(ConfigError, match="nothing to calibrate"):
         calibrate_threshold(make_clt("topk"), batches)
 
 
 def test_calibrated_batch_topk_has_k_features_per_token_and_layer() -> None:
-    clt, batches = make_clt("batch_topk"), _batches(torch.float64)
-    calibrate_threshold(clt, batches)
-    assert _counts(clt, batches).sum() == K * L * 150 < F * L * 150
+    transcoder, batches = make_clt("batch_topk"), _batches(torch.float64)
+    calibrate_threshold(transcoder, batches)
+    assert _counts(transcoder, batches).sum() == K * L * 150 < F * L * 150

@@ -59,23 +59,23 @@ def test_a_weight_of_n_is_n_equal_tokens(kind: str) -> None:
     dead_LF = torch.rand(L, F) < 0.3
     with joined_job():
         mesh = Mesh.create(1)
-        clt = CrossLayerTranscoder(config, Scaling.identity(L, D)).double()
+        transcoder = CrossLayerTranscoder(config, Scaling.identity(L, D)).double()
         with torch.no_grad():
-            for group in (clt.W_dec, clt.b_dec, clt.W_skip):
+            for group in (transcoder.W_dec, transcoder.b_dec, transcoder.W_skip):
                 for parameter in group.values():
                     parameter.normal_()
         # All tokens have part in AuxK, so that the repeated ones do.
         settings = AuxKSettings(coefficient=0.5, revival=0.2, token_fraction=1)
-        objective = Objective(clt, CodeExchange(mesh, deal_layers(config, 1)), settings)
+        objective = Objective(transcoder, CodeExchange(mesh, deal_layers(config, 1)), settings)
         found = []
         for x_LBD, y_MBD, weights_B in (
             (x.repeat_interleave(copies_B, 1), y.repeat_interleave(copies_B, 1), None),
             (x, y, copies_B / copies_B.sum().double()),
         ):
-            clt.zero_grad()
+            transcoder.zero_grad()
             loss, seen = objective(x_LBD, y_MBD, K, dead_LF, 0.3, weights_B)
             loss.backward()
-            found.append([loss.detach(), seen.error_M, *(p.grad for p in clt.parameters())])
+            found.append([loss.detach(), seen.error_M, *(p.grad for p in transcoder.parameters())])
     for repeated, weighted in zip(*found, strict=True):
         torch.testing.assert_close(repeated, weighted, rtol=1e-10, atol=1e-12)
 

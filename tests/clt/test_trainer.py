@@ -68,8 +68,8 @@ def test_training_learns_and_reports_every_scalar(mesh: Mesh, tmp_path: Path) ->
 
 def test_penalty_is_reported_before_its_weight(mesh: Mesh, tmp_path: Path) -> None:
     sparsity = {"kind": "relu", "penalty": 0.01, "penalty_warmup_steps": 4}
-    clt = {"n_features": 64, "k": 4, "sparsity": sparsity}
-    _fit(mesh, tmp_path, log_every=1, clt=clt, auxk={"coefficient": 0})
+    transcoder = {"n_features": 64, "k": 4, "sparsity": sparsity}
+    _fit(mesh, tmp_path, log_every=1, clt=transcoder, auxk={"coefficient": 0})
     reports = read_metrics(tmp_path / "metrics.jsonl")
     for step, report in enumerate(reports):
         weight = 0.01 * min(1, step / 4)

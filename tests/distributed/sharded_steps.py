@@ -35,19 +35,19 @@ def make_objective(config: CLTConfig, mesh: Mesh, dtype: torch.dtype) -> tuple[O
     """One rank's objective with random decoders and biases, and which of its features count as dead."""
     shares = deal_layers(config, mesh.layer_size, mesh.column_size)
     share = shares[mesh.model_rank]
-    clt = CrossLayerTranscoder(config, scaling(config), share).to(dtype)
+    transcoder = CrossLayerTranscoder(config, scaling(config), share).to(dtype)
     whole = CrossLayerTranscoder(config, scaling(config))
     for layer in range(config.n_layers):
         draw = torch.Generator().manual_seed(layer)
         for key in ("W_dec", "b_dec", "W_skip", "W_shared", "target_scale"):
-            group, own = getattr(whole, key), getattr(clt, key)
+            group, own = getattr(whole, key), getattr(transcoder, key)
             if str(layer) in group:
                 random = torch.randn(group[str(layer)].shape, generator=draw) / config.d_model
                 if str(layer) in own:
                     own[str(layer)].data = own_columns(key, random, share.columns).to(dtype).contiguous()
     dead_LF = torch.zeros(len(share.sources), config.n_features, dtype=torch.bool)
     dead_LF[:, ::3] = True
-    return Objective(clt, CodeExchange(mesh, shares), AUXK), dead_LF
+    return Objective(transcoder, CodeExchange(mesh, shares), AUXK), dead_LF
 
 
 def batch_of(config: CLTConfig, share: LayerShare, mesh: Mesh, step: int, tokens: int) -> tuple[Tensor, Tensor]:
@@ -81,16 +81,18 @@ def backward(
 def one_step(config: CLTConfig, mesh: Mesh, tokens: int) -> dict[str, Tensor]:
     """Loss, gradients, codes and their margins of a float32 step."""
     objective, dead_LF = make_objective(config, mesh, torch.float32)
-    clt = objective.transcoder
-    x, y = batch_of(config, clt.share, mesh, 0, tokens)
+    transcoder = objective.transcoder
+    x, y = batch_of(config, transcoder.share, mesh, 0, tokens)
     results = {"loss": backward(objective, x, y, dead_LF, mesh)}
-    for layer in sorted({*clt.share.sources, *clt.share.targets}):
-        results |= {f"grad.{layer}.{key}": p.grad for key, p in layer_tensors(clt, layer).items() if p.grad is not None}
-    rows = [input_layers(config, clt.share).index(layer) for layer in clt.share.sources]
-    x_LBD = clt.scaling.standardise_x(x[rows], clt.share.sources)
-    for layer, x_BD in zip(clt.share.sources, x_LBD, strict=True):
-        indices = clt.encode_layer(layer, x_BD)[1]
-        pre_BF = (x_BD @ clt.W_enc[str(layer)].T + clt.b_enc[str(layer)]).detach()
+    for layer in sorted({*transcoder.share.sources, *transcoder.share.targets}):
+        results |= {
+            f"grad.{layer}.{key}": p.grad for key, p in layer_tensors(transcoder, layer).items() if p.grad is not None
+        }
+    rows = [input_layers(config, transcoder.share).index(layer) for layer in transcoder.share.sources]
+    x_LBD = transcoder.scaling.standardise_x(x[rows], transcoder.share.sources)
+    for layer, x_BD in zip(transcoder.share.sources, x_LBD, strict=True):
+        indices = transcoder.encode_layer(layer, x_BD)[1]
+        pre_BF = (x_BD @ transcoder.W_enc[str(layer)].T + transcoder.b_enc[str(layer)]).detach()
         best = pre_BF.relu().topk(config.k + 1).values
         results[f"indices.{layer}.{mesh.data_rank}"] = indices
         # How far the k-th activation is above the next, or all pre-activations are from zero where fewer are active:
@@ -103,16 +105,16 @@ def one_step(config: CLTConfig, mesh: Mesh, tokens: int) -> dict[str, Tensor]:
 def fifty_steps(config: CLTConfig, mesh: Mesh, tokens: int) -> dict[str, Tensor]:
     """Loss and weights after 50 float64 steps of plain Adam on tokens of different weight."""
     objective, dead_LF = make_objective(config, mesh, torch.float64)
-    clt = objective.transcoder
+    transcoder = objective.transcoder
     optimizer = torch.optim.Adam(objective.parameters(), lr=1e-3)
     for step in range(50):
         optimizer.zero_grad()
-        x, y = (part.double() for part in batch_of(config, clt.share, mesh, step, tokens))
+        x, y = (part.double() for part in batch_of(config, transcoder.share, mesh, step, tokens))
         loss = backward(objective, x, y, dead_LF, mesh, weights_of(mesh, step, tokens))
         optimizer.step()
     results = {"loss": loss}
-    for layer in sorted({*clt.share.sources, *clt.share.targets}):
-        results |= {f"weight.{layer}.{key}": p.detach() for key, p in layer_tensors(clt, layer).items()}
+    for layer in sorted({*transcoder.share.sources, *transcoder.share.targets}):
+        results |= {f"weight.{layer}.{key}": p.detach() for key, p in layer_tensors(transcoder, layer).items()}
     return results
 
 

@@ -44,21 +44,21 @@ def _transcoder(name: str, share: LayerShare | None = None) -> CrossLayerTransco
     """A transcoder of random weights, or a share of it."""
     config = CLTConfig(n_features=32, k=4, n_layers=N_LAYERS, d_model=D_MODEL, **ARCHITECTURES[name])
     draw = torch.Generator().manual_seed(3)
-    clt = CrossLayerTranscoder(config, toy_scaling(), share).double().requires_grad_(False)
+    transcoder = CrossLayerTranscoder(config, toy_scaling(), share).double().requires_grad_(False)
     for key in ("W_dec", "b_dec", "W_skip", "W_shared", "target_scale"):
         for layer in range(N_LAYERS):
             random = torch.randn(N_LAYERS, config.n_features, D_MODEL, generator=draw, dtype=torch.float64) / 8
-            if str(layer) not in getattr(clt, key):
+            if str(layer) not in getattr(transcoder, key):
                 continue
-            own = getattr(clt, key)[str(layer)]
+            own = getattr(transcoder, key)[str(layer)]
             width = config.n_features if key == "target_scale" else D_MODEL
             shape = (D_MODEL, D_MODEL) if key == "W_skip" else (*own.shape[:-1], width)
             whole = random.flatten()[: math.prod(shape)].view(shape)
             own.copy_(own_columns(key, whole, share and share.columns))
-    for layer in clt.share.sources:
-        for buffer in layer_buffers(clt, layer).values():
+    for layer in transcoder.share.sources:
+        for buffer in layer_buffers(transcoder, layer).values():
             buffer.fill_(0.3 + layer / 10)
-    return clt
+    return transcoder
 
 
 def _whole_batch() -> ActivationBatch:
@@ -70,13 +70,13 @@ def _whole_batch() -> ActivationBatch:
     return ActivationBatch(x=x.double(), y=y.double(), tokens=tokens)
 
 
-def _batches(clt: CrossLayerTranscoder, mesh: Mesh, size: int = 16) -> Iterator[ActivationBatch]:
+def _batches(transcoder: CrossLayerTranscoder, mesh: Mesh, size: int = 16) -> Iterator[ActivationBatch]:
     """This rank's layers and tokens; the first data rank has 50 of the 70 tokens, and more batches."""
     batch, rows = _whole_batch(), [slice(0, TOKENS)]
     if mesh.data_size == 2:
         rows = [slice(0, 50), slice(50, TOKENS)]
     own = rows[mesh.data_rank]
-    x_layers, y_layers = list(input_layers(clt.config, clt.share)), list(clt.share.targets)
+    x_layers, y_layers = list(input_layers(transcoder.config, transcoder.share)), list(transcoder.share.targets)
     for start in range(own.start, own.stop, size):
         part = slice(start, min(own.stop, start + size))
         yield ActivationBatch(x=batch.x[x_layers, part], y=batch.y[y_layers, part], tokens=batch.tokens.select(part))
@@ -98,13 +98,13 @@ def _measured(names: list[str], meshes: list[str]) -> dict[str, Tensor]:
         mesh = Mesh.create(*MESHES[shape])
         for name in names:
             shares = deal_layers(_transcoder(name).config, mesh.layer_size, mesh.column_size)
-            clt = _transcoder(name, shares[mesh.model_rank]).eval()
+            transcoder = _transcoder(name, shares[mesh.model_rank]).eval()
 
-            def batches(clt: CrossLayerTranscoder = clt, mesh: Mesh = mesh) -> Iterator[ActivationBatch]:
-                return _batches(clt, mesh)
+            def batches(transcoder: CrossLayerTranscoder = transcoder, mesh: Mesh = mesh) -> Iterator[ActivationBatch]:
+                return _batches(transcoder, mesh)
 
-            numbers = _numbers(StoreEvaluator(batches).report(clt, mesh))
-            whole = gather_transcoder(clt, mesh)
+            numbers = _numbers(StoreEvaluator(batches).report(transcoder, mesh))
+            whole = gather_transcoder(transcoder, mesh)
             assert (whole is not None) == mesh.is_first
             for layer in range(N_LAYERS) if whole is not None else ():
                 tensors = layer_tensors(whole, layer) | layer_buffers(whole, layer)
@@ -143,9 +143,9 @@ def all_cases(root: str) -> dict[str, Tensor]:
     return results
 
 
-def _store_evaluator(clt: CrossLayerTranscoder, mesh: Mesh) -> StoreEvaluator:
+def _store_evaluator(transcoder: CrossLayerTranscoder, mesh: Mesh) -> StoreEvaluator:
     def batches() -> Iterator[ActivationBatch]:
-        for batch in _batches(clt, mesh):
+        for batch in _batches(transcoder, mesh):
             yield ActivationBatch(x=batch.x.float(), y=batch.y.float(), tokens=batch.tokens)
 
     return StoreEvaluator(batches)

@@ -121,8 +121,8 @@ def test_one_source_layer_trains_alone_with_a_warning(
         and "clt.independent=mean" in warnings[0]
         and "the default trains sources jointly" in warnings[0]
     )
-    clt = CrossLayerTranscoder.from_pretrained(tmp_path / "out")
-    assert clt.config.source == 2 and clt.share.sources == (2,) and clt.share.targets == (2, 3)
+    transcoder = CrossLayerTranscoder.from_pretrained(tmp_path / "out")
+    assert transcoder.config.source == 2 and transcoder.share.sources == (2,) and transcoder.share.targets == (2, 3)
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="Triton runs here")

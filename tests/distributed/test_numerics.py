@@ -153,7 +153,7 @@ def test_mean_is_saved_beside_the_weights(one_rank: Path, tmp_path: Path) -> Non
     start = toy_trainer(toy_config(tmp_path / "start"), Mesh.create(1)).transcoder
     found = CrossLayerTranscoder.from_pretrained(folder, averaged=True)
     # At first the plain mean, the initial weights included.
-    expected = torch.stack([clt.W_enc["2"].detach() for clt in (start, *steps)]).mean(dim=0)
+    expected = torch.stack([transcoder.W_enc["2"].detach() for transcoder in (start, *steps)]).mean(dim=0)
     torch.testing.assert_close(found.W_enc["2"], expected)
     with pytest.raises(CheckpointError, match=r"average_00\.safetensors: no such file; train with"):
         CrossLayerTranscoder.from_pretrained(one_rank / "whole", averaged=True)

@@ -71,9 +71,11 @@ def row_steps(name: str, mesh: Mesh) -> dict[str, Tensor]:
 
 
 def _weights(objective: Any) -> dict[str, Tensor]:
-    clt = objective.transcoder
-    layers = sorted({*clt.share.sources, *clt.share.targets})
-    return {f"{layer}.{key}": p.detach().clone() for layer in layers for key, p in layer_tensors(clt, layer).items()}
+    transcoder = objective.transcoder
+    layers = sorted({*transcoder.share.sources, *transcoder.share.targets})
+    return {
+        f"{layer}.{key}": p.detach().clone() for layer in layers for key, p in layer_tensors(transcoder, layer).items()
+    }
 
 
 def adam_steps(name: str, mesh: Mesh) -> dict[str, Tensor]:

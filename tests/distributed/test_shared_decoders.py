@@ -30,18 +30,21 @@ def received(layer_size: int, column_size: int) -> dict[str, Tensor]:
     """Decoders and scales of every own target, the owner's parameters, and bytes moved by a step beyond its codes."""
     mesh = Mesh.create(layer_size, column_size)
     objective, _ = make_objective(CONFIG, mesh, torch.float32)
-    clt = objective.transcoder
+    transcoder = objective.transcoder
     kinds: tuple[Any, ...] = ("all_gather", "reduce_scatter")
     with torch.no_grad():
-        shared = shared_decoders(clt, mesh)
+        shared = shared_decoders(transcoder, mesh)
     assert shared is not None
     results = {"forward": torch.tensor(mesh.traffic.sent("model", "all_gather"))}
-    for target in clt.share.targets:
+    for target in transcoder.share.targets:
         W_SFD, scale_SF = shared.into(target)
         results |= {f"W.{target}": W_SFD.clone(), f"scale.{target}": scale_SF}
-    for source in clt.share.sources:
-        results |= {f"own_W.{source}": clt.W_shared[str(source)], f"own_scale.{source}": clt.target_scale[str(source)]}
-    loss, _ = objective(*batch_of(CONFIG, clt.share, mesh, 0, TOKENS), CONFIG.k, None)
+    for source in transcoder.share.sources:
+        results |= {
+            f"own_W.{source}": transcoder.W_shared[str(source)],
+            f"own_scale.{source}": transcoder.target_scale[str(source)],
+        }
+    loss, _ = objective(*batch_of(CONFIG, transcoder.share, mesh, 0, TOKENS), CONFIG.k, None)
     loss.backward()
     results["sent"] = torch.tensor(sum(mesh.traffic.sent("model", kind) for kind in kinds))
     return {key: value.detach() for key, value in results.items()}
@@ -65,11 +68,11 @@ def test_every_rank_receives_its_columns_of_all_decoders(
                 seen += 1
     assert seen == 9 * column
 
-    clt = {key: value for key, value in config_to_tree(CONFIG).items() if key in SETTINGS}
-    tree = {"store": "s", "output": "o", "steps": 1, "clt": clt, "data": {"batch_tokens": TOKENS}}
+    transcoder = {key: value for key, value in config_to_tree(CONFIG).items() if key in SETTINGS}
+    tree = {"store": "s", "output": "o", "steps": 1, "clt": transcoder, "data": {"batch_tokens": TOKENS}}
     train = parse_config(TrainConfig, tree | {"auxk": {"coefficient": 0}}, "job")
     mesh = MeshShape(data=1, layer=layer, column=column, zero=0)
-    moved = traffic(Job(config=train, clt=CONFIG, mesh=mesh, numerics=NUMERICS["float32"]))
+    moved = traffic(Job(config=train, architecture=CONFIG, mesh=mesh, numerics=NUMERICS["float32"]))
     for rank in ranks:
         assert rank["forward"] == moved.shared_decoders / 2
         codes = moved.values + moved.indices + moved.code_gradients

@@ -43,17 +43,17 @@ def _config(name: str) -> CLTConfig:
     return CLTConfig(n_layers=L, d_model=D, n_features=F, k=K, sparsity=sparsity)
 
 
-def _clt(name: str, share: LayerShare, levels: int | None, dtype: torch.dtype) -> CrossLayerTranscoder:
+def _transcoder(name: str, share: LayerShare, levels: int | None, dtype: torch.dtype) -> CrossLayerTranscoder:
     """Weights that depend on the layer only; with levels, multiples of 1/levels, whose products have no rounding."""
-    clt = CrossLayerTranscoder(_config(name), toy_scaling(), share)
+    transcoder = CrossLayerTranscoder(_config(name), toy_scaling(), share)
     for layer in range(L):
         draw = torch.Generator().manual_seed(layer)
         weights = {"W_enc": torch.randn(F, D, generator=draw), "W_dec": torch.randn(L, F, D, generator=draw)}
-        for key, own in layer_tensors(clt, layer).items():
+        for key, own in layer_tensors(transcoder, layer).items():
             if key in weights:
                 value = own_columns(key, weights[key][: len(own)], share.columns)
                 own.data = (value * levels).round() / levels if levels else value / 4
-    return clt.to(dtype)
+    return transcoder.to(dtype)
 
 
 def _inputs(levels: int | None, share: LayerShare, mesh: Mesh) -> torch.Tensor:
@@ -71,16 +71,16 @@ def selections(mesh: Mesh) -> Tensors:
     for name in SPARSITY:
         # Coarse levels make most scores tie.
         for dtype, levels in ((torch.float32, 4), (torch.bfloat16, 1)):
-            clt = _clt(name, share, levels, dtype)
+            transcoder = _transcoder(name, share, levels, dtype)
             x = _inputs(levels, share, mesh).to(dtype)
-            trained = clt.encode(x, peers=Peers(mesh=mesh))
-            clt.eval()
-            after = clt.encode(x, peers=Peers(mesh=mesh))
+            trained = transcoder.encode(x, peers=Peers(mesh=mesh))
+            transcoder.eval()
+            after = transcoder.encode(x, peers=Peers(mesh=mesh))
             for row, layer in enumerate(share.sources):
                 key = f"{name}/{dtype}/{layer}/{mesh.data_rank}"
                 results |= {f"{key}/values": trained.values[row], f"{key}/indices": trained.indices[row]}
                 results |= {f"{key}/after": after.values[row]}
-                for buffer, tensor in layer_buffers(clt, layer).items():
+                for buffer, tensor in layer_buffers(transcoder, layer).items():
                     results[f"{name}/{dtype}/{layer}/{mesh.data_rank}/{buffer}"] = tensor
     return {key: value.detach().to(torch.float64) for key, value in results.items()}
 
@@ -91,16 +91,18 @@ def gradients(mesh: Mesh) -> Tensors:
     share = shares[mesh.model_rank]
     results = {}
     for name in SPARSITY:
-        clt = _clt(name, share, None, torch.float64)
-        objective = Objective(clt, CodeExchange(mesh, shares), AuxKSettings(coefficient=0.5, token_fraction=0.25))
-        batch = next(iter(ToyBatches(clt.config, share, mesh.data_rank, mesh.data_size)))
+        transcoder = _transcoder(name, share, None, torch.float64)
+        objective = Objective(
+            transcoder, CodeExchange(mesh, shares), AuxKSettings(coefficient=0.5, token_fraction=0.25)
+        )
+        batch = next(iter(ToyBatches(transcoder.config, share, mesh.data_rank, mesh.data_size)))
         dead_LF = torch.zeros(len(share.sources), F, dtype=torch.bool)
         dead_LF[:, ::3] = True
         loss, seen = objective(batch.x.double(), batch.y.double(), K, dead_LF, 0.2)
         loss.backward()
         results[f"{name}/loss"] = mesh.all_reduce(loss.detach().clone(), "world") / mesh.data_size
         for layer in sorted({*share.sources, *share.targets}):
-            for key, parameter in layer_tensors(clt, layer).items():
+            for key, parameter in layer_tensors(transcoder, layer).items():
                 gradient = torch.zeros_like(parameter) if parameter.grad is None else parameter.grad
                 name_of_part = f"{name}/{layer}/{key}"
                 if share.columns is not None and key in COLUMN_DIMS:
@@ -128,13 +130,13 @@ def collectives() -> Tensors:
     counts = {}
     for name in SPARSITY:
         for dtype in (torch.float32, torch.bfloat16):
-            clt = _clt(name, share, 4, dtype)
+            transcoder = _transcoder(name, share, 4, dtype)
             counted = CountedMesh(**{field.name: getattr(mesh, field.name) for field in fields(mesh)})
-            clt.encode(_inputs(4, share, mesh).to(dtype), peers=Peers(mesh=counted))
+            transcoder.encode(_inputs(4, share, mesh).to(dtype), peers=Peers(mesh=counted))
             counts[f"{name}/{dtype}"] = torch.tensor(CountedMesh.started)
             CountedMesh.started = 0
-    clt = _clt("relu", share, None, torch.float64)
-    return counts | {"squares": decoder_squares(clt, Peers(mesh=mesh)).detach()}
+    transcoder = _transcoder("relu", share, None, torch.float64)
+    return counts | {"squares": decoder_squares(transcoder, Peers(mesh=mesh)).detach()}
 
 
 def everything(layer_size: int, column_size: int) -> Tensors:

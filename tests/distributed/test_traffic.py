@@ -51,7 +51,7 @@ def _planned(shape: Shape, with_auxk: bool) -> StepTraffic:
     data, layer, column, zero = shape
     config = toy_config(Path(), **_settings(layer, column, zero, with_auxk))
     mesh = MeshShape(data=data, layer=layer, column=column, zero=zero)  # type: ignore[arg-type]
-    return traffic(Job(config=config, clt=architecture(config), mesh=mesh, numerics=NUMERICS["float32"]))
+    return traffic(Job(config=config, architecture=architecture(config), mesh=mesh, numerics=NUMERICS["float32"]))
 
 
 def _assert_all_as_planned(found: dict[str, Tensor], shapes: list[Shape]) -> None:

@@ -139,12 +139,12 @@ def toy_trainer(
     **batches: Any,
 ) -> Trainer:
     """A trainer of this rank; extra arguments go to `ToyBatches`."""
-    clt = architecture(config)
-    share = deal_layers(clt, mesh.layer_size, mesh.column_size)[mesh.model_rank]
+    layout = architecture(config)
+    share = deal_layers(layout, mesh.layer_size, mesh.column_size)[mesh.model_rank]
     transcoder = CrossLayerTranscoder(
-        clt, toy_scaling(), share, config.seed, Provenance(model=MODEL, store_id=store_id)
+        layout, toy_scaling(), share, config.seed, Provenance(model=MODEL, store_id=store_id)
     )
-    source = ToyBatches(clt, share, mesh.data_rank, mesh.data_size, **batches)
+    source = ToyBatches(layout, share, mesh.data_rank, mesh.data_size, **batches)
     return Trainer(config, transcoder, source, mesh, progress_bar=False, control=control, weights_G=weights_G)
 
 

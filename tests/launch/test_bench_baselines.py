@@ -38,7 +38,7 @@ FIRST = _batch(
 )
 
 
-def clt(*words: str | Path) -> Result:
+def clt_command(*words: str | Path) -> Result:
     return CliRunner().invoke(app, ["bench", "baselines", *map(str, words)])
 
 
@@ -320,13 +320,13 @@ def test_mistakes_are_one_line_and_exit_code_2(tmp_path: Path) -> None:
         (("--only", "nobody"), "--only 'nobody': the contenders are ours, clt-training untied"),
         (("--json", "/proc/none/report.json"), "/proc/none/report.json: cannot be written"),
     ):
-        result = clt("--quick", *words)
+        result = clt_command("--quick", *words)
         assert result.exit_code == 2, result.output
         assert result.stderr.count("\n") == 1 and message in result.stderr, result.stderr
 
 
 def test_command_trains_everyone_on_equal_terms_and_writes_the_report(tmp_path: Path) -> None:
-    result = clt("--quick", "--json", tmp_path / "new" / "report.json")
+    result = clt_command("--quick", "--json", tmp_path / "new" / "report.json")
     assert result.exit_code == 0, result.output
     assert result.stdout.startswith("| claim |") and "Quick: the numbers mean nothing." in result.stdout
     tree = json.loads((tmp_path / "new" / "report.json").read_text())

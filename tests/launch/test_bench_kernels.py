@@ -48,7 +48,7 @@ def report() -> KernelReport:
     return bench_kernels(KernelBenchSettings(quick=True))
 
 
-def clt(*words: str | Path) -> Result:
+def clt_command(*words: str | Path) -> Result:
     return CliRunner().invoke(app, ["bench", "kernels", *map(str, words)])
 
 
@@ -253,7 +253,7 @@ def test_mistakes_on_the_command_line_are_one_line_and_exit_code_2(tmp_path: Pat
             (("--size", "A32k"), "--size A32k: needs about"),
         ]
     for words, message in cases:
-        result = clt(*words)
+        result = clt_command(*words)
         assert result.exit_code == 2, result.output
         assert result.stderr.count("\n") == 1 and message in result.stderr, result.stderr
 
@@ -266,7 +266,7 @@ def test_folder_that_is_no_checkout_of_a_peer_is_named(tmp_path: Path) -> None:
 
 
 def test_command_prints_the_report_and_writes_it(tmp_path: Path) -> None:
-    result = clt("--quick", "--rounds", "1", "--json", tmp_path / "new" / "report.json")
+    result = clt_command("--quick", "--rounds", "1", "--json", tmp_path / "new" / "report.json")
     assert result.exit_code == 0, result.output
     assert result.stdout.startswith("| claim |") and "**toy/zipf/step**" in result.stdout
     tree = json.loads((tmp_path / "new" / "report.json").read_text())

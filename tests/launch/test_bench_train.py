@@ -54,7 +54,7 @@ def alone() -> Iterator[Mesh]:
         yield Mesh.create(1)
 
 
-def clt(*words: str | Path) -> Result:
+def clt_command(*words: str | Path) -> Result:
     return CliRunner().invoke(app, ["bench", "train", *map(str, words)])
 
 
@@ -231,7 +231,7 @@ def test_loopback_carries_what_is_counted_and_headers() -> None:
     ],
 )
 def test_mistakes_are_one_line(words: tuple[str, ...], message: str) -> None:
-    result = clt("--quick", *words)
+    result = clt_command("--quick", *words)
     assert result.exit_code == 2
     assert result.stderr.startswith(f"error: {message}") and result.stderr.count("\n") == 1
 
@@ -239,5 +239,5 @@ def test_mistakes_are_one_line(words: tuple[str, ...], message: str) -> None:
 def test_size_that_does_not_fit_is_one_line() -> None:
     if torch.cuda.is_available():
         pytest.skip("it may fit")
-    result = clt("--size", "llava-slice")
+    result = clt_command("--size", "llava-slice")
     assert result.exit_code == 2 and "needs about" in result.stderr and result.stderr.count("\n") == 1

@@ -36,11 +36,11 @@ def refused(result: Result, *parts: str) -> None:
 
 def save(folder: Path, d_model: int = 4, **changes: object) -> CrossLayerTranscoder:
     config = CLTConfig(n_layers=2, d_model=d_model, n_features=6, k=2, **changes)  # type: ignore[arg-type]
-    clt = CrossLayerTranscoder(config, Scaling.identity(2, d_model)).requires_grad_(False)
-    for parameter in clt.parameters():
+    transcoder = CrossLayerTranscoder(config, Scaling.identity(2, d_model)).requires_grad_(False)
+    for parameter in transcoder.parameters():
         parameter.normal_()
-    clt.save_pretrained(folder)
-    return clt
+    transcoder.save_pretrained(folder)
+    return transcoder
 
 
 def test_topk_becomes_thresholds_on_the_tokens_of_a_store(tmp_path: Path) -> None:
@@ -61,7 +61,7 @@ def test_topk_becomes_thresholds_on_the_tokens_of_a_store(tmp_path: Path) -> Non
 
 def test_the_seeds_files_are_written_and_read_back(tmp_path: Path) -> None:
     make_store(tmp_path / "store", LENGTHS)
-    clt = save(tmp_path / "clt", first_offset=1, layer_norm=True)
+    transcoder = save(tmp_path / "clt", first_offset=1, layer_norm=True)
     words: list[str | Path] = [tmp_path / "clt", tmp_path / "out", "--to", "kokosdev"]
     refused(run(*words), "--calibrate")
     assert run(*words, "--calibrate", tmp_path / "store").exit_code == 0
@@ -75,17 +75,17 @@ def test_the_seeds_files_are_written_and_read_back(tmp_path: Path) -> None:
     )
     assert result.exit_code == 0, result.output
     back, x = CrossLayerTranscoder.from_pretrained(tmp_path / "back"), torch.randn(2, 5, 4)
-    torch.testing.assert_close(back(x), clt(x))
+    torch.testing.assert_close(back(x), transcoder(x))
     assert (back.config.independent, back.config.read_site, back.config.k) == ("mean", "resid_mid", 2)
-    torch.testing.assert_close(load_kokosdev(tmp_path / "out")(x), clt(x))
+    torch.testing.assert_close(load_kokosdev(tmp_path / "out")(x), transcoder(x))
 
 
 @pytest.mark.parametrize("target", ["native", "sparsify"])
 def test_topk_travels_as_it_is(target: str, tmp_path: Path) -> None:
-    clt, x = save(tmp_path / "clt"), torch.randn(2, 5, 4)
+    transcoder, x = save(tmp_path / "clt"), torch.randn(2, 5, 4)
     assert run(tmp_path / "clt", tmp_path / "out", "--to", target).exit_code == 0
     assert run(tmp_path / "out", tmp_path / "back", "--from", target).exit_code == 0
-    torch.testing.assert_close(CrossLayerTranscoder.from_pretrained(tmp_path / "back")(x), clt(x))
+    torch.testing.assert_close(CrossLayerTranscoder.from_pretrained(tmp_path / "back")(x), transcoder(x))
 
 
 def test_mistakes_are_one_line(tmp_path: Path) -> None:

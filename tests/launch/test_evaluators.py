@@ -84,17 +84,17 @@ def _last_reports(output: Path) -> dict[str, float]:
 
 
 def _check_against_checkpoint(found: dict[str, float], checkpoint: Path, job: Path, toy_adapter: ModelAdapter) -> None:
-    clt = CrossLayerTranscoder.from_pretrained(checkpoint)
-    sites = [[f"lm.{layer}.{site}" for layer in range(clt.config.n_layers)] for site in ("resid_mid", "mlp_out")]
+    transcoder = CrossLayerTranscoder.from_pretrained(checkpoint)
+    sites = [[f"lm.{layer}.{site}" for layer in range(transcoder.config.n_layers)] for site in ("resid_mid", "mlp_out")]
     store = open_store(str(job.parent / "heldout"))
     batches = iterate_store(store, *sites, 64, TokenFilter(drop_bos=True), max_tokens=TOKENS)
-    held_out = evaluate_store(clt, batches).evaluation().scalars
+    held_out = evaluate_store(transcoder, batches).evaluation().scalars
     assert held_out["heldout/tokens"] == TOKENS and held_out["heldout/image/tokens"] > 100
     examples = [open_source(SourceSettings(toy=ToySource(n=8, seed=2))).load(index) for index in range(5)]
     inputs = [toy_adapter.prepare(e.prompt, e.images, e.answer) for e in examples]
-    agreement = evaluate_replacement(toy_adapter, clt, inputs, batch_size=2)
+    agreement = evaluate_replacement(toy_adapter, transcoder, inputs, batch_size=2)
     question = toy_adapter.prepare(examples[0].prompt, examples[0].images)
-    scores = score(attribute(toy_adapter, clt, question, AttributionSettings(max_feature_nodes=10)))
+    scores = score(attribute(toy_adapter, transcoder, question, AttributionSettings(max_feature_nodes=10)))
     expected = dict(held_out) | {
         "replacement/prompts": 5,
         "replacement/top1_agreement": agreement.top1_agreement,

@@ -55,7 +55,7 @@ def summary(journey: Path) -> dict[str, Any]:
     return loaded
 
 
-def _clt(*words: str | Path) -> Result:
+def _transcoder(*words: str | Path) -> Result:
     return CliRunner().invoke(app, [str(word) for word in words])
 
 
@@ -71,7 +71,7 @@ def _refused(result: Result, *parts: str) -> None:
 def _attribute(journey: Path, out: Path, *overrides: str) -> Result:
     pairs = [f"clt={journey / 'clt'}", f"model={TOY}", f"output={out}", *overrides]
     words = [word for pair in pairs for word in ("--set", pair)]
-    return _clt("attribute", "--config", ROOT / "configs" / "attribute" / "toy.yaml", *words)
+    return _transcoder("attribute", "--config", ROOT / "configs" / "attribute" / "toy.yaml", *words)
 
 
 def test_summary_has_every_number_the_project_defines(summary: dict[str, Any]) -> None:
@@ -127,7 +127,7 @@ def test_evaluate_repeats_the_demo_numbers(journey: Path, summary: dict[str, Any
         "source.toy.seed=3",
     ]
     words = [word for pair in pairs for word in ("--set", pair)]
-    result = _clt("evaluate", "--config", ROOT / "configs" / "evaluate" / "toy.yaml", *words)
+    result = _transcoder("evaluate", "--config", ROOT / "configs" / "evaluate" / "toy.yaml", *words)
     assert result.exit_code == 0, result.output
     report = json.loads((tmp_path / "report.json").read_text())
     assert report["agreement"]["kl"] == pytest.approx(summary["kl"])
@@ -141,19 +141,21 @@ def test_dry_run_prints_the_resolved_configuration_and_writes_nothing(command: s
     words = ["--set", f"output={out}", "--dry-run"]
     if command != "train":
         words += ["--set", f"model={TOY}"]
-    result = _clt(command, "--config", config, *words)
+    result = _transcoder(command, "--config", config, *words)
     assert result.exit_code == 0, result.output
     assert f"output: {out}" in result.stdout and not out.exists()
 
 
 def test_config_typo_is_named(tmp_path: Path) -> None:
     config = ROOT / "configs" / "train" / "toy.yaml"
-    _refused(_clt("train", "--config", config, "--set", "clt.n_feature=3"), "clt.n_feature")
+    _refused(_transcoder("train", "--config", config, "--set", "clt.n_feature=3"), "clt.n_feature")
 
 
 def test_missing_store_is_named(tmp_path: Path) -> None:
     config = ROOT / "configs" / "train" / "toy.yaml"
-    result = _clt("train", "--config", config, "--set", f"store={tmp_path / 'none'}", "--set", f"output={tmp_path}/o")
+    result = _transcoder(
+        "train", "--config", config, "--set", f"store={tmp_path / 'none'}", "--set", f"output={tmp_path}/o"
+    )
     _refused(result, str(tmp_path / "none"))
     assert not (tmp_path / "o").exists()
 
@@ -163,7 +165,7 @@ def test_truncated_store_is_named(journey: Path, tmp_path: Path) -> None:
     largest = max((tmp_path / "store").rglob("*"), key=lambda path: path.stat().st_size if path.is_file() else 0)
     os.truncate(largest, largest.stat().st_size // 2)
     config = ROOT / "configs" / "train" / "toy.yaml"
-    result = _clt(
+    result = _transcoder(
         "train", "--config", config, "--set", f"store={tmp_path / 'store'}", "--set", f"output={tmp_path / 'o'}"
     )
     _refused(result, largest.name)
@@ -176,7 +178,7 @@ def test_missing_model_is_named(command: str, journey: Path, tmp_path: Path) -> 
     if command == "attribute":
         pairs.append(f"clt={journey / 'clt'}")
     words = [word for pair in pairs for word in ("--set", pair)]
-    _refused(_clt(command, "--config", ROOT / "configs" / command / "toy.yaml", *words), "no-model")
+    _refused(_transcoder(command, "--config", ROOT / "configs" / command / "toy.yaml", *words), "no-model")
     assert not (tmp_path / "o").exists()
 
 
@@ -205,7 +207,7 @@ def test_nan_activation_leaves_no_committed_unit(tmp_path: Path) -> None:
     config = ROOT / "configs" / "capture" / "toy.yaml"
     pairs = [f"model={broken}", f"output={tmp_path / 'store'}", "source.toy.n=8"]
     words = [word for pair in pairs for word in ("--set", pair)]
-    _refused(_clt("capture", "--config", config, *words), "not finite", "unit 0")
+    _refused(_transcoder("capture", "--config", config, *words), "not finite", "unit 0")
     assert not list((tmp_path / "store").rglob("commits/*.json"))
 
 

@@ -28,12 +28,12 @@ MODELS = {
 }
 
 
-def clt(*words: str | Path) -> Result:
+def clt_command(*words: str | Path) -> Result:
     return CliRunner().invoke(app, ["plan", *map(str, words)])
 
 
 def planned(*words: str | Path) -> str:
-    result = clt(*words)
+    result = clt_command(*words)
     assert result.exit_code == 0, result.output
     return result.stdout
 
@@ -142,7 +142,7 @@ def test_tokens_and_numerics_are_options(job: Path, tmp_path: Path) -> None:
     ],
 )
 def test_mistakes_are_one_line(job: Path, words: tuple[str, ...], parts: tuple[str, ...]) -> None:
-    result = clt(job, *words)
+    result = clt_command(job, *words)
     assert result.exit_code == 2, result.output
     lines = [line for line in result.stderr.splitlines() if line.startswith("error:")]
     assert len(lines) == 1 and result.stderr.strip() == lines[0], result.stderr
@@ -151,6 +151,6 @@ def test_mistakes_are_one_line(job: Path, words: tuple[str, ...], parts: tuple[s
 
 
 def test_a_streaming_job_needs_the_size_of_its_model() -> None:
-    result = clt(TRAIN / "toy_streaming.yaml")
+    result = clt_command(TRAIN / "toy_streaming.yaml")
     assert result.exit_code == 2 and "streams" in result.stderr
     assert "4 layers of 128" in planned(TRAIN / "toy_streaming.yaml", "--model", "layers=4,width=128")

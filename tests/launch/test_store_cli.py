@@ -30,7 +30,7 @@ ROOT = Path(__file__).resolve().parent.parent.parent
 LENGTHS = (20, 30, 40, 10, 25)
 
 
-def clt(*words: str | Path) -> Result:
+def clt_command(*words: str | Path) -> Result:
     return CliRunner().invoke(app, ["store", *map(str, words)])
 
 
@@ -72,7 +72,7 @@ def toy_plan(tmp_path: Path, *overrides: str) -> list[str]:
 
 
 def test_plan_says_how_much_and_how_long_and_writes_only_its_report(tmp_path: Path) -> None:
-    result = clt(*toy_plan(tmp_path), "--json", tmp_path / "reports" / "plan.json")
+    result = clt_command(*toy_plan(tmp_path), "--json", tmp_path / "reports" / "plan.json")
     assert result.exit_code == 0, result.output
     report = json.loads((tmp_path / "reports" / "plan.json").read_text())
     assert [path.name for path in tmp_path.iterdir()] == ["reports"]
@@ -83,10 +83,10 @@ def test_plan_says_how_much_and_how_long_and_writes_only_its_report(tmp_path: Pa
 
 
 def test_plan_without_measuring_reads_no_example(tmp_path: Path) -> None:
-    result = clt(*toy_plan(tmp_path), "--no-measure")
+    result = clt_command(*toy_plan(tmp_path), "--no-measure")
     assert result.exit_code == 0, result.output
     assert "total size" in result.stdout and "measured" not in result.stdout
-    refused(clt(*toy_plan(tmp_path, "sedd=1")), "unknown key 'sedd'")
+    refused(clt_command(*toy_plan(tmp_path, "sedd=1")), "unknown key 'sedd'")
 
 
 def test_plan_warns_when_the_disk_is_too_small(tmp_path: Path) -> None:
@@ -100,29 +100,29 @@ def test_plan_warns_when_the_disk_is_too_small(tmp_path: Path) -> None:
 
 def test_status_tells_a_complete_store_from_an_unfinished_one(tmp_path: Path) -> None:
     writer = unfinished(tmp_path / "store")
-    result = clt("status", tmp_path / "store", "--json", tmp_path / "status.json")
+    result = clt_command("status", tmp_path / "store", "--json", tmp_path / "status.json")
     assert result.exit_code == 0, result.output
     assert "unfinished" in result.stdout and "1 of 3 committed, 0 being captured, 2 pending" in result.stdout
     assert json.loads((tmp_path / "status.json").read_text())["tokens"] == 50
     store_id = complete(writer)
-    assert f"complete, id {store_id}" in clt("status", tmp_path / "store").stdout
+    assert f"complete, id {store_id}" in clt_command("status", tmp_path / "store").stdout
 
 
 def test_verify_ends_with_code_2_and_names_each_damaged_file(tmp_path: Path) -> None:
     store = make_store(tmp_path / "store", LENGTHS)
-    result = clt("verify", tmp_path / "store", "--level", "full")
+    result = clt_command("verify", tmp_path / "store", "--level", "full")
     assert result.exit_code == 0 and f"store {store.id}" in result.stdout and "nothing wrong" in result.stdout
     files = [tmp_path / "store" / "data.zarr" / name / "c" for name in ("acts/lm/", "tokens/position")]
     shards = [next(path for path in sorted(folder.rglob("*")) if path.is_file()) for folder in files]
     for shard in shards:
         damage(shard)
-    result = clt("verify", tmp_path / "store", "--json", tmp_path / "verify.json", "--jobs", "1")
+    result = clt_command("verify", tmp_path / "store", "--json", tmp_path / "verify.json", "--jobs", "1")
     assert all(str(shard) in result.stdout for shard in shards)
     refused(result, "store", "problems at level chunk")
     report = json.loads((tmp_path / "verify.json").read_text())
     assert not report["ok"] and {problem["unit"] for problem in report["problems"]} == {0}
     for level in ("deep", "Chunk"):
-        assert clt("verify", tmp_path / "store", "--level", level).exit_code == 2
+        assert clt_command("verify", tmp_path / "store", "--level", level).exit_code == 2
 
 
 def test_quarantine_sets_a_damaged_unit_aside_and_the_capture_makes_it_again(tmp_path: Path) -> None:
@@ -133,31 +133,31 @@ def test_quarantine_sets_a_damaged_unit_aside_and_the_capture_makes_it_again(tmp
         if "/c/1/" in str(path) and path.is_file()
     )
     damage(shard)
-    result = clt("verify", tmp_path / "store", "--quarantine")
+    result = clt_command("verify", tmp_path / "store", "--quarantine")
     assert result.exit_code == 2 and "units to capture again: 1; run the same capture" in result.stdout
-    assert "2 of 3 committed" in clt("status", tmp_path / "store").stdout
-    refused(clt("stats", tmp_path / "store"), "the capture has not finished")
+    assert "2 of 3 committed" in clt_command("status", tmp_path / "store").stdout
+    refused(clt_command("stats", tmp_path / "store"), "the capture has not finished")
     assert complete(StoreWriter(tmp_path / "store", make_spec(), make_plan(LENGTHS))) == store.id
-    assert "moved aside by a repair" in clt("status", tmp_path / "store").stdout
-    assert clt("gc", tmp_path / "store", "--quarantine").exit_code == 0
-    assert clt("verify", tmp_path / "store", "--level", "full").exit_code == 0
-    assert "nothing to repair" in clt("repair", tmp_path / "store").stdout
+    assert "moved aside by a repair" in clt_command("status", tmp_path / "store").stdout
+    assert clt_command("gc", tmp_path / "store", "--quarantine").exit_code == 0
+    assert clt_command("verify", tmp_path / "store", "--level", "full").exit_code == 0
+    assert "nothing to repair" in clt_command("repair", tmp_path / "store").stdout
 
 
 def test_gc_deletes_what_a_dry_run_names(tmp_path: Path) -> None:
     unfinished(tmp_path / "store")
     orphan = tmp_path / "store" / "data.zarr" / "tokens" / "position" / "c" / ".1.0.partial"
     orphan.write_bytes(b"half")
-    dry = clt("gc", tmp_path / "store", "--dry-run")
+    dry = clt_command("gc", tmp_path / "store", "--dry-run")
     assert dry.exit_code == 0 and orphan.name in dry.stdout and "1 files, 4 bytes would be deleted" in dry.stdout
     assert orphan.exists()
-    assert "1 files, 4 bytes deleted" in clt("gc", tmp_path / "store").stdout and not orphan.exists()
-    assert "1 of 3 committed" in clt("status", tmp_path / "store").stdout
+    assert "1 files, 4 bytes deleted" in clt_command("gc", tmp_path / "store").stdout and not orphan.exists()
+    assert "1 of 3 committed" in clt_command("status", tmp_path / "store").stdout
 
 
 def test_stats_give_every_site_and_class_with_its_error(tmp_path: Path) -> None:
     store = make_store(tmp_path / "store", LENGTHS, store_dtype="bfloat16")
-    result = clt("stats", tmp_path / "store", "--json", tmp_path / "stats.json")
+    result = clt_command("stats", tmp_path / "store", "--json", tmp_path / "stats.json")
     assert result.exit_code == 0, result.output
     rows = json.loads((tmp_path / "stats.json").read_text())
     assert {(row["site"], row["token_class"]) for row in rows} == {
@@ -178,18 +178,18 @@ def test_stats_give_every_site_and_class_with_its_error(tmp_path: Path) -> None:
 
 def test_export_pt_writes_both_layouts_and_refuses_options_of_the_other(tmp_path: Path) -> None:
     store = make_store(tmp_path / "store", LENGTHS)
-    result = clt("export-pt", store.location, tmp_path / "layers", "--batch-samples", "2", "--n-targets", "1")
+    result = clt_command("export-pt", store.location, tmp_path / "layers", "--batch-samples", "2", "--n-targets", "1")
     assert result.exit_code == 0, result.output
     assert "5 samples in 6 files (6 of them new)" in result.stdout
     y = torch.load(tmp_path / "layers" / "L0" / "batch_2_y.pt", weights_only=True)
     assert torch.equal(y["y"][0], store.sample(4, ["lm.1.mlp_out"]).acts[0])
-    result = clt("export-pt", store.location, tmp_path / "samples", "--layout", "samples", "--dtype", "float16")
+    result = clt_command("export-pt", store.location, tmp_path / "samples", "--layout", "samples", "--dtype", "float16")
     assert "5 samples in 5 files" in result.stdout
     assert torch.load(tmp_path / "samples" / "sample_0004.pt", weights_only=True)["mean"][1].dtype == torch.float16
     words = ("export-pt", store.location, tmp_path / "never")
-    refused(clt(*words, "--layout", "samples", "--n-targets", "2"), "--n-targets: needs --layout activations")
-    refused(clt(*words, "--clt", "x"), "--clt: needs --layout samples")
-    refused(clt(*words, "--layout", "samples", "--clt", tmp_path / "none"), str(tmp_path / "none"))
+    refused(clt_command(*words, "--layout", "samples", "--n-targets", "2"), "--n-targets: needs --layout activations")
+    refused(clt_command(*words, "--clt", "x"), "--clt: needs --layout samples")
+    refused(clt_command(*words, "--layout", "samples", "--clt", tmp_path / "none"), str(tmp_path / "none"))
     assert not (tmp_path / "never").exists()
 
 
@@ -228,11 +228,11 @@ def test_push_and_pull_carry_a_store_over_the_hub(tmp_path: Path) -> None:
 
 def test_push_refuses_what_is_no_complete_folder(tmp_path: Path) -> None:
     unfinished(tmp_path / "begun")
-    refused(clt("push", tmp_path / "begun", "alice/x"), str(tmp_path / "begun"), "the capture has not finished")
-    refused(clt("push", "s3://bucket/store", "alice/x"), "s3://bucket/store: only a folder can be pushed")
+    refused(clt_command("push", tmp_path / "begun", "alice/x"), str(tmp_path / "begun"), "the capture has not finished")
+    refused(clt_command("push", "s3://bucket/store", "alice/x"), "s3://bucket/store: only a folder can be pushed")
     make_store(tmp_path / "store", LENGTHS)
     damage(tmp_path / "store" / "plan.json")
-    refused(clt("push", tmp_path / "store", "alice/x"), "1 problem at level index", "plan.json")
+    refused(clt_command("push", tmp_path / "store", "alice/x"), "1 problem at level index", "plan.json")
 
 
 COMMANDS: dict[str, Callable[[Path], list[Any]]] = {
@@ -249,25 +249,29 @@ COMMANDS: dict[str, Callable[[Path], list[Any]]] = {
 @pytest.mark.parametrize("command", COMMANDS)
 def test_a_place_without_a_store_is_one_line(command: str, tmp_path: Path) -> None:
     words = COMMANDS[command](tmp_path / "none")
-    refused(clt(command, *words), f"{tmp_path / 'none'}: no activation store here")
+    refused(clt_command(command, *words), f"{tmp_path / 'none'}: no activation store here")
     assert not (tmp_path / "none").exists()
 
 
 def test_a_url_serves_as_well_as_a_folder(tmp_path: Path) -> None:
     pytest.importorskip("obstore")
     store = make_store("memory://store-cli", LENGTHS)
-    assert f"complete, id {store.id}" in clt("status", "memory://store-cli").stdout
-    assert "nothing wrong at level full" in clt("verify", "memory://store-cli", "--level", "full").stdout
-    assert "lm.1.mlp_out" in clt("stats", "memory://store-cli").stdout
-    assert clt("export-pt", "memory://store-cli", tmp_path / "pt").exit_code == 0
-    refused(clt("push", "memory://store-cli", "alice/x"), "only a folder can be pushed")
+    assert f"complete, id {store.id}" in clt_command("status", "memory://store-cli").stdout
+    assert "nothing wrong at level full" in clt_command("verify", "memory://store-cli", "--level", "full").stdout
+    assert "lm.1.mlp_out" in clt_command("stats", "memory://store-cli").stdout
+    assert clt_command("export-pt", "memory://store-cli", tmp_path / "pt").exit_code == 0
+    refused(clt_command("push", "memory://store-cli", "alice/x"), "only a folder can be pushed")
 
 
 def test_a_report_that_cannot_be_written_is_one_line(tmp_path: Path) -> None:
     make_store(tmp_path / "store", LENGTHS)
     (tmp_path / "file").touch()
-    refused(clt("stats", tmp_path / "store", "--json", tmp_path / "file" / "r.json"), "r.json: cannot be written")
+    refused(
+        clt_command("stats", tmp_path / "store", "--json", tmp_path / "file" / "r.json"), "r.json: cannot be written"
+    )
 
 
 def test_bench_refuses_a_folder_that_is_not_there(tmp_path: Path) -> None:
-    refused(clt("bench", "--folder", tmp_path / "none", "--size", "1"), str(tmp_path / "none"), "no such folder")
+    refused(
+        clt_command("bench", "--folder", tmp_path / "none", "--size", "1"), str(tmp_path / "none"), "no such folder"
+    )

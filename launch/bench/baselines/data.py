@@ -154,12 +154,12 @@ def make_problem(config: DemoConfig, steps: int, folder: Path, output: Path) -> 
 
 def _check(config: DemoConfig) -> None:
     """The peers' transcoders write to all layers from their own on, without skip connection, at a given L0."""
-    clt = config.training.clt
+    transcoder = config.training.clt
     for key, value, wanted in (
-        ("sparsity.kind", clt.sparsity.kind, "topk"),
-        ("n_targets", clt.n_targets, None),
-        ("first_offset", clt.first_offset, 0),
-        ("skip", clt.skip, False),
+        ("sparsity.kind", transcoder.sparsity.kind, "topk"),
+        ("n_targets", transcoder.n_targets, None),
+        ("first_offset", transcoder.first_offset, 0),
+        ("skip", transcoder.skip, False),
     ):
         if value != wanted:
             raise ConfigError(f"training.clt.{key}={value}: the baselines are compared at {wanted}; remove the key")

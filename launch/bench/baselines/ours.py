@@ -39,19 +39,22 @@ def train_ours(problem: Problem, seed: int, setting: Setting) -> Trained:
         output=problem.job.output / f"ours-{seed}",
         optimizer=replace(problem.job.optimizer, learning_rate=setting.learning_rate, bias_rate=setting.bias_rate),
     )
-    clt = CrossLayerTranscoder.from_pretrained(train(job, progress_bar=False))
+    transcoder = CrossLayerTranscoder.from_pretrained(train(job, progress_bar=False))
     reports = read_metrics(job.output / METRICS_FILE)
     # The last report may cover fewer steps than the others.
     speeds = [report["tokens_per_second"] for report in reports if report["step"] % job.log_every == 0]
     shutil.rmtree(job.output)
-    return Trained(predict=lambda x_LBD: predict(clt, x_LBD), tokens_per_s=without_first(speeds))
+    return Trained(predict=lambda x_LBD: predict(transcoder, x_LBD), tokens_per_s=without_first(speeds))
 
 
-def predict(clt: CrossLayerTranscoder, x_LBD: Tensor) -> Prediction:
+def predict(transcoder: CrossLayerTranscoder, x_LBD: Tensor) -> Prediction:
     """What a whole transcoder makes of raw encoder inputs of all layers, [L,B,D]."""
-    layers = clt.share.sources
-    codes = clt.encode(clt.scaling.standardise_x(x_LBD, layers))
+    layers = transcoder.share.sources
+    codes = transcoder.encode(transcoder.scaling.standardise_x(x_LBD, layers))
     active_LBF = torch.zeros(*codes.values.shape[:2], codes.n_features, dtype=torch.int8)
     # Empty slots add nothing to feature 0.
     active_LBF.scatter_add_(2, codes.indices.long(), (codes.values > 0).to(torch.int8))
-    return Prediction(y_LBD=clt.scaling.restore_y(clt.decode(codes), clt.share.targets), active_LBF=active_LBF > 0)
+    return Prediction(
+        y_LBD=transcoder.scaling.restore_y(transcoder.decode(codes), transcoder.share.targets),
+        active_LBF=active_LBF > 0,
+    )

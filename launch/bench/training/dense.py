@@ -19,7 +19,7 @@ class DenseTranscoder:
     """
 
     def __init__(self, transcoder: CrossLayerTranscoder, size: Size) -> None:
-        self._clt, self._k = transcoder, size.k
+        self._transcoder, self._k = transcoder, size.k
         self._adam = torch.optim.Adam(transcoder.parameters(), lr=1e-3, fused=True)
         self._sources = source_layers(transcoder.config)
         self._n_targets = len(target_layers(transcoder.config))
@@ -38,20 +38,20 @@ class DenseTranscoder:
 
     def loss(self, x_LBD: Tensor, y_MBD: Tensor) -> Tensor:
         """Mean over all targets of the squared error, as far as targets are owned here."""
-        clt = self._clt
-        z = {layer: self._encode(layer, x_BD) for layer, x_BD in zip(clt.share.sources, x_LBD, strict=True)}
+        transcoder = self._transcoder
+        z = {layer: self._encode(layer, x_BD) for layer, x_BD in zip(transcoder.share.sources, x_LBD, strict=True)}
         losses = []
-        for layer, y_BD in zip(clt.share.targets, y_MBD, strict=True):
-            W_SFD, b_D = clt.W_dec[str(layer)], clt.b_dec[str(layer)]
+        for layer, y_BD in zip(transcoder.share.targets, y_MBD, strict=True):
+            W_SFD, b_D = transcoder.W_dec[str(layer)], transcoder.b_dec[str(layer)]
             yhat_BD = b_D.expand_as(y_BD)
-            for source, W_FD in zip(clt.sources_of(layer), W_SFD, strict=True):
+            for source, W_FD in zip(transcoder.sources_of(layer), W_SFD, strict=True):
                 z_BF = z[source] if source in z else self._of_others(source, y_BD, W_FD.shape[0])
                 yhat_BD = torch.addmm(yhat_BD, z_BF, W_FD)
             losses.append((yhat_BD - y_BD).square().mean())
         return torch.stack(losses).sum() / self._n_targets
 
     def _encode(self, layer: int, x_BD: Tensor) -> Tensor:
-        W_FD, b_F = self._clt.encoder(layer)
+        W_FD, b_F = self._transcoder.encoder(layer)
         pre_BF = torch.addmm(b_F, x_BD, W_FD.T).relu()
         values_BK, indices_BK = pre_BF.topk(self._k, dim=1)
         return torch.zeros_like(pre_BF).scatter(1, indices_BK, values_BK)

@@ -207,4 +207,4 @@ def planned_job(
     layer = layer or size.ranks
     config = train_config(size, variant, Path(), layer, column, zero)
     mesh = MeshShape(data=data, layer=layer, column=column, zero=config.zero_stage(data))
-    return Job(config=config, clt=size.architecture, mesh=mesh, numerics=numerics_of(config.optimizer))
+    return Job(config=config, architecture=size.architecture, mesh=mesh, numerics=numerics_of(config.optimizer))

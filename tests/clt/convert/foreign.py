@@ -26,13 +26,15 @@ def make(seed: int = 0, **changes: Any) -> CrossLayerTranscoder:
     draw = torch.Generator().manual_seed(seed)
     config = CLTConfig(**({"n_layers": L, "d_model": D, "n_features": F, "k": K} | changes))
     mean, rms = torch.randn(2, L, D, generator=draw), torch.rand(2, L, generator=draw) + 0.5
-    clt = CrossLayerTranscoder(config, Scaling(mean_x=mean[0], rms_x=rms[0], mean_y=mean[1], rms_y=rms[1])).double()
+    transcoder = CrossLayerTranscoder(
+        config, Scaling(mean_x=mean[0], rms_x=rms[0], mean_y=mean[1], rms_y=rms[1])
+    ).double()
     with torch.no_grad():
-        for parameter in clt.parameters():
+        for parameter in transcoder.parameters():
             parameter.copy_(torch.randn(parameter.shape, generator=draw, dtype=torch.float64))
-        for parameter in clt.log_threshold.values():
+        for parameter in transcoder.log_threshold.values():
             parameter.mul_(0.3).sub_(1)
-    return clt.eval().requires_grad_(False)
+    return transcoder.eval().requires_grad_(False)
 
 
 def inputs() -> Tensor:
@@ -40,10 +42,10 @@ def inputs() -> Tensor:
     return torch.randn(L, B, D, dtype=torch.float64)
 
 
-def of_all_layers(clt: CrossLayerTranscoder, x_LBD: Tensor) -> Tensor:
+def of_all_layers(transcoder: CrossLayerTranscoder, x_LBD: Tensor) -> Tensor:
     """Outputs of ours for all layers, zeros where it has no source."""
-    y_LBD = torch.zeros(clt.config.n_layers, *x_LBD.shape[1:], dtype=x_LBD.dtype)
-    y_LBD[list(target_layers(clt.config))] = clt(x_LBD)
+    y_LBD = torch.zeros(transcoder.config.n_layers, *x_LBD.shape[1:], dtype=x_LBD.dtype)
+    y_LBD[list(target_layers(transcoder.config))] = transcoder(x_LBD)
     return y_LBD
 
 

@@ -33,19 +33,22 @@ VARIANTS: dict[str, dict[str, Any]] = {
 
 @pytest.mark.parametrize("variant", VARIANTS.values(), ids=VARIANTS)
 def test_what_is_written_is_the_same_function_there_and_read_back(variant: dict[str, Any], tmp_path: Path) -> None:
-    clt, x = make(**variant), inputs()
-    save_circuit_tracer(clt, tmp_path / "out")
-    same(circuit_tracer(tmp_path / "out", x), of_all_layers(clt, x))
+    transcoder, x = make(**variant), inputs()
+    save_circuit_tracer(transcoder, tmp_path / "out")
+    same(circuit_tracer(tmp_path / "out", x), of_all_layers(transcoder, x))
     loaded = load_circuit_tracer(tmp_path / "out")
-    same(loaded(x), of_all_layers(clt, x))
-    assert loaded.config.read_site == clt.config.read_site and loaded.config.sparsity.kind == clt.config.sparsity.kind
+    same(loaded(x), of_all_layers(transcoder, x))
+    assert (
+        loaded.config.read_site == transcoder.config.read_site
+        and loaded.config.sparsity.kind == transcoder.config.sparsity.kind
+    )
 
 
 def test_a_feature_that_never_fires_stays_silent(tmp_path: Path) -> None:
-    clt, x = make(sparsity=JUMP), inputs()
-    clt.log_threshold["1"][2] = torch.inf
-    save_circuit_tracer(clt, tmp_path / "out")
-    same(circuit_tracer(tmp_path / "out", x), clt(x))
+    transcoder, x = make(sparsity=JUMP), inputs()
+    transcoder.log_threshold["1"][2] = torch.inf
+    save_circuit_tracer(transcoder, tmp_path / "out")
+    same(circuit_tracer(tmp_path / "out", x), transcoder(x))
     assert load_circuit_tracer(tmp_path / "out").log_threshold["1"][2] == torch.inf
 
 
@@ -73,9 +76,9 @@ def test_a_transcoder_of_theirs_is_read_as_they_read_it(skip: bool, tmp_path: Pa
         save_file({f"{key}_{i}": tensor for key, tensor in weights.items()}, tmp_path / f"W_enc_{i}.safetensors")
         save_file(draw(**{f"W_dec_{i}": (F, L - i, D)}), tmp_path / f"W_dec_{i}.safetensors")
     write_settings(tmp_path, "cross_layer_transcoder")
-    clt, x = load_circuit_tracer(tmp_path), inputs()
-    same(clt(x), circuit_tracer(tmp_path, x))
-    assert clt.config.read_site == "mlp_in" and clt.config.skip == skip
+    transcoder, x = load_circuit_tracer(tmp_path), inputs()
+    same(transcoder(x), circuit_tracer(tmp_path, x))
+    assert transcoder.config.read_site == "mlp_in" and transcoder.config.skip == skip
 
 
 def test_a_set_of_single_layer_transcoders_is_read_as_they_read_it(tmp_path: Path) -> None:
@@ -84,9 +87,9 @@ def test_a_set_of_single_layer_transcoders_is_read_as_they_read_it(tmp_path: Pat
         weights["activation_function.threshold"] = torch.rand(F, dtype=torch.float64)
         save_file(weights, tmp_path / f"layer_{i}.safetensors")
     write_settings(tmp_path, "transcoder_set", feature_input_hook="ln2.hook_normalized")
-    clt, x = load_circuit_tracer(tmp_path, read_site="mlp_in"), inputs()
-    same(clt(x), transcoder_set(tmp_path, x))
-    assert clt.config.n_targets == 1
+    transcoder, x = load_circuit_tracer(tmp_path, read_site="mlp_in"), inputs()
+    same(transcoder(x), transcoder_set(tmp_path, x))
+    assert transcoder.config.n_targets == 1
 
 
 @pytest.mark.parametrize(

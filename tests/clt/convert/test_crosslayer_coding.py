@@ -30,12 +30,12 @@ VARIANTS: dict[str, dict[str, Any]] = {
 
 @pytest.mark.parametrize("variant", VARIANTS.values(), ids=VARIANTS)
 def test_what_is_written_is_the_same_function_there_and_read_back(variant: dict[str, Any], tmp_path: Path) -> None:
-    clt, x = make(**variant), inputs()
-    save_crosslayer_coding(clt, tmp_path / "out")
-    same(crosslayer_coding(tmp_path / "out", x), of_all_layers(clt, x))
+    transcoder, x = make(**variant), inputs()
+    save_crosslayer_coding(transcoder, tmp_path / "out")
+    same(crosslayer_coding(tmp_path / "out", x), of_all_layers(transcoder, x))
     loaded = load_crosslayer_coding(tmp_path / "out")
-    same(loaded(x), of_all_layers(clt, x))
-    assert loaded.config.read_site == clt.config.read_site
+    same(loaded(x), of_all_layers(transcoder, x))
+    assert loaded.config.read_site == transcoder.config.read_site
 
 
 FORMS: dict[str, dict[str, Any]] = {
@@ -92,10 +92,10 @@ def write_checkpoint(folder: Path, form: dict[str, Any]) -> None:
 @pytest.mark.parametrize("form", FORMS.values(), ids=FORMS)
 def test_a_checkpoint_of_theirs_is_read_as_they_read_it(form: dict[str, Any], tmp_path: Path) -> None:
     write_checkpoint(tmp_path, form)
-    clt, x = load_crosslayer_coding(tmp_path), inputs()
-    same(clt(x), crosslayer_coding(tmp_path, x))
-    assert clt.config.read_site == "mlp_in"
-    assert clt.config.feature_offset == form.get("enable_feature_offset", False)
+    transcoder, x = load_crosslayer_coding(tmp_path), inputs()
+    same(transcoder(x), crosslayer_coding(tmp_path, x))
+    assert transcoder.config.read_site == "mlp_in"
+    assert transcoder.config.feature_offset == form.get("enable_feature_offset", False)
 
 
 @pytest.mark.parametrize(

@@ -46,19 +46,22 @@ def write_folder(folder: Path, n_targets: int, prefix: str = "", dtype: torch.dt
 @pytest.mark.parametrize(("n_targets", "prefix"), [(1, ""), (2, "_orig_mod."), (5, "")])
 def test_a_folder_of_theirs_is_read_as_they_read_it(n_targets: int, prefix: str, k: int | None, tmp_path: Path) -> None:
     write_folder(tmp_path, n_targets, prefix)
-    clt, x = load_kokosdev(tmp_path, k=k), inputs()
-    same(of_all_layers(clt, x), seed(tmp_path, x, k))
-    config = clt.config
+    transcoder, x = load_kokosdev(tmp_path, k=k), inputs()
+    same(of_all_layers(transcoder, x), seed(tmp_path, x, k))
+    config = transcoder.config
     assert (config.n_layers, config.n_targets, config.first_offset, config.read_site) == (L, n_targets, 1, "mlp_in")
-    clt.float().save_pretrained(tmp_path / "native")
-    same(of_all_layers(type(clt).from_pretrained(tmp_path / "native"), x.float()), of_all_layers(clt, x.float()))
+    transcoder.float().save_pretrained(tmp_path / "native")
+    same(
+        of_all_layers(type(transcoder).from_pretrained(tmp_path / "native"), x.float()),
+        of_all_layers(transcoder, x.float()),
+    )
 
 
 def test_bfloat16_weights_are_read_as_the_numbers_they_are(tmp_path: Path) -> None:
     write_folder(tmp_path, 2, dtype=torch.bfloat16)
-    clt, x = load_kokosdev(tmp_path), inputs()
-    assert clt.dtype == torch.float32
-    torch.testing.assert_close(of_all_layers(clt.double(), x), seed(tmp_path, x), rtol=1e-5, atol=1e-5)
+    transcoder, x = load_kokosdev(tmp_path), inputs()
+    assert transcoder.dtype == torch.float32
+    torch.testing.assert_close(of_all_layers(transcoder.double(), x), seed(tmp_path, x), rtol=1e-5, atol=1e-5)
 
 
 VARIANTS: dict[str, dict[str, Any]] = {
@@ -73,33 +76,33 @@ VARIANTS: dict[str, dict[str, Any]] = {
 
 @pytest.mark.parametrize("variant", VARIANTS.values(), ids=VARIANTS)
 def test_what_is_written_is_read_back_and_sums_to_the_same_there(variant: dict[str, Any], tmp_path: Path) -> None:
-    clt, x = make(first_offset=1, layer_norm=True, read_site="mlp_in", **variant), inputs()
-    save_seed_files(clt, tmp_path / "out", batches())
+    transcoder, x = make(first_offset=1, layer_norm=True, read_site="mlp_in", **variant), inputs()
+    save_seed_files(transcoder, tmp_path / "out", batches())
     loaded = load_kokosdev(tmp_path / "out")
-    same(loaded(x), clt(x))
-    if clt.config.independent in (None, "sum"):
-        k = K if clt.config.sparsity.kind == "topk" else None
-        same(seed(tmp_path / "out", x, k), of_all_layers(clt, x))
+    same(loaded(x), transcoder(x))
+    if transcoder.config.independent in (None, "sum"):
+        k = K if transcoder.config.sparsity.kind == "topk" else None
+        same(seed(tmp_path / "out", x, k), of_all_layers(transcoder, x))
 
 
 def test_mapping_and_metrics_by_hand(tmp_path: Path) -> None:
-    clt, data = make(first_offset=1, layer_norm=True, sparsity=RELU, n_targets=1), batches()
-    save_seed_files(clt, tmp_path / "out", data)
+    transcoder, data = make(first_offset=1, layer_norm=True, sparsity=RELU, n_targets=1), batches()
+    save_seed_files(transcoder, tmp_path / "out", data)
     for layer in range(L - 1):
         x, y = (torch.cat([getattr(batch, part) for batch in data], dim=1) for part in "xy")
         normed = torch.nn.functional.layer_norm(x[layer], (D,))
-        z = torch.relu(normed @ clt.W_enc[str(layer)].T + clt.b_enc[str(layer)])
+        z = torch.relu(normed @ transcoder.W_enc[str(layer)].T + transcoder.b_enc[str(layer)])
         tree = torch.load(tmp_path / "out" / f"mapping_L{layer}.pt", weights_only=True)
         for feature in range(F):
             fired = z[:, feature] > 0
             mean = y[layer + 1][fired].abs().mean(dim=0) if fired.any() else torch.zeros(D, dtype=torch.float64)
             same(tree["mlp_to_clt_mapping"][:, feature], mean)
-        transcoder = torch.load(tmp_path / "out" / f"transcoder_L{layer}.pt", weights_only=True)
-        assert torch.equal(tree["decoder_weights"], transcoder["state_dict"]["dec.weight"])
+        saved = torch.load(tmp_path / "out" / f"transcoder_L{layer}.pt", weights_only=True)
+        assert torch.equal(tree["decoder_weights"], saved["state_dict"]["dec.weight"])
         summary = json.loads((tmp_path / "out" / f"metrics_L{layer}.json").read_text())["summary"]
         assert summary["final_l0_pct"] == pytest.approx(100 * float((z > 0).double().mean()))
         assert summary["dead_features"] == int((~(z > 0).any(dim=0)).sum())
-        error = (of_all_layers(clt, x)[layer + 1] - y[layer + 1]).square().mean()
+        error = (of_all_layers(transcoder, x)[layer + 1] - y[layer + 1]).square().mean()
         # Only the next layer is a target, so that a source alone is the whole.
         assert transcoder["training_metadata"]["final_rec_loss"] == pytest.approx(float(error))
 
@@ -115,9 +118,9 @@ def test_mapping_and_metrics_by_hand(tmp_path: Path) -> None:
     ],
 )
 def test_what_the_format_cannot_hold_is_refused_and_leaves_nothing(changes: dict[str, Any], tmp_path: Path) -> None:
-    clt = make(**({"first_offset": 1, "layer_norm": True} | changes))
+    transcoder = make(**({"first_offset": 1, "layer_norm": True} | changes))
     with pytest.raises(ConfigError, match=f"clt.{next(iter(changes))}"):
-        save_seed_files(clt, tmp_path / "out", batches())
+        save_seed_files(transcoder, tmp_path / "out", batches())
     with pytest.raises(StoreError, match="no tokens"):
         save_seed_files(make(first_offset=1, layer_norm=True), tmp_path / "out", [])
     assert not list(tmp_path.iterdir())

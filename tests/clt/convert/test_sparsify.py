@@ -28,12 +28,12 @@ VARIANTS: dict[str, dict[str, Any]] = {
 
 @pytest.mark.parametrize("variant", VARIANTS.values(), ids=VARIANTS)
 def test_what_is_written_is_the_same_function_there_and_read_back(variant: dict[str, Any], tmp_path: Path) -> None:
-    clt, x = make(**variant), inputs()
-    save_sparsify(clt, tmp_path / "out")
-    same(sparsify(tmp_path / "out", x), clt(x))
+    transcoder, x = make(**variant), inputs()
+    save_sparsify(transcoder, tmp_path / "out")
+    same(sparsify(tmp_path / "out", x), transcoder(x))
     loaded = load_sparsify(tmp_path / "out")
-    same(loaded(x), clt(x))
-    assert (loaded.config.read_site, loaded.config.k) == (clt.config.read_site, K)
+    same(loaded(x), transcoder(x))
+    assert (loaded.config.read_site, loaded.config.k) == (transcoder.config.read_site, K)
 
 
 FORMS: dict[str, dict[str, Any]] = {
@@ -89,10 +89,10 @@ def write_run(folder: Path, form: dict[str, Any], horizon: int = 2) -> None:
 @pytest.mark.parametrize("form", FORMS.values(), ids=FORMS)
 def test_a_run_of_theirs_is_read_as_they_read_it(form: dict[str, Any], tmp_path: Path) -> None:
     write_run(tmp_path, form)
-    clt, x = load_sparsify(tmp_path), inputs()
-    same(clt(x), sparsify(tmp_path, x))
-    assert clt.config.read_site == "mlp_in"
-    assert clt.config.feature_offset == form.get("train_post_encoder", False)
+    transcoder, x = load_sparsify(tmp_path), inputs()
+    same(transcoder(x), sparsify(tmp_path, x))
+    assert transcoder.config.read_site == "mlp_in"
+    assert transcoder.config.feature_offset == form.get("train_post_encoder", False)
 
 
 @pytest.mark.parametrize(
