@@ -21,7 +21,7 @@ from torch import Tensor
 
 from clt.distributed.code_flight import Cargo, CodeFlight, Send, Slots, index_dtype
 from clt.distributed.mesh import Mesh
-from clt.kernels.dtypes import accumulator
+from clt.kernels.common.dtypes import accumulator
 from clt.records import SparseCodes
 from clt.transcoder.layers import LayerShare
 

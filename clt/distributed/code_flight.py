@@ -16,7 +16,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from clt.kernels import ops
-from clt.kernels.dtypes import accumulator
+from clt.kernels.common.dtypes import accumulator
 from clt.records import SparseCodes
 from clt.transcoder.layers import LayerShare
 

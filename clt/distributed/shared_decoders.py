@@ -19,7 +19,7 @@ from torch import Tensor
 from torch.nn.functional import pad
 
 from clt.distributed.mesh import Mesh, deal_layers
-from clt.kernels.dtypes import accumulator
+from clt.kernels.common.dtypes import accumulator
 from clt.transcoder.layers import source_layers
 from clt.transcoder.model import CrossLayerTranscoder
 

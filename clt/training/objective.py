@@ -11,7 +11,7 @@ from clt.distributed.code_exchange import CodeExchange
 from clt.distributed.code_flight import CodeFlight
 from clt.distributed.mesh import input_layers
 from clt.distributed.shared_decoders import SharedDecoders, shared_decoders
-from clt.kernels.dtypes import accumulator
+from clt.kernels.common.dtypes import accumulator
 from clt.training.loss import LossTerms, auxk_error, combine, encode_dead, revival
 from clt.training.metrics import Observations
 from clt.training.settings import AuxKSettings

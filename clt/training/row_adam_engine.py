@@ -7,7 +7,7 @@ moved once, by the sum of both gradients.
 
 Limits, which follow from moving weights before all gradients are known: no clipping and no micro-batches, one replica,
 and finite is said of the loss alone. With beta1 > 0 momentum is that of Adam only for rows whose feature fires
-(`clt.kernels.adam`).
+(`clt.kernels.common.adam`).
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ from torch.nn.functional import pad
 from clt.checkpoint.columns import LAST_STEP
 from clt.distributed.mesh import Mesh
 from clt.kernels import ops
-from clt.kernels.dtypes import accumulator
+from clt.kernels.common.dtypes import accumulator
 from clt.records import SparseCodes
 from clt.training.deepspeed_engine import agree
 from clt.training.engine import FIRST_MOMENT, SECOND_MOMENT, StepCheck, StepInputs
