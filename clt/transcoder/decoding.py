@@ -14,7 +14,7 @@ Shape letters: S sources of one target, T targets of one source, B tokens, D d_m
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Protocol
 
 import torch
 from torch import Tensor
@@ -24,11 +24,18 @@ from clt.transcoder.encoding import sum_by_feature
 from clt.transcoder.lazy_decoder import MappedDecoder
 
 if TYPE_CHECKING:
-    from clt.distributed.shared_decoders import SharedDecoders
     from clt.transcoder.model import CrossLayerTranscoder
 
 #: What the kernels decode: values [S,B,K], indices [S,B,K], decoders [S,F,D_own] and the grouping of the codes.
 Slots = tuple[Tensor, Tensor, Tensor, ops.FeatureCSR | None]
+
+
+class SourceDecoders(Protocol):
+    """Decoders that belong to sources (`tied_decoders: source`), those of other ranks included."""
+
+    def into(self, target: int) -> tuple[Tensor, Tensor]:
+        """Decoders [S,F,D_own] and scales [S,F] of a target's sources."""
+        ...
 
 
 def decode(
@@ -37,7 +44,7 @@ def decode(
     values_SBK: Tensor,
     indices_SBK: Tensor,
     skip_BD: Tensor | None,
-    shared: SharedDecoders | None,
+    shared: SourceDecoders | None,
 ) -> Tensor:
     """Reconstruction of a target layer; sources trained independently are combined as the settings say.
 
@@ -88,7 +95,7 @@ def squared_error(
     weights_B: Tensor | None,
     skip_BD: Tensor | None,
     csr: ops.FeatureCSR | None,
-    shared: SharedDecoders | None,
+    shared: SourceDecoders | None,
 ) -> tuple[Tensor, Tensor]:
     """Squared error of a reconstruction, or its mean over those of independent sources.
 
@@ -143,7 +150,7 @@ def _slots(
     values_SBK: Tensor,
     indices_SBK: Tensor,
     csr: ops.FeatureCSR | None,
-    shared: SharedDecoders | None,
+    shared: SourceDecoders | None,
 ) -> Slots:
     match transcoder.config.tied_decoders:
         case "target":

@@ -16,7 +16,7 @@ import math
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Self
+from typing import Self
 
 import torch
 from torch import Tensor, nn
@@ -26,14 +26,12 @@ from clt.kernels import ops
 from clt.records import ModelIdentity, SparseCodes, TrainingFacts
 from clt.transcoder import decoding, encoding
 from clt.transcoder.architecture import CLTConfig
+from clt.transcoder.decoding import SourceDecoders
 from clt.transcoder.initial_weights import LayerBuffers, initial_decoder, initial_encoder, initial_shared_decoder
 from clt.transcoder.layers import LayerShare, source_layers, sources_of, targets_of
 from clt.transcoder.lazy_decoder import MappedDecoder
 from clt.transcoder.scaling import Scaling
 from clt.transcoder.sparsity import Peers
-
-if TYPE_CHECKING:
-    from clt.distributed.shared_decoders import SharedDecoders
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -90,6 +88,22 @@ class CrossLayerTranscoder(nn.Module):
                 self.target_scale[str(layer)] = nn.Parameter(torch.ones(len(self.targets_of(layer)), config.n_features))
         for layer in self.share.targets:
             self._add_target(layer, seed)
+
+    def __repr__(self) -> str:
+        config, model = self.config, self.provenance.model
+        facts = {
+            "layers": config.n_layers,
+            "d_model": config.d_model,
+            "features": config.n_features,
+            "k": config.k,
+            "targets": config.n_targets or "all",
+            "sparsity": config.sparsity.kind,
+            "dtype": str(self.dtype).removeprefix("torch."),
+            "model": None if model is None else model.name,
+        }
+        if self.share != LayerShare.everything(config):
+            facts |= {"own_sources": self.share.sources, "own_targets": self.share.targets}
+        return f"CrossLayerTranscoder({', '.join(f'{name}={value}' for name, value in facts.items())})"
 
     def _add_target(self, layer: int, seed: int) -> None:
         """What is owned with a target layer."""
@@ -181,7 +195,7 @@ class CrossLayerTranscoder(nn.Module):
         values_SBK: Tensor,
         indices_SBK: Tensor,
         x_BD: Tensor | None = None,
-        shared: SharedDecoders | None = None,
+        shared: SourceDecoders | None = None,
     ) -> Tensor:
         """Reconstruction of one target layer.
 
@@ -256,7 +270,7 @@ class CrossLayerTranscoder(nn.Module):
         x_BD: Tensor | None = None,
         csr: ops.FeatureCSR | None = None,
         weights_B: Tensor | None = None,
-        shared: SharedDecoders | None = None,
+        shared: SourceDecoders | None = None,
     ) -> tuple[Tensor, Tensor]:
         """Squared error of one target layer, without storing its reconstruction.
 
@@ -345,21 +359,21 @@ class CrossLayerTranscoder(nn.Module):
             folder: new, empty, or with a transcoder that is replaced when the new one is complete.
 
         Raises:
-            CheckpointError: the folder holds other files, or cannot be written; it stays as it was.
+            CheckpointError: the folder holds other files or cannot be written; it is left unchanged.
         """
-        from clt.checkpoint.weights import save_transcoder
+        from clt.hub import pretrained
 
-        save_transcoder(self, Path(folder))
+        pretrained.save_pretrained(self, folder)
 
     def push_to_hub(
         self, name: str, *, private: bool = True, revision: str | None = None, message: str | None = None
     ) -> str:
-        """Sends what `save_pretrained` writes to a model repository; `clt push` sends a folder without a copy of it.
+        """Uploads what `save_pretrained` writes to a model repository; `clt push` uploads an existing folder.
 
         Args:
-            name: OWNER/NAME; the repository is made if it is missing.
-            private: visibility of a repository that is made.
-            revision: branch, made if it is missing; absent: main.
+            name: OWNER/NAME; the repository is created if it is missing.
+            private: visibility of a repository that is created.
+            revision: branch, created if it is missing; default: main.
             message: summary of the commits.
 
         Returns:
@@ -367,11 +381,11 @@ class CrossLayerTranscoder(nn.Module):
 
         Raises:
             HubError: access is refused, the repository holds another transcoder, or the transfer failed.
-            CheckpointError: there is no room for the files on this side.
+            CheckpointError: the local disk has no space for the files.
         """
-        from clt.hub.pretrained import push_transcoder
+        from clt.hub import pretrained
 
-        return push_transcoder(self, name, private=private, revision=revision, message=message)
+        return pretrained.push_transcoder(self, name, private=private, revision=revision, message=message)
 
     @classmethod
     def from_pretrained(
@@ -385,26 +399,26 @@ class CrossLayerTranscoder(nn.Module):
         revision: str | None = None,
         averaged: bool = False,
     ) -> CrossLayerTranscoder:
-        """Reads a folder written by `save_pretrained` or by training, or a model repository of the hub.
+        """Loads a folder written by `save_pretrained` or by training, or a model repository of the hub.
 
         Args:
-            name: a folder; or, if there is none of that name, OWNER/NAME or OWNER/NAME@REVISION on the hub.
-            layers: the share to fetch and read: encoders of these source layers, decoders into these target layers.
-            device: place of the weights.
-            dtype: their type, whatever that of the files is; absent: float32.
+            name: a folder; or, if no such folder exists, OWNER/NAME or OWNER/NAME@REVISION on the hub.
+            layers: the share to download and load: encoders of these source layers, decoders into these target layers.
+            device: device of the weights.
+            dtype: dtype of the weights, whatever that of the files is; default: float32.
             lazy: decoders stay in their files, memory-mapped, and are read where they are used; they cannot be trained.
             revision: branch, tag or commit of the repository.
-            averaged: read the running mean of the weights, of a job with optimizer.ema_decay.
+            averaged: load the EMA weights, of a job with optimizer.ema_decay.
 
         Returns:
             The transcoder, without gradients.
 
         Raises:
             CheckpointError: a file is missing, damaged or of the wrong shape; names the file and key.
-            ConfigError: there are no such layers, or a revision of a folder is asked for.
-            HubError: the repository is missing, unfinished or refuses access, or the transfer failed.
+            ConfigError: a layer does not exist, or a revision of a folder is requested.
+            HubError: the repository is missing, incomplete or refuses access, or the transfer failed.
         """
-        from clt.hub.pretrained import open_pretrained
+        from clt.hub import pretrained
 
         dtype = dtype or torch.float32
-        return open_pretrained(name, layers, revision, averaged, device=device, dtype=dtype, lazy=lazy)
+        return pretrained.open_pretrained(name, layers, revision, averaged, device=device, dtype=dtype, lazy=lazy)
