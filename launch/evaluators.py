@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable
 
 import torch
 
 from clt.attribution.evaluation.during_training import HeldOutPrompts, ReplacementEvaluator
 from clt.attribution.replacement.replacement_model import require_same_model
+from clt.capture.models.sites import decoder_sites
 from clt.capture.reading.blocks import StoreBlocks
 from clt.capture.reading.loader import iterate_store
 from clt.capture.reading.open_store import ActivationStore, open_store
@@ -93,8 +94,8 @@ def _store_evaluator(
 ) -> StoreEvaluator:
     # The tokens that train, but for those at the beginning of sequences: they count in no measure of the project.
     where = TokenFilter(modalities=data.modalities, drop_bos=True, norm_cap=data.norm_cap)
-    x_sites = _sites(input_layers(architecture, share), architecture.read_site)
-    y_sites = _sites(share.targets, "mlp_out")
+    x_sites = decoder_sites(input_layers(architecture, share), architecture.read_site)
+    y_sites = decoder_sites(share.targets, "mlp_out")
     with mesh.together(StoreError):
         if not StoreBlocks(store, x_sites, y_sites, where).rows.any():
             raise StoreError(f"evaluation.store={settings.store}: no token passes the filter ({where}); loosen it")
@@ -106,10 +107,6 @@ def _store_evaluator(
         )
 
     return StoreEvaluator(batches)
-
-
-def _sites(layers: Sequence[int], site: str) -> list[str]:
-    return [f"lm.{layer}.{site}" for layer in layers]
 
 
 def _check_kernels(config: TrainConfig, settings: ReplacementSettings) -> None:

@@ -14,6 +14,7 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
+from clt.capture.models.sites import decoder_sites
 from clt.capture.reading.token_filter import TokenFilter
 from clt.config import config_to_yaml
 from clt.distributed.job_control import JobControl, stop_on_signals
@@ -58,8 +59,8 @@ def train(config: TrainConfig, progress_bar: bool | None = None, control: JobCon
     model = activations.model
     architecture = CLTConfig.resolve(config.clt, model.n_layers, model.d_model)
     layers = range(architecture.n_layers)
-    x_sites = [f"lm.{layer}.{architecture.read_site}" for layer in layers]
-    y_sites = [f"lm.{layer}.mlp_out" for layer in layers]
+    x_sites = decoder_sites(layers, architecture.read_site)
+    y_sites = decoder_sites(layers, "mlp_out")
     where = TokenFilter(
         modalities=config.data.modalities, drop_bos=architecture.drop_bos, norm_cap=config.data.norm_cap
     )

@@ -8,6 +8,7 @@ from pathlib import Path
 
 import torch
 
+from clt.capture.models.sites import decoder_sites
 from clt.capture.reading.loader import iterate_store
 from clt.capture.reading.open_store import open_store
 from clt.capture.reading.token_filter import TokenFilter
@@ -84,9 +85,8 @@ def calibration_tokens(path: str, config: CLTConfig, tokens: int) -> Sequence[Ac
             f"{path}: {store.n_layers} layers of width {store.d_model}, the transcoder has {config.n_layers} of "
             f"width {config.d_model}; name activations of its own model"
         )
-    x_sites, y_sites = (
-        [f"lm.{layer}.{site}" for layer in range(config.n_layers)] for site in (config.read_site, "mlp_out")
-    )
+    layers = range(config.n_layers)
+    x_sites, y_sites = decoder_sites(layers, config.read_site), decoder_sites(layers, "mlp_out")
     where = TokenFilter(drop_bos=True)
     return [
         # The reader uses its memory again.
