@@ -11,7 +11,7 @@ import pytest
 import torch
 from typer.testing import CliRunner, Result
 
-from clt.evaluation.store_evaluation import evaluate_store
+from clt.evaluation.evaluator import evaluate_store
 from clt.launch.bench.baselines import crosslayer, eleuther, ours
 from clt.launch.bench.baselines.data import Batch, ChannelMoments, channel_moments
 from clt.launch.bench.baselines.measure import HeldOut, Prediction, Run, Setting, learn, measure
