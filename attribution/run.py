@@ -25,7 +25,7 @@ from clt.capture.reading.token_filter import TokenFilter
 from clt.capture.sources.examples import Example, SourceSettings, load_image, open_source
 from clt.config import STRICT
 from clt.errors import InputError
-from clt.evaluation.store_evaluation import StoreReport, evaluate_store
+from clt.evaluation.evaluator import StoreReport, evaluate_store
 from clt.transcoder.model import CrossLayerTranscoder
 
 GRAPH_FILE = "graph.safetensors"

@@ -14,13 +14,13 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
+from clt.attribution.evaluation.during_training import make_evaluators, open_heldout
 from clt.capture.models.sites import decoder_sites
 from clt.capture.reading.token_filter import TokenFilter
 from clt.config import config_to_yaml
 from clt.distributed.job_control import JobControl, stop_on_signals
 from clt.distributed.mesh import Mesh, check_world, deal_layers, input_layers
 from clt.launch.activations import open_activations
-from clt.launch.evaluators import make_evaluators, open_heldout
 from clt.launch.logs import job_rank, job_world
 from clt.launch.script import run_script
 from clt.training.deepspeed_engine import joined_job
@@ -55,8 +55,8 @@ def train(config: TrainConfig, progress_bar: bool | None = None, control: JobCon
             config.clt.independent,
         )
     activations = open_activations(config)
-    heldout = open_heldout(config, activations)
     model = activations.model
+    heldout = open_heldout(config, model, activations.id)
     architecture = CLTConfig.resolve(config.clt, model.n_layers, model.d_model)
     layers = range(architecture.n_layers)
     x_sites = decoder_sites(layers, architecture.read_site)
@@ -82,7 +82,7 @@ def train(config: TrainConfig, progress_bar: bool | None = None, control: JobCon
         transcoder = CrossLayerTranscoder(
             architecture, scaling, share, config.seed, Provenance(model=model, store_id=activations.id)
         )
-        evaluators = make_evaluators(config, activations, heldout, architecture, share, mesh)
+        evaluators = make_evaluators(config, model, heldout, architecture, share, mesh)
         return Trainer(config, transcoder, batches, mesh, progress_bar, evaluators, control, weights_G).fit()
 
 

@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 from clt.errors import ConfigError
-from clt.evaluation.store_evaluation import StoreReport, evaluate_store
+from clt.evaluation.evaluator import StoreReport, evaluate_store
 from clt.kernels import ops
 from clt.records import ActivationBatch, SparseCodes
 from clt.transcoder.architecture import SparsitySettings

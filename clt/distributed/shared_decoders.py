@@ -48,14 +48,14 @@ class SharedDecoders:
         anchor = torch.zeros((), requires_grad=True)
         own = [transcoder.W_shared[name] for name in sources] + [transcoder.target_scale[name] for name in sources]
         like = transcoder.b_dec[str(transcoder.share.targets[0])]
-        self._ticket: Tensor = _Receive.apply(self._bank, anchor, like, *own)
+        self._anchor: Tensor = _Receive.apply(self._bank, anchor, like, *own)
 
     def into(self, target: int) -> tuple[Tensor, Tensor]:
         """Decoders [S,F,D_own] and scales [S,F] of a target's sources."""
         rows = self._transcoder.source_rows(target)
         # Which of each source's targets this one is.
         places = [self._transcoder.targets_of(source).index(target) for source in self._transcoder.sources_of(target)]
-        W_SFD, scale_SF = _Into.apply(self._bank, rows, places, self._ticket)
+        W_SFD, scale_SF = _Into.apply(self._bank, rows, places, self._anchor)
         return W_SFD, scale_SF
 
 
@@ -152,7 +152,7 @@ class _Into(torch.autograd.Function):
     """Between the buffers and a target that reads some of them."""
 
     @staticmethod
-    def forward(ctx: Any, bank: _Bank, rows: slice, places: Sequence[int], ticket: Tensor) -> tuple[Tensor, Tensor]:
+    def forward(ctx: Any, bank: _Bank, rows: slice, places: Sequence[int], anchor: Tensor) -> tuple[Tensor, Tensor]:
         ctx.set_materialize_grads(False)
         ctx.bank, ctx.rows, ctx.places = bank, rows, places
         return bank.W_LFD[rows], bank.scale_LTF[list(range(rows.start, rows.stop)), places]

@@ -6,7 +6,7 @@ import numpy as np
 from numpy.typing import NDArray
 from PIL import Image, ImageDraw, ImageFont
 
-from clt.evaluation.store_evaluation import LayerHistograms
+from clt.evaluation.evaluator import LayerHistograms
 
 _BIN_WIDTH, _ROW_HEIGHTS = 22, (10, 34)
 _PLOT_HEIGHT = 420

@@ -1,7 +1,7 @@
 """What training reports: averages over the steps since the last report, to TensorBoard and to `metrics.jsonl`.
 
 `fvu` of a target is its squared error over the store's variance, averaged over the tokens of the window with the
-weights of `data.token_weights`: the loss itself, not the held-out measure of `clt.evaluation.store_evaluation`, which
+weights of `data.token_weights`: the loss itself, not the held-out measure of `clt.evaluation.evaluator`, which
 knows no weights. `l0` counts active features per token and source layer.
 `dead_fraction` is the share of features that have not fired in the training window of `auxk.dead_after_tokens`.
 The only module that imports tensorboard.
@@ -26,7 +26,7 @@ from torch import Tensor
 from clt.distributed.mesh import Mesh
 from clt.errors import CheckpointError
 from clt.evaluation.density_plot import density_plot
-from clt.evaluation.store_evaluation import Evaluation
+from clt.evaluation.evaluator import Evaluation
 from clt.transcoder.architecture import CLTConfig
 from clt.transcoder.layers import LayerShare, source_layers, target_layers
 

@@ -69,7 +69,7 @@ class RowEngine:
         """As `clt.training.engine.Engine.train_step`, on one part; finite is the loss."""
         (inputs,) = parts
         passed = self._objective.run(
-            inputs.x_raw, inputs.y_raw, inputs.k, inputs.dead_LF, inputs.weights_B, returns=True
+            inputs.x_raw, inputs.y_raw, inputs.k, inputs.dead_LF, inputs.weights_B, needs_gradient=True
         )
         check = agree(self._mesh, passed.terms.total, torch.zeros_like(passed.terms.total), stop)
         if check.finite:
@@ -127,7 +127,7 @@ class RowEngine:
             merged.weights_N,
             scale,
         )
-        merged.give_back(rows, grads_SNK)
+        merged.add_gradient(rows, grads_SNK)
         grad_BD = passed.residuals[row].to(scale.dtype) * (scale * merged.weights_N[: merged.tokens, None])
         self._move(transcoder.b_dec[str(layer)], grad_BD.sum(dim=0), hyper)
         if passed.x_MBD is not None:
@@ -197,11 +197,11 @@ class _Merged:
         own, dead = self._passed.x_LBD[row], self._passed.dead
         return own if dead is None else torch.cat([own, dead.x_LBD[row]])
 
-    def give_back(self, rows: slice, gradient_SNK: Tensor) -> None:
+    def add_gradient(self, rows: slice, gradient_SNK: Tensor) -> None:
         """Sends the gradients of one target's sources on their way."""
-        self._passed.codes.give_back(rows, gradient_SNK[:, : self.tokens, : self._k])
+        self._passed.codes.add_gradient(rows, gradient_SNK[:, : self.tokens, : self._k])
         if self._passed.dead is not None:
-            self._passed.dead.codes.give_back(rows, gradient_SNK[:, self.tokens :, : self._aux_k])
+            self._passed.dead.codes.add_gradient(rows, gradient_SNK[:, self.tokens :, : self._aux_k])
 
     def own_gradient(self, row: int) -> Tensor:
         """[N,K] gradient of an own source's activations, over all targets of all ranks."""

@@ -15,8 +15,8 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 from clt.distributed.job_control import JobControl
 from clt.distributed.mesh import Mesh
 from clt.evaluation.density_plot import density_plot
+from clt.evaluation.evaluator import Evaluation, LayerHistograms, StoreReport, evaluate_all, evaluate_store
 from clt.evaluation.heldout_sums import RATE_EDGES
-from clt.evaluation.store_evaluation import Evaluation, LayerHistograms, StoreReport, evaluate_all, evaluate_store
 from clt.records import ActivationBatch, Modality, TokenTable
 from clt.training.deepspeed_engine import joined_job
 from clt.training.metrics import MetricsWriter, read_metrics

@@ -18,7 +18,7 @@ from benchmarks.baselines.measure import HeldOut, Prediction, Run, Setting, lear
 from benchmarks.baselines.report import BaselineReport, Row, Trial
 from benchmarks.baselines.run import all_contenders, best_trial
 from clt.errors import ConfigError
-from clt.evaluation.store_evaluation import evaluate_store
+from clt.evaluation.evaluator import evaluate_store
 from clt.launch.bench.checkout import load_benchmarks
 from clt.launch.bench.common.machine import this_machine
 from clt.launch.commands.main import app

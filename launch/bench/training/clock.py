@@ -17,7 +17,6 @@ from typing import Any, Literal
 import torch
 
 from clt.distributed import code_exchange as exchange
-from clt.distributed import code_flight as flight
 from clt.kernels import ops
 
 Phase = Literal["encode", "exchange", "decode", "backward", "optimizer", "other"]
@@ -28,8 +27,8 @@ _CALLS: tuple[tuple[Any, str, Phase], ...] = (
     (ops, "encode_topk", "encode"),
     (exchange.CodeExchange, "gather", "exchange"),
     (exchange.CodeExchange, "_sum", "exchange"),
-    (flight.Cargo, "await_rows", "exchange"),
-    (flight.Cargo, "await_all", "exchange"),
+    (exchange.ExchangeBuffers, "await_rows", "exchange"),
+    (exchange.ExchangeBuffers, "await_all", "exchange"),
     (ops, "decode_loss", "decode"),
     (ops, "decoder_step_", "backward"),
     (ops, "encoder_step_", "backward"),
