@@ -23,6 +23,7 @@ from clt.distributed.code_flight import Cargo, CodeFlight, Send, Slots, index_dt
 from clt.distributed.mesh import Mesh
 from clt.kernels.dtypes import accumulator
 from clt.records import SparseCodes
+from clt.step_phases import phase
 from clt.transcoder.layers import LayerShare
 
 
@@ -97,16 +98,17 @@ class CodeExchange:
         """Slot with which the last of some rows of codes [L,B,K] arrives."""
         return self.slots.of_rows(rows)[-1]
 
+    @phase("exchange")
     def gather(self, cargo: Cargo, slot: int, values_BK: Tensor, indices_BK: Tensor) -> None:
-        """Starts the all-gather of one slot. Everything travels as bytes: neither gloo nor NCCL knows int16."""
-        rows, group = self.slots.rows[slot], self.mesh.model_group
+        """Starts the all-gather of one slot."""
+        rows = self.slots.rows[slot]
         spare_BK = torch.empty_like(cargo.values[0])
-        parts = [_bytes(spare_BK if row is None else cargo.values.data[row]) for row in rows]
+        parts = [spare_BK if row is None else cargo.values.data[row] for row in rows]
         own, numbers = values_BK.detach().contiguous(), indices_BK.to(cargo.wire_dtype).contiguous()
         wire_RBK = numbers.new_empty(len(rows), *numbers.shape)
         cargo.gathers[slot] = [
-            dist.all_gather(parts, _bytes(own), group=group, async_op=True),
-            dist.all_gather(list(_bytes(wire_RBK).unbind()), _bytes(numbers), group=group, async_op=True),
+            self.mesh.start_gather(parts, own),
+            self.mesh.start_gather(wire_RBK.unbind(), numbers),
         ]
         cargo.wires[slot] = wire_RBK
         self.mesh.traffic.count("model", "all_gather", own.nbytes + numbers.nbytes, len(rows))
@@ -124,6 +126,7 @@ class CodeExchange:
                 self._sum(cargo, slot)
             self._awaiting_sum.pop()
 
+    @phase("exchange")
     def _sum(self, cargo: Cargo, slot: int) -> None:
         """Starts the reduce-scatter of one slot's gradients; its additions are ours, in order of rank, after arrival.
 
@@ -134,7 +137,7 @@ class CodeExchange:
         nothing_BK = gradients_LBK.new_zeros(()).expand_as(gradients_LBK[0])
         mine_RBK = torch.stack([nothing_BK if row is None else gradients_LBK[row] for row in rows])
         parts_RBK = torch.empty_like(mine_RBK)
-        work = dist.all_to_all_single(parts_RBK, mine_RBK, group=self.mesh.model_group, async_op=True)
+        work = self.mesh.start_all_to_all(parts_RBK, mine_RBK)
         self.mesh.traffic.count("model", "reduce_scatter", parts_RBK[0].nbytes, len(rows))
         if rows[self.mesh.model_rank] is None:
             self._unwatched.append(work)
@@ -164,7 +167,3 @@ def exchange_bytes(shares: Sequence[LayerShare], n_features: int, tokens: int, k
     """
     slot_bytes = dtype.itemsize + index_dtype(n_features).itemsize + accumulator(dtype).itemsize
     return slot_count(shares) * (len(shares) - 1) * tokens * k * slot_bytes
-
-
-def _bytes(tensor: Tensor) -> Tensor:
-    return tensor.view(torch.uint8)

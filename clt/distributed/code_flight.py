@@ -18,6 +18,7 @@ from torch import Tensor
 from clt.kernels import ops
 from clt.kernels.dtypes import accumulator
 from clt.records import SparseCodes
+from clt.step_phases import phase
 from clt.transcoder.layers import LayerShare
 
 
@@ -141,6 +142,7 @@ class Cargo:
         self._csr: list[Tensor] = []
         self._gradients: Tensor | None = None
 
+    @phase("exchange")
     def await_rows(self, rows: slice) -> None:
         """Waits for the slots of some rows, unless they are here."""
         for slot in self.carrier.slots.of_rows(rows):
@@ -155,6 +157,7 @@ class Cargo:
             if self.needs_gradient:
                 self._group(filled)
 
+    @phase("exchange")
     def await_all(self) -> None:
         """Waits for the slots that are not here yet, without using them."""
         for works in self.gathers:

@@ -12,6 +12,7 @@ from clt.distributed.code_flight import CodeFlight
 from clt.distributed.mesh import input_layers
 from clt.distributed.shared_decoders import SharedDecoders, shared_decoders
 from clt.kernels.dtypes import accumulator
+from clt.step_phases import phase
 from clt.training.loss import LossTerms, auxk_error, combine, encode_dead, revival
 from clt.training.metrics import Observations
 from clt.training.settings import AuxKSettings
@@ -186,6 +187,7 @@ class Objective(nn.Module):
             terms=combine(error_M, auxk_M, lift, self.settings, error_M.new_tensor(self._weights)),
         )
 
+    @phase("encode")
     def _send(self, x_LBD: Tensor, k: int, returns: bool | None) -> CodeFlight:
         transcoder = self.transcoder
         n_features, tokens = transcoder.config.n_features, x_LBD.shape[1]
@@ -199,12 +201,14 @@ class Objective(nn.Module):
         pairs_of_all = zip(codes.values, codes.indices, strict=True)
         return self._exchange.send(pairs_of_all, codes.values.shape[1:], n_features, x_LBD, returns)
 
+    @phase("encode")
     def _send_dead(self, x_LBD: Tensor, dead_LF: Tensor, returns: bool | None) -> CodeFlight:
         config = self.transcoder.config
         k = self.settings.k or config.k
         pairs = encode_dead(self.transcoder, x_LBD, dead_LF, k)
         return self._exchange.send(pairs, (x_LBD.shape[1], k), config.n_features, x_LBD, returns)
 
+    @phase("decode")
     def _decode(
         self,
         codes: CodeFlight,
@@ -226,6 +230,7 @@ class Objective(nn.Module):
         codes.land()
         return torch.stack([found[row][0] for row in sorted(found)]), [found[row][1] for row in sorted(found)]
 
+    @phase("decode")
     def _decode_dead(
         self, codes: CodeFlight, missed: list[Tensor], weights_B: Tensor | None, shared: SharedDecoders | None
     ) -> tuple[Tensor, list[Tensor]]:
