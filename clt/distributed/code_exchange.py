@@ -25,6 +25,7 @@ from clt.distributed.mesh import Mesh
 from clt.kernels import ops
 from clt.kernels.common.dtypes import accumulator
 from clt.records import SparseCodes
+from clt.step_phases import phase
 from clt.transcoder.layers import LayerShare
 
 
@@ -137,8 +138,9 @@ class CodeExchange:
         """Slot with which the last of some rows of codes [L,B,K] arrives."""
         return self.slots.of_rows(rows)[-1]
 
+    @phase("exchange")
     def gather(self, buffers: ExchangeBuffers, slot: int, values_BK: Tensor, indices_BK: Tensor) -> None:
-        """Starts the all-gather of one slot, as bytes: neither gloo nor NCCL supports int16.
+        """Starts the all-gather of one slot.
 
         Args:
             buffers: receive the slot.
@@ -146,14 +148,14 @@ class CodeExchange:
             values_BK: [B,K] this rank's values.
             indices_BK: [B,K] int32 this rank's feature numbers.
         """
-        rows, group = self.slots.rows[slot], self.mesh.model_group
+        rows = self.slots.rows[slot]
         spare_BK = torch.empty_like(buffers.values[0])
-        parts = [_bytes(spare_BK if row is None else buffers.values.data[row]) for row in rows]
+        parts = [spare_BK if row is None else buffers.values.data[row] for row in rows]
         own, numbers = values_BK.detach().contiguous(), indices_BK.to(buffers.wire_dtype).contiguous()
         wire_RBK = numbers.new_empty(len(rows), *numbers.shape)
         buffers.gathers[slot] = [
-            dist.all_gather(parts, _bytes(own), group=group, async_op=True),
-            dist.all_gather(list(_bytes(wire_RBK).unbind()), _bytes(numbers), group=group, async_op=True),
+            self.mesh.start_gather(parts, own),
+            self.mesh.start_gather(wire_RBK.unbind(), numbers),
         ]
         buffers.wires[slot] = wire_RBK
         self.mesh.traffic.count("model", "all_gather", own.nbytes + numbers.nbytes, len(rows))
@@ -171,6 +173,7 @@ class CodeExchange:
                 self._sum(buffers, slot)
             self._awaiting_sum.pop()
 
+    @phase("exchange")
     def _sum(self, buffers: ExchangeBuffers, slot: int) -> None:
         """Starts the reduce-scatter of one slot's gradients: an all-to-all, added in order of rank after arrival.
 
@@ -181,7 +184,7 @@ class CodeExchange:
         nothing_BK = gradients_LBK.new_zeros(()).expand_as(gradients_LBK[0])
         mine_RBK = torch.stack([nothing_BK if row is None else gradients_LBK[row] for row in rows])
         parts_RBK = torch.empty_like(mine_RBK)
-        work = dist.all_to_all_single(parts_RBK, mine_RBK, group=self.mesh.model_group, async_op=True)
+        work = self.mesh.start_all_to_all(parts_RBK, mine_RBK)
         self.mesh.traffic.count("model", "reduce_scatter", parts_RBK[0].nbytes, len(rows))
         if rows[self.mesh.model_rank] is None:
             self._unread_sums.append(work)
@@ -267,6 +270,7 @@ class ExchangeBuffers:
         self._csr: list[Tensor] = []
         self._gradients: Tensor | None = None
 
+    @phase("exchange")
     def await_rows(self, rows: slice) -> None:
         """Waits for the slots of some rows that have not arrived yet."""
         for slot in self.exchange.slots.of_rows(rows):
@@ -281,6 +285,7 @@ class ExchangeBuffers:
             if self.needs_gradient:
                 self._group(filled)
 
+    @phase("exchange")
     def await_all(self) -> None:
         """Waits for the slots that have not arrived yet, without reading them."""
         for works in self.gathers:
@@ -382,7 +387,3 @@ def exchange_bytes(shares: Sequence[LayerShare], n_features: int, tokens: int, k
     """
     slot_bytes = dtype.itemsize + index_dtype(n_features).itemsize + accumulator(dtype).itemsize
     return slot_count(shares) * (len(shares) - 1) * tokens * k * slot_bytes
-
-
-def _bytes(tensor: Tensor) -> Tensor:
-    return tensor.view(torch.uint8)

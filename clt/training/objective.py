@@ -13,6 +13,7 @@ from clt.distributed.mesh import input_layers
 from clt.distributed.shared_decoders import shared_decoders
 from clt.kernels import ops
 from clt.kernels.common.dtypes import accumulator
+from clt.step_phases import phase
 from clt.training.loss import LossTerms, auxk_error, combine, encode_dead, revival
 from clt.training.metrics import Observations
 from clt.training.settings import AuxKSettings
@@ -199,6 +200,7 @@ class Objective(nn.Module):
             terms=combine(error_M, auxk_M, lift, self.settings, error_M.new_tensor(self._weights)),
         )
 
+    @phase("encode")
     def _send(self, x_LBD: Tensor, k: int, needs_gradient: bool | None) -> InFlightCodes:
         transcoder = self.transcoder
         n_features, tokens = transcoder.config.n_features, x_LBD.shape[1]
@@ -212,12 +214,14 @@ class Objective(nn.Module):
         pairs_of_all = zip(codes.values, codes.indices, strict=True)
         return self._exchange.send(pairs_of_all, codes.values.shape[1:], n_features, x_LBD, needs_gradient)
 
+    @phase("encode")
     def _send_dead(self, x_LBD: Tensor, dead_LF: Tensor, needs_gradient: bool | None) -> InFlightCodes:
         config = self.transcoder.config
         k = self.settings.k or config.k
         pairs = encode_dead(self.transcoder, x_LBD, dead_LF, k)
         return self._exchange.send(pairs, (x_LBD.shape[1], k), config.n_features, x_LBD, needs_gradient)
 
+    @phase("decode")
     def _decode_targets(self, codes: InFlightCodes, decode: Decode) -> tuple[Tensor, list[Tensor]]:
         """Errors [M_own] and residuals [B,D_own] of the own targets, each decoded as soon as its codes have arrived."""
         transcoder, found = self.transcoder, {}

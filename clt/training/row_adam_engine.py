@@ -26,6 +26,7 @@ from clt.distributed.mesh import Mesh
 from clt.kernels import ops
 from clt.kernels.common.dtypes import accumulator
 from clt.records import SparseCodes
+from clt.step_phases import phase
 from clt.training.deepspeed_engine import agree
 from clt.training.engine import FIRST_MOMENT, SECOND_MOMENT, StepCheck, StepInputs
 from clt.training.loss import revival
@@ -100,6 +101,7 @@ class RowEngine:
         keys = (SECOND_MOMENT, *(() if self._adam.beta1 == 0 else (FIRST_MOMENT,)))
         own.load({key: state[key].reshape(own.v_RD.shape) for key in keys}, state[LAST_STEP])
 
+    @phase("backward")
     def _backward(self, passed: ForwardPass, hyper: Tensor, bias_hyper: Tensor) -> None:
         """Moves all weights; targets whose codes came last come first, so that sums over ranks start early."""
         merged = _Merged(self._objective, passed)
@@ -149,6 +151,7 @@ class RowEngine:
             hyper,
         )
 
+    @phase("optimizer")
     def _move(self, parameter: Tensor, grad: Tensor, hyper: Tensor) -> None:
         """An Adam step on all rows of a small parameter."""
         state = self._states[parameter]
