@@ -251,9 +251,8 @@ class MeasuringModel:
 
     def _pre_activations(self, layer: int, x_SD: Tensor, positions: Tensor, numbers: Tensor) -> Tensor:
         x_SD = self.transcoder.scaling.standardise_x(x_SD[None], (layer,))[0]
-        return (x_SD[positions] * self.transcoder.W_enc[str(layer)][numbers]).sum(1) + self.transcoder.b_enc[
-            str(layer)
-        ][numbers]
+        W_FD, b_F = self.transcoder.encoder(layer)
+        return (x_SD[positions] * W_FD[numbers]).sum(1) + b_F[numbers]
 
     def _codes(self) -> tuple[Tensor, Tensor, Tensor]:
         """Values and indices [L,S,K] of the graph's features, and the slot of each feature node."""

@@ -252,10 +252,9 @@ class LiveEdits:
             row, change = source - sources.start, self._changes[source]
             written_NWU = change.activation_NWU
             if self.transcoder.config.feature_offset:
-                written_NWU = (
-                    written_NWU + change.active_NWU * self.transcoder.offset[str(target)][row, self._numbers[source]]
-                )
-            y_NWD = y_NWD + written_NWU @ self.transcoder.W_dec[str(target)][row, self._numbers[source]]
+                offset_U = self.transcoder.feature_offsets(target)[row, self._numbers[source]]
+                written_NWU = written_NWU + change.active_NWU * offset_U
+            y_NWD = y_NWD + written_NWU @ self.transcoder.decoder_matrix(target)[row, self._numbers[source]]
         return y_NWD
 
 

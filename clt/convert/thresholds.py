@@ -86,7 +86,7 @@ def to_jumprelu(
         )
         for features in torch.arange(transcoder.config.n_features, device=pre_NF.device).split(_SORTED_TOGETHER):
             log_F = _log_thresholds(pre_NF[:, features], counts_LF[row, features])
-            converted.log_threshold[str(layer)][features] = log_F
+            converted.log_thresholds(layer)[features] = log_F
     report = ConversionReport(
         before=before,
         after=evaluate_store(converted, batches),

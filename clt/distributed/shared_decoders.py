@@ -43,11 +43,11 @@ class SharedDecoders:
 
     def __init__(self, transcoder: CrossLayerTranscoder, mesh: Mesh) -> None:
         self._transcoder, self._bank = transcoder, _Bank(transcoder, mesh)
-        sources = [str(layer) for layer in transcoder.share.sources]
+        sources = transcoder.share.sources
         # A rank without sources takes part in the way back too: its graph must reach it.
         anchor = torch.zeros((), requires_grad=True)
-        own = [transcoder.W_shared[name] for name in sources] + [transcoder.target_scale[name] for name in sources]
-        like = transcoder.b_dec[str(transcoder.share.targets[0])]
+        own = [read(source) for read in (transcoder.shared_decoder, transcoder.target_scales) for source in sources]
+        like = transcoder.decoder_bias(transcoder.share.targets[0])
         self._anchor: Tensor = _Receive.apply(self._bank, anchor, like, *own)
 
     def into(self, target: int) -> tuple[Tensor, Tensor]:

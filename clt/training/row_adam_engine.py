@@ -110,12 +110,12 @@ class RowEngine:
         layers = self._objective.transcoder.share.sources
         for row in reversed(range(len(layers))):
             grad_b_F = self._move_encoder(row, merged, hyper)
-            self._move(self._objective.transcoder.b_enc[str(layers[row])], grad_b_F, bias_hyper)
+            self._move(self._objective.transcoder.encoder_bias(layers[row]), grad_b_F, bias_hyper)
 
     def _move_target(self, row: int, passed: ForwardPass, merged: _Merged, hyper: Tensor) -> None:
         transcoder = self._objective.transcoder
         layer = transcoder.share.targets[row]
-        rows, W_dec_SFD = transcoder.source_rows(layer), transcoder.W_dec[str(layer)]
+        rows, W_dec_SFD = transcoder.source_rows(layer), transcoder.decoder_matrix(layer)
         # The loss is the mean over targets and channels of the weighted squares.
         scale = hyper.new_tensor(2 / (transcoder.config.d_model * self._objective.n_targets))
         grads_SNK = ops.decoder_step_(
@@ -131,15 +131,15 @@ class RowEngine:
         )
         merged.add_gradient(rows, grads_SNK)
         grad_BD = passed.residuals[row].to(scale.dtype) * (scale * merged.weights_N[: merged.tokens, None])
-        self._move(transcoder.b_dec[str(layer)], grad_BD.sum(dim=0), hyper)
+        self._move(transcoder.decoder_bias(layer), grad_BD.sum(dim=0), hyper)
         if passed.x_MBD is not None:
-            self._move(transcoder.W_skip[str(layer)], grad_BD.T @ passed.x_MBD[row].to(grad_BD.dtype), hyper)
+            self._move(transcoder.skip_matrix(layer), grad_BD.T @ passed.x_MBD[row].to(grad_BD.dtype), hyper)
 
     def _move_encoder(self, row: int, merged: _Merged, hyper: Tensor) -> Tensor:
         """Moves W_enc of an own source; [F] is the gradient of its b_enc."""
         transcoder = self._objective.transcoder
         layer = transcoder.share.sources[row]
-        W_enc_FD, own = transcoder.W_enc[str(layer)], transcoder.source_row(layer)
+        W_enc_FD, own = transcoder.encoder_matrix(layer), transcoder.source_row(layer)
         return ops.encoder_step_(
             merged.own_gradient(row),
             merged.values[own],

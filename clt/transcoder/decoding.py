@@ -60,7 +60,7 @@ def decode(
         [B,D_own] standardised MLP output, the columns owned here.
     """
     values_SBK, indices_SBK, W_SFD, csr = _slots(transcoder, layer, values_SBK, indices_SBK, None, shared)
-    b_dec = transcoder.b_dec[str(layer)]
+    b_dec = transcoder.decoder_bias(layer)
     if transcoder.config.independent is None:
         values_SBK, indices_SBK, W_SFD, csr = _in_memory(values_SBK, indices_SBK, W_SFD, csr)
         return ops.decode(values_SBK, indices_SBK, W_SFD, b_dec, skip_BD, csr)
@@ -76,7 +76,7 @@ def decode(
 def combination(transcoder: CrossLayerTranscoder, layer: int) -> Tensor:
     """[S]: how much of each source's own reconstruction of a target the transcoder takes."""
     n_sources = len(transcoder.sources_of(layer))
-    ones_S = transcoder.b_dec[str(layer)].new_ones(n_sources)
+    ones_S = transcoder.decoder_bias(layer).new_ones(n_sources)
     match transcoder.config.independent:
         case "mean":
             return ones_S / n_sources
@@ -134,14 +134,14 @@ def pair_decoder(transcoder: CrossLayerTranscoder, source: int, target: int) -> 
     """[F,D_own]: what each feature of a source adds to the reconstruction of a target per unit of activation."""
     if transcoder.config.independent is not None:
         row = transcoder.sources_of(target).index(source)
-        return combination(transcoder, target)[row] * transcoder.W_dec[str(target)][row]
+        return combination(transcoder, target)[row] * transcoder.decoder_matrix(target)[row]
     match transcoder.config.tied_decoders:
         case "target":
-            return transcoder.W_dec[str(target)][0]
+            return transcoder.decoder_matrix(target)[0]
         case "source":
-            scale_F = transcoder.target_scale[str(source)][transcoder.targets_of(source).index(target)]
-            return scale_F[:, None] * transcoder.W_shared[str(source)]
-    return transcoder.W_dec[str(target)][transcoder.sources_of(target).index(source)]
+            scale_F = transcoder.target_scales(source)[transcoder.targets_of(source).index(target)]
+            return scale_F[:, None] * transcoder.shared_decoder(source)
+    return transcoder.decoder_matrix(target)[transcoder.sources_of(target).index(source)]
 
 
 def _slots(
@@ -155,19 +155,19 @@ def _slots(
     match transcoder.config.tied_decoders:
         case "target":
             merged = (tensor.transpose(0, 1).flatten(1)[None] for tensor in (values_SBK, indices_SBK))
-            return *merged, transcoder.W_dec[str(layer)], None
+            return *merged, transcoder.decoder_matrix(layer), None
         case "source":
             W_SFD, scale_SF = _own_shared(transcoder, layer) if shared is None else shared.into(layer)
             scaled_SBK: Tensor = _Scaled.apply(values_SBK, scale_SF, indices_SBK)
             return scaled_SBK, indices_SBK, W_SFD, csr
-    return written(transcoder, layer, values_SBK, indices_SBK), indices_SBK, transcoder.W_dec[str(layer)], csr
+    return written(transcoder, layer, values_SBK, indices_SBK), indices_SBK, transcoder.decoder_matrix(layer), csr
 
 
 def written(transcoder: CrossLayerTranscoder, target: int, values_SBK: Tensor, indices_SBK: Tensor) -> Tensor:
     """[S,B,K]: factors of the decoder vectors of a target, the activations and, where there are some, offsets."""
     if not transcoder.config.feature_offset:
         return values_SBK
-    offset_SBK = _of_slots(transcoder.offset[str(target)], indices_SBK)
+    offset_SBK = _of_slots(transcoder.feature_offsets(target), indices_SBK)
     # An empty slot writes nothing.
     return torch.where(values_SBK == 0, 0, values_SBK + offset_SBK)
 
@@ -182,8 +182,8 @@ def _in_memory(values_SBK: Tensor, indices_SBK: Tensor, W_SFD: Tensor, csr: ops.
 def _own_shared(transcoder: CrossLayerTranscoder, target: int) -> tuple[Tensor, Tensor]:
     """Copies of the decoders [S,F,D] and scales [S,F] of a target's sources, all of them owned here."""
     sources = transcoder.sources_of(target)
-    scales = [transcoder.target_scale[str(source)][transcoder.targets_of(source).index(target)] for source in sources]
-    return torch.stack([transcoder.W_shared[str(source)] for source in sources]), torch.stack(scales)
+    scales = [transcoder.target_scales(source)[transcoder.targets_of(source).index(target)] for source in sources]
+    return torch.stack([transcoder.shared_decoder(source) for source in sources]), torch.stack(scales)
 
 
 class _Scaled(torch.autograd.Function):

@@ -131,7 +131,7 @@ class CrossLayerTranscoder(nn.Module):
             self.threshold[layer] = torch.tensor(torch.nan)
 
     def sources_of(self, target: int) -> range:
-        """Source layers of a target; free, W_dec[str(target)][i] belongs to sources_of(target)[i]."""
+        """Source layers of a target; free, decoder_matrix(target)[i] belongs to sources_of(target)[i]."""
         return sources_of(self.config, target)
 
     def targets_of(self, source: int) -> range:
@@ -164,11 +164,47 @@ class CrossLayerTranscoder(nn.Module):
 
     def encoder(self, layer: int) -> tuple[Tensor, Tensor]:
         """W_enc [F,D] and b_enc [F] of a source layer owned here."""
-        return self.W_enc[str(layer)], self.b_enc[str(layer)]
+        return self.encoder_matrix(layer), self.encoder_bias(layer)
+
+    def encoder_matrix(self, layer: int) -> Tensor:
+        """W_enc [F,D] of a source layer owned here."""
+        return self.W_enc[str(layer)]
+
+    def encoder_bias(self, layer: int) -> Tensor:
+        """b_enc [F] of a source layer owned here."""
+        return self.b_enc[str(layer)]
 
     def decoder(self, source: int, target: int) -> Tensor:
         """[F,D_own]: decoder vectors of a source into a target, whatever form the decoders have."""
         return decoding.pair_decoder(self, source, target)
+
+    def decoder_matrix(self, target: int) -> Tensor:
+        """W_dec [S,F,D_own] of a target ([1,F,D_own] tied by target); a `MappedDecoder` when loaded lazily."""
+        return self.W_dec[str(target)]
+
+    def decoder_bias(self, target: int) -> Tensor:
+        """b_dec [D_own] of a target; [S,D_own] of independent sources."""
+        return self.b_dec[str(target)]
+
+    def skip_matrix(self, target: int) -> Tensor:
+        """W_skip [D_own,D] of a target; the config has a skip connection."""
+        return self.W_skip[str(target)]
+
+    def feature_offsets(self, target: int) -> Tensor:
+        """Offsets [S,F] of the active features of a target's sources; the config has `feature_offset`."""
+        return self.offset[str(target)]
+
+    def shared_decoder(self, source: int) -> Tensor:
+        """W_shared [F,D] of a source whose targets share it (`tied_decoders: source`)."""
+        return self.W_shared[str(source)]
+
+    def target_scales(self, source: int) -> Tensor:
+        """Scales [T,F] of a shared decoder, a row for each of `targets_of(source)`."""
+        return self.target_scale[str(source)]
+
+    def log_thresholds(self, layer: int) -> Tensor:
+        """Log thresholds [F] of a source layer; the rule is jumprelu."""
+        return self.log_threshold[str(layer)]
 
     def encode_layer(self, layer: int, x_BD: Tensor, k: int | None = None) -> tuple[Tensor, Tensor]:
         """Codes of one source layer by itself; rules that compare layers or tokens use their inference thresholds.
@@ -216,7 +252,7 @@ class CrossLayerTranscoder(nn.Module):
         if not self.config.skip:
             return None
         assert x_BD is not None, "a transcoder with skip connection decodes from its input too"
-        return x_BD @ self.W_skip[str(layer)].T
+        return x_BD @ self.skip_matrix(layer).T
 
     def encode(self, x_LBD: Tensor, k: int | None = None, peers: Peers | None = None) -> SparseCodes:
         """Codes of the source layers owned here.
@@ -289,7 +325,7 @@ class CrossLayerTranscoder(nn.Module):
             are owned here, and the residual [B,D_own], reconstruction - y, detached. Of independent sources the mean of
             their errors, and [S,B,D_own].
         """
-        bias, skip_BD = self.b_dec[str(layer)], self._skip(layer, x_BD)
+        bias, skip_BD = self.decoder_bias(layer), self._skip(layer, x_BD)
         error, residual = decoding.squared_error(
             self, layer, values_SBK, indices_SBK, bias, y_BD, weights_B, skip_BD, csr, shared
         )
