@@ -25,7 +25,6 @@ from torch import Tensor
 
 from clt.distributed.mesh import Mesh
 from clt.errors import CheckpointError
-from clt.evaluation.density_plot import density_plot
 from clt.evaluation.evaluator import Evaluation
 from clt.transcoder.architecture import CLTConfig
 from clt.transcoder.layers import LayerShare, source_layers, target_layers
@@ -238,6 +237,9 @@ class MetricsWriter:
             evaluation: scalars that are not finite are left out; histograms become lists in the report, and histograms
                 and one heat map on TensorBoard.
         """
+        # Importing matplotlib takes most of a second, and a job without evaluation needs none.
+        from clt.evaluation.density_plot import density_figure, pixels
+
         scalars = {tag: value for tag, value in evaluation.scalars.items() if math.isfinite(value)}
         line: dict[str, Any] = {"step": step, **scalars}
         for tag, value in scalars.items():
@@ -247,8 +249,8 @@ class MetricsWriter:
             for layer, counts in histograms.counts.items():
                 line[f"{tag}/layer_{layer:02d}"] = counts
                 self._add_histogram(f"{tag}/layer_{layer:02d}", histograms.edges, counts, step)
-            plot = density_plot(histograms, f"{tag}, step {step:,}")
-            self._board.add_image(f"{tag}/all_layers", plot, step, dataformats="HWC")
+            figure = density_figure(histograms, f"{tag}, step {step:,}")
+            self._board.add_image(f"{tag}/all_layers", pixels(figure), step, dataformats="HWC")
         self._lines.write(json.dumps(line) + "\n")
         self._lines.flush()
         self._board.flush()
