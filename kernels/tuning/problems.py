@@ -12,6 +12,7 @@ from torch import Tensor
 
 from clt.kernels.common.adam import RowAdam, RowAdamState
 from clt.kernels.common.csr import FeatureCSR
+from clt.kernels.common.interface import DecoderGradInputs, EncoderGradInputs
 from clt.kernels.gpu import decode, encode, grad, optim, select
 from clt.kernels.gpu.config_table import Choice, GatherConfig, GemmConfig, SelectConfig, Settings
 from clt.kernels.pytorch import dense
@@ -109,24 +110,28 @@ class Problems:
     def csr(self) -> FeatureCSR:
         return FeatureCSR.build(*self.codes, self.size.n_features)
 
+    @property
+    def decoder_inputs(self) -> DecoderGradInputs:
+        return DecoderGradInputs(self.x, *self.codes, self.weights, self.csr)
+
+    @property
+    def encoder_inputs(self) -> EncoderGradInputs:
+        values, indices = (codes[0] for codes in self.codes)
+        return EncoderGradInputs(values.float(), values, indices, self.x, self.size.n_features, self.csr[:1])
+
     def _decode(self, settings: Settings) -> Sequence[Tensor]:
         assert isinstance(settings, GatherConfig)
         return decode.decode_loss(*self.codes, self.weights, self.x[0], self.x, None, None, settings)
 
     def _decoder_grad(self, settings: Settings) -> Sequence[Tensor]:
         assert isinstance(settings, GatherConfig)
-        values, grad_W = grad.decoder_grad(
-            self.x, *self.codes, self.weights, self.csr, weights_B=None, scale=None, config=settings
-        )
+        values, grad_W = grad.decoder_grad(self.decoder_inputs, config=settings)
         assert grad_W is not None
         return values, grad_W
 
     def _encoder_grad(self, settings: Settings) -> Sequence[Tensor]:
         assert isinstance(settings, GatherConfig)
-        values, indices = self.codes
-        return grad.encoder_grad(
-            values[0].float(), values[0], indices[0], self.x, self.size.n_features, self.csr[:1], config=settings
-        )
+        return grad.encoder_grad(self.encoder_inputs, settings)
 
     def _select(self, settings: Settings) -> Sequence[Tensor]:
         assert isinstance(settings, SelectConfig)
@@ -158,18 +163,15 @@ class Problems:
 
     def _decoder_grad_path(self, settings: Settings) -> Sequence[Tensor]:
         assert isinstance(settings, Choice)
-        if settings.choice == "dense":
-            values, grad_W = dense.decoder_grad(self.x, *self.codes, self.weights, None, None)
-        else:
-            values, grad_W = grad.decoder_grad(self.x, *self.codes, self.weights, self.csr, None, None)
+        run = dense.decoder_grad if settings.choice == "dense" else grad.decoder_grad
+        values, grad_W = run(self.decoder_inputs)
         assert grad_W is not None
         return values, grad_W
 
     def _encoder_grad_path(self, settings: Settings) -> Sequence[Tensor]:
         assert isinstance(settings, Choice)
-        values, indices = self.codes
-        inputs = (values[0].float(), values[0], indices[0], self.x, self.size.n_features)
-        return dense.encoder_grad(*inputs) if settings.choice == "dense" else grad.encoder_grad(*inputs, self.csr[:1])
+        run = dense.encoder_grad if settings.choice == "dense" else grad.encoder_grad
+        return run(self.encoder_inputs)
 
     def _row_adam(self) -> Problem:
         param, gradient = self.weights[0].clone(), self.weights[1]
