@@ -132,6 +132,27 @@ class RowAdamState:
             m_exponents_RG=zeros(groups) if has_exponents and has_m else None,
         )
 
+    def tensors(self) -> list[Tensor]:
+        """The tensors of the state, as custom operators take them: `from_tensors` reverses it."""
+        tensors = (self.last_step_R, self.v_RD, self.v_exponents_RG, self.m_RD, self.m_exponents_RG)
+        return [tensor for tensor in tensors if tensor is not None]
+
+    @classmethod
+    def from_tensors(cls, tensors: list[Tensor], seed: int) -> RowAdamState:
+        """The state whose `tensors` and seed these are; shares memory."""
+        last_step_R, *moments = tensors
+        has_exponents = moments[0].dtype == torch.uint8
+        width = 1 + has_exponents
+        second, first = moments[:width], moments[width:]
+        return cls(
+            v_RD=second[0],
+            m_RD=first[0] if first else None,
+            last_step_R=last_step_R,
+            seed=seed,
+            v_exponents_RG=second[1] if has_exponents else None,
+            m_exponents_RG=first[1] if has_exponents and first else None,
+        )
+
     def moments(self) -> dict[str, Tensor]:
         """The moments as of each row's last touch, as checkpoints hold them.
 

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from clt.kernels.common.adam import RowAdamState
-from clt.kernels.common.csr import FeatureCSR
+from clt.kernels.common.interface import DecoderGradInputs, EncoderGradInputs, StoredGradientSteps
 from clt.kernels.gpu import configs
 from clt.kernels.gpu import decode as gather
 from clt.kernels.gpu import grad as feature_major
@@ -19,6 +19,7 @@ from clt.kernels.gpu.optim import row_adam_
 from clt.kernels.gpu.select import select_topk
 from clt.kernels.gpu.threshold import batch_threshold, select_above
 from clt.kernels.pytorch import dense
+from clt.kernels.pytorch.dense import preactivations
 
 __all__ = [
     "batch_threshold",
@@ -29,10 +30,14 @@ __all__ = [
     "encode_topk",
     "encoder_grad",
     "encoder_step_",
+    "preactivations",
     "row_adam_",
     "select_above",
     "select_topk",
 ]
+
+
+_dense_steps = StoredGradientSteps(dense.decoder_grad, dense.encoder_grad, row_adam_)
 
 
 def _is_dense(op: str, codes: Tensor, weight_shape: tuple[int, ...], dtype: torch.dtype) -> bool:
@@ -66,66 +71,33 @@ def decode_loss(
     return run(values_SBK, indices_SBK, W_dec_SFD, b_dec_D, y_BD, weights_B, skip_BD)
 
 
-def decoder_grad(
-    grad_BD: Tensor,
-    values_SBK: Tensor,
-    indices_SBK: Tensor,
-    W_dec_SFD: Tensor,
-    csr: FeatureCSR,
-    weights_B: Tensor | None,
-    scale: Tensor | None,
-    need_W: bool = True,
-) -> tuple[Tensor, Tensor | None]:
-    """Gradients of `decode`, as in `clt.kernels.pytorch.reference.decoder_grad`."""
-    if _is_dense("decoder_grad", values_SBK, W_dec_SFD.shape, W_dec_SFD.dtype):
-        return dense.decoder_grad(grad_BD, values_SBK, indices_SBK, W_dec_SFD, weights_B, scale, need_W)
-    return feature_major.decoder_grad(grad_BD, values_SBK, indices_SBK, W_dec_SFD, csr, weights_B, scale, need_W)
+def _dense_decoder(inputs: DecoderGradInputs) -> bool:
+    return _is_dense("decoder_grad", inputs.values_SBK, inputs.W_dec_SFD.shape, inputs.W_dec_SFD.dtype)
 
 
-def encoder_grad(
-    grad_values_BK: Tensor, values_BK: Tensor, indices_BK: Tensor, x_BD: Tensor, n_features: int, csr: FeatureCSR
-) -> tuple[Tensor, Tensor]:
-    """Gradients of `encode_topk`, as in `clt.kernels.pytorch.reference.encoder_grad`."""
-    if _is_dense("encoder_grad", values_BK, (n_features, x_BD.shape[1]), x_BD.dtype):
-        return dense.encoder_grad(grad_values_BK, values_BK, indices_BK, x_BD, n_features)
-    return feature_major.encoder_grad(grad_values_BK, values_BK, indices_BK, x_BD, n_features, csr)
+def _dense_encoder(inputs: EncoderGradInputs) -> bool:
+    x_BD = inputs.x_BD
+    return _is_dense("encoder_grad", inputs.values_BK, (inputs.n_features, x_BD.shape[1]), x_BD.dtype)
 
 
-def decoder_step_(
-    grad_BD: Tensor,
-    values_SBK: Tensor,
-    indices_SBK: Tensor,
-    W_dec_SFD: Tensor,
-    csr: FeatureCSR,
-    weights_B: Tensor | None,
-    scale: Tensor | None,
-    state: RowAdamState,
-    hyper: Tensor,
-) -> Tensor:
-    """`decoder_grad` and an Adam step of the decoders, as in `clt.kernels.ops.decoder_step_`."""
-    if not _is_dense("decoder_grad", values_SBK, W_dec_SFD.shape, W_dec_SFD.dtype):
-        return feature_major.decoder_step_(
-            grad_BD, values_SBK, indices_SBK, W_dec_SFD, csr, weights_B, scale, state, hyper
-        )
-    grad_values, grad_W = dense.decoder_grad(grad_BD, values_SBK, indices_SBK, W_dec_SFD, weights_B, scale)
-    assert grad_W is not None
-    row_adam_(W_dec_SFD, grad_W, state, hyper, csr.touched())
-    return grad_values
+def decoder_grad(inputs: DecoderGradInputs, need_W: bool = True) -> tuple[Tensor, Tensor | None]:
+    """Gradients of `decode`, as in `KernelBackend.decoder_grad`."""
+    run = dense.decoder_grad if _dense_decoder(inputs) else feature_major.decoder_grad
+    return run(inputs, need_W)
 
 
-def encoder_step_(
-    grad_values_BK: Tensor,
-    values_BK: Tensor,
-    indices_BK: Tensor,
-    x_BD: Tensor,
-    W_enc_FD: Tensor,
-    csr: FeatureCSR,
-    state: RowAdamState,
-    hyper: Tensor,
-) -> Tensor:
-    """`encoder_grad` and an Adam step of the encoder, as in `clt.kernels.ops.encoder_step_`."""
-    if not _is_dense("encoder_grad", values_BK, W_enc_FD.shape, W_enc_FD.dtype):
-        return feature_major.encoder_step_(grad_values_BK, values_BK, indices_BK, x_BD, W_enc_FD, csr, state, hyper)
-    grad_W, grad_b = dense.encoder_grad(grad_values_BK, values_BK, indices_BK, x_BD, len(W_enc_FD))
-    row_adam_(W_enc_FD, grad_W, state, hyper, csr.touched()[0])
-    return grad_b
+def encoder_grad(inputs: EncoderGradInputs) -> tuple[Tensor, Tensor]:
+    """Gradients of `encode_topk`, as in `KernelBackend.encoder_grad`."""
+    return dense.encoder_grad(inputs) if _dense_encoder(inputs) else feature_major.encoder_grad(inputs)
+
+
+def decoder_step_(inputs: DecoderGradInputs, state: RowAdamState, hyper: Tensor) -> Tensor:
+    """`decoder_grad` and row Adam on the decoders, in one kernel where gathering wins."""
+    run = _dense_steps.decoder_step_ if _dense_decoder(inputs) else feature_major.decoder_step_
+    return run(inputs, state, hyper)
+
+
+def encoder_step_(inputs: EncoderGradInputs, W_enc_FD: Tensor, state: RowAdamState, hyper: Tensor) -> Tensor:
+    """`encoder_grad` and row Adam on the encoder, in one kernel where gathering wins."""
+    run = _dense_steps.encoder_step_ if _dense_encoder(inputs) else feature_major.encoder_step_
+    return run(inputs, W_enc_FD, state, hyper)

@@ -13,7 +13,9 @@ from torch import Tensor
 
 from clt.kernels.common.adam import row_adam_
 from clt.kernels.common.csr import FeatureCSR
+from clt.kernels.common.interface import DecoderGradInputs, EncoderGradInputs, StoredGradientSteps
 from clt.kernels.pytorch import reference
+from clt.kernels.pytorch.dense import preactivations
 from clt.kernels.pytorch.reference import batch_threshold, select_above
 
 __all__ = [
@@ -21,8 +23,11 @@ __all__ = [
     "decode",
     "decode_loss",
     "decoder_grad",
+    "decoder_step_",
     "encode_topk",
     "encoder_grad",
+    "encoder_step_",
+    "preactivations",
     "row_adam_",
     "select_above",
     "select_topk",
@@ -55,7 +60,7 @@ def select_topk(pre_BF: Tensor, k: int) -> tuple[Tensor, Tensor]:
 
 def encode_topk(x_BD: Tensor, W_enc_FD: Tensor, b_enc_F: Tensor, k: int) -> tuple[Tensor, Tensor]:
     """TopK(ReLU(x W_enc^T + b_enc)), as in `clt.kernels.ops.encode_topk`."""
-    return select_topk(torch.addmm(b_enc_F, x_BD, W_enc_FD.T), k)
+    return select_topk(preactivations(x_BD, W_enc_FD, b_enc_F), k)
 
 
 def decode(
@@ -84,39 +89,34 @@ def decode_loss(
     return residual_BD.square().mean(dim=1) @ weights_B, residual_BD
 
 
-def decoder_grad(
-    grad_BD: Tensor,
-    values_SBK: Tensor,
-    indices_SBK: Tensor,
-    W_dec_SFD: Tensor,
-    csr: FeatureCSR,
-    weights_B: Tensor | None,
-    scale: Tensor | None,
-    need_W: bool = True,
-) -> tuple[Tensor, Tensor | None]:
-    """Gradients of `decode`, as in `clt.kernels.pytorch.reference.decoder_grad`."""
-    if weights_B is not None:
-        grad_BD = grad_BD * weights_B[:, None]
-    if scale is not None:
-        grad_BD = grad_BD * scale
+def decoder_grad(inputs: DecoderGradInputs, need_W: bool = True) -> tuple[Tensor, Tensor | None]:
+    """Gradients of `decode`, as in `KernelBackend.decoder_grad`."""
+    grad_BD, W_dec_SFD = inputs.grad_BD, inputs.W_dec_SFD
+    if inputs.weights_B is not None:
+        grad_BD = grad_BD * inputs.weights_B[:, None]
+    if inputs.scale is not None:
+        grad_BD = grad_BD * inputs.scale
     grad_BD = grad_BD.contiguous()
-    grad_values = _sampled_products(grad_BD, values_SBK, indices_SBK, W_dec_SFD)
+    grad_values = _sampled_products(grad_BD, inputs.values_SBK, inputs.indices_SBK, W_dec_SFD)
     if not need_W:
         return grad_values, None
     grad_W = torch.empty_like(W_dec_SFD)
-    for source, values_BK in enumerate(values_SBK):
-        _sum_rows(values_BK, grad_BD, csr, source, grad_W[source])
+    for source, values_BK in enumerate(inputs.values_SBK):
+        _sum_rows(values_BK, grad_BD, inputs.csr, source, grad_W[source])
     return grad_values, grad_W
 
 
-def encoder_grad(
-    grad_values_BK: Tensor, values_BK: Tensor, indices_BK: Tensor, x_BD: Tensor, n_features: int, csr: FeatureCSR
-) -> tuple[Tensor, Tensor]:
-    """Gradients of `encode_topk`, as in `clt.kernels.pytorch.reference.encoder_grad`."""
-    live_BK = torch.where(values_BK == 0, 0, grad_values_BK)
-    grad_W = _sum_rows(live_BK, x_BD, csr, 0, x_BD.new_empty(n_features, x_BD.shape[1]))
-    grad_b = live_BK.new_zeros(n_features).index_add_(0, indices_BK.reshape(-1), live_BK.reshape(-1))
+def encoder_grad(inputs: EncoderGradInputs) -> tuple[Tensor, Tensor]:
+    """Gradients of `encode_topk`, as in `KernelBackend.encoder_grad`."""
+    x_BD, n_features = inputs.x_BD, inputs.n_features
+    live_BK = torch.where(inputs.values_BK == 0, 0, inputs.grad_values_BK)
+    grad_W = _sum_rows(live_BK, x_BD, inputs.csr, 0, x_BD.new_empty(n_features, x_BD.shape[1]))
+    grad_b = live_BK.new_zeros(n_features).index_add_(0, inputs.indices_BK.reshape(-1), live_BK.reshape(-1))
     return grad_W, grad_b
+
+
+_steps = StoredGradientSteps(decoder_grad, encoder_grad, row_adam_)
+decoder_step_, encoder_step_ = _steps.decoder_step_, _steps.encoder_step_
 
 
 def _bags(values_SBK: Tensor, indices_SBK: Tensor, n_features: int) -> tuple[Tensor, Tensor]:

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from clt.kernels.common.dtypes import accumulator
+from clt.kernels.common.interface import DecoderGradInputs, EncoderGradInputs
 
 
 def scatter_codes(values_SBK: Tensor, indices_SBK: Tensor, n_features: int) -> Tensor:
@@ -20,6 +21,11 @@ def scatter_codes(values_SBK: Tensor, indices_SBK: Tensor, n_features: int) -> T
     places = indices_SBK.long().masked_fill(values_SBK == 0, n_features)
     codes_SBF.scatter_(2, places, values_SBK)
     return codes_SBF[:, :, :n_features].transpose(0, 1).reshape(tokens, sources * n_features)
+
+
+def preactivations(x_BD: Tensor, W_enc_FD: Tensor, b_enc_F: Tensor) -> Tensor:
+    """x W_enc^T + b_enc in one library product."""
+    return torch.addmm(b_enc_F, x_BD, W_enc_FD.T)
 
 
 def decode(
@@ -48,36 +54,28 @@ def decode_loss(
     return error, residual_BD.to(W_dec_SFD.dtype)
 
 
-def decoder_grad(
-    grad_BD: Tensor,
-    values_SBK: Tensor,
-    indices_SBK: Tensor,
-    W_dec_SFD: Tensor,
-    weights_B: Tensor | None,
-    scale: Tensor | None,
-    need_W: bool = True,
-) -> tuple[Tensor, Tensor | None]:
-    """Gradients of `decode` by two products, as in `reference.decoder_grad`; needs no grouping."""
+def decoder_grad(inputs: DecoderGradInputs, need_W: bool = True) -> tuple[Tensor, Tensor | None]:
+    """Gradients of `decode` by two products, as in `KernelBackend.decoder_grad`; the grouping is not read."""
+    grad_BD, values_SBK, W_dec_SFD = inputs.grad_BD, inputs.values_SBK, inputs.W_dec_SFD
     wide = accumulator(W_dec_SFD.dtype)
-    if weights_B is not None:
-        grad_BD = grad_BD * weights_B[:, None].to(grad_BD.dtype)
-    factor = grad_BD.new_ones((), dtype=wide) if scale is None else scale
+    if inputs.weights_B is not None:
+        grad_BD = grad_BD * inputs.weights_B[:, None].to(grad_BD.dtype)
+    factor = grad_BD.new_ones((), dtype=wide) if inputs.scale is None else inputs.scale
     grad_values = torch.empty_like(values_SBK, dtype=wide)
     for source, W_FD in enumerate(W_dec_SFD):
-        product_BK = (grad_BD @ W_FD.T).gather(1, indices_SBK[source].long())
+        product_BK = (grad_BD @ W_FD.T).gather(1, inputs.indices_SBK[source].long())
         grad_values[source] = torch.where(values_SBK[source] == 0, 0, product_BK * factor)
     if not need_W:
         return grad_values, None
-    codes_BR = scatter_codes(values_SBK, indices_SBK, W_dec_SFD.shape[1])
+    codes_BR = scatter_codes(values_SBK, inputs.indices_SBK, W_dec_SFD.shape[1])
     grad_W = (codes_BR.T @ grad_BD).view_as(W_dec_SFD)
     return grad_values, grad_W.mul_(factor.to(grad_W.dtype))
 
 
-def encoder_grad(
-    grad_values_BK: Tensor, values_BK: Tensor, indices_BK: Tensor, x_BD: Tensor, n_features: int
-) -> tuple[Tensor, Tensor]:
-    """Gradients of `encode_topk` by one product, as in `reference.encoder_grad`; needs no grouping."""
-    live_BK = torch.where(values_BK == 0, 0, grad_values_BK)
+def encoder_grad(inputs: EncoderGradInputs) -> tuple[Tensor, Tensor]:
+    """Gradients of `encode_topk` by one product, as in `KernelBackend.encoder_grad`; the grouping is not read."""
+    x_BD = inputs.x_BD
+    live_BK = torch.where(inputs.values_BK == 0, 0, inputs.grad_values_BK)
     # A slot whose gradient is 0 may be dropped with the empty ones: it adds nothing.
-    grad_BF = scatter_codes(live_BK[None], indices_BK[None], n_features)
+    grad_BF = scatter_codes(live_BK[None], inputs.indices_BK[None], inputs.n_features)
     return grad_BF.to(x_BD.dtype).T @ x_BD, grad_BF.sum(dim=0).to(x_BD.dtype)

@@ -12,8 +12,8 @@ import torch
 from torch import Tensor
 
 from clt.kernels.common.adam import row_adam_
-from clt.kernels.common.csr import FeatureCSR
 from clt.kernels.common.dtypes import accumulator
+from clt.kernels.common.interface import DecoderGradInputs, EncoderGradInputs, StoredGradientSteps
 
 __all__ = [
     "accumulator",
@@ -22,8 +22,10 @@ __all__ = [
     "decode",
     "decode_loss",
     "decoder_grad",
+    "decoder_step_",
     "encode_topk",
     "encoder_grad",
+    "encoder_step_",
     "preactivations",
     "rank_topk",
     "row_adam_",
@@ -184,41 +186,18 @@ def decode_loss(
     return error, residual_BD.detach().to(W_dec_SFD.dtype)
 
 
-def decoder_grad(
-    grad_BD: Tensor,
-    values_SBK: Tensor,
-    indices_SBK: Tensor,
-    W_dec_SFD: Tensor,
-    csr: FeatureCSR,
-    weights_B: Tensor | None,
-    scale: Tensor | None,
-    need_W: bool = True,
-) -> tuple[Tensor, Tensor | None]:
-    """Gradients of `decode` with respect to the activations and the decoders.
-
-    Args:
-        grad_BD: [B,D] gradient of the reconstruction, up to the two factors below.
-        values_SBK: [S,B,K] activations.
-        indices_SBK: [S,B,K] int32 feature numbers.
-        W_dec_SFD: [S,F,D] decoders.
-        csr: grouping of the S layers' slots.
-        weights_B: [B] factor per token, or None for 1.
-        scale: [] factor, or None for 1.
-        need_W: whether grad_W is wanted.
-
-    Returns:
-        grad_values [S,B,K] in the accumulator's dtype, 0 in empty slots, and grad_W [S,F,D] in the dtype of W_dec, or
-        None if it is not wanted.
-    """
+def decoder_grad(inputs: DecoderGradInputs, need_W: bool = True) -> tuple[Tensor, Tensor | None]:
+    """Gradients of `decode`, as in `KernelBackend.decoder_grad`."""
+    values_SBK, W_dec_SFD = inputs.values_SBK, inputs.W_dec_SFD
     wide = accumulator(W_dec_SFD.dtype)
-    grad_BD = grad_BD.to(wide)
-    if weights_B is not None:
-        grad_BD = grad_BD * weights_B[:, None]
-    if scale is not None:
-        grad_BD = grad_BD * scale
+    grad_BD = inputs.grad_BD.to(wide)
+    if inputs.weights_B is not None:
+        grad_BD = grad_BD * inputs.weights_B[:, None]
+    if inputs.scale is not None:
+        grad_BD = grad_BD * inputs.scale
     grad_values = torch.empty_like(values_SBK, dtype=wide)
     grad_W = torch.empty_like(W_dec_SFD) if need_W else None
-    for source, (values_BK, indices_BK) in enumerate(zip(values_SBK, indices_SBK.long(), strict=True)):
+    for source, (values_BK, indices_BK) in enumerate(zip(values_SBK, inputs.indices_SBK.long(), strict=True)):
         rows_BKD = W_dec_SFD[source][indices_BK].to(wide)
         product_BK = torch.einsum("bd,bkd->bk", grad_BD, rows_BKD)
         grad_values[source] = torch.where(values_BK == 0, 0, product_BK)
@@ -227,27 +206,18 @@ def decoder_grad(
     return grad_values, grad_W
 
 
-def encoder_grad(
-    grad_values_BK: Tensor, values_BK: Tensor, indices_BK: Tensor, x_BD: Tensor, n_features: int, csr: FeatureCSR
-) -> tuple[Tensor, Tensor]:
-    """Gradients of `encode_topk` with respect to its weights and bias.
-
-    Args:
-        grad_values_BK: [B,K] gradient of the activations; ignored in empty slots.
-        values_BK: [B,K] activations.
-        indices_BK: [B,K] int32 feature numbers.
-        x_BD: [B,D] encoder inputs.
-        n_features: F.
-        csr: grouping of this one layer's slots.
-
-    Returns:
-        grad_W [F,D] and grad_b [F] in the dtype of x.
-    """
+def encoder_grad(inputs: EncoderGradInputs) -> tuple[Tensor, Tensor]:
+    """Gradients of `encode_topk`, as in `KernelBackend.encoder_grad`."""
+    indices_BK, x_BD = inputs.indices_BK, inputs.x_BD
     wide = accumulator(x_BD.dtype)
-    live_BK = torch.where(values_BK == 0, 0, grad_values_BK.to(wide))
-    grad_W = _sum_rows(live_BK, indices_BK.long(), x_BD.to(wide), n_features)
-    grad_b = live_BK.new_zeros(n_features).index_add_(0, indices_BK.reshape(-1).long(), live_BK.reshape(-1))
+    live_BK = torch.where(inputs.values_BK == 0, 0, inputs.grad_values_BK.to(wide))
+    grad_W = _sum_rows(live_BK, indices_BK.long(), x_BD.to(wide), inputs.n_features)
+    grad_b = live_BK.new_zeros(inputs.n_features).index_add_(0, indices_BK.reshape(-1).long(), live_BK.reshape(-1))
     return grad_W.to(x_BD.dtype), grad_b.to(x_BD.dtype)
+
+
+_steps = StoredGradientSteps(decoder_grad, encoder_grad, row_adam_)
+decoder_step_, encoder_step_ = _steps.decoder_step_, _steps.encoder_step_
 
 
 def _sum_rows(weights_BK: Tensor, indices_BK: Tensor, rows_BD: Tensor, n_features: int) -> Tensor:

@@ -11,6 +11,7 @@ from hypothesis import strategies as st
 
 from clt.kernels.common import csr
 from clt.kernels.common.csr import FeatureCSR
+from clt.kernels.common.interface import DecoderGradInputs, EncoderGradInputs
 from clt.kernels.pytorch import cpu, dense, reference
 
 from .conftest import random_codes
@@ -128,11 +129,11 @@ def test_explicit_gradients_are_those_of_autograd(
     expected = torch.autograd.grad(error, (values, W))
     grouping = FeatureCSR.build(values.detach(), indices, n_features)
     scale = torch.tensor(2 / d if weighted else 2 / (d * tokens), dtype=F64)
-    arguments = (residual, values.detach(), indices, W.detach())
+    inputs = DecoderGradInputs(residual, values.detach(), indices, W.detach(), grouping, weights, scale)
     for grads in (
-        reference.decoder_grad(*arguments, grouping, weights, scale),
-        cpu.decoder_grad(*arguments, grouping, weights, scale),
-        dense.decoder_grad(*arguments, weights, scale),
+        reference.decoder_grad(inputs),
+        cpu.decoder_grad(inputs),
+        dense.decoder_grad(inputs),
     ):
         for ours, theirs in zip(grads, expected, strict=True):
             torch.testing.assert_close(ours, theirs, rtol=1e-12, atol=1e-12)
@@ -145,12 +146,10 @@ def test_cpu_and_dense_paths_equal_the_reference(sources: int, tokens: int, k: i
     y, skip, weights = torch.randn(tokens, d, dtype=F64), torch.randn(tokens, d, dtype=F64), torch.rand(tokens).double()
     x, grad_values = torch.randn(tokens, d, dtype=F64), torch.randn(tokens, k, dtype=F64)
     grouping = FeatureCSR.build(values[:1], indices[:1], n_features)
-    encoder = (grad_values, values[0], indices[0], x, n_features)
-    expected = _results(reference, values, indices, W, b, y, weights, skip, (*encoder, grouping))
-    for results in (
-        _results(cpu, values, indices, W, b, y, weights, skip, (*encoder, grouping)),
-        _results(dense, values, indices, W, b, y, weights, skip, encoder),
-    ):
+    encoder = EncoderGradInputs(grad_values, values[0], indices[0], x, n_features, grouping)
+    expected = _results(reference, values, indices, W, b, y, weights, skip, encoder)
+    for path in (cpu, dense):
+        results = _results(path, values, indices, W, b, y, weights, skip, encoder)
         for ours, theirs in zip(results, expected, strict=True):
             torch.testing.assert_close(ours, theirs, rtol=1e-12, atol=1e-12)
 
@@ -161,7 +160,7 @@ def _results(path: ModuleType, values, indices, W, b, y, weights, skip, encoder)
         path.decode(values, indices, W, b, skip),
         *path.decode_loss(values, indices, W, b, y, None, None),
         *path.decode_loss(values, indices, W, b, y, weights, skip),
-        *path.encoder_grad(*encoder),
+        *path.encoder_grad(encoder),
     ]
 
 
@@ -171,9 +170,8 @@ def test_cpu_takes_more_slots_than_features() -> None:
     values[:, :, -3:], indices[:, :, -3:] = 0, 0
     W, grad = torch.randn(1, 4, 6, dtype=F64), torch.randn(5, 6, dtype=F64)
     grouping = csr.FeatureCSR.build(values, indices, 4)
-    found, expected = (
-        module.decoder_grad(grad, values, indices, W, grouping, None, None) for module in (cpu, reference)
-    )
+    inputs = DecoderGradInputs(grad, values, indices, W, grouping)
+    found, expected = (module.decoder_grad(inputs) for module in (cpu, reference))
     for ours, theirs in zip(found, expected, strict=True):
         torch.testing.assert_close(ours, theirs)
 
