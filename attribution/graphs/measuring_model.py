@@ -26,7 +26,6 @@ from clt.attribution.graphs.graph import BiasKind, Graph, NodeKind
 from clt.capture.models.adapter import ModelAdapter, PromptInputs
 from clt.capture.models.hooks import Edit, attach
 from clt.errors import GraphError
-from clt.records import Modality
 from clt.transcoder.layers import LayerShare
 from clt.transcoder.model import CrossLayerTranscoder
 
@@ -70,9 +69,7 @@ class MeasuringModel:
         self.read_sites = [f"lm.{layer}.{transcoder.config.read_site}" for layer in self.layers]
         self.sources = LayerShare.everything(transcoder.config).sources
         self.targets = LayerShare.everything(transcoder.config).targets
-        self.seen = inputs.real_mask[0]
-        if transcoder.config.drop_bos:
-            self.seen = self.seen & (inputs.tokens.modality[0] != Modality.BOS)
+        self.seen = inputs.tokens.encoded(transcoder.config.drop_bos)[0]
         self._record(adapter, inputs)
         self.adapter = ModelAdapter(copy.deepcopy(adapter.model).double(), adapter, adapter.identity)
         self.transcoder = copy.deepcopy(transcoder).to(adapter.device).double()
