@@ -23,6 +23,7 @@ from clt.distributed.code_flight import Cargo, CodeFlight, Send, Slots, index_dt
 from clt.distributed.mesh import Mesh
 from clt.kernels.dtypes import accumulator
 from clt.records import SparseCodes
+from clt.tensor_files import as_bytes
 from clt.transcoder.layers import LayerShare
 
 
@@ -101,12 +102,12 @@ class CodeExchange:
         """Starts the all-gather of one slot. Everything travels as bytes: neither gloo nor NCCL knows int16."""
         rows, group = self.slots.rows[slot], self.mesh.model_group
         spare_BK = torch.empty_like(cargo.values[0])
-        parts = [_bytes(spare_BK if row is None else cargo.values.data[row]) for row in rows]
+        parts = [as_bytes(spare_BK if row is None else cargo.values.data[row]) for row in rows]
         own, numbers = values_BK.detach().contiguous(), indices_BK.to(cargo.wire_dtype).contiguous()
         wire_RBK = numbers.new_empty(len(rows), *numbers.shape)
         cargo.gathers[slot] = [
-            dist.all_gather(parts, _bytes(own), group=group, async_op=True),
-            dist.all_gather(list(_bytes(wire_RBK).unbind()), _bytes(numbers), group=group, async_op=True),
+            dist.all_gather(parts, as_bytes(own), group=group, async_op=True),
+            dist.all_gather(list(as_bytes(wire_RBK).unbind()), as_bytes(numbers), group=group, async_op=True),
         ]
         cargo.wires[slot] = wire_RBK
         self.mesh.traffic.count("model", "all_gather", own.nbytes + numbers.nbytes, len(rows))
@@ -164,7 +165,3 @@ def exchange_bytes(shares: Sequence[LayerShare], n_features: int, tokens: int, k
     """
     slot_bytes = dtype.itemsize + index_dtype(n_features).itemsize + accumulator(dtype).itemsize
     return slot_count(shares) * (len(shares) - 1) * tokens * k * slot_bytes
-
-
-def _bytes(tensor: Tensor) -> Tensor:
-    return tensor.view(torch.uint8)
