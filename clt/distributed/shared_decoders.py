@@ -130,7 +130,8 @@ class _Bank:
 
     def _all_to_all(self, arrived: Tensor, wire: Tensor, arriving: list[int], leaving: list[int]) -> None:
         """Exchanges rows as bytes, which every backend knows."""
-        dist.all_to_all_single(as_bytes(arrived), as_bytes(wire.contiguous()), arriving, leaving, group=self._mesh.model_group)
+        group = self._mesh.model_group
+        dist.all_to_all_single(as_bytes(arrived), as_bytes(wire.contiguous()), arriving, leaving, group=group)
 
 
 class _Receive(torch.autograd.Function):

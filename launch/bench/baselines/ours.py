@@ -8,10 +8,10 @@ from dataclasses import replace
 import torch
 from torch import Tensor
 
+from clt.checkpoint.training_output import METRICS_FILE, read_metrics
 from clt.launch.bench.baselines.data import Problem
 from clt.launch.bench.baselines.measure import Prediction, Setting, Trained, without_first
 from clt.launch.train import train
-from clt.training.metrics import METRICS_FILE, read_metrics
 from clt.transcoder.model import CrossLayerTranscoder
 
 CHOICES = (
