@@ -27,7 +27,6 @@ from clt.capture.models.adapter import ModelAdapter, PromptInputs
 from clt.capture.models.hooks import Edit, attach
 from clt.capture.models.sites import decoder_site, decoder_sites
 from clt.errors import GraphError
-from clt.records import Modality
 from clt.transcoder.layers import LayerShare
 from clt.transcoder.model import CrossLayerTranscoder
 
@@ -71,9 +70,7 @@ class MeasuringModel:
         self.read_sites = decoder_sites(self.layers, transcoder.config.read_site)
         self.sources = LayerShare.everything(transcoder.config).sources
         self.targets = LayerShare.everything(transcoder.config).targets
-        self.seen = inputs.real_mask[0]
-        if transcoder.config.drop_bos:
-            self.seen = self.seen & (inputs.tokens.modality[0] != Modality.BOS)
+        self.seen = inputs.tokens.encoded(transcoder.config.drop_bos)[0]
         self._record(adapter, inputs)
         self.adapter = ModelAdapter(copy.deepcopy(adapter.model).double(), adapter, adapter.identity)
         self.transcoder = copy.deepcopy(transcoder).to(adapter.device).double()

@@ -22,7 +22,7 @@ import torch
 from torch import Tensor
 
 from clt.attribution.graphs.linearize import FrozenModel
-from clt.records import Modality, TokenTable
+from clt.records import TokenTable
 from clt.transcoder.architecture import ReadSite
 from clt.transcoder.layers import source_layers, target_layers
 from clt.transcoder.model import CrossLayerTranscoder
@@ -96,9 +96,7 @@ class Sources:
         )
         self.frozen = frozen
         self.transcoder = transcoder
-        self.seen = torch.ones_like(tokens.modality, dtype=torch.bool)
-        if transcoder.config.drop_bos:
-            self.seen = tokens.modality != Modality.BOS
+        self.seen = tokens.encoded(transcoder.config.drop_bos)
         self.targets = target_layers(transcoder.config)
         self.features = self._active_features()
         self._order_by_position()

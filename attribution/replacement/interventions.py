@@ -22,7 +22,7 @@ from torch import Tensor
 from clt.capture.models.adapter import PromptInputs
 from clt.capture.models.sites import decoder_site
 from clt.errors import GraphError
-from clt.records import Modality, SparseCodes
+from clt.records import SparseCodes
 from clt.transcoder.layers import LayerShare
 from clt.transcoder.model import CrossLayerTranscoder
 
@@ -92,7 +92,7 @@ class Columns:
             new_columns: tokens after each prompt.
         """
         real = inputs.real_mask
-        replaced = real & (inputs.tokens.modality != Modality.BOS) if drop_bos else real
+        replaced = inputs.tokens.encoded(drop_bos)
         positions = torch.where(real, inputs.tokens.position.long(), -1)
         new = real.sum(1, keepdim=True) + torch.arange(new_columns, device=real.device)
         return cls(torch.cat([replaced, new >= 0], 1), torch.cat([positions, new], 1))

@@ -10,8 +10,8 @@ from torch import Tensor
 
 from benchmarks.baselines.data import Problem
 from benchmarks.baselines.measure import Prediction, Setting, Trained, without_first
+from clt.checkpoint.training_output import METRICS_FILE, read_metrics
 from clt.launch.train import train
-from clt.training.metrics import METRICS_FILE, read_metrics
 from clt.transcoder.model import CrossLayerTranscoder
 
 CHOICES = (

@@ -19,7 +19,8 @@ import torch.distributed as dist
 from torch import Tensor
 
 from clt.distributed.traffic import Traffic
-from clt.errors import CLTError, ConfigError
+from clt.errors import CLTError
+from clt.tensor_files import ConfigError, as_bytes
 from clt.transcoder.architecture import CLTConfig
 from clt.transcoder.layers import LayerShare, source_layers, sources_of, target_layers
 
@@ -111,8 +112,8 @@ class Mesh:
 
     def start_gather(self, parts: Sequence[Tensor], own: Tensor) -> dist.Work:
         """Starts an all-gather over the model group, as bytes: neither gloo nor NCCL knows int16."""
-        wires = [part.view(torch.uint8) for part in parts]
-        return dist.all_gather(wires, own.view(torch.uint8), group=self.model_group, async_op=True)
+        wires = [as_bytes(part) for part in parts]
+        return dist.all_gather(wires, as_bytes(own), group=self.model_group, async_op=True)
 
     def start_all_to_all(self, parts_R: Tensor, own_R: Tensor) -> dist.Work:
         """Starts an all-to-all over the model group of one part per rank."""

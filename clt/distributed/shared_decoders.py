@@ -20,6 +20,7 @@ from torch.nn.functional import pad
 
 from clt.distributed.mesh import Mesh, deal_layers
 from clt.kernels.common.dtypes import accumulator
+from clt.tensor_files import as_bytes
 from clt.transcoder.layers import source_layers
 from clt.transcoder.model import CrossLayerTranscoder
 
@@ -129,7 +130,8 @@ class _Bank:
 
     def _all_to_all(self, arrived: Tensor, wire: Tensor, arriving: list[int], leaving: list[int]) -> None:
         """Exchanges rows as bytes, which every backend knows."""
-        dist.all_to_all_single(_bytes(arrived), _bytes(wire), arriving, leaving, group=self._mesh.model_group)
+        group = self._mesh.model_group
+        dist.all_to_all_single(as_bytes(arrived), as_bytes(wire.contiguous()), arriving, leaving, group=group)
 
 
 class _Receive(torch.autograd.Function):
@@ -166,7 +168,3 @@ class _Into(torch.autograd.Function):
 def _beside(scale_TF: Tensor, copies: int, width: int) -> Tensor:
     """[F,copies,width]: scales as columns, for each of the ranks that share a layer, 0 where there is no target."""
     return pad(scale_TF.T, (0, width - len(scale_TF)))[:, None].expand(-1, copies, -1)
-
-
-def _bytes(tensor: Tensor) -> Tensor:
-    return tensor.contiguous().view(torch.uint8)

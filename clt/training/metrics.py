@@ -23,13 +23,12 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from clt.checkpoint.training_output import METRICS_FILE, read_metrics
 from clt.distributed.mesh import Mesh
-from clt.errors import CheckpointError
 from clt.evaluation.evaluator import Evaluation
 from clt.transcoder.architecture import CLTConfig
 from clt.transcoder.layers import LayerShare, source_layers, target_layers
 
-METRICS_FILE = "metrics.jsonl"
 TENSORBOARD_FOLDER = "tensorboard"
 #: Tags of the bytes that the reporting rank sends, one for each axis of the mesh on which it sends any.
 BYTES_PER_STEP = "bytes_per_step"
@@ -275,28 +274,6 @@ class MetricsWriter:
         """Flushes and closes both files."""
         self._lines.close()
         self._board.close()
-
-
-def read_metrics(path: Path) -> list[dict[str, Any]]:
-    """The reports of a `metrics.jsonl`; a last line that a killed run left half written is dropped.
-
-    Reports of training have the keys of `TrainingMetrics.scalars`, those of evaluations the tags of `Evaluation`.
-
-    Raises:
-        CheckpointError: another line is not a report.
-    """
-    reports = []
-    lines = path.read_text(encoding="utf-8").splitlines(keepends=True)
-    for number, line in enumerate(lines, start=1):
-        if number == len(lines) and not line.endswith("\n"):
-            break
-        try:
-            report = json.loads(line)
-            report["step"]
-        except (ValueError, TypeError, KeyError):
-            raise CheckpointError(f"{path}: line {number} is not a report of metrics; move the file away") from None
-        reports.append(report)
-    return reports
 
 
 def _cut(path: Path, step: int) -> None:

@@ -106,6 +106,17 @@ def decoder_squares(transcoder: CrossLayerTranscoder, peers: Peers) -> Tensor:
     return summed
 
 
+def decoder_norms(transcoder: CrossLayerTranscoder, source: int) -> Tensor:
+    """Norm of every feature's decoder vectors over all targets of one source, [F] float64 on the CPU, detached.
+
+    Unlike `decoder_squares` it reads decoders that stay in their files, and combines independent sources.
+    """
+    squares_F = torch.zeros(transcoder.config.n_features, dtype=torch.float64)
+    for target in transcoder.targets_of(source):
+        squares_F += transcoder.decoder(source, target).detach().double().square().sum(1).cpu()
+    return squares_F.sqrt()
+
+
 def _placed(squares_SF: Tensor, start: int, n_rows: int) -> Tensor:
     """[L,F]: zeros but for some rows."""
     return torch.nn.functional.pad(squares_SF, (0, 0, start, n_rows - start - len(squares_SF)))
