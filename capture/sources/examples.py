@@ -28,9 +28,12 @@ __all__ = [
     "ToySource",
     "image_size",
     "load_image",
+    "load_images",
     "open_source",
 ]
 
+#: An image as a user gives it: a path or a PIL image.
+ImageLike = str | Path | Image.Image
 #: EXIF orientations of pictures that have to be turned by a quarter.
 _LYING = (5, 6, 7, 8)
 
@@ -112,6 +115,22 @@ def open_source(settings: SourceSettings) -> ExampleSource:
     return DatasetExamples(settings.dataset)
 
 
+def load_images(images: ImageLike | Sequence[ImageLike]) -> list[Image.Image]:
+    """The images of one prompt.
+
+    Args:
+        images: an image or several, each a path or a PIL image.
+
+    Returns:
+        RGB images, turned upright as their EXIF data says.
+
+    Raises:
+        InputError: a file is missing, or is not a whole image.
+    """
+    several = [images] if isinstance(images, (str, Path, Image.Image)) else images
+    return [_upright(image) if isinstance(image, Image.Image) else load_image(image) for image in several]
+
+
 def load_image(file: Path | str | IO[bytes], name: str | None = None) -> Image.Image:
     """Decodes an image whole.
 
@@ -126,7 +145,7 @@ def load_image(file: Path | str | IO[bytes], name: str | None = None) -> Image.I
         InputError: the file is missing, or is not a whole image.
     """
     with _opened(file, name) as image:
-        return ImageOps.exif_transpose(image).convert("RGB")
+        return _upright(image)
 
 
 def image_size(file: Path | str | IO[bytes], name: str | None = None) -> Size:
@@ -135,6 +154,10 @@ def image_size(file: Path | str | IO[bytes], name: str | None = None) -> Size:
         # Pillow turns TIFF pictures itself.
         lies = image.format != "TIFF" and image.getexif().get(ExifTags.Base.Orientation) in _LYING
         return (image.width, image.height) if lies else (image.height, image.width)
+
+
+def _upright(image: Image.Image) -> Image.Image:
+    return ImageOps.exif_transpose(image).convert("RGB")
 
 
 @contextmanager
