@@ -51,7 +51,7 @@ class AnswerBatch:
 
 
 @plain_dataclass(frozen=True, kw_only=True)
-class _Batches:
+class _AnswerBatches:
     """The batches of a job, of which a file each is to be made."""
 
     storage: Storage
@@ -94,7 +94,7 @@ def make_answers(
     model = (asdict(adapter.identity), str(adapter.dtype), adapter.end_ids)
     origin = repr((model, source.digest(), asdict(generation), batch_size))
     place = f"{output.rstrip('/')}.answers/{hashlib.sha256(origin.encode()).hexdigest()[:16]}"
-    work = _Batches(storage=open_storage(place), n=len(batches))
+    work = _AnswerBatches(storage=open_storage(place), n=len(batches))
     with closing(assigned_units(work, replace(schedule, kind="lease"))) as assigned:
         for number in assigned:
             record = _answer(adapter, source, batches[number], generation)

@@ -23,9 +23,9 @@ if TYPE_CHECKING:
     from PIL import Image
 
 #: Height and width of a picture in pixels.
-Size = tuple[int, int]
+ImageSize = tuple[int, int]
 #: Stands for any size where sizes do not matter.
-_ANY_SIZE: Size = (64, 64)
+_ANY_SIZE: ImageSize = (64, 64)
 #: Model inputs [N,S], which are padded on the left; all others belong to images.
 _TOKEN_INPUTS = ("input_ids", "attention_mask", "position_ids", "mm_token_type_ids", "token_type_ids")
 
@@ -92,11 +92,11 @@ class PromptEncoder:
     model_name: str
     tokenizer: Any
     images: ImageTokens | None
-    _texts_of_sizes: dict[Size, ImageText] = field(default_factory=dict, init=False, repr=False, compare=False)
+    _texts_of_sizes: dict[ImageSize, ImageText] = field(default_factory=dict, init=False, repr=False, compare=False)
 
-    def count(self, prompt: str, images: int | Sequence[Size], answer: str | Sequence[int] | None) -> int:
+    def count(self, prompt: str, images: int | Sequence[ImageSize], answer: str | Sequence[int] | None) -> int:
         """Number of tokens that `encode` would give, without looking at the images."""
-        sizes: Sequence[Size] = [_ANY_SIZE] * images if isinstance(images, int) else images
+        sizes: Sequence[ImageSize] = [_ANY_SIZE] * images if isinstance(images, int) else images
         if isinstance(images, int) and images and self.images is not None and self.images.size_matters:
             raise InputError(f"{self.model_name}: the size of an image decides how many tokens it has; give the sizes")
         return len(self._columns(prompt, [self._text_of_size(size) for size in sizes])) + len(self._answer_ids(answer))
@@ -172,7 +172,7 @@ class PromptEncoder:
         eos = self.tokenizer.eos_token_id
         return [*self.tokenizer(answer, add_special_tokens=False)["input_ids"], *([] if eos is None else [eos])]
 
-    def _text_of_size(self, size: Size) -> ImageText:
+    def _text_of_size(self, size: ImageSize) -> ImageText:
         """What a picture of some height and width becomes; a blank one tells, once per size."""
         if size not in self._texts_of_sizes:
             from PIL import Image

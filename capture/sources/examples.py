@@ -15,7 +15,7 @@ from typing import IO, Protocol
 
 from PIL import ExifTags, Image, ImageOps
 
-from clt.capture.models.prompts import Size
+from clt.capture.models.prompts import ImageSize
 from clt.capture.sources.settings import JsonlSource, SourceSettings, ToySource
 from clt.errors import InputError
 
@@ -80,7 +80,7 @@ class ExampleSource(Protocol):
     def load(self, index: int) -> Example:
         """The example of that number; InputError when an image cannot be decoded."""
 
-    def sizes(self, index: int) -> tuple[Size, ...]:
+    def sizes(self, index: int) -> tuple[ImageSize, ...]:
         """Sizes of the images of an example, from their headers; InputError when one is no image."""
 
     def digest(self) -> str:
@@ -148,7 +148,7 @@ def load_image(file: Path | str | IO[bytes], name: str | None = None) -> Image.I
         return _upright(image)
 
 
-def image_size(file: Path | str | IO[bytes], name: str | None = None) -> Size:
+def image_size(file: Path | str | IO[bytes], name: str | None = None) -> ImageSize:
     """Height and width that `load_image` would give, for most formats without decoding; same arguments and errors."""
     with _opened(file, name) as image:
         # Pillow turns TIFF pictures itself.
@@ -190,7 +190,7 @@ class _ToyExamples:
     def load(self, index: int) -> Example:
         return self._samples[index].to_example(self._id(index))
 
-    def sizes(self, index: int) -> tuple[Size, ...]:
+    def sizes(self, index: int) -> tuple[ImageSize, ...]:
         return tuple((image.height, image.width) for image in self.load(index).images)
 
     def digest(self) -> str:

@@ -23,7 +23,7 @@ class ToySource:
 
 
 @dataclass(frozen=True, kw_only=True, config=STRICT)
-class Columns:
+class ColumnNames:
     """What the fields of a row are called; all but the prompt may be missing."""
 
     id: str = "id"
@@ -40,7 +40,7 @@ class Columns:
 class RowsSource:
     """Rows with named fields."""
 
-    columns: Columns = Columns()
+    columns: ColumnNames = ColumnNames()
     """What the fields are called."""
     prompt_template: str = "{prompt}"
     """Text around each prompt, such as "USER: <image>\\n{prompt} ASSISTANT:"."""
