@@ -71,7 +71,7 @@ class StoreSize:
 
 
 @dataclass(frozen=True, kw_only=True)
-class Reading:
+class ReadRate:
     """How fast a source of bytes feeds training on all stored sites.
 
     Attributes:
@@ -133,7 +133,7 @@ class Capacity:
     capture_tokens_per_s: float | None
     capture_s: float | None
     limited_by: str | None
-    readings: tuple[Reading, ...]
+    readings: tuple[ReadRate, ...]
     models: tuple[ModelCost, ...]
 
     @property
@@ -190,7 +190,7 @@ def capacity(job: CaptureJob, output: str | Path, *, measure: bool = True) -> Ca
         capture_s=seconds,
         limited_by=limit,
         readings=tuple(
-            Reading(source=name, bytes_per_s=speed, tokens_per_s=speed / size.bytes_per_token)
+            ReadRate(source=name, bytes_per_s=speed, tokens_per_s=speed / size.bytes_per_token)
             for name, speed in sources.items()
         ),
         models=tuple(model_cost(name, *shape) for name, shape in MODELS.items()),

@@ -18,6 +18,7 @@ import torch
 from torch import Tensor, nn
 
 from clt.capture.models.architectures import Architecture, attention_of, find_architecture, require_residual_stream
+from clt.capture.models.chat import PromptFormatter
 from clt.capture.models.loading import DeviceMap, Placement, Quantization, identify, load_model
 from clt.capture.models.prompts import PromptEncoder, PromptInputs, collate
 from clt.capture.models.sites import Sites
@@ -63,8 +64,18 @@ class ModelAdapter:
         self.d_model: int = text.hidden_size
         self.vocab_size: int = cast(Tensor, self.lm_head.weight).shape[0]
         self._encoder = self._prompt_encoder(architecture, getattr(processor_or_tokenizer, "image_processor", None))
+        template = getattr(processor_or_tokenizer, "chat_template", None) or self.tokenizer.chat_template
+        self._formatter = PromptFormatter(encoder=self._encoder, chat_template=template)
         if not architecture.is_tested:
             require_residual_stream(self)
+
+    def __repr__(self) -> str:
+        dtype = str(self.dtype).removeprefix("torch.")
+        inputs = "text" if self.image_token_id is None else "text and images"
+        return (
+            f"ModelAdapter(name='{self.identity.name}', architecture={self.identity.architecture}, "
+            f"n_layers={self.n_layers}, d_model={self.d_model}, dtype={dtype}, device={self.device}, inputs={inputs})"
+        )
 
     @classmethod
     def from_pretrained(
@@ -170,6 +181,23 @@ class ModelAdapter:
             ModelError: no such site; lists similar names.
         """
         return self.sites.place(site).module
+
+    def format_prompt(self, question: str, n_images: int = 0) -> str:
+        """Formats a question as a prompt for `prepare`; logs `prompt_format=` chat_template, plain or as_given.
+
+        Args:
+            question: plain text, which the model's chat template formats as the user's turn; without a template, image
+                placeholders are put in front of it. Text with a placeholder, with special tokens or with the template's
+                ending is used as it is.
+            n_images: number of images that come with it.
+
+        Returns:
+            A prompt with exactly one placeholder per image.
+
+        Raises:
+            InputError: the text has another number of placeholders, the model takes no images, or the template fails.
+        """
+        return self._formatter.apply(question, n_images)
 
     def prepare(
         self, prompt: str, images: Sequence[Image.Image] = (), answer: str | Sequence[int] | None = None

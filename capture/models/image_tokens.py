@@ -65,6 +65,7 @@ class ImageTokens:
         token: the image token as text; it takes the place of every patch.
         token_id: its vocabulary id.
         placeholder: what stands for an image in a prompt.
+        marks: text that the model's notation puts before and after a placeholder.
         grid: rows and columns of tokens of one view of the tower; zeros where the picture decides.
         view_size: height and width in pixels of one view; zeros where the picture decides.
         size_matters: whether the number of tokens depends on the size of the picture.
@@ -78,12 +79,18 @@ class ImageTokens:
     token: str
     token_id: int
     placeholder: str
+    marks: tuple[str, str] = ("", "")
     grid: Patch = (0, 0)
     view_size: Patch = (0, 0)
     size_matters: bool = False
     join_axis: int = 0
     type_ids: str | None = None
     counts_positions: bool = False
+
+    @property
+    def written(self) -> str:
+        """An image as it is written in a prompt: its placeholder between its marks."""
+        return self.placeholder.join(self.marks)
 
     def encode(self, images: Sequence[Image.Image]) -> EncodedImages:
         """Pixels and tokens of the images of one prompt.
@@ -255,8 +262,10 @@ def _llava_next(model: Any, tokenizer: Any, image_processor: Any) -> ImageTokens
 
 
 def _qwen_vl(model: Any, tokenizer: Any, image_processor: Any) -> ImageTokens:
+    start, end = tokenizer.convert_ids_to_tokens([model.config.vision_start_token_id, model.config.vision_end_token_id])
     return MergedGrid(
         **_common(model, tokenizer, image_processor),
+        marks=(start, end),
         size_matters=True,
         type_ids="mm_token_type_ids",
         counts_positions=True,

@@ -9,7 +9,7 @@ from __future__ import annotations
 import hashlib
 import json
 import re
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from importlib.util import find_spec
@@ -31,10 +31,17 @@ _DTYPES = ("float32", "bfloat16", "float16", "float64")
 
 @dataclass(frozen=True, kw_only=True)
 class Processor:
-    """Tokenizer and image processor of a vision-language model."""
+    """Tokenizer and image processor of a vision-language model.
+
+    Attributes:
+        tokenizer: Hugging Face tokenizer.
+        image_processor: Hugging Face image processor.
+        chat_template: Jinja template of the model's processor, or several by name; None: the tokenizer's, if any.
+    """
 
     tokenizer: Any
     image_processor: Any
+    chat_template: str | Mapping[str, str] | None = None
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -157,7 +164,9 @@ def _load(path: str, revision: str | None, dtype: str, placement: Placement) -> 
         return model, tokenizer
     # The PIL backend gives the same pixels with and without torchvision installed.
     images = AutoImageProcessor.from_pretrained(path, revision=revision, backend="pil")
-    return model, Processor(tokenizer=tokenizer, image_processor=images)
+    # Reads processor_config.json and the files of chat templates, without the processor's class: some need torchvision.
+    settings, _ = transformers.ProcessorMixin.get_processor_dict(path, revision=revision)
+    return model, Processor(tokenizer=tokenizer, image_processor=images, chat_template=settings.get("chat_template"))
 
 
 @contextmanager

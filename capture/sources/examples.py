@@ -15,7 +15,7 @@ from typing import IO, Protocol
 
 from PIL import ExifTags, Image, ImageOps
 
-from clt.capture.models.prompts import Size
+from clt.capture.models.prompts import ImageSize
 from clt.capture.sources.settings import JsonlSource, SourceSettings, ToySource
 from clt.errors import InputError
 
@@ -28,9 +28,12 @@ __all__ = [
     "ToySource",
     "image_size",
     "load_image",
+    "load_images",
     "open_source",
 ]
 
+#: An image as a user gives it: a path or a PIL image.
+ImageLike = str | Path | Image.Image
 #: EXIF orientations of pictures that have to be turned by a quarter.
 _LYING = (5, 6, 7, 8)
 
@@ -77,7 +80,7 @@ class ExampleSource(Protocol):
     def load(self, index: int) -> Example:
         """The example of that number; InputError when an image cannot be decoded."""
 
-    def sizes(self, index: int) -> tuple[Size, ...]:
+    def sizes(self, index: int) -> tuple[ImageSize, ...]:
         """Sizes of the images of an example, from their headers; InputError when one is no image."""
 
     def digest(self) -> str:
@@ -112,6 +115,22 @@ def open_source(settings: SourceSettings) -> ExampleSource:
     return DatasetExamples(settings.dataset)
 
 
+def load_images(images: ImageLike | Sequence[ImageLike]) -> list[Image.Image]:
+    """The images of one prompt.
+
+    Args:
+        images: an image or several, each a path or a PIL image.
+
+    Returns:
+        RGB images, turned upright as their EXIF data says.
+
+    Raises:
+        InputError: a file is missing, or is not a whole image.
+    """
+    several = [images] if isinstance(images, (str, Path, Image.Image)) else images
+    return [_upright(image) if isinstance(image, Image.Image) else load_image(image) for image in several]
+
+
 def load_image(file: Path | str | IO[bytes], name: str | None = None) -> Image.Image:
     """Decodes an image whole.
 
@@ -126,15 +145,19 @@ def load_image(file: Path | str | IO[bytes], name: str | None = None) -> Image.I
         InputError: the file is missing, or is not a whole image.
     """
     with _opened(file, name) as image:
-        return ImageOps.exif_transpose(image).convert("RGB")
+        return _upright(image)
 
 
-def image_size(file: Path | str | IO[bytes], name: str | None = None) -> Size:
+def image_size(file: Path | str | IO[bytes], name: str | None = None) -> ImageSize:
     """Height and width that `load_image` would give, for most formats without decoding; same arguments and errors."""
     with _opened(file, name) as image:
         # Pillow turns TIFF pictures itself.
         lies = image.format != "TIFF" and image.getexif().get(ExifTags.Base.Orientation) in _LYING
         return (image.width, image.height) if lies else (image.height, image.width)
+
+
+def _upright(image: Image.Image) -> Image.Image:
+    return ImageOps.exif_transpose(image).convert("RGB")
 
 
 @contextmanager
@@ -167,7 +190,7 @@ class _ToyExamples:
     def load(self, index: int) -> Example:
         return self._samples[index].to_example(self._id(index))
 
-    def sizes(self, index: int) -> tuple[Size, ...]:
+    def sizes(self, index: int) -> tuple[ImageSize, ...]:
         return tuple((image.height, image.width) for image in self.load(index).images)
 
     def digest(self) -> str:

@@ -10,13 +10,13 @@ from typing import Any
 
 from PIL import Image
 
-from clt.capture.models.prompts import Size
+from clt.capture.models.prompts import ImageSize
 from clt.capture.sources.examples import Example, ExampleText, image_size, load_image, text_digest
-from clt.capture.sources.settings import Columns, FolderSource, JsonlSource, JsonSource, RowsSource
+from clt.capture.sources.settings import ColumnNames, FolderSource, JsonlSource, JsonSource, RowsSource
 from clt.errors import InputError
 
 #: A row with its number, and where it stands for error messages.
-Row = tuple[int, str, Mapping[str, Any]]
+SourceRow = tuple[int, str, Mapping[str, Any]]
 
 
 class ListedExamples:
@@ -38,7 +38,7 @@ class ListedExamples:
         images = tuple(load_image(self._folder / name) for name in self._names[index])
         return Example(example_id=text.example_id, prompt=text.prompt, images=images, answer=text.answer)
 
-    def sizes(self, index: int) -> tuple[Size, ...]:
+    def sizes(self, index: int) -> tuple[ImageSize, ...]:
         """Sizes of the images of an example; InputError when one is no image."""
         return tuple(image_size(self._folder / name) for name in self._names[index])
 
@@ -73,7 +73,7 @@ def open_folder(settings: FolderSource) -> ListedExamples:
     return ListedExamples(texts, [(name,) for name in names], settings.path)
 
 
-def row_text(row: Row, settings: RowsSource, n_images: int) -> ExampleText:
+def row_text(row: SourceRow, settings: RowsSource, n_images: int) -> ExampleText:
     """The text of a row.
 
     Args:
@@ -98,20 +98,20 @@ def row_text(row: Row, settings: RowsSource, n_images: int) -> ExampleText:
     )
 
 
-def check_columns(columns: Columns, found: Collection[str], where: object) -> None:
+def check_columns(columns: ColumnNames, found: Collection[str], where: object) -> None:
     """Finds columns that the configuration names and no row has; the usual names need not be there.
 
     Raises:
         InputError: one is missing; lists those that are there.
     """
-    for column in fields(Columns):
+    for column in fields(ColumnNames):
         name = getattr(columns, column.name)
-        if name is not None and name not in found and name != getattr(Columns(), column.name):
+        if name is not None and name not in found and name != getattr(ColumnNames(), column.name):
             known = ", ".join(sorted(found))
             raise InputError(f"{where}: no column '{name}' for columns.{column.name}, the columns are {known}")
 
 
-def _from_rows(rows: Sequence[Row], settings: JsonlSource | JsonSource) -> ListedExamples:
+def _from_rows(rows: Sequence[SourceRow], settings: JsonlSource | JsonSource) -> ListedExamples:
     if not rows:
         raise InputError(f"{settings.file}: no examples in the file")
     check_columns(settings.columns, {key for _, _, record in rows for key in record}, settings.file)
@@ -120,8 +120,8 @@ def _from_rows(rows: Sequence[Row], settings: JsonlSource | JsonSource) -> Liste
     return ListedExamples(texts, names, settings.image_dir or settings.file.parent)
 
 
-def _jsonl_rows(path: Path, limit: int | None) -> list[Row]:
-    rows: list[Row] = []
+def _jsonl_rows(path: Path, limit: int | None) -> list[SourceRow]:
+    rows: list[SourceRow] = []
     for number, line in enumerate(_read(path, "jsonl").split("\n"), start=1):
         if len(rows) == limit:
             break
@@ -131,7 +131,7 @@ def _jsonl_rows(path: Path, limit: int | None) -> list[Row]:
     return rows
 
 
-def _json_rows(path: Path, limit: int | None) -> list[Row]:
+def _json_rows(path: Path, limit: int | None) -> list[SourceRow]:
     records = _parsed(_read(path, "json"), str(path), "the file must hold a list of objects")
     if not isinstance(records, list):
         raise InputError(f"{path}: expected a JSON list, found {type(records).__name__}; one object per line is jsonl")

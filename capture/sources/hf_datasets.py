@@ -11,7 +11,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import IO, Any
 
-from clt.capture.models.prompts import Size
+from clt.capture.models.prompts import ImageSize
 from clt.capture.sources.examples import Example, ExampleText, image_size, load_image, text_digest
 from clt.capture.sources.file_sources import check_columns, row_text
 from clt.capture.sources.settings import DatasetSource
@@ -55,7 +55,7 @@ class DatasetExamples:
         images = tuple(load_image(*file) for file in self._files(index))
         return Example(example_id=text.example_id, prompt=text.prompt, images=images, answer=text.answer)
 
-    def sizes(self, index: int) -> tuple[Size, ...]:
+    def sizes(self, index: int) -> tuple[ImageSize, ...]:
         """Sizes of the images of an example; InputError when one is no image."""
         return tuple(image_size(*file) for file in self._files(index))
 

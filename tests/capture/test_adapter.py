@@ -290,3 +290,11 @@ def test_a_registered_class_that_transformers_lacks_is_named(
 def test_from_pretrained_names_a_wrong_option(option: str, value: str, llama_folder: Path) -> None:
     with pytest.raises(ModelError, match=f"{option} '{value}'"):
         ModelAdapter.from_pretrained(llama_folder, **{option: value})
+
+
+def test_repr_names_the_model_its_size_and_what_it_takes(llava: ModelAdapter, llama64: ModelAdapter) -> None:
+    assert repr(llava) == (
+        "ModelAdapter(name='LlavaForConditionalGeneration', architecture=LlavaForConditionalGeneration, n_layers=3, "
+        "d_model=32, dtype=float32, device=cpu, inputs=text and images)"
+    )
+    assert "dtype=float64, device=cpu, inputs=text)" in repr(llama64)
