@@ -8,9 +8,10 @@ import torch
 
 from clt.attribution.evaluation.during_training import HeldOutPrompts, ReplacementEvaluator
 from clt.attribution.replacement.replacement_model import require_same_model
+from clt.capture.reading.activation_store import ActivationStore
 from clt.capture.reading.blocks import StoreBlocks
 from clt.capture.reading.loader import iterate_store
-from clt.capture.reading.open_store import ActivationStore, open_store
+from clt.capture.reading.open_store import open_store
 from clt.capture.reading.token_filter import TokenFilter
 from clt.distributed.mesh import Mesh, input_layers
 from clt.errors import CLTError, ConfigError, StoreError

@@ -1,6 +1,6 @@
 """Reads a store for training: a shuffled, resumable stream of batches, the same for every number of ranks.
 
-The order is `clt.capture.store.read_order.ReadOrder`; `clt.capture.reading.window_pool` reads its windows ahead and
+The order is `clt.capture.reading.read_order.ReadOrder`; `clt.capture.reading.window_pool` reads its windows ahead and
 gathers batches from them; this module joins the two, for one rank. One background thread works a few batches ahead;
 what goes wrong there is raised where the batches are consumed.
 """
@@ -18,13 +18,13 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
+from clt.capture.reading.activation_store import ActivationStore
 from clt.capture.reading.batch_buffers import Slots, SlotSizes
 from clt.capture.reading.blocks import BlockSource, StoreBlocks
-from clt.capture.reading.open_store import ActivationStore
 from clt.capture.reading.prefetch import ahead
+from clt.capture.reading.read_order import ReadOrder, Visit
 from clt.capture.reading.token_filter import ALL_TOKENS, TokenFilter
 from clt.capture.reading.window_pool import Reading, Rows, WindowPool, pool_bytes
-from clt.capture.store.read_order import ReadOrder, Visit
 from clt.errors import CheckpointError, ConfigError
 from clt.records import ActivationBatch
 

@@ -1,4 +1,4 @@
-"""The files of a store in a folder, and the one function that opens a store's files wherever they are."""
+"""Files of a store in a folder of a local or network file system."""
 
 from __future__ import annotations
 
@@ -11,10 +11,8 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NoReturn
-from urllib.parse import unquote, urlsplit
 
 from clt.capture.storage.base import (
-    PARTIAL_SUFFIX,
     Entry,
     Storage,
     Upload,
@@ -30,11 +28,8 @@ from clt.errors import StoreError
 if TYPE_CHECKING:
     from typing_extensions import Buffer
 
-__all__ = ["PARTIAL_SUFFIX", "Entry", "LocalStorage", "Storage", "Upload", "open_storage"]
-
 OPEN_FILES = 64
 IOV_MAX = os.sysconf("SC_IOV_MAX")
-REMOTE_SCHEMES = ("memory", "s3", "gs", "az")
 
 _ABSENT = (FileNotFoundError, NotADirectoryError, IsADirectoryError)
 _PERMISSION = "check the owner and permissions of the folder and that its file system has hard links"
@@ -51,34 +46,6 @@ _REMEDIES = {
     errno.EIO: "the disk failed; see the system's log, then run again",
     errno.EOPNOTSUPP: "this file system has no hard links, which publishing needs; choose another folder",
 }
-
-
-def open_storage(location: str | Path, *, durable: bool = True) -> Storage:
-    """Opens the files of a store, which need not exist yet.
-
-    Args:
-        location: a folder, or a URL: file://, s3://, gs:// and az:// (bucket or container, then a prefix), or memory://
-            with a name (one storage per name and process).
-        durable: False leaves out every fsync; only a benchmark may, and only a folder heeds it.
-
-    Raises:
-        StoreError: the scheme is unknown, or the extra for object stores is not installed.
-    """
-    text = str(location)
-    if isinstance(location, Path) or "://" not in text:
-        return LocalStorage(Path(location), durable)
-    scheme = urlsplit(text).scheme
-    if scheme == "file":
-        return LocalStorage(Path(unquote(urlsplit(text).path)), durable)
-    if scheme not in REMOTE_SCHEMES:
-        raise StoreError(f"{text}: unknown kind of location; use a folder or one of {', '.join(REMOTE_SCHEMES)}://")
-    try:
-        from clt.capture.storage.object_store import ObjectStorage
-    except ModuleNotFoundError as error:
-        if error.name != "obstore":
-            raise
-        raise StoreError(f"{text}: object stores need an extra; run pip install 'vlm-clt[remote]'") from None
-    return ObjectStorage(text)
 
 
 def _explain(path: str, error: OSError) -> NoReturn:

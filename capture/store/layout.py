@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from typing import Any
 
-from clt.capture.store.arrays import DATA, TOKEN_DTYPES, TOKENS, ArraySpec, Compression
-from clt.capture.store.schema import SiteGroup, StoreSpec
+from torch import Tensor
+
+from clt.capture.store.arrays import DATA, TOKEN_DTYPES, TOKENS, ArraySpec, Compression, group_metadata
+from clt.capture.store.moments import Moments
+from clt.capture.store.schema import TOKEN_CLASSES, SiteGroup, StoreSpec
 
 
 @dataclass(frozen=True)
@@ -53,6 +56,11 @@ class StoreArrays:
         arrays = sorted({array.key.rpartition("/")[0] for array in self.per_unit()} | {f"{DATA}/stats"})
         return (DATA, *arrays, *(f"{DATA}/stats/{group.name}" for group in self.spec.groups))
 
+    def metadata_files(self) -> dict[str, bytes]:
+        """Zarr metadata of all groups and of all arrays that units share, by key."""
+        files = {f"{folder}/zarr.json": group_metadata() for folder in self.folders()}
+        return files | {f"{array.key}/zarr.json": array.metadata() for array in self.per_unit()}
+
     def _array(
         self,
         key: str,
@@ -84,3 +92,23 @@ def commit_path(unit: int) -> str:
 def stats_path(unit: int) -> str:
     """Moments of a unit."""
     return f"units/stats/{unit:06d}.safetensors"
+
+
+def stats_arrays(group: SiteGroup) -> dict[str, ArraySpec]:
+    """Arrays of the merged moments of a group, by field of `Moments`."""
+    empty = Moments.zeros(len(group.sites), group.width)
+    specs = {}
+    for name in (f.name for f in fields(Moments)):
+        tensor: Tensor = getattr(empty, name)
+        specs[name] = ArraySpec(
+            key=f"{DATA}/stats/{group.name}/{name}",
+            units=1,
+            rows_per_unit=len(TOKEN_CLASSES),
+            chunk_rows=len(TOKEN_CLASSES),
+            shape=tuple(tensor.shape[1:]),
+            chunk_shape=tuple(tensor.shape[1:]),
+            dtype=str(tensor.dtype).removeprefix("torch."),
+            dimensions=("token_class", "site", "channel")[: tensor.ndim],
+            attributes={"token_classes": list(TOKEN_CLASSES)},
+        )
+    return specs

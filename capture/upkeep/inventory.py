@@ -10,13 +10,14 @@ import itertools
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from functools import cached_property
+from pathlib import Path
 from typing import TypeVar
 
 from clt.capture.storage.base import PARTIAL_SUFFIX, Entry, Storage
-from clt.capture.store.build_manifest import metadata_keys, stats_arrays
+from clt.capture.storage.open_storage import open_storage
 from clt.capture.store.file_records import FileRecord
 from clt.capture.store.json_files import check_version, parse, read_manifest, store_digest
-from clt.capture.store.layout import StoreArrays, commit_path, stats_path
+from clt.capture.store.layout import StoreArrays, commit_path, stats_arrays, stats_path
 from clt.capture.store.schema import MANIFEST, PLAN, QUANTISATION, SPEC, CapturePlan, Manifest, StoreSpec
 from clt.capture.writing.leases import LEASES
 from clt.errors import StoreError
@@ -104,7 +105,7 @@ class Inventory:
     def common_keys(self) -> frozenset[str]:
         """Keys of all files that belong to no unit."""
         quantisation = (QUANTISATION,) if self.spec.store_dtype == "int8" else ()
-        return frozenset((SPEC, PLAN, MANIFEST, *quantisation, *metadata_keys(self.arrays), *self.stats_keys))
+        return frozenset((SPEC, PLAN, MANIFEST, *quantisation, *self.arrays.metadata_files(), *self.stats_keys))
 
     def foreign(self) -> Iterator[str]:
         """Keys of files that this store would never write."""
@@ -166,6 +167,18 @@ def take_inventory(storage: Storage) -> tuple[Inventory | None, list[Problem]]:
     return Inventory(
         storage=storage, store_id=None, manifest=None, spec=found_spec, plan=found_plan, entries=entries
     ), problems
+
+
+def sound_inventory(location: str | Path | Storage) -> Inventory:
+    """Inventory of a store whose description is undamaged.
+
+    Raises:
+        StoreError: there is no store, or its manifest, spec or plan is damaged.
+    """
+    inventory, problems = take_inventory(open_storage(location))
+    if inventory is None or problems:
+        raise StoreError(problems[0].message)
+    return inventory
 
 
 def plan_of(manifest: Manifest) -> CapturePlan:

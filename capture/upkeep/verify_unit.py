@@ -7,8 +7,8 @@ from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Literal
 
-from clt.capture.storage.local import Storage
-from clt.capture.store.build_manifest import unit_entry
+from clt.capture.storage.base import Storage
+from clt.capture.store.committed_units import unit_entry
 from clt.capture.store.file_records import FileRecord, check_size, read_checked
 from clt.capture.store.json_files import unsealed
 from clt.capture.store.layout import commit_path, stats_path
@@ -17,7 +17,7 @@ from clt.capture.store.quantise import unpack_standardisers
 from clt.capture.store.schema import MANIFEST, QUANTISATION, UnitRecord
 from clt.capture.store.shard import ShardReader
 from clt.capture.upkeep.inventory import Inventory, Problem
-from clt.capture.upkeep.unit_contents import UnitContents
+from clt.capture.upkeep.verify_values import UnitContents
 from clt.errors import StoreError
 
 Level = Literal["index", "chunk", "full"]

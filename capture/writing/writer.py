@@ -20,18 +20,19 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from clt.capture.storage.base import PARTIAL_SUFFIX, Storage
-from clt.capture.storage.local import open_storage
-from clt.capture.store.arrays import TOKEN_DTYPES, ArraySpec, group_metadata
-from clt.capture.store.build_manifest import build_manifest, committed_units
+from clt.capture.storage.open_storage import open_storage
+from clt.capture.store.arrays import TOKEN_DTYPES, ArraySpec
+from clt.capture.store.committed_units import committed_units
 from clt.capture.store.file_records import FileRecord, put_same, record_file
 from clt.capture.store.json_files import parse, read_manifest, sealed, store_digest, to_json
 from clt.capture.store.layout import StoreArrays, commit_path, stats_path
 from clt.capture.store.moments import Moments, measure, pack_moments, unpack_moments
 from clt.capture.store.quantise import Standardiser, pack_standardisers, unpack_standardisers
-from clt.capture.store.read_order import unit_permutation
+from clt.capture.store.row_order import unit_permutation
 from clt.capture.store.schema import MANIFEST, PLAN, QUANTISATION, SPEC, CapturePlan, SiteGroup, StoreSpec, UnitRecord
 from clt.capture.store.shard import standing_shard
 from clt.capture.store.shard_rows import TORCH_DTYPES, bits_of, read_rows, values_of, write_rows
+from clt.capture.writing.build_manifest import build_manifest
 from clt.errors import StoreError
 from clt.records import TokenTable
 
@@ -68,11 +69,11 @@ class StoreWriter:
     """
 
     def __init__(self, location: str | Path | Storage, spec: StoreSpec, plan: CapturePlan) -> None:
-        self.storage = location if isinstance(location, Storage) else open_storage(location)
+        self.storage = open_storage(location)
         self.spec, self.plan = self._settle(spec, plan), plan
         self.arrays = StoreArrays(self.spec, plan.n_units)
         self.digest = store_digest(self.spec, plan)
-        for key, contents in metadata_files(self.arrays).items():
+        for key, contents in self.arrays.metadata_files().items():
             put_same(self.storage, key, contents)
 
     def committed(self) -> set[int]:
@@ -248,12 +249,6 @@ class StoreWriter:
         if parse(CapturePlan, self.storage.read(PLAN), self.storage.name(PLAN)) != plan:
             raise StoreError(f"{url}: holds a store with another plan of units; choose another output")
         return found
-
-
-def metadata_files(arrays: StoreArrays) -> dict[str, bytes]:
-    """Zarr metadata of all groups and of all arrays that units share, by key."""
-    files = {f"{folder}/zarr.json": group_metadata() for folder in arrays.folders()}
-    return files | {f"{array.key}/zarr.json": array.metadata() for array in arrays.per_unit()}
 
 
 def _require_same(mine: StoreSpec, found: StoreSpec, url: str) -> None:

@@ -10,7 +10,8 @@ from typing import Any
 import pytest
 import torch
 
-from clt.capture.reading.open_store import ActivationStore, open_store
+from clt.capture.reading.activation_store import ActivationStore
+from clt.capture.reading.open_store import open_store
 from clt.capture.store.schema import SiteGroup
 from clt.capture.upkeep.export_pt import export_activations, export_samples
 from clt.capture.writing.writer import StoreWriter

@@ -18,10 +18,10 @@ from torch import Tensor
 
 from clt.capture.reading.batch_buffers import Recycler, SlotSizes
 from clt.capture.reading.blocks import BlockSource
+from clt.capture.reading.read_order import ReadOrder
 from clt.capture.reading.window_pool import Reading, Rows, WindowPool, pool_bytes
 from clt.capture.store.arrays import TOKEN_DTYPES
 from clt.capture.store.quantise import Standardiser
-from clt.capture.store.read_order import ReadOrder
 from clt.errors import StoreError
 
 SITES, WIDTH = 3, 8

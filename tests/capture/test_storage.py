@@ -18,7 +18,8 @@ import pytest
 
 from clt.capture.storage import local
 from clt.capture.storage.base import PARTIAL_SUFFIX, Storage
-from clt.capture.storage.local import LocalStorage, open_storage
+from clt.capture.storage.local import LocalStorage
+from clt.capture.storage.open_storage import open_storage
 from clt.errors import StoreError
 
 from .s3_server import S3Server, s3_server

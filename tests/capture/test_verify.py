@@ -12,8 +12,9 @@ import numpy as np
 import pytest
 import torch
 
-from clt.capture.reading.open_store import ActivationStore, open_store
-from clt.capture.storage.local import open_storage
+from clt.capture.reading.activation_store import ActivationStore
+from clt.capture.reading.open_store import open_store
+from clt.capture.storage.open_storage import open_storage
 from clt.capture.store.moments import pack_moments
 from clt.capture.upkeep.verify_store import verify_store
 from clt.capture.upkeep.verify_unit import Level

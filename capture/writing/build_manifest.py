@@ -6,20 +6,16 @@ writes the same bytes.
 
 from __future__ import annotations
 
-import re
-from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import fields
+from collections.abc import Iterator, Mapping
 
 import numpy as np
 import torch
-from torch import Tensor
 
 from clt.capture.storage.base import Storage
-from clt.capture.store.arrays import DATA, ArraySpec
-from clt.capture.store.file_records import FileRecord, check_size, put_same, read_checked, record_file, record_of
-from clt.capture.store.json_files import unsealed
-from clt.capture.store.layout import StoreArrays, commit_path, stats_path
-from clt.capture.store.moments import Moments, unpack_moments
+from clt.capture.store.committed_units import merged_moments, read_commit, unit_entry
+from clt.capture.store.file_records import FileRecord, check_size, put_same, record_file, record_of
+from clt.capture.store.layout import StoreArrays, stats_arrays
+from clt.capture.store.moments import Moments
 from clt.capture.store.schema import (
     PLAN,
     QUANTISATION,
@@ -30,7 +26,6 @@ from clt.capture.store.schema import (
     QuantisationError,
     SiteGroup,
     UnitEntry,
-    UnitRecord,
 )
 from clt.capture.store.shard import standing_shard
 from clt.capture.store.shard_rows import read_rows, write_rows
@@ -67,7 +62,7 @@ def build_manifest(storage: Storage, arrays: StoreArrays, plan: CapturePlan, dig
             check_size(storage, file, sizes.get(file.path))
         units.append(unit_entry(commit, record))
     total = merged_moments(storage, units, arrays.spec.groups)
-    common = [SPEC, PLAN, *([QUANTISATION] if arrays.spec.store_dtype == "int8" else []), *metadata_keys(arrays)]
+    common = [SPEC, PLAN, *([QUANTISATION] if arrays.spec.store_dtype == "int8" else []), *arrays.metadata_files()]
     stats = [file for group in arrays.spec.groups for file in _write_stats(storage, group, total[group.name])]
     return Manifest(
         spec=arrays.spec,
@@ -75,78 +70,6 @@ def build_manifest(storage: Storage, arrays: StoreArrays, plan: CapturePlan, dig
         files=(*(record_file(storage, key) for key in common), *stats),
         quantisation=dict(_quantisation(arrays.spec.groups, total)),
     )
-
-
-def read_commit(storage: Storage, unit: int, digest: str) -> tuple[FileRecord, UnitRecord]:
-    """Commit record of a unit, and the record of that file.
-
-    Raises:
-        StoreError: it is missing or damaged, or belongs to another store or unit.
-    """
-    path = commit_path(unit)
-    contents = storage.read(path)
-    _, record = unsealed(UnitRecord, contents, storage.name(path))
-    if record.store != digest or record.unit != unit:
-        raise StoreError(f"{storage.name(path)}: belongs to another store or unit; run 'clt store repair'")
-    return record_of(path, contents), record
-
-
-def committed_units(storage: Storage) -> set[int]:
-    """Numbers of the units that have a commit record."""
-    names = [entry.key.rpartition("/")[2] for entry in storage.list("units/commits/")]
-    return {int(name.removesuffix(".json")) for name in names if re.fullmatch(r"[0-9]+\.json", name)}
-
-
-def unit_entry(commit: FileRecord, record: UnitRecord) -> UnitEntry:
-    """What the manifest says of a unit."""
-    return UnitEntry(
-        unit=record.unit,
-        n_tokens=record.n_tokens,
-        sample_start=record.sample_start,
-        n_samples=len(record.sample_ids),
-        files=(commit, *record.files),
-    )
-
-
-def unit_moments(storage: Storage, record: UnitRecord | UnitEntry, groups: tuple[SiteGroup, ...]) -> dict[str, Moments]:
-    """Moments of a committed unit by group; raises StoreError if the file is missing or damaged."""
-    path = stats_path(record.unit)
-    file = next(file for file in record.files if file.path == path)
-    return unpack_moments(read_checked(storage, file), [group.name for group in groups], storage.name(path))
-
-
-def merged_moments(storage: Storage, units: Sequence[UnitEntry], groups: tuple[SiteGroup, ...]) -> dict[str, Moments]:
-    """Moments over units by group, merged in their order; raises StoreError as `unit_moments` does."""
-    total = {group.name: Moments.zeros(len(group.sites), group.width) for group in groups}
-    for unit in units:
-        for name, moments in unit_moments(storage, unit, groups).items():
-            total[name] = total[name].merge(moments)
-    return total
-
-
-def metadata_keys(arrays: StoreArrays) -> list[str]:
-    """Keys of the Zarr metadata of all groups and of all arrays that units share."""
-    return [f"{folder}/zarr.json" for folder in (*arrays.folders(), *(array.key for array in arrays.per_unit()))]
-
-
-def stats_arrays(group: SiteGroup) -> dict[str, ArraySpec]:
-    """Arrays of the merged moments of a group, by field of `Moments`."""
-    empty = Moments.zeros(len(group.sites), group.width)
-    specs = {}
-    for name in (f.name for f in fields(Moments)):
-        tensor: Tensor = getattr(empty, name)
-        specs[name] = ArraySpec(
-            key=f"{DATA}/stats/{group.name}/{name}",
-            units=1,
-            rows_per_unit=len(TOKEN_CLASSES),
-            chunk_rows=len(TOKEN_CLASSES),
-            shape=tuple(tensor.shape[1:]),
-            chunk_shape=tuple(tensor.shape[1:]),
-            dtype=str(tensor.dtype).removeprefix("torch."),
-            dimensions=("token_class", "site", "channel")[: tensor.ndim],
-            attributes={"token_classes": list(TOKEN_CLASSES)},
-        )
-    return specs
 
 
 def _write_stats(storage: Storage, group: SiteGroup, moments: Moments) -> Iterator[FileRecord]:
