@@ -24,7 +24,7 @@ PARTIAL_SUFFIX = ".partial"
 
 
 @dataclass(frozen=True, kw_only=True)
-class Entry:
+class StoredFile:
     """A file of a store.
 
     Attributes:
@@ -126,7 +126,7 @@ class Storage(ABC):
         """Starts a new file."""
 
     @abstractmethod
-    def list(self, prefix: str) -> list[Entry]:
+    def list(self, prefix: str) -> list[StoredFile]:
         """All files below a folder, partial ones too, in the order of their keys.
 
         Args:

@@ -13,8 +13,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, NoReturn
 
 from clt.capture.storage.base import (
-    Entry,
     Storage,
+    StoredFile,
     Upload,
     after,
     byte_views,
@@ -178,7 +178,7 @@ class LocalStorage(Storage):
         with _explained(path):
             return LocalUpload(self, path)
 
-    def list(self, prefix: str) -> list[Entry]:
+    def list(self, prefix: str) -> list[StoredFile]:
         folder = prefix.rstrip("/")
         entries = list(self._walk(check_key(folder)) if folder else self._walk(""))
         return sorted(entries, key=lambda entry: entry.key)
@@ -240,7 +240,7 @@ class LocalStorage(Storage):
             opened.add(key, handle)
         return handle
 
-    def _walk(self, folder: str) -> Iterator[Entry]:
+    def _walk(self, folder: str) -> Iterator[StoredFile]:
         path = os.path.join(self._root, folder)
         with _explained(path), suppress(*_ABSENT), os.scandir(path) as items:
             for item in items:
@@ -251,7 +251,7 @@ class LocalStorage(Storage):
                 # A partial file may be gone since the folder was read.
                 with suppress(FileNotFoundError):
                     status = item.stat()
-                    yield Entry(key=key, bytes=status.st_size, modified=status.st_mtime)
+                    yield StoredFile(key=key, bytes=status.st_size, modified=status.st_mtime)
 
 
 class LocalUpload(Upload):

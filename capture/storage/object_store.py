@@ -32,8 +32,8 @@ from obstore.exceptions import AlreadyExistsError, BaseError
 from obstore.store import MemoryStore, from_url
 
 from clt.capture.storage.base import (
-    Entry,
     Storage,
+    StoredFile,
     Upload,
     after,
     byte_views,
@@ -149,12 +149,13 @@ class ObjectStorage(Storage):
     def create(self, key: str) -> ObjectUpload:
         return ObjectUpload(self, key)
 
-    def list(self, prefix: str) -> list[Entry]:
+    def list(self, prefix: str) -> list[StoredFile]:
         folder = prefix.rstrip("/")
         with self.explained(self.name(folder) if folder else self.url):
             found = obstore.list(self.store, folder or None).collect()
         entries = [
-            Entry(key=item["path"], bytes=item["size"], modified=item["last_modified"].timestamp()) for item in found
+            StoredFile(key=item["path"], bytes=item["size"], modified=item["last_modified"].timestamp())
+            for item in found
         ]
         return sorted(entries, key=lambda entry: entry.key)
 

@@ -13,7 +13,7 @@ from functools import cached_property
 from pathlib import Path
 from typing import TypeVar
 
-from clt.capture.storage.base import PARTIAL_SUFFIX, Entry, Storage
+from clt.capture.storage.base import PARTIAL_SUFFIX, Storage, StoredFile
 from clt.capture.storage.open_storage import open_storage
 from clt.capture.store.file_records import FileRecord
 from clt.capture.store.json_files import check_version, parse, read_manifest, store_digest
@@ -28,7 +28,7 @@ QUARANTINE = "quarantine/"
 
 
 @dataclass(frozen=True, kw_only=True)
-class Problem:
+class StoreProblem:
     """Something wrong with a store.
 
     Attributes:
@@ -60,7 +60,7 @@ class Inventory:
     manifest: Manifest | None
     spec: StoreSpec
     plan: CapturePlan
-    entries: Mapping[str, Entry]
+    entries: Mapping[str, StoredFile]
 
     @cached_property
     def arrays(self) -> StoreArrays:
@@ -113,7 +113,7 @@ class Inventory:
             if key not in self.unit_of and key not in self.common_keys and not is_scratch(key):
                 yield key
 
-    def leftovers(self) -> Iterator[Entry]:
+    def leftovers(self) -> Iterator[StoredFile]:
         """What workers left that no record speaks of: partial files, and files of units that were never committed."""
         committed = set(self.committed)
         for key, entry in self.entries.items():
@@ -130,7 +130,7 @@ def is_scratch(key: str) -> bool:
     return key.endswith(PARTIAL_SUFFIX) or key.startswith((LEASES, QUARANTINE))
 
 
-def take_inventory(storage: Storage) -> tuple[Inventory | None, list[Problem]]:
+def take_inventory(storage: Storage) -> tuple[Inventory | None, list[StoreProblem]]:
     """Finds out what a store consists of, from its manifest or, where that is missing or damaged, from its plan.
 
     Args:
@@ -146,12 +146,12 @@ def take_inventory(storage: Storage) -> tuple[Inventory | None, list[Problem]]:
     if not entries.keys() & {SPEC, MANIFEST}:
         raise StoreError(f"{storage.url}: no activation store here; check the path or run the capture first")
     _require_version(storage, [key for key in (MANIFEST, SPEC) if key in entries])
-    problems: list[Problem] = []
+    problems: list[StoreProblem] = []
     if MANIFEST in entries:
         try:
             store_id, manifest = read_manifest(storage)
         except StoreError as error:
-            problems.append(Problem(path=MANIFEST, unit=None, message=str(error)))
+            problems.append(StoreProblem(path=MANIFEST, unit=None, message=str(error)))
         else:
             spec, plan = manifest.spec, plan_of(manifest)
             return Inventory(
@@ -163,7 +163,7 @@ def take_inventory(storage: Storage) -> tuple[Inventory | None, list[Problem]]:
         return None, problems
     if not _plausible(found_spec, found_plan):
         message = f"{storage.name(PLAN)}: does not fit {SPEC}, one of them is damaged; restore both"
-        return None, [*problems, Problem(path=PLAN, unit=None, message=message)]
+        return None, [*problems, StoreProblem(path=PLAN, unit=None, message=message)]
     return Inventory(
         storage=storage, store_id=None, manifest=None, spec=found_spec, plan=found_plan, entries=entries
     ), problems
@@ -187,11 +187,11 @@ def plan_of(manifest: Manifest) -> CapturePlan:
     return CapturePlan(sample_starts=starts, unit_tokens=tuple(unit.n_tokens for unit in manifest.units))
 
 
-def _read(storage: Storage, key: str, cls: type[T], problems: list[Problem]) -> T | None:
+def _read(storage: Storage, key: str, cls: type[T], problems: list[StoreProblem]) -> T | None:
     try:
         return parse(cls, storage.read(key), storage.name(key))
     except StoreError as error:
-        problems.append(Problem(path=key, unit=None, message=str(error)))
+        problems.append(StoreProblem(path=key, unit=None, message=str(error)))
         return None
 
 

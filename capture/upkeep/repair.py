@@ -13,13 +13,13 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
-from clt.capture.storage.base import Entry, Storage
+from clt.capture.storage.base import Storage, StoredFile
 from clt.capture.storage.open_storage import open_storage
 from clt.capture.store.file_records import record_of
 from clt.capture.store.json_files import to_json
 from clt.capture.store.layout import commit_path
 from clt.capture.store.schema import MANIFEST, PLAN, QUANTISATION, SPEC
-from clt.capture.upkeep.inventory import QUARANTINE, Inventory, Problem, sound_inventory, take_inventory
+from clt.capture.upkeep.inventory import QUARANTINE, Inventory, StoreProblem, sound_inventory, take_inventory
 from clt.capture.upkeep.verify_store import verify_store
 from clt.capture.upkeep.verify_unit import Level
 from clt.capture.writing.leases import LEASES, Leases
@@ -42,7 +42,7 @@ class RepairReport:
     """
 
     location: str
-    problems: tuple[Problem, ...]
+    problems: tuple[StoreProblem, ...]
     moved: tuple[tuple[str, str], ...]
     rebuilt: tuple[str, ...]
     recapture: tuple[int, ...]
@@ -62,7 +62,7 @@ class GcReport:
 
     location: str
     dry_run: bool
-    files: tuple[Entry, ...]
+    files: tuple[StoredFile, ...]
 
     @property
     def bytes(self) -> int:

@@ -45,7 +45,7 @@ class Schedule:
         return self
 
 
-class Work(Protocol):
+class UnitQueue(Protocol):
     """Numbered units, each of which is done when its commit record is there: a `StoreWriter`, for instance."""
 
     @property
@@ -56,13 +56,13 @@ class Work(Protocol):
         """Units without a commit record."""
 
 
-def assigned_units(writer: Work, schedule: Schedule, among: Collection[int] | None = None) -> Generator[int]:
+def assigned_units(queue: UnitQueue, schedule: Schedule, among: Collection[int] | None = None) -> Generator[int]:
     """Units to capture, one at a time, each leased to this worker while the caller works on it.
 
     When all that is left is leased to others, waits until they have committed it, or takes over what they abandon.
 
     Args:
-        writer: of the store, or of whatever has units.
+        queue: the writer of a store, or anything else that has numbered units.
         schedule: which units this worker captures.
         among: units of the plan to which it is limited; absent: all.
 
@@ -75,28 +75,28 @@ def assigned_units(writer: Work, schedule: Schedule, among: Collection[int] | No
     """
     first, longest = _PAUSES
     pause = first
-    with Leases(writer.storage, schedule.ttl_seconds) as leases:
-        while pending := _in_order(writer, schedule, among):
+    with Leases(queue.storage, schedule.ttl_seconds) as leases:
+        while pending := _in_order(queue, schedule, among):
             unit = _take_one(leases, pending)
             if unit is None:
                 if pause == first:
-                    log.info("%s: waiting for %d units of other workers", writer.storage.url, len(pending))
+                    log.info("%s: waiting for %d units of other workers", queue.storage.url, len(pending))
                 time.sleep(pause)
                 pause = min(2 * pause, longest)
                 continue
             pause = first
             # Its last owner may have committed it after the commits were listed, but only before it gave up the lease.
-            if writer.storage.size(commit_path(unit)) is None:
+            if queue.storage.size(commit_path(unit)) is None:
                 yield unit
-                assert writer.storage.size(commit_path(unit)) is not None, "committed before the next is asked for"
+                assert queue.storage.size(commit_path(unit)) is not None, "committed before the next is asked for"
             leases.release(unit)
         leases.sweep()
 
 
-def _in_order(writer: Work, schedule: Schedule, among: Collection[int] | None) -> list[int]:
+def _in_order(queue: UnitQueue, schedule: Schedule, among: Collection[int] | None) -> list[int]:
     """Pending units that a worker may capture, its own share first."""
     rank, world = schedule.rank, schedule.world
-    pending = writer.pending() if among is None else sorted(set(writer.pending()).intersection(among))
+    pending = queue.pending() if among is None else sorted(set(queue.pending()).intersection(among))
     units = [unit for unit in pending if schedule.kind == "lease" or unit % world == rank]
     return sorted(units, key=lambda unit: ((unit - rank) % world, unit))
 

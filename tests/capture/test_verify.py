@@ -331,7 +331,7 @@ def test_full_level_finds_statistics_of_other_values(
 def test_full_level_finds_merged_statistics_of_other_units(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, store: ActivationStore
 ) -> None:
-    from clt.capture.store import build_manifest as finalize
+    from clt.capture.writing import build_manifest as finalize
 
     merged = finalize.merged_moments
 
