@@ -1,4 +1,4 @@
-"""Commit records and statistics of the units that a store has."""
+"""Commit records and moments of a store's committed units."""
 
 from __future__ import annotations
 
@@ -19,7 +19,15 @@ from clt.errors import StoreError
 
 
 def read_commit(storage: Storage, unit: int, digest: str) -> tuple[FileRecord, UnitRecord]:
-    """Commit record of a unit, and the record of that file.
+    """Reads the commit record of a unit.
+
+    Args:
+        storage: the store's files.
+        unit: number of the unit.
+        digest: `store_digest` that the record must carry.
+
+    Returns:
+        The size and checksum of the record's file, and the record.
 
     Raises:
         StoreError: it is missing or damaged, or belongs to another store or unit.
@@ -33,13 +41,13 @@ def read_commit(storage: Storage, unit: int, digest: str) -> tuple[FileRecord, U
 
 
 def committed_units(storage: Storage) -> set[int]:
-    """Numbers of the units that have a commit record."""
+    """Numbers of all units with a commit record."""
     names = [entry.key.rpartition("/")[2] for entry in storage.list("units/commits/")]
     return {int(name.removesuffix(".json")) for name in names if re.fullmatch(r"[0-9]+\.json", name)}
 
 
 def unit_entry(commit: FileRecord, record: UnitRecord) -> UnitEntry:
-    """What the manifest says of a unit."""
+    """The manifest's entry for a unit."""
     return UnitEntry(
         unit=record.unit,
         n_tokens=record.n_tokens,
@@ -50,14 +58,26 @@ def unit_entry(commit: FileRecord, record: UnitRecord) -> UnitEntry:
 
 
 def unit_moments(storage: Storage, record: UnitRecord | UnitEntry, groups: tuple[SiteGroup, ...]) -> dict[str, Moments]:
-    """Moments of a committed unit by group; raises StoreError if the file is missing or damaged."""
+    """Reads the moments of a committed unit.
+
+    Args:
+        storage: the store's files.
+        record: the unit's commit record or manifest entry.
+        groups: site groups of the store.
+
+    Returns:
+        Moments by name of the group.
+
+    Raises:
+        StoreError: the file is missing or damaged.
+    """
     path = stats_path(record.unit)
     file = next(file for file in record.files if file.path == path)
     return unpack_moments(read_checked(storage, file), [group.name for group in groups], storage.name(path))
 
 
 def merged_moments(storage: Storage, units: Sequence[UnitEntry], groups: tuple[SiteGroup, ...]) -> dict[str, Moments]:
-    """Moments over units by group, merged in their order; raises StoreError as `unit_moments` does."""
+    """Merges the moments of units in the given order; arguments and errors as `unit_moments`."""
     total = {group.name: Moments.zeros(len(group.sites), group.width) for group in groups}
     for unit in units:
         for name, moments in unit_moments(storage, unit, groups).items():

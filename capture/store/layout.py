@@ -1,4 +1,4 @@
-"""Where things lie in a store: its Zarr arrays and the files of its units."""
+"""Keys and shapes of a store's Zarr arrays, and keys of the files of its units."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from clt.capture.store.schema import TOKEN_CLASSES, SiteGroup, StoreSpec
 
 @dataclass(frozen=True)
 class StoreArrays:
-    """The arrays of a store, from its spec."""
+    """Zarr arrays of a store, derived from its spec."""
 
     spec: StoreSpec
     n_units: int
@@ -41,11 +41,11 @@ class StoreArrays:
         return self._array(f"{DATA}/scales/{group.name}", "float32", (len(group.sites),), (len(group.sites),))
 
     def token(self, name: str) -> ArraySpec:
-        """What is known about each token, one of `TOKEN_DTYPES`."""
+        """A column of the token table [token], one of `TOKEN_DTYPES`."""
         return self._array(f"{TOKENS}/{name}", TOKEN_DTYPES[name], (), ())
 
     def per_unit(self) -> tuple[ArraySpec, ...]:
-        """All arrays of which every unit owns a shard, in the order in which they are published."""
+        """All arrays with one shard per unit, in the order in which shards are published."""
         groups = self.spec.groups
         scales = [self.scales(group) for group in groups] if self.spec.store_dtype == "int8" else []
         acts = [array for group in groups for array in (self.acts(group), self.norms(group))]
@@ -57,7 +57,7 @@ class StoreArrays:
         return (DATA, *arrays, *(f"{DATA}/stats/{group.name}" for group in self.spec.groups))
 
     def metadata_files(self) -> dict[str, bytes]:
-        """Zarr metadata of all groups and of all arrays that units share, by key."""
+        """Contents of zarr.json of all groups and of all arrays with one shard per unit, by key."""
         files = {f"{folder}/zarr.json": group_metadata() for folder in self.folders()}
         return files | {f"{array.key}/zarr.json": array.metadata() for array in self.per_unit()}
 
@@ -85,12 +85,12 @@ class StoreArrays:
 
 
 def commit_path(unit: int) -> str:
-    """Commit record of a unit."""
+    """Key of a unit's commit record."""
     return f"units/commits/{unit:06d}.json"
 
 
 def stats_path(unit: int) -> str:
-    """Moments of a unit."""
+    """Key of a unit's moments."""
     return f"units/stats/{unit:06d}.safetensors"
 
 

@@ -1,4 +1,4 @@
-"""Samples of a unit and the order of its rows: pure functions, the same on every machine."""
+"""Packing of samples into units and permutation of rows: pure functions with equal results on every machine."""
 
 from __future__ import annotations
 
@@ -14,12 +14,12 @@ _MASK = 2**64 - 1
 
 
 def permutation(n: int, seed: int, stream: tuple[int, int, int, int]) -> NDArray[np.int64]:
-    """A pseudo-random order of n things that is the same on every machine and for every version of numpy.
+    """A pseudo-random permutation that is the same on every machine and with every version of numpy.
 
     Args:
-        n: how many things.
+        n: number of items.
         seed: seed of the job.
-        stream: four numbers that name the purpose; different names give independent orders.
+        stream: four numbers that identify the purpose; different ones give independent permutations.
 
     Returns:
         [n] int64, each of 0..n-1 once, in the order of raw Philox words (numpy guarantees those, not `permutation`).
@@ -27,7 +27,7 @@ def permutation(n: int, seed: int, stream: tuple[int, int, int, int]) -> NDArray
     kind, *counter = stream
     key, start = np.array([seed & _MASK, kind], np.uint64), np.array([0, *counter], np.uint64)
     words = np.random.Philox(key=key, counter=start).random_raw(n)
-    # Sorting numbers is several times faster than sorting places: each word carries its place in its lowest bits.
+    # Sorting is several times faster than argsort: the lowest bits of each word hold its position.
     places = np.uint64((1 << n.bit_length()) - 1)
     words = (words & ~places) | np.arange(n, dtype=np.uint64)
     words.sort()
@@ -35,22 +35,22 @@ def permutation(n: int, seed: int, stream: tuple[int, int, int, int]) -> NDArray
 
 
 def unit_permutation(n_rows: int, seed: int, unit: int) -> NDArray[np.int64]:
-    """Order in which a unit's rows are stored: row i of the unit is its natural row `result[i]`."""
+    """Order in which a unit's rows are stored: stored row i is row `result[i]` of its samples laid end to end."""
     return permutation(n_rows, seed, (_UNIT_ROWS, unit, 0, 0))
 
 
 def pack_units(lengths: Sequence[int], rows_per_unit: int) -> tuple[int, ...]:
-    """Cuts a list of samples into units of at most `rows_per_unit` tokens, greedily and in order.
+    """Packs samples into units of at most `rows_per_unit` tokens, greedily and in order.
 
     Args:
         lengths: tokens of each sample, each > 0.
         rows_per_unit: capacity of a unit in tokens.
 
     Returns:
-        First sample of each unit, and the number of samples at the end.
+        First sample of each unit, followed by the number of samples.
 
     Raises:
-        ConfigError: a sample does not fit into a unit.
+        ConfigError: a sample has more tokens than a unit.
     """
     starts, filled = [0], 0
     for sample, length in enumerate(lengths):

@@ -1,7 +1,6 @@
-"""Joins the committed units of a store into its manifest.
+"""Builds a store's manifest from its committed units.
 
-Everything here follows from the committed files alone and always in unit order, so that every worker that finalizes
-writes the same bytes.
+The result depends on the committed files alone, merged in unit order, so that any worker writes the same bytes.
 """
 
 from __future__ import annotations
@@ -35,13 +34,13 @@ _BOS = TOKEN_CLASSES.index("bos")
 
 
 def build_manifest(storage: Storage, arrays: StoreArrays, plan: CapturePlan, digest: str) -> Manifest:
-    """Checks all commit records, merges the statistics and writes them as Zarr arrays.
+    """Checks all commit records, merges the moments and writes them as Zarr arrays.
 
     Args:
         storage: the store's files.
         arrays: its arrays.
         plan: its plan; all units are committed.
-        digest: `store_digest`, which all records carry.
+        digest: `store_digest` that all commit records carry.
 
     Returns:
         The manifest, not yet written.
@@ -55,7 +54,7 @@ def build_manifest(storage: Storage, arrays: StoreArrays, plan: CapturePlan, dig
         commit, record = read_commit(storage, unit, digest)
         if record.n_tokens != plan.unit_tokens[unit]:
             raise StoreError(
-                f"{storage.name(commit.path)}: has {record.n_tokens} tokens, the plan says {plan.unit_tokens[unit]}; "
+                f"{storage.name(commit.path)}: has {record.n_tokens} tokens, the plan {plan.unit_tokens[unit]}; "
                 f"run 'clt store repair'"
             )
         for file in record.files:
@@ -81,10 +80,10 @@ def _write_stats(storage: Storage, group: SiteGroup, moments: Moments) -> Iterat
         if written is None:
             reader = standing_shard(storage, array, 0)
             written, found = reader.record(), read_rows(reader, array, len(rows))
-            # Merging has no sums whose order could differ between machines.
+            # Merging is elementwise, so it gives the same bits on every machine.
             if not np.array_equal(found, rows, equal_nan=True):
                 raise StoreError(
-                    f"{storage.name(written.path)}: is not of the units that are committed; delete it and run again"
+                    f"{storage.name(written.path)}: does not match the committed units; delete it and run again"
                 )
         yield written
 
@@ -93,10 +92,10 @@ def _quantisation(
     groups: tuple[SiteGroup, ...], total: Mapping[str, Moments]
 ) -> Iterator[tuple[str, QuantisationError]]:
     for group in groups:
-        # Beginning-of-sequence tokens would hide the error: their variance exceeds that of all others together.
+        # Without beginning-of-sequence tokens, whose variance exceeds that of all others together.
         moments = total[group.name].over([c for c in range(len(TOKEN_CLASSES)) if c != _BOS])
         error, m2 = moments.error[0], moments.m2[0]
-        # A channel that never varies has no variance to be a fraction of.
+        # Constant channels have no variance and count as 0.
         by_channel = torch.where(m2 > 0, error / m2, 0.0)
         pooled = torch.where(m2 > 0, error, 0.0).sum(1) / m2.sum(1)
         for site, name in enumerate(group.sites):

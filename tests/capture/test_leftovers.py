@@ -67,7 +67,7 @@ def test_merged_statistics_of_other_units_are_not_adopted(tmp_path: Path) -> Non
     for unit in range(3):
         writer.commit(unit, data(unit))
     shutil.copytree(tmp_path / "other/data.zarr/stats/lm/mean", tmp_path / "store/data.zarr/stats/lm/mean")
-    with pytest.raises(StoreError, match="is not of the units that are committed"):
+    with pytest.raises(StoreError, match="does not match the committed units"):
         writer.finalize()
     shutil.rmtree(tmp_path / "store/data.zarr/stats/lm/mean")
     writer.finalize()

@@ -96,7 +96,7 @@ def deliver(
     threads: int = 2,
     first_step: int = 0,
     widen: bool = True,
-) -> list[Rows]:
+) -> list[GatheredRows]:
     """Batches of an epoch; all of them are held, so that one written again would be seen."""
     streams = order.streams_of(rank, world)
     sizes = BufferSizes(

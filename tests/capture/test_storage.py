@@ -243,7 +243,7 @@ def test_spawned_process_reads_the_same_files(storage: Storage) -> None:
     )
     child = subprocess.run([sys.executable, "-c", script], input=pickle.dumps(storage), capture_output=True)
     if storage.url.startswith("memory://"):
-        assert b"lives in the process that made it; use a folder" in child.stderr
+        assert b"exists only in the process that created it; use a folder" in child.stderr
     else:
         assert child.stdout == b"3456", child.stderr.decode()
 
