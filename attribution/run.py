@@ -19,8 +19,9 @@ from clt.attribution.replacement.replacement_model import require_same_model
 from clt.attribution.viewer.export import graph_document, write_export
 from clt.capture.models.model_settings import ModelChoice
 from clt.capture.models.sites import decoder_sites
+from clt.capture.reading.activation_store import ActivationStore
 from clt.capture.reading.loader import iterate_store
-from clt.capture.reading.open_store import ActivationStore, open_store
+from clt.capture.reading.open_store import open_store
 from clt.capture.reading.token_filter import TokenFilter
 from clt.capture.sources.examples import Example, SourceSettings, load_image, open_source
 from clt.config import STRICT

@@ -18,8 +18,8 @@ from pydantic.dataclasses import dataclass
 from clt.capture.models.adapter import ModelAdapter
 from clt.capture.sources.examples import ExampleSource
 from clt.capture.storage.base import Storage
-from clt.capture.storage.local import open_storage
-from clt.capture.store.build_manifest import committed_units
+from clt.capture.storage.open_storage import open_storage
+from clt.capture.store.committed_units import committed_units
 from clt.capture.store.json_files import sealed, unsealed
 from clt.capture.store.layout import commit_path
 from clt.capture.writing.workers import Schedule, assigned_units

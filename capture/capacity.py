@@ -14,7 +14,7 @@ from urllib.parse import unquote, urlsplit
 
 import numpy as np
 
-from clt.capture.storage.local import open_storage
+from clt.capture.storage.open_storage import open_storage
 from clt.capture.store.arrays import ArraySpec
 from clt.capture.store.layout import StoreArrays
 from clt.capture.store.moments import Moments

@@ -21,7 +21,7 @@ from clt.capture.models.model_settings import ModelChoice
 from clt.capture.models.sites import decoder_sites
 from clt.capture.sources.examples import ExampleSource, SourceSettings, open_source, text_digest
 from clt.capture.store.arrays import Compression
-from clt.capture.store.read_order import pack_units
+from clt.capture.store.row_order import pack_units
 from clt.capture.store.schema import SCHEMA_VERSION, CapturePlan, SiteGroup, StoreDtype, StoreSpec
 from clt.capture.store.shard_rows import TORCH_DTYPES
 from clt.capture.writing.workers import Schedule

@@ -16,9 +16,12 @@ import torch
 
 from clt.capture.capacity import existing_folder, local_folder
 from clt.capture.planning import CaptureJob
-from clt.capture.reading.open_store import ActivationStore, open_store
+from clt.capture.reading.activation_store import ActivationStore
+from clt.capture.reading.open_store import open_store
 from clt.capture.run import capture_samples
-from clt.capture.storage.local import LocalStorage, Storage, open_storage
+from clt.capture.storage.base import Storage
+from clt.capture.storage.local import LocalStorage
+from clt.capture.storage.open_storage import open_storage
 from clt.capture.store.layout import StoreArrays
 from clt.capture.store.schema import CapturePlan, StoreSpec
 from clt.capture.store.shard_rows import TORCH_DTYPES, bits_of, write_rows

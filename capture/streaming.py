@@ -20,15 +20,16 @@ import numpy as np
 import torch
 
 from clt.capture.planning import CaptureJob
+from clt.capture.reading.activation_store import ActivationStore
 from clt.capture.reading.loader import ActivationLoader, require_same
-from clt.capture.reading.open_store import ActivationStore, open_committed
+from clt.capture.reading.open_store import open_committed
 from clt.capture.reading.token_filter import ALL_TOKENS, TokenFilter
 from clt.capture.run import capture_samples, first_tokens
-from clt.capture.storage.local import open_storage
-from clt.capture.store.build_manifest import read_commit
+from clt.capture.storage.open_storage import open_storage
+from clt.capture.store.committed_units import read_commit
 from clt.capture.store.layout import commit_path
 from clt.capture.store.moments import Moments, pack_moments, unpack_moments
-from clt.capture.store.read_order import permutation
+from clt.capture.store.row_order import permutation
 from clt.capture.writing.workers import Schedule, assigned_units
 from clt.capture.writing.writer import StoreWriter
 from clt.errors import ConfigError

@@ -22,9 +22,10 @@ from clt.attribution.replacement.replacement_model import ReplacementModel, requ
 from clt.capture.models.adapter import ModelAdapter, PromptInputs
 from clt.capture.models.sites import decoder_sites
 from clt.capture.planning import CaptureConfig
+from clt.capture.reading.activation_store import ActivationStore
 from clt.capture.reading.blocks import StoreBlocks
 from clt.capture.reading.loader import iterate_store
-from clt.capture.reading.open_store import ActivationStore, open_store
+from clt.capture.reading.open_store import open_store
 from clt.capture.reading.token_filter import TokenFilter
 from clt.capture.sources.examples import open_source
 from clt.checkpoint.gather import gather_transcoder

@@ -17,10 +17,10 @@ from clt.capture.reading.token_filter import filtered_moments
 from clt.capture.storage.base import Storage
 from clt.capture.storage.local import LocalStorage
 from clt.capture.store.arrays import DATA, TOKEN_DTYPES, ArraySpec
-from clt.capture.store.build_manifest import merged_moments, stats_arrays
+from clt.capture.store.committed_units import merged_moments
 from clt.capture.store.file_records import FileRecord, check_contents, read_checked
 from clt.capture.store.json_files import unsealed
-from clt.capture.store.layout import StoreArrays, commit_path
+from clt.capture.store.layout import StoreArrays, commit_path, stats_arrays
 from clt.capture.store.moments import Moments
 from clt.capture.store.quantise import Standardiser, unpack_standardisers
 from clt.capture.store.schema import QUANTISATION, TOKEN_CLASSES, Manifest, SiteGroup, UnitRecord

@@ -31,7 +31,7 @@ Fill = Callable[[NDArray[Any], NDArray[np.float32] | None], tuple[NDArray[np.int
 
 
 @dataclass(frozen=True, kw_only=True)
-class SlotSizes:
+class BufferSizes:
     """What slots and batches hold.
 
     Attributes:
@@ -64,8 +64,8 @@ class SlotSizes:
         return self.rows * row + self.batch_rows * (row + self.batches * wide)
 
 
-class Slots(Protocol):
-    """Slots and the batch that is being gathered from them."""
+class BatchBuffers(Protocol):
+    """BatchBuffers and the batch that is being gathered from them."""
 
     def fill(self, slot: int, fill: Fill) -> NDArray[np.int64]:
         """Reads a window into a slot that no batch needs any more; several threads may do so at once.
@@ -115,15 +115,15 @@ class Recycler:
         return view
 
 
-class HostSlots:
-    """Slots in host memory, and batches for the CPU.
+class HostBuffers:
+    """BatchBuffers in host memory, and batches for the CPU.
 
     Args:
         source: where the rows come from.
         sizes: of slots and batches.
     """
 
-    def __init__(self, source: BlockSource, sizes: SlotSizes) -> None:
+    def __init__(self, source: BlockSource, sizes: BufferSizes) -> None:
         self._source, self._slot_rows = source, sizes.slot_rows
         self._acts, self._scales = allocate(source, sizes.rows)
         self._dtype = sizes.batch_dtype(source.dtype)
@@ -134,18 +134,18 @@ class HostSlots:
         self._out: NDArray[Any] | None = None
 
     def fill(self, slot: int, fill: Fill) -> NDArray[np.int64]:
-        """As `Slots.fill`."""
+        """As `BatchBuffers.fill`."""
         base = slot * self._slot_rows
         rows = slice(base, base + self._slot_rows)
         picks, _ = fill(self._acts[:, rows], None if self._scales is None else self._scales[:, rows])
         return picks + base
 
     def begin(self, rows: int) -> None:
-        """As `Slots.begin`."""
+        """As `BatchBuffers.begin`."""
         self._rows, self._out = rows, self._recycler.take()
 
     def add(self, first: int, index: NDArray[np.int64]) -> None:
-        """As `Slots.add`."""
+        """As `BatchBuffers.add`."""
         part = slice(first, first + len(index))
         stored = self._scratch if self._widens else self._out
         assert stored is not None
@@ -154,7 +154,7 @@ class HostSlots:
             gather(self._scales, index, self._scratch_scales[:, part])
 
     def finish(self) -> tuple[Tensor, torch.cuda.Event | None]:
-        """As `Slots.finish`."""
+        """As `BatchBuffers.finish`."""
         assert self._out is not None
         out = torch.from_numpy(self._out).view(self._dtype)[:, : self._rows]
         self._out = None

@@ -10,7 +10,7 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from clt.capture.reading.open_store import ActivationStore
+from clt.capture.reading.activation_store import ActivationStore
 from clt.capture.reading.token_filter import TokenFilter
 from clt.capture.store.arrays import TOKEN_DTYPES
 from clt.capture.store.quantise import Standardiser

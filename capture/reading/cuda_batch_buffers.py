@@ -1,4 +1,4 @@
-"""Slots for batches on a CUDA device: gathered there when all slots fit into its memory, else on the host.
+"""BatchBuffers for batches on a CUDA device: gathered there when all slots fit into its memory, else on the host.
 
 Everything is allocated and runs on one side stream, so that a slot is neither overwritten nor given back before the
 batches that need it are gathered; training waits for a batch's event only.
@@ -14,7 +14,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from clt.capture.reading.batch_buffers import Fill, HostSlots, Slots, SlotSizes, allocate, restore
+from clt.capture.reading.batch_buffers import BatchBuffers, BufferSizes, Fill, HostBuffers, allocate, restore
 from clt.capture.reading.blocks import BlockSource
 from clt.capture.store.quantise import Standardiser
 
@@ -22,18 +22,18 @@ from clt.capture.store.quantise import Standardiser
 _MEMORY_SHARE = 0.25
 
 
-def cuda_slots(source: BlockSource, sizes: SlotSizes, device: torch.device) -> Slots:
-    """Slots on the device if they take at most a quarter of its free memory, else on the host."""
+def cuda_buffers(source: BlockSource, sizes: BufferSizes, device: torch.device) -> BatchBuffers:
+    """BatchBuffers on the device if they take at most a quarter of its free memory, else on the host."""
     free, _ = torch.cuda.mem_get_info(device)
     if sizes.memory_bytes(source) <= _MEMORY_SHARE * free:
-        return DeviceSlots(source, sizes, device)
-    return UploadingSlots(source, sizes, device)
+        return DeviceBuffers(source, sizes, device)
+    return UploadingBuffers(source, sizes, device)
 
 
 class _Widening:
     """Turns stored rows on a device into a batch."""
 
-    def __init__(self, source: BlockSource, sizes: SlotSizes, device: torch.device) -> None:
+    def __init__(self, source: BlockSource, sizes: BufferSizes, device: torch.device) -> None:
         moments = source.standardiser
         self.stream = torch.cuda.Stream(device)
         self._dtype = sizes.batch_dtype(source.dtype)
@@ -49,8 +49,8 @@ class _Widening:
         return out, self.stream.record_event()
 
 
-class DeviceSlots:
-    """Slots in the memory of a CUDA device, filled through pinned memory, one piece per reading thread.
+class DeviceBuffers:
+    """BatchBuffers in the memory of a CUDA device, filled through pinned memory, one piece per reading thread.
 
     Args:
         source: where the rows come from.
@@ -58,7 +58,7 @@ class DeviceSlots:
         device: the device.
     """
 
-    def __init__(self, source: BlockSource, sizes: SlotSizes, device: torch.device) -> None:
+    def __init__(self, source: BlockSource, sizes: BufferSizes, device: torch.device) -> None:
         self._source, self._slot_rows, self._device = source, sizes.slot_rows, device
         self._widen = _Widening(source, sizes, device)
         shape = (source.n_sites, sizes.rows, source.width)
@@ -69,7 +69,7 @@ class DeviceSlots:
         self._parts: list[tuple[Tensor, Tensor | None]] = []
 
     def fill(self, slot: int, fill: Fill) -> NDArray[np.int64]:
-        """As `Slots.fill`."""
+        """As `BatchBuffers.fill`."""
         if not hasattr(self._staging, "rows"):
             self._staging.rows = allocate(self._source, self._slot_rows, pin=True)
         acts, scales = self._staging.rows
@@ -85,18 +85,18 @@ class DeviceSlots:
         return picks + base
 
     def begin(self, rows: int) -> None:
-        """As `Slots.begin`."""
+        """As `BatchBuffers.begin`."""
         self._parts = []
 
     def add(self, first: int, index: NDArray[np.int64]) -> None:
-        """As `Slots.add`."""
+        """As `BatchBuffers.add`."""
         with torch.cuda.stream(self._widen.stream):
             rows = torch.from_numpy(index).to(self._device)
             scales = None if self._scales is None else self._scales.index_select(1, rows)
             self._parts.append((self._acts.index_select(1, rows), scales))
 
     def finish(self) -> tuple[Tensor, torch.cuda.Event | None]:
-        """As `Slots.finish`."""
+        """As `BatchBuffers.finish`."""
         with torch.cuda.stream(self._widen.stream):
             stored = torch.cat([acts for acts, _ in self._parts], dim=1)
             scales = [scales for _, scales in self._parts if scales is not None]
@@ -106,8 +106,8 @@ class DeviceSlots:
         return torch.from_numpy(bits).view(self._source.dtype)
 
 
-class UploadingSlots(HostSlots):
-    """Slots in host memory, and batches that are copied to a CUDA device in the stored type and widened there.
+class UploadingBuffers(HostBuffers):
+    """BatchBuffers in host memory, and batches that are copied to a CUDA device in the stored type and widened there.
 
     Args:
         source: where the rows come from.
@@ -115,18 +115,18 @@ class UploadingSlots(HostSlots):
         device: the device.
     """
 
-    def __init__(self, source: BlockSource, sizes: SlotSizes, device: torch.device) -> None:
+    def __init__(self, source: BlockSource, sizes: BufferSizes, device: torch.device) -> None:
         super().__init__(source, sizes)
         self._device, self._widens = device, True
         self._scratch, self._scratch_scales = allocate(source, sizes.batch_rows, pin=True)
         self._widen = _Widening(source, sizes, device)
 
     def begin(self, rows: int) -> None:
-        """As `Slots.begin`."""
+        """As `BatchBuffers.begin`."""
         self._rows = rows
 
     def finish(self) -> tuple[Tensor, torch.cuda.Event | None]:
-        """As `Slots.finish`."""
+        """As `BatchBuffers.finish`."""
         with torch.cuda.stream(self._widen.stream):
             stored, scales = self.stored()
             acts = stored.to(self._device, non_blocking=True)

@@ -1,6 +1,6 @@
 """Reads a store for training: a shuffled, resumable stream of batches, the same for every number of ranks.
 
-The order is `clt.capture.store.read_order.ReadOrder`; `clt.capture.reading.window_pool` reads its windows ahead and
+The order is `clt.capture.reading.read_order.ReadOrder`; `clt.capture.reading.window_pool` reads its windows ahead and
 gathers batches from them; this module joins the two, for one rank. One background thread works a few batches ahead;
 what goes wrong there is raised where the batches are consumed.
 """
@@ -18,13 +18,13 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from clt.capture.reading.batch_buffers import Slots, SlotSizes
+from clt.capture.reading.activation_store import ActivationStore
+from clt.capture.reading.batch_buffers import BatchBuffers, BufferSizes
 from clt.capture.reading.blocks import BlockSource, StoreBlocks
-from clt.capture.reading.open_store import ActivationStore
-from clt.capture.reading.prefetch import ahead
+from clt.capture.reading.prefetch import prefetch
+from clt.capture.reading.read_order import ReadOrder, Visit
 from clt.capture.reading.token_filter import ALL_TOKENS, TokenFilter
-from clt.capture.reading.window_pool import Reading, Rows, WindowPool, pool_bytes
-from clt.capture.store.read_order import ReadOrder, Visit
+from clt.capture.reading.window_pool import GatheredRows, WindowPool, WindowRead, pool_bytes
 from clt.errors import CheckpointError, ConfigError
 from clt.records import ActivationBatch
 
@@ -101,7 +101,7 @@ class ActivationLoader:
         self._streams, self._share = order.streams_of(data_rank, data_world), order.share
         self.steps_per_epoch: int = order.steps
         self.dropped_tokens: int = order.dropped_rows
-        sizes = SlotSizes(
+        sizes = BufferSizes(
             slots=len(self._streams),
             slot_rows=order.window_rows - 1 + self._blocks.chunk_tokens,
             batch_rows=batch_tokens // data_world,
@@ -125,7 +125,7 @@ class ActivationLoader:
         )
 
     def __iter__(self) -> Iterator[ActivationBatch]:
-        with closing(self._ahead(self._epoch, self._step)) as stream:
+        with closing(self._prefetched(self._epoch, self._step)) as stream:
             for epoch, step, rows in stream:
                 last = step + 1 == self.steps_per_epoch
                 self._epoch, self._step = (epoch + 1, 0) if last else (epoch, step + 1)
@@ -138,7 +138,7 @@ class ActivationLoader:
             number: of the epoch.
             first_step: step to start at.
         """
-        with closing(self._ahead(number, first_step, number + 1)) as stream:
+        with closing(self._prefetched(number, first_step, number + 1)) as stream:
             for _, _, rows in stream:
                 yield self._batch(rows)
 
@@ -176,22 +176,22 @@ class ActivationLoader:
             window_rows=self._window_tokens,
         )
 
-    def _readings(self, epoch: int, step: int, stop: int | None) -> Iterator[Reading]:
+    def _readings(self, epoch: int, step: int, stop: int | None) -> Iterator[WindowRead]:
         """What the batches from a step on need."""
         while epoch != stop:
             order = self._order(epoch)
             for visit in order.visits(self._streams, step):
-                yield Reading(
+                yield WindowRead(
                     stream=visit.stream,
                     segments=order.window_segments(visit.stream, visit.window),
                     picks=partial(_picks, order, visit),
                 )
             epoch, step = epoch + 1, 0
 
-    def _ahead(self, epoch: int, step: int, stop: int | None = None) -> Generator[tuple[int, int, Rows]]:
-        return ahead(partial(self._batches, epoch, step, stop), self._read_ahead, "activation-loader")
+    def _prefetched(self, epoch: int, step: int, stop: int | None = None) -> Generator[tuple[int, int, GatheredRows]]:
+        return prefetch(partial(self._batches, epoch, step, stop), self._read_ahead, "activation-loader")
 
-    def _batches(self, epoch: int, step: int, stop: int | None) -> Generator[tuple[int, int, Rows]]:
+    def _batches(self, epoch: int, step: int, stop: int | None) -> Generator[tuple[int, int, GatheredRows]]:
         """Batches with their epoch and step, up to an epoch or without end."""
         slots = _slots(self._blocks, self._sizes, self._device)
         readings = self._readings(epoch, step, stop)
@@ -201,7 +201,7 @@ class ActivationLoader:
                     yield epoch, now, pool.batch((stream, self._share) for stream in self._streams)
                 epoch, step = epoch + 1, 0
 
-    def _batch(self, rows: Rows) -> ActivationBatch:
+    def _batch(self, rows: GatheredRows) -> ActivationBatch:
         if rows.ready is not None:
             stream = torch.cuda.current_stream(self._device)
             stream.wait_event(rows.ready)
@@ -254,7 +254,7 @@ def iterate_store(
     start, stop = (total * rank // data_world for rank in (data_rank, data_rank + 1))
     if start == stop:
         return
-    sizes = SlotSizes(
+    sizes = BufferSizes(
         slots=3,
         slot_rows=source.chunk_tokens,
         batch_rows=min(batch_tokens, stop - start),
@@ -267,13 +267,13 @@ def iterate_store(
             yield ActivationBatch(x=rows.acts[: len(x_sites)], y=rows.acts[len(x_sites) :], tokens=rows.tokens)
 
 
-def _stretch(source: BlockSource, start: int, stop: int) -> Iterator[Reading]:
+def _stretch(source: BlockSource, start: int, stop: int) -> Iterator[WindowRead]:
     """What holds the used rows from `start` to `stop` of a store, block by block."""
     first_row = 0
     for block, rows in enumerate(source.rows.tolist()):
         first, last = max(0, start - first_row), min(rows, stop - first_row)
         if first < last:
-            yield Reading(stream=0, segments=[(block, first, last)], picks=partial(np.arange, last - first))
+            yield WindowRead(stream=0, segments=[(block, first, last)], picks=partial(np.arange, last - first))
         first_row += rows
 
 
@@ -281,17 +281,17 @@ def _picks(order: ReadOrder, visit: Visit) -> NDArray[np.int64]:
     return order.window_permutation(visit.stream, visit.window)[visit.first : visit.stop]
 
 
-def _with_spare(sizes: SlotSizes, source: BlockSource) -> SlotSizes:
+def _with_spare(sizes: BufferSizes, source: BlockSource) -> BufferSizes:
     """Adds slots that are filled ahead: all windows of an epoch end at once, and the next epoch needs as many."""
     slot_bytes = pool_bytes(source, replace(sizes, slots=1, batch_rows=0))
     spare = min(sizes.slots, _SMALL_POOL_BYTES // slot_bytes - sizes.slots)
     return replace(sizes, slots=sizes.slots + max(1, sizes.slots // 4, spare))
 
 
-def _slots(source: BlockSource, sizes: SlotSizes, device: torch.device) -> Slots | None:
+def _slots(source: BlockSource, sizes: BufferSizes, device: torch.device) -> BatchBuffers | None:
     """Memory for batches of a device; None for the host's."""
     if device.type == "cpu":
         return None
-    from clt.capture.reading.cuda_batch_buffers import cuda_slots
+    from clt.capture.reading.cuda_batch_buffers import cuda_buffers
 
-    return cuda_slots(source, sizes, device)
+    return cuda_buffers(source, sizes, device)

@@ -24,19 +24,15 @@ from __future__ import annotations
 import itertools
 from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING
 
+from clt.capture.reading.activation_store import ActivationStore
 from clt.capture.storage.base import Storage
-from clt.capture.storage.local import open_storage
-from clt.capture.store.build_manifest import committed_units, read_commit, unit_entry
+from clt.capture.storage.open_storage import open_storage
+from clt.capture.store.committed_units import committed_units, read_commit, unit_entry
 from clt.capture.store.file_records import check_size, record_file
 from clt.capture.store.json_files import parse, read_manifest, sealed, store_digest
 from clt.capture.store.schema import MANIFEST, PLAN, QUANTISATION, SPEC, CapturePlan, Manifest, StoreSpec
 from clt.errors import StoreError
-
-if TYPE_CHECKING:
-    pass
-from clt.capture.reading.activation_store import ActivationStore
 
 
 def open_store(location: str | Path | Storage) -> ActivationStore:
@@ -51,7 +47,7 @@ def open_store(location: str | Path | Storage) -> ActivationStore:
     Raises:
         StoreError: there is no store, its capture has not finished, or a file is missing, truncated or damaged.
     """
-    storage = location if isinstance(location, Storage) else open_storage(location)
+    storage = open_storage(location)
     if storage.size(MANIFEST) is None:
         if storage.size(SPEC) is None:
             raise StoreError(f"{storage.url}: no activation store here; check the path or run the capture first")
@@ -76,7 +72,7 @@ def open_committed(location: str | Path | Storage, units: Sequence[int] | None =
     Raises:
         StoreError: there is no store, a unit is not committed, or a file is missing, truncated or damaged.
     """
-    storage = location if isinstance(location, Storage) else open_storage(location)
+    storage = open_storage(location)
     if storage.size(SPEC) is None:
         raise StoreError(f"{storage.url}: no activation store here; check the path or run the capture first")
     spec = parse(StoreSpec, storage.read(SPEC), storage.name(SPEC))

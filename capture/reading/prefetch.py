@@ -11,7 +11,7 @@ from typing import TypeVar
 T = TypeVar("T")
 
 
-def ahead(source: Callable[[], Generator[T]], depth: int, name: str) -> Generator[T]:
+def prefetch(source: Callable[[], Generator[T]], depth: int, name: str) -> Generator[T]:
     """Runs an iterator in one thread, which lives as long as the generator that is returned is open.
 
     Args:

@@ -18,7 +18,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from clt.capture.reading.batch_buffers import HostSlots, Slots, SlotSizes
+from clt.capture.reading.batch_buffers import BatchBuffers, BufferSizes, HostBuffers
 from clt.capture.reading.blocks import BlockSource
 from clt.capture.store.arrays import TOKEN_DTYPES
 from clt.records import TokenTable
@@ -27,7 +27,7 @@ _TOKEN_DTYPES = {field.name: np.dtype(TOKEN_DTYPES[field.name]) for field in fie
 
 
 @dataclass(frozen=True, kw_only=True)
-class Reading:
+class WindowRead:
     """A window that a stream will take rows of.
 
     Attributes:
@@ -42,7 +42,7 @@ class Reading:
 
 
 @dataclass(frozen=True, kw_only=True)
-class Rows:
+class GatheredRows:
     """Rows of a batch, streams in order.
 
     Attributes:
@@ -56,7 +56,7 @@ class Rows:
     ready: torch.cuda.Event | None
 
 
-def pool_bytes(source: BlockSource, sizes: SlotSizes) -> int:
+def pool_bytes(source: BlockSource, sizes: BufferSizes) -> int:
     """Bytes that a pool takes: the slots with their token columns, one batch as stored, and the batches kept."""
     return sizes.memory_bytes(source) + sizes.rows * sum(dtype.itemsize for dtype in _TOKEN_DTYPES.values())
 
@@ -81,21 +81,21 @@ class WindowPool:
     def __init__(
         self,
         source: BlockSource,
-        sizes: SlotSizes,
-        readings: Iterator[Reading],
+        sizes: BufferSizes,
+        readings: Iterator[WindowRead],
         reader_threads: int,
-        slots: Slots | None = None,
+        slots: BatchBuffers | None = None,
     ) -> None:
         self._source, self._slot_rows, self._readings = source, sizes.slot_rows, readings
-        self._slots = HostSlots(source, sizes) if slots is None else slots
+        self._slots = HostBuffers(source, sizes) if slots is None else slots
         self._tokens = {name: np.empty(sizes.rows, dtype) for name, dtype in _TOKEN_DTYPES.items()}
         self._free = deque(range(sizes.slots))
-        self._coming: deque[_Coming] = deque()
-        self._open: dict[int, _Open] = {}
+        self._coming: deque[_PendingWindow] = deque()
+        self._open: dict[int, _OpenWindow] = {}
         self._spent: list[int] = []
         self._readers = ThreadPoolExecutor(reader_threads, thread_name_prefix="activation-reader")
 
-    def batch(self, takes: Iterable[tuple[int, int]]) -> Rows:
+    def batch(self, takes: Iterable[tuple[int, int]]) -> GatheredRows:
         """The next batch.
 
         Args:
@@ -126,7 +126,7 @@ class WindowPool:
         self._gather(parts, tokens, gathered)
         acts, ready = self._slots.finish()
         table = TokenTable(**{name: torch.from_numpy(column) for name, column in tokens.items()})
-        return Rows(acts=acts, tokens=table, ready=ready)
+        return GatheredRows(acts=acts, tokens=table, ready=ready)
 
     def close(self) -> None:
         """Ends the reading threads; what they have begun is finished first."""
@@ -152,24 +152,24 @@ class WindowPool:
                 break
             slot = self._free.popleft()
             rows = self._readers.submit(self._read, slot, reading)
-            self._coming.append(_Coming(reading.stream, slot, rows))
+            self._coming.append(_PendingWindow(reading.stream, slot, rows))
         return stop
 
-    def _enter(self, stream: int) -> _Open:
+    def _enter(self, stream: int) -> _OpenWindow:
         """Waits for the next window."""
         window = self._coming.popleft()
         assert window.stream == stream, "readings are not in the order in which batches need them"
-        entered = self._open[stream] = _Open(window.slot, window.rows.result())
+        entered = self._open[stream] = _OpenWindow(window.slot, window.rows.result())
         return entered
 
-    def _read(self, slot: int, reading: Reading) -> NDArray[np.int64]:
+    def _read(self, slot: int, reading: WindowRead) -> NDArray[np.int64]:
         rows = slice(slot * self._slot_rows, (slot + 1) * self._slot_rows)
         tokens = {name: column[rows] for name, column in self._tokens.items()}
         return self._slots.fill(slot, partial(_fill, self._source, reading, tokens))
 
 
 @dataclass(frozen=True)
-class _Coming:
+class _PendingWindow:
     """A window that has a slot and may still be being read."""
 
     stream: int
@@ -178,7 +178,7 @@ class _Coming:
 
 
 @dataclass
-class _Open:
+class _OpenWindow:
     """A window that a stream takes rows of: the pool's rows in order, and how many are taken."""
 
     slot: int
@@ -188,7 +188,7 @@ class _Open:
 
 def _fill(
     source: BlockSource,
-    reading: Reading,
+    reading: WindowRead,
     tokens: dict[str, NDArray[Any]],
     acts: NDArray[Any],
     scales: NDArray[np.float32] | None,

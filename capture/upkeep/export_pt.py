@@ -37,7 +37,8 @@ from torch import Tensor
 from clt.capture.capacity import GIB, free_bytes
 from clt.capture.models.sites import SiteKind, decoder_sites
 from clt.capture.reading.activation_store import ActivationStore, SampleView
-from clt.capture.storage.local import PARTIAL_SUFFIX, Storage, open_storage
+from clt.capture.storage.base import PARTIAL_SUFFIX, Storage
+from clt.capture.storage.open_storage import open_storage
 from clt.checksum import crc32c
 from clt.errors import CheckpointError, ConfigError, NonFiniteError, StoreError
 from clt.records import Modality

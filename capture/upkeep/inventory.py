@@ -10,13 +10,14 @@ import itertools
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from functools import cached_property
+from pathlib import Path
 from typing import TypeVar
 
-from clt.capture.storage.base import PARTIAL_SUFFIX, Entry, Storage
-from clt.capture.store.build_manifest import metadata_keys, stats_arrays
+from clt.capture.storage.base import PARTIAL_SUFFIX, Storage, StoredFile
+from clt.capture.storage.open_storage import open_storage
 from clt.capture.store.file_records import FileRecord
 from clt.capture.store.json_files import check_version, parse, read_manifest, store_digest
-from clt.capture.store.layout import StoreArrays, commit_path, stats_path
+from clt.capture.store.layout import StoreArrays, commit_path, stats_arrays, stats_path
 from clt.capture.store.schema import MANIFEST, PLAN, QUANTISATION, SPEC, CapturePlan, Manifest, StoreSpec
 from clt.capture.writing.leases import LEASES
 from clt.errors import StoreError
@@ -27,7 +28,7 @@ QUARANTINE = "quarantine/"
 
 
 @dataclass(frozen=True, kw_only=True)
-class Problem:
+class StoreProblem:
     """Something wrong with a store.
 
     Attributes:
@@ -59,7 +60,7 @@ class Inventory:
     manifest: Manifest | None
     spec: StoreSpec
     plan: CapturePlan
-    entries: Mapping[str, Entry]
+    entries: Mapping[str, StoredFile]
 
     @cached_property
     def arrays(self) -> StoreArrays:
@@ -104,7 +105,7 @@ class Inventory:
     def common_keys(self) -> frozenset[str]:
         """Keys of all files that belong to no unit."""
         quantisation = (QUANTISATION,) if self.spec.store_dtype == "int8" else ()
-        return frozenset((SPEC, PLAN, MANIFEST, *quantisation, *metadata_keys(self.arrays), *self.stats_keys))
+        return frozenset((SPEC, PLAN, MANIFEST, *quantisation, *self.arrays.metadata_files(), *self.stats_keys))
 
     def foreign(self) -> Iterator[str]:
         """Keys of files that this store would never write."""
@@ -112,7 +113,7 @@ class Inventory:
             if key not in self.unit_of and key not in self.common_keys and not is_scratch(key):
                 yield key
 
-    def leftovers(self) -> Iterator[Entry]:
+    def leftovers(self) -> Iterator[StoredFile]:
         """What workers left that no record speaks of: partial files, and files of units that were never committed."""
         committed = set(self.committed)
         for key, entry in self.entries.items():
@@ -129,7 +130,7 @@ def is_scratch(key: str) -> bool:
     return key.endswith(PARTIAL_SUFFIX) or key.startswith((LEASES, QUARANTINE))
 
 
-def take_inventory(storage: Storage) -> tuple[Inventory | None, list[Problem]]:
+def take_inventory(storage: Storage) -> tuple[Inventory | None, list[StoreProblem]]:
     """Finds out what a store consists of, from its manifest or, where that is missing or damaged, from its plan.
 
     Args:
@@ -145,12 +146,12 @@ def take_inventory(storage: Storage) -> tuple[Inventory | None, list[Problem]]:
     if not entries.keys() & {SPEC, MANIFEST}:
         raise StoreError(f"{storage.url}: no activation store here; check the path or run the capture first")
     _require_version(storage, [key for key in (MANIFEST, SPEC) if key in entries])
-    problems: list[Problem] = []
+    problems: list[StoreProblem] = []
     if MANIFEST in entries:
         try:
             store_id, manifest = read_manifest(storage)
         except StoreError as error:
-            problems.append(Problem(path=MANIFEST, unit=None, message=str(error)))
+            problems.append(StoreProblem(path=MANIFEST, unit=None, message=str(error)))
         else:
             spec, plan = manifest.spec, plan_of(manifest)
             return Inventory(
@@ -162,10 +163,22 @@ def take_inventory(storage: Storage) -> tuple[Inventory | None, list[Problem]]:
         return None, problems
     if not _plausible(found_spec, found_plan):
         message = f"{storage.name(PLAN)}: does not fit {SPEC}, one of them is damaged; restore both"
-        return None, [*problems, Problem(path=PLAN, unit=None, message=message)]
+        return None, [*problems, StoreProblem(path=PLAN, unit=None, message=message)]
     return Inventory(
         storage=storage, store_id=None, manifest=None, spec=found_spec, plan=found_plan, entries=entries
     ), problems
+
+
+def sound_inventory(location: str | Path | Storage) -> Inventory:
+    """Inventory of a store whose description is undamaged.
+
+    Raises:
+        StoreError: there is no store, or its manifest, spec or plan is damaged.
+    """
+    inventory, problems = take_inventory(open_storage(location))
+    if inventory is None or problems:
+        raise StoreError(problems[0].message)
+    return inventory
 
 
 def plan_of(manifest: Manifest) -> CapturePlan:
@@ -174,11 +187,11 @@ def plan_of(manifest: Manifest) -> CapturePlan:
     return CapturePlan(sample_starts=starts, unit_tokens=tuple(unit.n_tokens for unit in manifest.units))
 
 
-def _read(storage: Storage, key: str, cls: type[T], problems: list[Problem]) -> T | None:
+def _read(storage: Storage, key: str, cls: type[T], problems: list[StoreProblem]) -> T | None:
     try:
         return parse(cls, storage.read(key), storage.name(key))
     except StoreError as error:
-        problems.append(Problem(path=key, unit=None, message=str(error)))
+        problems.append(StoreProblem(path=key, unit=None, message=str(error)))
         return None
 
 

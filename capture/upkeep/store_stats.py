@@ -6,7 +6,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from clt.capture.reading.open_store import ActivationStore
+from clt.capture.reading.activation_store import ActivationStore
 from clt.capture.store.moments import Moments
 from clt.capture.store.schema import TOKEN_CLASSES
 

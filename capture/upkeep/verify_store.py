@@ -16,20 +16,21 @@ from typing import get_args
 
 import torch
 
-from clt.capture.storage.local import Storage, open_storage
+from clt.capture.storage.base import Storage
+from clt.capture.storage.open_storage import open_storage
 from clt.capture.store.arrays import ArraySpec
-from clt.capture.store.build_manifest import merged_moments, stats_arrays
+from clt.capture.store.committed_units import merged_moments
 from clt.capture.store.file_records import read_checked
 from clt.capture.store.json_files import parse
+from clt.capture.store.layout import stats_arrays
 from clt.capture.store.moments import Moments
 from clt.capture.store.quantise import unpack_standardisers
 from clt.capture.store.schema import MANIFEST, PLAN, QUANTISATION, SPEC, TOKEN_CLASSES, CapturePlan, StoreSpec
 from clt.capture.store.shard import ShardReader, standing_shard
 from clt.capture.store.shard_rows import read_rows
-from clt.capture.upkeep.inventory import Inventory, Problem, is_scratch, take_inventory
-from clt.capture.upkeep.unit_contents import moments_fault
+from clt.capture.upkeep.inventory import Inventory, StoreProblem, is_scratch, take_inventory
 from clt.capture.upkeep.verify_unit import REPAIR, Findings, Level, check_presence, check_record, check_unit
-from clt.capture.writing.writer import metadata_files
+from clt.capture.upkeep.verify_values import moments_fault
 from clt.errors import ConfigError, StoreError
 
 
@@ -61,7 +62,7 @@ class VerifyReport:
     files: int
     bytes: int
     seconds: float
-    problems: tuple[Problem, ...]
+    problems: tuple[StoreProblem, ...]
 
     @property
     def ok(self) -> bool:
@@ -99,7 +100,7 @@ def verify_store(
     if level not in get_args(Level):
         raise ConfigError(f"level={level!r} is unknown; use one of {', '.join(get_args(Level))}")
     started = time.perf_counter()
-    storage = location if isinstance(location, Storage) else open_storage(location)
+    storage = open_storage(location)
     inventory, problems = take_inventory(storage)
     total, chosen = Findings(problems=problems), set[int]()
     if inventory is not None:
@@ -166,7 +167,7 @@ def _check_unfinished(inventory: Inventory, found: Findings) -> None:
     """Files of an unfinished store that belong to no unit: they follow from its spec or are read to see."""
     storage, entries = inventory.storage, inventory.entries
     merged = _merged_arrays(inventory)
-    expected = metadata_files(inventory.arrays) | {f"{array.key}/zarr.json": array.metadata() for array in merged}
+    expected = inventory.arrays.metadata_files() | {f"{array.key}/zarr.json": array.metadata() for array in merged}
     for key in sorted(expected.keys() & entries.keys()):
         with found.about(key):
             found.bytes += len(expected[key])
@@ -203,7 +204,7 @@ def _check_merged_values(inventory: Inventory, found: Findings) -> None:
             if fault := moments_fault(stored, merged[group.name]):
                 path = arrays[fault].shard(0)
                 message = f"{storage.name(path)}: is not merged from the units' statistics; {REPAIR} --level full"
-                found.problems.append(Problem(path=path, unit=None, message=message))
+                found.problems.append(StoreProblem(path=path, unit=None, message=message))
 
 
 def _check_unknown(inventory: Inventory, found: Findings) -> None:
@@ -215,14 +216,14 @@ def _check_unknown(inventory: Inventory, found: Findings) -> None:
             continue
         remedy = "run 'clt store gc'" if ours else f"move it away or {REPAIR}"
         message = f"{inventory.storage.name(key)}: is no part of the store; {remedy}"
-        found.problems.append(Problem(path=key, unit=None, message=message))
+        found.problems.append(StoreProblem(path=key, unit=None, message=message))
 
 
-def _blamed(inventory: Inventory, found: Findings) -> list[Problem]:
+def _blamed(inventory: Inventory, found: Findings) -> list[StoreProblem]:
     """Problems, where commit records that all name one other store speak against the store's description instead."""
     if len(found.strays) < 2 or len(found.strays) < len(inventory.committed) or len(set(found.strays)) > 1:
         return found.problems
     name = inventory.storage.name(SPEC)
     message = f"{name}: neither it nor {PLAN} is what the committed units were captured with; restore both"
     others = [problem for problem in found.problems if not problem.path.startswith("units/commits/")]
-    return [Problem(path=SPEC, unit=None, message=message), *others]
+    return [StoreProblem(path=SPEC, unit=None, message=message), *others]

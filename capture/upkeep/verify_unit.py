@@ -7,8 +7,8 @@ from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Literal
 
-from clt.capture.storage.local import Storage
-from clt.capture.store.build_manifest import unit_entry
+from clt.capture.storage.base import Storage
+from clt.capture.store.committed_units import unit_entry
 from clt.capture.store.file_records import FileRecord, check_size, read_checked
 from clt.capture.store.json_files import unsealed
 from clt.capture.store.layout import commit_path, stats_path
@@ -16,8 +16,8 @@ from clt.capture.store.moments import Moments, unpack_moments
 from clt.capture.store.quantise import unpack_standardisers
 from clt.capture.store.schema import MANIFEST, QUANTISATION, UnitRecord
 from clt.capture.store.shard import ShardReader
-from clt.capture.upkeep.inventory import Inventory, Problem
-from clt.capture.upkeep.unit_contents import UnitContents
+from clt.capture.upkeep.inventory import Inventory, StoreProblem
+from clt.capture.upkeep.verify_values import UnitContents
 from clt.errors import StoreError
 
 Level = Literal["index", "chunk", "full"]
@@ -36,7 +36,7 @@ class Findings:
         strays: commit records that name another store: what they name.
     """
 
-    problems: list[Problem] = field(default_factory=list)
+    problems: list[StoreProblem] = field(default_factory=list)
     files: int = 0
     bytes: int = 0
     strays: list[str] = field(default_factory=list)
@@ -55,7 +55,7 @@ class Findings:
         try:
             yield
         except StoreError as error:
-            self.problems.append(Problem(path=path, unit=unit, message=str(error)))
+            self.problems.append(StoreProblem(path=path, unit=unit, message=str(error)))
 
 
 def check_presence(inventory: Inventory, record: FileRecord) -> None:
@@ -186,4 +186,4 @@ def _check_contents(inventory: Inventory, record: UnitRecord, moments: dict[str,
     )
     for path, fault in contents.faults():
         message = f"{storage.name(path)}: {fault}; {REPAIR} --level full"
-        found.problems.append(Problem(path=path, unit=record.unit, message=message))
+        found.problems.append(StoreProblem(path=path, unit=record.unit, message=message))

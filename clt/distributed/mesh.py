@@ -19,8 +19,8 @@ import torch.distributed as dist
 from torch import Tensor
 
 from clt.distributed.traffic import Traffic
-from clt.errors import CLTError
-from clt.tensor_files import ConfigError, as_bytes
+from clt.errors import CLTError, ConfigError
+from clt.tensor_files import as_bytes
 from clt.transcoder.architecture import CLTConfig
 from clt.transcoder.layers import LayerShare, source_layers, sources_of, target_layers
 

@@ -17,8 +17,8 @@ import pytest
 import torch
 from torch.utils.data import DataLoader, IterableDataset
 
+from clt.capture.reading.activation_store import ActivationStore
 from clt.capture.reading.loader import ActivationLoader, iterate_store
-from clt.capture.reading.open_store import ActivationStore
 from clt.capture.reading.token_filter import TokenFilter
 from clt.capture.store.schema import SiteGroup
 from clt.errors import CheckpointError, ConfigError, StoreError

@@ -12,12 +12,13 @@ import pytest
 import torch
 
 from clt.capture.planning import CaptureConfig
+from clt.capture.reading.activation_store import ActivationStore
 from clt.capture.reading.loader import ActivationLoader
-from clt.capture.reading.open_store import ActivationStore, open_store
+from clt.capture.reading.open_store import open_store
 from clt.capture.run import capture
 from clt.capture.sources.examples import JsonlSource, SourceSettings
 from clt.capture.storage.base import Storage
-from clt.capture.storage.local import open_storage
+from clt.capture.storage.open_storage import open_storage
 from clt.capture.upkeep.verify_store import verify_store
 from clt.capture.writing.writer import StoreWriter, UnitData
 from clt.errors import StoreError

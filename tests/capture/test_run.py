@@ -18,7 +18,8 @@ from PIL import Image
 from clt.capture.models.adapter import ModelAdapter
 from clt.capture.models.hooks import attach
 from clt.capture.planning import CaptureConfig, plan_capture
-from clt.capture.reading.open_store import ActivationStore, open_store
+from clt.capture.reading.activation_store import ActivationStore
+from clt.capture.reading.open_store import open_store
 from clt.capture.run import capture
 from clt.capture.sources.examples import JsonlSource, SourceSettings, ToySource
 from clt.config import load_config

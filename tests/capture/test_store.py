@@ -11,9 +11,10 @@ import pytest
 import torch
 from torch import Tensor
 
-from clt.capture.reading.open_store import ActivationStore, open_committed, open_store
+from clt.capture.reading.activation_store import ActivationStore
+from clt.capture.reading.open_store import open_committed, open_store
 from clt.capture.reading.token_filter import TokenFilter, token_counts
-from clt.capture.store.read_order import unit_permutation
+from clt.capture.store.row_order import unit_permutation
 from clt.capture.store.schema import TOKEN_CLASSES, SiteGroup, StoreSpec
 from clt.capture.writing.writer import StoreWriter, UnitData
 from clt.errors import StoreError

@@ -12,8 +12,9 @@ import numpy as np
 import pytest
 import torch
 
-from clt.capture.reading.open_store import ActivationStore, open_store
-from clt.capture.storage.local import open_storage
+from clt.capture.reading.activation_store import ActivationStore
+from clt.capture.reading.open_store import open_store
+from clt.capture.storage.open_storage import open_storage
 from clt.capture.store.moments import pack_moments
 from clt.capture.upkeep.verify_store import verify_store
 from clt.capture.upkeep.verify_unit import Level
@@ -330,7 +331,7 @@ def test_full_level_finds_statistics_of_other_values(
 def test_full_level_finds_merged_statistics_of_other_units(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, store: ActivationStore
 ) -> None:
-    from clt.capture.store import build_manifest as finalize
+    from clt.capture.writing import build_manifest as finalize
 
     merged = finalize.merged_moments
 

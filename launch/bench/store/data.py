@@ -16,11 +16,12 @@ import torch
 from numpy.typing import NDArray
 
 from clt.capture.models.sites import decoder_sites
-from clt.capture.reading.open_store import ActivationStore, open_store
+from clt.capture.reading.activation_store import ActivationStore
+from clt.capture.reading.open_store import open_store
 from clt.capture.storage.local import LocalStorage
 from clt.capture.store.arrays import ArraySpec
 from clt.capture.store.layout import StoreArrays
-from clt.capture.store.read_order import unit_permutation
+from clt.capture.store.row_order import unit_permutation
 from clt.capture.store.schema import SCHEMA_VERSION, CapturePlan, SiteGroup, StoreSpec
 from clt.capture.store.shard import ShardReader
 from clt.capture.writing.writer import StoreWriter, UnitData

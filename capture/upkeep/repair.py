@@ -13,55 +13,18 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
-from clt.capture.storage.local import Entry, Storage, open_storage
+from clt.capture.storage.base import Storage, StoredFile
+from clt.capture.storage.open_storage import open_storage
 from clt.capture.store.file_records import record_of
 from clt.capture.store.json_files import to_json
 from clt.capture.store.layout import commit_path
 from clt.capture.store.schema import MANIFEST, PLAN, QUANTISATION, SPEC
-from clt.capture.upkeep.inventory import QUARANTINE, Inventory, Problem, take_inventory
+from clt.capture.upkeep.inventory import QUARANTINE, Inventory, StoreProblem, sound_inventory, take_inventory
 from clt.capture.upkeep.verify_store import verify_store
 from clt.capture.upkeep.verify_unit import Level
-from clt.capture.writing.leases import LEASES, Lease, Leases
+from clt.capture.writing.leases import LEASES, Leases
 from clt.capture.writing.writer import StoreWriter
 from clt.errors import StoreError
-
-
-@dataclass(frozen=True, kw_only=True)
-class StoreStatus:
-    """How far a store is.
-
-    Attributes:
-        location: folder or URL of the store.
-        store_id: hash of its contents; None while it is unfinished.
-        units: units of the plan.
-        committed: units that are captured.
-        pending: units that nobody has captured or is capturing.
-        leases: who is capturing what.
-        planned_tokens: tokens of all units.
-        tokens: tokens of the captured units.
-        bytes: of the files of captured units and of those that all units share.
-        garbage_files: files that no record speaks of and that `collect_garbage` deletes.
-        garbage_bytes: of them.
-        quarantine_bytes: of the files that `repair_store` moved aside.
-    """
-
-    location: str
-    store_id: str | None
-    units: int
-    committed: int
-    pending: int
-    leases: tuple[Lease, ...]
-    planned_tokens: int
-    tokens: int
-    bytes: int
-    garbage_files: int
-    garbage_bytes: int
-    quarantine_bytes: int
-
-    @property
-    def complete(self) -> bool:
-        """Whether the store can be read."""
-        return self.store_id is not None
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -79,7 +42,7 @@ class RepairReport:
     """
 
     location: str
-    problems: tuple[Problem, ...]
+    problems: tuple[StoreProblem, ...]
     moved: tuple[tuple[str, str], ...]
     rebuilt: tuple[str, ...]
     recapture: tuple[int, ...]
@@ -99,50 +62,12 @@ class GcReport:
 
     location: str
     dry_run: bool
-    files: tuple[Entry, ...]
+    files: tuple[StoredFile, ...]
 
     @property
     def bytes(self) -> int:
         """Bytes of the files."""
         return sum(entry.bytes for entry in self.files)
-
-
-def store_status(location: str | Path | Storage) -> StoreStatus:
-    """How far a store is, from a listing and the leases.
-
-    Args:
-        location: folder or URL of the store, or its files.
-
-    Returns:
-        The status.
-
-    Raises:
-        StoreError: there is no store, or what describes it is damaged.
-    """
-    inventory = _sound_inventory(_storage(location))
-    committed, plan = set(inventory.committed), inventory.plan
-    leases = tuple(lease for lease in Leases(inventory.storage).live() if lease.unit not in committed)
-    pending = set(range(plan.n_units)) - committed - {lease.unit for lease in leases}
-    garbage = list(inventory.leftovers())
-    entries = inventory.entries.values()
-    return StoreStatus(
-        location=inventory.storage.url,
-        store_id=inventory.store_id,
-        units=plan.n_units,
-        committed=len(committed),
-        pending=len(pending),
-        leases=leases,
-        planned_tokens=sum(plan.unit_tokens),
-        tokens=sum(plan.unit_tokens[unit] for unit in committed),
-        bytes=sum(
-            entry.bytes
-            for entry in entries
-            if inventory.unit_of.get(entry.key) in committed or entry.key in inventory.common_keys
-        ),
-        garbage_files=len(garbage),
-        garbage_bytes=sum(entry.bytes for entry in garbage),
-        quarantine_bytes=sum(entry.bytes for entry in entries if entry.key.startswith(QUARANTINE)),
-    )
 
 
 def collect_garbage(location: str | Path | Storage, *, dry_run: bool = False, quarantine: bool = False) -> GcReport:
@@ -159,7 +84,7 @@ def collect_garbage(location: str | Path | Storage, *, dry_run: bool = False, qu
     Raises:
         StoreError: there is no store, what describes it is damaged, or someone is capturing.
     """
-    inventory = _sound_inventory(_storage(location))
+    inventory = sound_inventory(location)
     storage = inventory.storage
     _refuse_while_captured(storage)
     garbage = list(inventory.leftovers())
@@ -192,7 +117,7 @@ def repair_store(location: str | Path | Storage, *, level: Level = "chunk", jobs
     Raises:
         StoreError: there is no store, someone is capturing, or a file is damaged that nothing else can replace.
     """
-    storage = _storage(location)
+    storage = open_storage(location)
     _refuse_while_captured(storage)
     problems = verify_store(storage, level, jobs=jobs).problems
     inventory, _ = take_inventory(storage)
@@ -262,17 +187,6 @@ def _finalize(inventory: Inventory) -> str | None:
     if any(storage.size(commit_path(unit)) is None for unit in range(inventory.plan.n_units)):
         return None
     return StoreWriter(storage, inventory.spec, inventory.plan).finalize()
-
-
-def _sound_inventory(storage: Storage) -> Inventory:
-    inventory, problems = take_inventory(storage)
-    if inventory is None or problems:
-        raise StoreError(problems[0].message)
-    return inventory
-
-
-def _storage(location: str | Path | Storage) -> Storage:
-    return location if isinstance(location, Storage) else open_storage(location)
 
 
 def _refuse_while_captured(storage: Storage) -> None:

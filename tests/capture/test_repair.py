@@ -8,9 +8,12 @@ from pathlib import Path
 
 import pytest
 
-from clt.capture.reading.open_store import ActivationStore, open_store
-from clt.capture.storage.local import LocalStorage, open_storage
-from clt.capture.upkeep.maintain import collect_garbage, repair_store, store_status
+from clt.capture.reading.activation_store import ActivationStore
+from clt.capture.reading.open_store import open_store
+from clt.capture.storage.local import LocalStorage
+from clt.capture.storage.open_storage import open_storage
+from clt.capture.upkeep.repair import collect_garbage, repair_store
+from clt.capture.upkeep.store_status import store_status
 from clt.capture.upkeep.verify_store import verify_store
 from clt.capture.writing.leases import Leases
 from clt.capture.writing.writer import StoreWriter

@@ -18,65 +18,13 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import NDArray
 
+from clt.capture.store.row_order import permutation
 from clt.errors import ConfigError
 
 #: Most virtual streams, hence most data ranks.
 MAX_STREAMS = 64
 
-_UNIT_ROWS, _BLOCKS, _WINDOW = range(3)
-_MASK = 2**64 - 1
-
-
-def permutation(n: int, seed: int, stream: tuple[int, int, int, int]) -> NDArray[np.int64]:
-    """A pseudo-random order of n things that is the same on every machine and for every version of numpy.
-
-    Args:
-        n: how many things.
-        seed: seed of the job.
-        stream: four numbers that name the purpose; different names give independent orders.
-
-    Returns:
-        [n] int64, each of 0..n-1 once, in the order of raw Philox words (numpy guarantees those, not `permutation`).
-    """
-    kind, *counter = stream
-    key, start = np.array([seed & _MASK, kind], np.uint64), np.array([0, *counter], np.uint64)
-    words = np.random.Philox(key=key, counter=start).random_raw(n)
-    # Sorting numbers is several times faster than sorting places: each word carries its place in its lowest bits.
-    places = np.uint64((1 << n.bit_length()) - 1)
-    words = (words & ~places) | np.arange(n, dtype=np.uint64)
-    words.sort()
-    return (words & places).astype(np.int64)
-
-
-def unit_permutation(n_rows: int, seed: int, unit: int) -> NDArray[np.int64]:
-    """Order in which a unit's rows are stored: row i of the unit is its natural row `result[i]`."""
-    return permutation(n_rows, seed, (_UNIT_ROWS, unit, 0, 0))
-
-
-def pack_units(lengths: Sequence[int], rows_per_unit: int) -> tuple[int, ...]:
-    """Cuts a list of samples into units of at most `rows_per_unit` tokens, greedily and in order.
-
-    Args:
-        lengths: tokens of each sample, each > 0.
-        rows_per_unit: capacity of a unit in tokens.
-
-    Returns:
-        First sample of each unit, and the number of samples at the end.
-
-    Raises:
-        ConfigError: a sample does not fit into a unit.
-    """
-    starts, filled = [0], 0
-    for sample, length in enumerate(lengths):
-        if length > rows_per_unit:
-            raise ConfigError(
-                f"sample {sample} has {length} tokens, rows_per_unit={rows_per_unit}; raise rows_per_unit"
-            )
-        if filled + length > rows_per_unit:
-            starts.append(sample)
-            filled = 0
-        filled += length
-    return (*starts, len(lengths))
+_BLOCKS, _WINDOW = 1, 2  # name these uses among the permutations of a seed; 0 is that of `clt.capture.store.row_order`
 
 
 @dataclass(frozen=True)

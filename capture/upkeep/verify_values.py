@@ -14,12 +14,12 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from clt.capture.storage.local import Storage
+from clt.capture.storage.base import Storage
 from clt.capture.store.arrays import TOKEN_DTYPES, ArraySpec
 from clt.capture.store.layout import StoreArrays, stats_path
 from clt.capture.store.moments import Moments, measure
 from clt.capture.store.quantise import Standardiser
-from clt.capture.store.read_order import unit_permutation
+from clt.capture.store.row_order import unit_permutation
 from clt.capture.store.schema import SiteGroup, UnitRecord
 from clt.capture.store.shard import ShardReader
 from clt.capture.store.shard_rows import read_rows, values_of
