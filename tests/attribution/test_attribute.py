@@ -15,10 +15,10 @@ from PIL import Image
 from clt.attribution.graphs.attribute import AttributionSettings, attribute
 from clt.attribution.graphs.faithfulness import row_sum_error
 from clt.attribution.graphs.graph import BiasKind, NodeKind
-from clt.attribution.graphs.linearize import record
 from clt.attribution.graphs.nodes import seen_box
 from clt.attribution.graphs.scores import influence, score
 from clt.attribution.graphs.targets import FeatureTarget, LogitDifference, LogitTargets
+from clt.attribution.replacement.frozen_model import record
 from clt.capture.models.adapter import ModelAdapter
 from clt.config import parse_config
 from clt.errors import CheckpointError, ConfigError, GraphError
