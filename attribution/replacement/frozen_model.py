@@ -82,7 +82,7 @@ def record(adapter: ModelAdapter, inputs: PromptInputs, read_site: ReadSite) -> 
     factors: list[Tensor] = []
     with ExitStack() as stack:
         found = stack.enter_context(attach(adapter, read=["lm.embed", *sites, "lm.final"]))
-        for norm in decoder_norms(adapter):
+        for norm in norm_modules(adapter):
             hook = partial(_keep_factor, adapter, factors)
             stack.callback(norm.register_forward_hook(hook).remove)
         logits = adapter.forward(inputs)
@@ -105,7 +105,7 @@ def record(adapter: ModelAdapter, inputs: PromptInputs, read_site: ReadSite) -> 
     )
 
 
-def decoder_norms(adapter: ModelAdapter) -> list[nn.Module]:
+def norm_modules(adapter: ModelAdapter) -> list[nn.Module]:
     """The norms before attention and MLP of every layer and the final norm, in the order of the forward."""
     layers = range(adapter.n_layers)
     pairs = [norm for layer in layers for norm in (adapter.attn_norm(layer), adapter.mlp_norm(layer))]
@@ -213,7 +213,7 @@ class FrozenModel:
         with ExitStack() as stack:
             stack.enter_context(attach(self.adapter, edit=edits))
             if self._freezes_norms:
-                for norm, factor_S in zip(decoder_norms(self.adapter), self.recording.norm_factor, strict=True):
+                for norm, factor_S in zip(norm_modules(self.adapter), self.recording.norm_factor, strict=True):
                     stack.callback(norm.register_forward_hook(self._frozen_norm(factor_S)).remove)
             yield
 
