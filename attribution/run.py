@@ -14,7 +14,7 @@ from clt.attribution.evaluation.agreement import AgreementReport, evaluate_repla
 from clt.attribution.graphs.attribute import AttributionSettings, attribute
 from clt.attribution.graphs.faithfulness import EdgeReport, check_edges
 from clt.attribution.graphs.graph import Graph
-from clt.attribution.graphs.scores import Scores, prune, score
+from clt.attribution.graphs.scores import GraphScores, prune, score
 from clt.attribution.replacement.replacement_model import require_same_model
 from clt.attribution.viewer.export import graph_document, write_export
 from clt.capture.models.model_settings import ModelChoice
@@ -82,7 +82,7 @@ class Explanation:
     """
 
     graph: Graph
-    scores: Scores
+    scores: GraphScores
     edges: EdgeReport | None
     page: Path
 

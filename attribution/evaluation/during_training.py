@@ -17,7 +17,7 @@ import torch.distributed as dist
 
 from clt.attribution.evaluation.agreement import AgreementReport, Comparison, batched_prompts, partial_replacements
 from clt.attribution.graphs.attribute import AttributionSettings, attribute
-from clt.attribution.graphs.scores import Scores, score
+from clt.attribution.graphs.scores import GraphScores, score
 from clt.attribution.replacement.replacement_model import ReplacementModel, require_same_model
 from clt.capture.models.adapter import ModelAdapter, PromptInputs
 from clt.capture.models.sites import decoder_sites
@@ -132,7 +132,7 @@ class ReplacementEvaluator:
         yield Evaluation(scalars=_scalars(comparison.report(), scores))
 
 
-def _scalars(report: AgreementReport, scores: Sequence[Scores]) -> dict[str, float]:
+def _scalars(report: AgreementReport, scores: Sequence[GraphScores]) -> dict[str, float]:
     measures: dict[str, float] = {
         "prompts": report.num_prompts,
         "top1_agreement": report.top1_agreement,

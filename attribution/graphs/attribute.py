@@ -20,11 +20,12 @@ from pydantic.dataclasses import dataclass
 from torch import Tensor
 
 from clt.attribution.graphs.graph import Graph
-from clt.attribution.graphs.linearize import FrozenModel, record
 from clt.attribution.graphs.nodes import graph_images, node_table
 from clt.attribution.graphs.scores import spread
 from clt.attribution.graphs.sources import Readouts, Sources
 from clt.attribution.graphs.targets import LogitTargets, ResolvedTarget, TargetSettings, resolve_targets
+from clt.attribution.replacement.frozen_model import record
+from clt.attribution.replacement.linear_model import LinearModel
 from clt.attribution.replacement.replacement_model import ReplacementModel
 from clt.capture.models.adapter import ModelAdapter, PromptInputs
 from clt.config import STRICT
@@ -80,8 +81,8 @@ def attribute(
     folded = ReplacementModel(adapter, transcoder).transcoder
     if folded.config.layer_norm:
         raise ConfigError("clt.layer_norm: encoders that normalise each token are not linear; train without it")
-    frozen = FrozenModel(adapter, record(adapter, inputs, transcoder.config.read_site))
-    sources = Sources(frozen, folded.to(frozen.dtype), inputs.tokens.select(0))
+    linear = LinearModel(adapter, record(adapter, inputs, transcoder.config.read_site))
+    sources = Sources(linear, folded.to(linear.dtype), inputs.tokens.select(0))
     targets = resolve_targets(adapter, inputs, sources, settings.targets)
     n_features = len(sources.features)
     if settings.max_feature_nodes is None or settings.max_feature_nodes >= n_features:
@@ -127,7 +128,7 @@ class _Buffer:
 
     def __init__(self, sources: Sources, n_rows: int, n_targets: int) -> None:
         self.sources = sources
-        dtype = sources.frozen.dtype
+        dtype = sources.linear.dtype
         self.edges = torch.zeros(n_rows + n_targets, sources.n_columns + 1 + n_targets, dtype=dtype)
         self.values = torch.zeros(n_rows + n_targets, dtype=dtype)
 
@@ -176,7 +177,7 @@ def _influential_rows(
         weights = torch.zeros(filled, dtype=torch.float64)
         weights[:T] = torch.tensor([item.target.weight for item in targets], dtype=torch.float64)
         nodes = torch.cat([torch.arange(N - T, N), chosen])
-        flow = spread(buffer.edges[:filled], nodes, weights, counted, everything, sources.frozen.n_layers)[:n]
+        flow = spread(buffer.edges[:filled], nodes, weights, counted, everything, sources.linear.n_layers)[:n]
         flow[chosen] = -1.0
         count = min(_BATCHES_PER_RANKING * batch_size, n_rows - len(chosen))
         best = flow.argsort(descending=True, stable=True)[:count].sort().values

@@ -71,7 +71,7 @@ class RecordedErrors:
 
 
 @dataclass(frozen=True)
-class Columns:
+class TokenColumns:
     """The prompt's columns and those of tokens yet to come.
 
     Attributes:
@@ -83,7 +83,7 @@ class Columns:
     positions: Tensor
 
     @classmethod
-    def of(cls, inputs: PromptInputs, drop_bos: bool, new_columns: int = 0) -> Columns:
+    def of(cls, inputs: PromptInputs, drop_bos: bool, new_columns: int = 0) -> TokenColumns:
         """The columns of a batch of prompts and of the tokens that a generation will feed back.
 
         Args:
@@ -102,7 +102,7 @@ Plan = Mapping[int, Sequence[Intervention]]
 
 
 def plan_interventions(
-    interventions: Iterable[Intervention], transcoder: CrossLayerTranscoder, columns: Columns
+    interventions: Iterable[Intervention], transcoder: CrossLayerTranscoder, columns: TokenColumns
 ) -> dict[int, list[Intervention]]:
     """Groups interventions by layer, in the order given.
 
@@ -124,7 +124,7 @@ def plan_interventions(
     return plan
 
 
-def _check(intervention: Intervention, transcoder: CrossLayerTranscoder, columns: Columns) -> None:
+def _check(intervention: Intervention, transcoder: CrossLayerTranscoder, columns: TokenColumns) -> None:
     sources = LayerShare.everything(transcoder.config).sources
     if intervention.layer not in sources:
         raise GraphError(f"{intervention}: the transcoder has features in layers {sources[0]}..{sources[-1]}")
@@ -166,7 +166,7 @@ class LiveEdits:
         plan: interventions by layer.
     """
 
-    def __init__(self, transcoder: CrossLayerTranscoder, columns: Columns, plan: Plan) -> None:
+    def __init__(self, transcoder: CrossLayerTranscoder, columns: TokenColumns, plan: Plan) -> None:
         whole = LayerShare.everything(transcoder.config)
         self.transcoder, self.columns, self.plan = transcoder, columns, plan
         self.sources: Sequence[int] = whole.sources
@@ -275,7 +275,7 @@ class ReplacedOutputs(LiveEdits):
     def __init__(
         self,
         transcoder: CrossLayerTranscoder,
-        columns: Columns,
+        columns: TokenColumns,
         plan: Plan,
         errors: RecordedErrors | None = None,
         targets: Sequence[int] | None = None,
@@ -303,7 +303,7 @@ class ReplacedOutputs(LiveEdits):
 class SteeredOutputs(LiveEdits):
     """MLP outputs are the model's own plus what the interventions change; only what that needs is encoded."""
 
-    def __init__(self, transcoder: CrossLayerTranscoder, columns: Columns, plan: Plan) -> None:
+    def __init__(self, transcoder: CrossLayerTranscoder, columns: TokenColumns, plan: Plan) -> None:
         super().__init__(transcoder, columns, plan)
         self.sources = sorted(plan)
         self.targets = sorted({target for source in plan for target in transcoder.targets_of(source)})
@@ -315,7 +315,7 @@ class SteeredOutputs(LiveEdits):
 class RecordedOutputs(LiveEdits):
     """MLP outputs stay the model's own; what the transcoder misses is recorded in `errors`."""
 
-    def __init__(self, transcoder: CrossLayerTranscoder, columns: Columns) -> None:
+    def __init__(self, transcoder: CrossLayerTranscoder, columns: TokenColumns) -> None:
         super().__init__(transcoder, columns, {})
         self.errors: dict[int, Tensor] = {}
 

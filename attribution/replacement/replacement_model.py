@@ -26,13 +26,13 @@ import torch
 from torch import Tensor
 
 from clt.attribution.replacement.interventions import (
-    Columns,
     Intervention,
     LiveEdits,
     RecordedErrors,
     RecordedOutputs,
     ReplacedOutputs,
     SteeredOutputs,
+    TokenColumns,
     plan_interventions,
 )
 from clt.capture.models.adapter import ModelAdapter, PromptInputs
@@ -184,8 +184,8 @@ class ReplacementModel:
         seen = columns.replaced.reshape(1, -1, 1)
         return replace(codes, values=torch.where(seen, codes.values, 0), indices=torch.where(seen, codes.indices, 0))
 
-    def _columns(self, inputs: PromptInputs, new_columns: int = 0) -> Columns:
-        return Columns.of(inputs, self.transcoder.config.drop_bos, new_columns)
+    def _columns(self, inputs: PromptInputs, new_columns: int = 0) -> TokenColumns:
+        return TokenColumns.of(inputs, self.transcoder.config.drop_bos, new_columns)
 
     def _running(
         self,

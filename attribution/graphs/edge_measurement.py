@@ -1,12 +1,9 @@
-"""The measuring side of the check of edges: interventions on one prompt, run forward through the real model.
+"""Measures what a node of a graph adds to every row, by an intervention on the frozen model of its prompt.
 
-Nothing of `linearize` or `sources` is used here. The model's own modules run, with attention patterns, norm
-denominators and MLP outputs set to what they were; the transcoder's own unfolded `decode` says what a feature, an error
-or a bias is. So a token taken from the wrong place, a lost attention head or a wrong decoder in the computation of
-edges shows as a difference.
-
-The model is a float64 copy with the constants of the original's forward: the difference of two forwards in float32
-would lose the very digits that are checked. It takes twice the memory of a float32 model.
+Edges are computed by `clt.attribution.replacement.linear_model` and `clt.attribution.graphs.sources`; nothing of these
+is used here. The model's own modules run, and the transcoder's own unfolded `decode` gives what a feature, an error or
+a bias writes. So a token taken from the wrong place, a lost attention head or a wrong decoder in the computation of
+edges shows as a difference. The frozen model computes in float64, which takes twice the memory of a float32 model.
 
 Shapes: S prompt length, L layers, K slots per token and layer, D d_model, V vocabulary, R rows, N nodes.
 """
@@ -14,15 +11,17 @@ Shapes: S prompt length, L layers, K slots per token and layer, D d_model, V voc
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable, Iterator
-from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass, field, replace
-from typing import Any, cast
+from collections.abc import Mapping
+from contextlib import ExitStack
+from dataclasses import dataclass, field
+from functools import partial
+from typing import cast
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from clt.attribution.graphs.graph import BiasKind, Graph, NodeKind
+from clt.attribution.replacement.frozen_model import FrozenModel, record
 from clt.capture.models.adapter import ModelAdapter, PromptInputs
 from clt.capture.models.hooks import Edit, attach
 from clt.capture.models.sites import decoder_site, decoder_sites
@@ -48,8 +47,8 @@ class _Addition:
     feature: tuple[int, int, int] | None = None
 
 
-class MeasuringModel:
-    """The local replacement model of a prompt: real modules in float64, frozen at the recorded values.
+class EdgeMeasurement:
+    """The local replacement model of a prompt, in float64, and interventions on the nodes of its graph.
 
     Args:
         adapter: the model the graph was made with.
@@ -66,16 +65,16 @@ class MeasuringModel:
         self, adapter: ModelAdapter, transcoder: CrossLayerTranscoder, inputs: PromptInputs, graph: Graph
     ) -> None:
         self.graph = graph
-        self.layers = range(adapter.n_layers)
-        self.read_sites = decoder_sites(self.layers, transcoder.config.read_site)
+        self.read_sites = decoder_sites(range(adapter.n_layers), transcoder.config.read_site)
         self.sources = LayerShare.everything(transcoder.config).sources
         self.targets = LayerShare.everything(transcoder.config).targets
         self.seen = inputs.tokens.encoded(transcoder.config.drop_bos)[0]
-        self._record(adapter, inputs)
-        self.adapter = ModelAdapter(copy.deepcopy(adapter.model).double(), adapter, adapter.identity)
+        recording = record(adapter, inputs, transcoder.config.read_site)
+        self.frozen = FrozenModel(adapter, recording, dtype=torch.float64)
+        self.embed, self.read, self.mlp_out = (
+            tensor.double() for tensor in (recording.embed, recording.read, recording.mlp_out)
+        )
         self.transcoder = copy.deepcopy(transcoder).to(adapter.device).double()
-        wide = {k: v.double() if v.is_floating_point() else v for k, v in inputs.model_inputs.items()}
-        self.inputs = replace(inputs, model_inputs=wide)
         self.values_LSK, self.indices_LSK, self.slots = self._codes()
         self.reconstructions = {layer: self._reconstruction(layer, self.values_LSK) for layer in self.targets}
         self.base = self._row_values(_Addition())
@@ -99,7 +98,7 @@ class MeasuringModel:
             case NodeKind.ERROR, _:
                 addition = _Addition(mlp_out={layer: self._only_at(position, self._error(layer))})
             case ((NodeKind.TEXT | NodeKind.IMAGE), _):
-                addition = _Addition(embed=self._only_at(position, self.recorded["lm.embed"]))
+                addition = _Addition(embed=self._only_at(position, self.embed))
             case NodeKind.BIAS, BiasKind.DECODER:
                 addition = _Addition(mlp_out={layer: self._decoder_bias(layer)})
             case NodeKind.BIAS, BiasKind.ATTENTION:
@@ -112,9 +111,16 @@ class MeasuringModel:
 
     def _row_values(self, addition: _Addition) -> Tensor:
         """Pre-activations and logits of the graph's rows, [R] float64, with an addition."""
-        with attach(self.adapter, read=self.read_sites) as found, self._frozen(addition, found):
-            logits = self.adapter.forward(self.inputs)
-        return self._read([found[site][0] for site in self.read_sites], logits[0])
+        adapter = self.frozen.adapter
+        with ExitStack() as stack:
+            found = stack.enter_context(attach(adapter, read=self.read_sites))
+            if addition.attention_bias is not None:
+                for part in (adapter.v_proj, adapter.o_proj):
+                    linear = part(addition.attention_bias)
+                    if getattr(linear, "bias", None) is not None:
+                        stack.callback(linear.register_forward_hook(lambda m, _, out: out + m.bias).remove)
+            logits_SV = self.frozen.forward(self._edits(addition, found))
+        return self._read([found[site][0] for site in self.read_sites], logits_SV)
 
     def _require_recorded(self) -> None:
         expected = self.graph.row_values.double()
@@ -122,76 +128,33 @@ class MeasuringModel:
         if not bool(((self.base - expected).abs() <= 1e-3 * scale).all()):
             raise GraphError("the graph's values are not those of this model, transcoder and prompt; attribute again")
 
-    def _record(self, adapter: ModelAdapter, inputs: PromptInputs) -> None:
-        """Everything that stays frozen, from a forward of the model as it is."""
-        frozen = [*decoder_sites(self.layers, "pattern"), *decoder_sites(self.layers, "mlp_out")]
-        sites = ["lm.embed", *frozen, *self.read_sites]
-        ratios: list[Tensor] = []
+    def _edits(self, addition: _Addition, found: Mapping[str, Tensor]) -> dict[str, Edit]:
+        """Edits of the frozen forward; `found` holds the read sites that it has computed so far."""
+        edits: dict[str, Edit] = {
+            decoder_site(layer, "mlp_out"): partial(self._mlp_output, layer, addition, found)
+            for layer in {*self.targets, *addition.mlp_out}
+        }
+        extra_SD = addition.embed
+        if extra_SD is not None:
+            edits["lm.embed"] = lambda embed_1SD: embed_1SD + extra_SD
+        return edits
 
-        def keep(norm: nn.Module, args: tuple[Any, ...], output: Tensor) -> None:
-            weighted = args[0].double() * cast(Tensor, norm.weight).double()
-            ratio = (output.double() * weighted).sum(-1, keepdim=True) / weighted.square().sum(-1, keepdim=True)
-            ratios.append(ratio * cast(Tensor, norm.weight).double())
-
-        with ExitStack() as stack:
-            found = stack.enter_context(attach(adapter, read=sites))
-            for norm in self._norms(adapter):
-                stack.callback(norm.register_forward_hook(keep).remove)
-            adapter.forward(inputs)
-        self.norm_ratios = ratios
-        self.recorded = {site: tensor[0].double() for site, tensor in found.items()}
-
-    def _norms(self, adapter: ModelAdapter) -> list[nn.Module]:
-        """All norms of the decoder, in the order of the forward."""
-        pairs = [norm for layer in self.layers for norm in (adapter.attn_norm(layer), adapter.mlp_norm(layer))]
-        return [*pairs, adapter.final_norm]
-
-    @contextmanager
-    def _frozen(self, addition: _Addition, found: dict[str, Tensor]) -> Iterator[None]:
-        embed = self.recorded["lm.embed"] if addition.embed is None else self.recorded["lm.embed"] + addition.embed
-        edits: dict[str, Edit] = {"lm.embed": lambda _: embed[None]}
-        for layer in self.layers:
-            pattern = decoder_site(layer, "pattern")
-            edits[pattern] = self._setter(self.recorded[pattern])
-            edits[decoder_site(layer, "mlp_out")] = self._mlp(layer, addition, found)
-        with ExitStack() as stack:
-            stack.enter_context(attach(self.adapter, edit=edits))
-            for norm, ratio in zip(self._norms(self.adapter), self.norm_ratios, strict=True):
-                stack.callback(norm.register_forward_hook(self._multiplier(ratio)).remove)
-            if addition.attention_bias is not None:
-                for part in (self.adapter.v_proj, self.adapter.o_proj):
-                    linear = part(addition.attention_bias)
-                    if getattr(linear, "bias", None) is not None:
-                        stack.callback(linear.register_forward_hook(lambda m, _, out: out + m.bias).remove)
-            yield
-
-    @staticmethod
-    def _setter(value: Tensor) -> Edit:
-        return lambda _: value[None]
-
-    @staticmethod
-    def _multiplier(ratio: Tensor) -> Callable[[nn.Module, tuple[Any, ...], Tensor], Tensor]:
-        return lambda _norm, args, _output: args[0] * ratio
-
-    def _mlp(self, layer: int, addition: _Addition, found: dict[str, Tensor]) -> Edit:
-        """The recorded output, what is added to it, and what the transcoder answers to changed codes or input."""
-
-        def edit(_: Tensor) -> Tensor:
-            y_SD = self.recorded[decoder_site(layer, "mlp_out")]
-            if layer in addition.mlp_out:
-                y_SD = y_SD + addition.mlp_out[layer]
-            if layer in self.targets and addition.feature is not None:
-                source, position, slot = addition.feature
-                without_LSK = self.values_LSK.clone()
-                without_LSK[self.sources.index(source), position, slot] = 0
-                written_SD = self.reconstructions[layer] - self._reconstruction(layer, without_LSK)
-                y_SD = y_SD + written_SD * self.seen[:, None]
-            if layer in self.targets and self.transcoder.config.skip:
-                now_SD = self._decode(layer, self.values_LSK, found[self.read_sites[layer]][0])
-                y_SD = y_SD + (now_SD - self.reconstructions[layer]) * self.seen[:, None]
-            return y_SD[None]
-
-        return edit
+    def _mlp_output(self, layer: int, addition: _Addition, found: Mapping[str, Tensor], y_1SD: Tensor) -> Tensor:
+        """[1,S,D] the recorded output, plus the addition, plus the change of the transcoder's own output."""
+        if layer in addition.mlp_out:
+            y_1SD = y_1SD + addition.mlp_out[layer]
+        if layer not in self.targets:
+            return y_1SD
+        if addition.feature is not None:
+            source, position, slot = addition.feature
+            without_LSK = self.values_LSK.clone()
+            without_LSK[self.sources.index(source), position, slot] = 0
+            written_SD = self.reconstructions[layer] - self._reconstruction(layer, without_LSK)
+            y_1SD = y_1SD + written_SD * self.seen[:, None]
+        if self.transcoder.config.skip:
+            now_SD = self._decode(layer, self.values_LSK, found[self.read_sites[layer]][0])
+            y_1SD = y_1SD + (now_SD - self.reconstructions[layer]) * self.seen[:, None]
+        return y_1SD
 
     def _decode(self, layer: int, values_LSK: Tensor, x_SD: Tensor | None) -> Tensor:
         """Raw output of a target layer from codes and raw input."""
@@ -203,16 +166,16 @@ class MeasuringModel:
 
     def _reconstruction(self, layer: int, values_LSK: Tensor) -> Tensor:
         """Raw output of a target layer from codes and the recorded input."""
-        x_SD = self.recorded[self.read_sites[layer]] if self.transcoder.config.skip else None
+        x_SD = self.read[layer] if self.transcoder.config.skip else None
         return self._decode(layer, values_LSK, x_SD)
 
     def _decoder_bias(self, layer: int) -> Tensor:
         """What the transcoder gives without features at input zero, where it acts."""
-        x_SD = torch.zeros_like(self.recorded["lm.embed"]) if self.transcoder.config.skip else None
+        x_SD = torch.zeros_like(self.embed) if self.transcoder.config.skip else None
         return self._decode(layer, torch.zeros_like(self.values_LSK), x_SD) * self.seen[:, None]
 
     def _error(self, layer: int) -> Tensor:
-        y_SD = self.recorded[decoder_site(layer, "mlp_out")]
+        y_SD = self.mlp_out[layer]
         if layer not in self.targets:
             return y_SD
         return y_SD - self.reconstructions[layer] * self.seen[:, None]
@@ -225,8 +188,8 @@ class MeasuringModel:
 
     def _values_of_zero(self) -> Tensor:
         """Values of all rows when everything they read is zero: their own biases."""
-        zeros_SD = torch.zeros_like(self.recorded["lm.embed"])
-        return self._read([zeros_SD] * len(self.layers), cast(Tensor, self.adapter.lm_head(zeros_SD)))
+        zeros_SD = torch.zeros_like(self.embed)
+        return self._read([zeros_SD] * len(self.read), cast(Tensor, self.frozen.adapter.lm_head(zeros_SD)))
 
     def _read(self, x_LSD: list[Tensor], logits_SV: Tensor) -> Tensor:
         nodes, n_targets = self.graph.nodes, len(self.graph.targets)
@@ -266,7 +229,7 @@ class MeasuringModel:
         for row, layer in enumerate(self.sources):
             here = (layers == layer).nonzero()[:, 0]
             # From the recorded input, not from the graph: its activations are among what is checked.
-            x_SD = self.recorded[self.read_sites[layer]]
+            x_SD = self.read[layer]
             activations = self._pre_activations(layer, x_SD, positions[here], numbers[here])
             values_LSK[row, positions[here], slots[here]] = activations.cpu()
             indices_LSK[row, positions[here], slots[here]] = numbers[here].int()

@@ -1,4 +1,4 @@
-"""The frozen model against autograd through the real modules, and its refusal of what it cannot reproduce."""
+"""The linear model against autograd through the real modules, and its refusal of what it cannot reproduce."""
 
 import copy
 from dataclasses import replace
@@ -6,7 +6,8 @@ from dataclasses import replace
 import pytest
 import torch
 
-from clt.attribution.graphs.linearize import FrozenModel, record
+from clt.attribution.replacement.frozen_model import record
+from clt.attribution.replacement.linear_model import LinearModel
 from clt.capture.models.adapter import ModelAdapter
 from clt.capture.models.hooks import attach
 from clt.errors import GraphError, ModelError
@@ -53,38 +54,38 @@ def test_record_refuses_two_prompts_and_padding(adapter, inputs):
 @pytest.mark.parametrize("layer", [0, 1, 2])
 @pytest.mark.parametrize("reach", [5, 12])
 def test_pull_attention_equals_autograd_with_frozen_pattern_and_denominators(adapter, inputs, layer, reach):
-    frozen = FrozenModel(adapter, record(adapter, inputs, "resid_mid"))
-    x_SD = frozen.recording.resid_pre[layer].clone().requires_grad_()
+    linear = LinearModel(adapter, record(adapter, inputs, "resid_mid"))
+    x_SD = linear.recording.resid_pre[layer].clone().requires_grad_()
     attention, norm = adapter.attn(layer), adapter.attn_norm(layer)
     rotary = adapter.decoder.rotary_emb(x_SD[None], torch.arange(12)[None])
 
     def branch(x_SD):
-        denominator = torch.rsqrt(frozen.recording.resid_pre[layer].square().mean(-1, keepdim=True) + norm.eps)
+        denominator = torch.rsqrt(linear.recording.resid_pre[layer].square().mean(-1, keepdim=True) + norm.eps)
         normed = x_SD * denominator * norm.weight
-        with attach(adapter, edit={f"lm.{layer}.pattern": lambda p: frozen.recording.pattern[layer][None]}):
+        with attach(adapter, edit={f"lm.{layer}.pattern": lambda p: linear.recording.pattern[layer][None]}):
             return x_SD + attention(normed[None], position_embeddings=rotary, attention_mask=None)[0][0]
 
     G_BSD = torch.zeros(3, 12, 24, dtype=torch.float64)
     G_BSD[:, :reach] = torch.randn(3, reach, 24, dtype=torch.float64, generator=torch.Generator().manual_seed(1))
     expected = [torch.autograd.grad(branch(x_SD), x_SD, G_SD, retain_graph=False)[0] for G_SD in G_BSD]
-    pulled, _ = frozen.pull_attention(layer, G_BSD[:, :reach])
+    pulled, _ = linear.pull_attention(layer, G_BSD[:, :reach])
     torch.testing.assert_close(pulled, torch.stack(expected)[:, :reach], **EXACT)
     assert not torch.stack(expected)[:, reach:].any(), "later positions cannot be reached"
 
 
-def test_frozen_model_knows_that_a_causal_prompt_is_causal(adapter, inputs):
-    frozen = FrozenModel(adapter, record(adapter, inputs, "resid_mid"))
-    assert frozen.is_causal
-    assert frozen.reach(torch.tensor([2, 6, 4])) == 7
+def test_linear_model_knows_that_a_causal_prompt_is_causal(adapter, inputs):
+    linear = LinearModel(adapter, record(adapter, inputs, "resid_mid"))
+    assert linear.is_causal
+    assert linear.reach(torch.tensor([2, 6, 4])) == 7
 
 
 def test_attention_bias_equals_the_output_at_input_zero(adapter, inputs):
-    frozen = FrozenModel(adapter, record(adapter, inputs, "resid_mid"))
+    linear = LinearModel(adapter, record(adapter, inputs, "resid_mid"))
     zeros = torch.zeros(1, 12, 24, dtype=torch.float64)
     rotary = adapter.decoder.rotary_emb(zeros, torch.arange(12)[None])
     for layer in range(3):
         output = adapter.attn(layer)(zeros, position_embeddings=rotary, attention_mask=None)[0][0]
-        torch.testing.assert_close(output, frozen.attention_bias(layer).expand(12, -1), **EXACT)
+        torch.testing.assert_close(output, linear.attention_bias(layer).expand(12, -1), **EXACT)
 
 
 def layer_norm(model):
@@ -123,14 +124,14 @@ def scaled_residual(model):
         (scaled_residual, "the residual stream after layer 2"),
     ],
 )
-def test_frozen_model_refuses_an_architecture_it_does_not_reproduce(adapter, inputs, change, message):
+def test_linear_model_refuses_an_architecture_it_does_not_reproduce(adapter, inputs, change, message):
     other = changed(adapter, change)
     with pytest.raises(ModelError, match=message) as error:
-        FrozenModel(other, record(other, inputs, "resid_mid"))
+        LinearModel(other, record(other, inputs, "resid_mid"))
     assert "\n" not in str(error.value)
 
 
-def test_frozen_model_works_in_float32_for_a_bfloat16_model(make_tiny_llama):
+def test_linear_model_works_in_float32_for_a_bfloat16_model(make_tiny_llama):
     adapter = make_tiny_llama(dtype=torch.bfloat16)
-    frozen = FrozenModel(adapter, record(adapter, adapter.prepare("a b c"), "resid_mid"))
-    assert frozen.dtype == frozen.attn_scale[0].dtype == torch.float32
+    linear = LinearModel(adapter, record(adapter, adapter.prepare("a b c"), "resid_mid"))
+    assert linear.dtype == linear.attn_scale[0].dtype == torch.float32

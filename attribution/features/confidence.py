@@ -1,8 +1,7 @@
-"""Intervals for measured shares: how far a rate seen in n trials may be from the true one.
+"""Confidence intervals of measured shares, such as the share of answers that change under an ablation.
 
-Every rate that a report of this package shows (flips under steering, answers right) carries its interval. Wilson's
-score interval holds its coverage for small n and for rates near 0 and 1, where the textbook interval p +- z * se
-collapses to a point (Wilson 1927; Brown, Cai and DasGupta 2001, section 3.1.1).
+Wilson's score interval keeps its coverage for small n and for rates near 0 and 1, where the textbook interval
+p +- z * se collapses to a point (Wilson 1927; Brown, Cai and DasGupta 2001, section 3.1.1).
 """
 
 from __future__ import annotations
@@ -14,7 +13,7 @@ from statistics import NormalDist
 
 @dataclass(frozen=True, kw_only=True)
 class Proportion:
-    """A share of trials with its interval.
+    """A share of trials with its confidence interval.
 
     Attributes:
         successes: trials in which the event happened.

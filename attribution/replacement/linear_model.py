@@ -1,10 +1,9 @@
-"""The model of one prompt made linear: attention patterns and norm denominators frozen at the values of its forward.
+"""One prompt's model as linear maps: attention patterns and norm denominators frozen at the values of its forward.
 
-With both frozen, what a vector in the residual stream adds to a later place is a matrix product. `FrozenModel` holds
-those matrices and pulls a batch of cotangents back through attention layers: an explicit vector-Jacobian product,
-written by hand, that keeps no autograd graph and stores every pattern once (Ameisen et al. 2025, "Circuit Tracing",
-section "Attribution graphs", with stop-gradients on patterns and denominators). MLPs are not part of it: their outputs
-are sources, see `clt.attribution.graphs.sources`.
+With both frozen, what a vector in the residual stream adds to a later place is a matrix product. `LinearModel` holds
+those matrices and pulls a batch of cotangents back through attention layers: an explicit vector-Jacobian product that
+keeps no autograd graph and stores every pattern once (Ameisen et al. 2025, "Circuit Tracing", section "Attribution
+graphs", with stop-gradients on patterns and denominators). MLP outputs are inputs of it.
 
 Shapes: B cotangents in a batch, S prompt length, R <= S positions that a batch can reach, L layers, D d_model, H heads,
 G key-value heads, E head width, V vocabulary. Weights are used in float32 at least.
@@ -12,97 +11,29 @@ G key-value heads, E head width, V vocabulary. Weights are used in float32 at le
 
 from __future__ import annotations
 
-from dataclasses import dataclass
 from typing import cast
 
 import torch
 from torch import Tensor, nn
 
-from clt.capture.models.adapter import ModelAdapter, PromptInputs
-from clt.capture.models.hooks import attach
-from clt.capture.models.sites import SiteKind, decoder_site, decoder_sites
-from clt.errors import GraphError, ModelError
-from clt.transcoder.architecture import ReadSite
+from clt.attribution.replacement.frozen_model import PromptRecording, same_values, unsupported_norm
+from clt.capture.models.adapter import ModelAdapter
+from clt.errors import ModelError
 
 
-@dataclass(frozen=True, kw_only=True)
-class Recording:
-    """One forward of a prompt.
-
-    Attributes:
-        embed: [S,D] what enters block 0: text embeddings and projected image patches, merged and scaled.
-        resid_pre: [L,S,D] residual stream entering each block.
-        resid_mid: [L,S,D] residual stream entering each MLP's norm.
-        read: [L,S,D] what the encoders read.
-        mlp_out: [L,S,D] what each MLP adds.
-        final: [S,D] residual stream entering the final norm.
-        pattern: [L,H,S,S] attention probabilities, query before key.
-        logits: [S,V].
-    """
-
-    embed: Tensor
-    resid_pre: Tensor
-    resid_mid: Tensor
-    read: Tensor
-    mlp_out: Tensor
-    final: Tensor
-    pattern: Tensor
-    logits: Tensor
-
-
-@torch.no_grad()
-def record(adapter: ModelAdapter, inputs: PromptInputs, read_site: ReadSite) -> Recording:
-    """Runs the model on one prompt and keeps what the linear model is made of.
-
-    Args:
-        adapter: the model.
-        inputs: one prompt without padding.
-        read_site: what the encoders read.
-
-    Returns:
-        Its activations, in float32 at least.
-
-    Raises:
-        GraphError: there is more than one prompt, or padding.
-    """
-    if len(inputs.prompts) != 1 or not bool(inputs.real_mask.all()):
-        raise GraphError(
-            f"{len(inputs.prompts)} prompts or padding given; attribute one prompt at a time, without padding"
-        )
-    kinds: dict[SiteKind, None] = dict.fromkeys(("resid_pre", "resid_mid", "mlp_out", "pattern", read_site))
-    sites = [decoder_site(layer, kind) for layer in range(adapter.n_layers) for kind in kinds]
-    with attach(adapter, read=["lm.embed", *sites, "lm.final"]) as found:
-        logits = adapter.forward(inputs)
-    wide = torch.promote_types(adapter.dtype, torch.float32)
-
-    def layers(kind: SiteKind) -> Tensor:
-        return torch.stack([found[site][0] for site in decoder_sites(range(adapter.n_layers), kind)]).to(wide)
-
-    return Recording(
-        embed=found["lm.embed"][0].to(wide),
-        resid_pre=layers("resid_pre"),
-        resid_mid=layers("resid_mid"),
-        read=layers(read_site),
-        mlp_out=layers("mlp_out"),
-        final=found["lm.final"][0].to(wide),
-        pattern=layers("pattern"),
-        logits=logits[0].to(wide),
-    )
-
-
-class FrozenModel:
+class LinearModel:
     """Attention, norms and unembedding of a prompt as linear maps.
 
     Args:
         adapter: the model.
-        recording: a forward of the prompt.
+        recording: a forward of the prompt, from `record`.
 
     Raises:
         ModelError: a norm is not an RMSNorm, or the linear maps do not reproduce the recorded forward, as in models
             with norms after the branches, parallel branches, or scaled or capped logits.
     """
 
-    def __init__(self, adapter: ModelAdapter, recording: Recording) -> None:
+    def __init__(self, adapter: ModelAdapter, recording: PromptRecording) -> None:
         self.adapter = adapter
         self.recording = recording
         self.dtype = recording.embed.dtype
@@ -177,27 +108,23 @@ class FrozenModel:
         if weight is not None:
             eps = torch.finfo(x_SD.dtype).eps if eps is None else eps
             scale_SD = torch.rsqrt(x_SD.square().mean(-1, keepdim=True) + eps) * weight.to(x_SD.dtype)
-            if self._agree(norm(x_SD.to(weight.dtype)), x_SD * scale_SD):
+            if same_values(self.adapter, norm(x_SD.to(weight.dtype)), x_SD * scale_SD):
                 return scale_SD
-        name = f"{type(norm).__name__} of {self.adapter.identity.name}"
-        raise ModelError(f"{name}: attribution supports norms that are weight * x / sqrt(mean(x^2) + eps) only")
-
-    def _agree(self, seen: Tensor, computed: Tensor) -> bool:
-        # Rounding of the model's own dtype, far below what a missing term would leave.
-        tolerance = max(1e-4, 16 * torch.finfo(self.adapter.dtype).eps)
-        return bool((seen.to(computed.dtype) - computed).abs().max() <= tolerance * computed.abs().max())
+        raise unsupported_norm(self.adapter, norm)
 
     def _require_reproduction(self) -> None:
         found = self.recording
         after = torch.cat([found.resid_pre[1:], found.final[None]])
         for layer in range(self.n_layers):
-            if not self._agree(found.resid_mid[layer], found.resid_pre[layer] + self._attention_output(layer)):
+            if not same_values(
+                self.adapter, found.resid_mid[layer], found.resid_pre[layer] + self._attention_output(layer)
+            ):
                 raise self._unsupported(f"the attention of layer {layer}")
-            if not self._agree(after[layer], found.resid_mid[layer] + found.mlp_out[layer]):
+            if not same_values(self.adapter, after[layer], found.resid_mid[layer] + found.mlp_out[layer]):
                 raise self._unsupported(f"the residual stream after layer {layer}")
         logits_SV = (found.final * self.final_scale) @ self.weight(self.adapter.lm_head).T
         bias = self.bias(self.adapter.lm_head)
-        if not self._agree(found.logits, logits_SV if bias is None else logits_SV + bias):
+        if not same_values(self.adapter, found.logits, logits_SV if bias is None else logits_SV + bias):
             raise self._unsupported("the logits")
 
     def _attention_output(self, layer: int) -> Tensor:

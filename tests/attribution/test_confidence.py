@@ -7,7 +7,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from clt.attribution.features.intervals import wilson_interval
+from clt.attribution.features.confidence import wilson_interval
 
 Z95 = NormalDist().inv_cdf(0.975)
 
