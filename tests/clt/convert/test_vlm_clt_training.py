@@ -1,4 +1,4 @@
-"""The seed's transcoder_L*.pt: read, written, measured, and never executed."""
+"""The vlm-clt-training format: read, written, measured, and never executed."""
 
 from __future__ import annotations
 
@@ -14,13 +14,12 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from clt.convert.files import read_pickled
-from clt.convert.kokosdev import load_kokosdev
-from clt.convert.seed_files import save_seed_files
+from clt.convert.vlm_clt_training import load_vlm_clt_training, save_vlm_clt_training
 from clt.errors import CheckpointError, ConfigError, StoreError
 from clt.records import ActivationBatch, TokenTable
 from clt.transcoder.architecture import SparsitySettings
 
-from .foreign import D, F, K, L, draw, inputs, make, of_all_layers, same, seed
+from .foreign import D, F, K, L, draw, inputs, make, of_all_layers, same, vlm_clt_training
 
 RELU = SparsitySettings(kind="relu")
 
@@ -46,8 +45,8 @@ def write_folder(folder: Path, n_targets: int, prefix: str = "", dtype: torch.dt
 @pytest.mark.parametrize(("n_targets", "prefix"), [(1, ""), (2, "_orig_mod."), (5, "")])
 def test_a_folder_of_theirs_is_read_as_they_read_it(n_targets: int, prefix: str, k: int | None, tmp_path: Path) -> None:
     write_folder(tmp_path, n_targets, prefix)
-    transcoder, x = load_kokosdev(tmp_path, k=k), inputs()
-    same(of_all_layers(transcoder, x), seed(tmp_path, x, k))
+    transcoder, x = load_vlm_clt_training(tmp_path, k=k), inputs()
+    same(of_all_layers(transcoder, x), vlm_clt_training(tmp_path, x, k))
     config = transcoder.config
     assert (config.n_layers, config.n_targets, config.first_offset, config.read_site) == (L, n_targets, 1, "mlp_in")
     transcoder.float().save_pretrained(tmp_path / "native")
@@ -59,9 +58,11 @@ def test_a_folder_of_theirs_is_read_as_they_read_it(n_targets: int, prefix: str,
 
 def test_bfloat16_weights_are_read_as_the_numbers_they_are(tmp_path: Path) -> None:
     write_folder(tmp_path, 2, dtype=torch.bfloat16)
-    transcoder, x = load_kokosdev(tmp_path), inputs()
+    transcoder, x = load_vlm_clt_training(tmp_path), inputs()
     assert transcoder.dtype == torch.float32
-    torch.testing.assert_close(of_all_layers(transcoder.double(), x), seed(tmp_path, x), rtol=1e-5, atol=1e-5)
+    torch.testing.assert_close(
+        of_all_layers(transcoder.double(), x), vlm_clt_training(tmp_path, x), rtol=1e-5, atol=1e-5
+    )
 
 
 VARIANTS: dict[str, dict[str, Any]] = {
@@ -77,17 +78,17 @@ VARIANTS: dict[str, dict[str, Any]] = {
 @pytest.mark.parametrize("variant", VARIANTS.values(), ids=VARIANTS)
 def test_what_is_written_is_read_back_and_sums_to_the_same_there(variant: dict[str, Any], tmp_path: Path) -> None:
     transcoder, x = make(first_offset=1, layer_norm=True, read_site="mlp_in", **variant), inputs()
-    save_seed_files(transcoder, tmp_path / "out", batches())
-    loaded = load_kokosdev(tmp_path / "out")
+    save_vlm_clt_training(transcoder, tmp_path / "out", batches())
+    loaded = load_vlm_clt_training(tmp_path / "out")
     same(loaded(x), transcoder(x))
     if transcoder.config.independent in (None, "sum"):
         k = K if transcoder.config.sparsity.kind == "topk" else None
-        same(seed(tmp_path / "out", x, k), of_all_layers(transcoder, x))
+        same(vlm_clt_training(tmp_path / "out", x, k), of_all_layers(transcoder, x))
 
 
 def test_mapping_and_metrics_by_hand(tmp_path: Path) -> None:
     transcoder, data = make(first_offset=1, layer_norm=True, sparsity=RELU, n_targets=1), batches()
-    save_seed_files(transcoder, tmp_path / "out", data)
+    save_vlm_clt_training(transcoder, tmp_path / "out", data)
     for layer in range(L - 1):
         x, y = (torch.cat([getattr(batch, part) for batch in data], dim=1) for part in "xy")
         normed = torch.nn.functional.layer_norm(x[layer], (D,))
@@ -120,9 +121,9 @@ def test_mapping_and_metrics_by_hand(tmp_path: Path) -> None:
 def test_what_the_format_cannot_hold_is_refused_and_leaves_nothing(changes: dict[str, Any], tmp_path: Path) -> None:
     transcoder = make(**({"first_offset": 1, "layer_norm": True} | changes))
     with pytest.raises(ConfigError, match=f"clt.{next(iter(changes))}"):
-        save_seed_files(transcoder, tmp_path / "out", batches())
+        save_vlm_clt_training(transcoder, tmp_path / "out", batches())
     with pytest.raises(StoreError, match="no tokens"):
-        save_seed_files(make(first_offset=1, layer_norm=True), tmp_path / "out", [])
+        save_vlm_clt_training(make(first_offset=1, layer_norm=True), tmp_path / "out", [])
     assert not list(tmp_path.iterdir())
 
 
@@ -145,7 +146,7 @@ def test_a_pickle_bomb_does_not_run(inside: bool, tmp_path: Path) -> None:
     tree = torch.load(path, weights_only=True)
     torch.save({**tree, "extra": Bomb(crater)} if inside else Bomb(crater), path)
     with pytest.raises(CheckpointError, match=r"transcoder_L1.pt: holds more than tensors") as error:
-        load_kokosdev(folder)
+        load_vlm_clt_training(folder)
     assert not crater.exists() and "\n" not in str(error.value)
 
 
@@ -201,5 +202,5 @@ def test_a_damaged_folder_is_refused_in_one_line_that_names_the_place(damage: An
     write_folder(tmp_path, 2)
     damage(tmp_path / "transcoder_L1.pt")
     with pytest.raises(CheckpointError, match=place) as error:
-        load_kokosdev(tmp_path)
+        load_vlm_clt_training(tmp_path)
     assert "\n" not in str(error.value)
