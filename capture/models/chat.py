@@ -1,7 +1,7 @@
-"""Formats a plain question as a prompt, by the model's chat template or, where it has none, in its own notation.
+"""Formats plain questions as prompts: by the chat template of the model or, without one, in its own notation.
 
-A prompt that is formatted already, because it has an image placeholder, special tokens or the template's ending, is
-used as it is. docs/models.md has an example.
+Text that has an image placeholder, special tokens or the ending of the template is taken as formatted and returned
+unchanged. docs/models.md has an example.
 """
 
 from __future__ import annotations
@@ -16,13 +16,13 @@ from clt.errors import InputError
 
 log = logging.getLogger(__name__)
 
-#: How a prompt came about: rendered by the chat template, in the model's own notation, or formatted by the caller.
+#: Origin of a prompt: the chat template, the plain notation of the model, or the caller.
 PromptFormat = Literal["chat_template", "plain", "as_given"]
 
 
 @dataclass(frozen=True, kw_only=True)
 class PromptFormatter:
-    """Turns questions into prompts for one model.
+    """Formats the prompts of one model.
 
     Attributes:
         encoder: the model's prompt encoder.
