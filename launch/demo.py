@@ -1,7 +1,9 @@
-"""The whole journey in one function: capture, train, evaluate, attribute, check and steer, on the toy model.
+"""Demo on the toy model: capture, train, evaluate, attribute, check the graph and steer.
 
-Every stage is the one users run: the same stores, `torchrun` with DeepSpeed, safetensors, TensorBoard. What comes out
-is a page with a graph and `summary.json` with the numbers that say whether to believe it.
+    python launch/demo.py [key=value ...]
+
+Every stage is the one users run: the same stores, `torchrun` with DeepSpeed, safetensors, TensorBoard. The results are
+a page with a graph and `summary.json` with the measures of its faithfulness (docs/demo.md). The same job as `clt demo`.
 """
 
 from __future__ import annotations
@@ -31,6 +33,7 @@ from clt.capture.run import capture
 from clt.capture.sources.examples import SourceSettings, ToySource, open_source
 from clt.config import STRICT, config_to_yaml
 from clt.errors import CLTError
+from clt.launch.script import Job, run_job
 from clt.training.settings import AuxKSettings, DataSettings, OptimizerSettings, TrainConfig
 from clt.transcoder.architecture import TranscoderSettings
 from clt.transcoder.model import CrossLayerTranscoder
@@ -63,6 +66,8 @@ class DemoConfig:
 
     model: DirectoryPath
     """Folder of the toy model."""
+    output: Path = Path("runs/demo")
+    """Folder for everything written."""
     train_prompts: int = Field(gt=0)
     """Prompts captured for training."""
     heldout_prompts: int = Field(gt=0)
@@ -94,27 +99,26 @@ class _Stages:
         log.info("%s: %.1f s", name, self.seconds[name])
 
 
-def demo(config: DemoConfig, out: Path) -> dict[str, Any]:
-    """Runs the journey.
+def demo(config: DemoConfig) -> dict[str, Any]:
+    """Runs all stages; those that are complete in `config.output` are not run again.
 
     Args:
         config: sizes.
-        out: folder for everything written; stages that are complete there are not run again.
 
     Returns:
-        The summary, also in `out/summary.json`; its keys are explained in docs/demo.md.
+        The summary, also in `summary.json` of the output folder; docs/demo.md explains its keys.
 
     Raises:
         CLTError: a stage failed; the message is the stage's.
     """
     # The toy's tensors are small: a second thread would mostly wait, and on a busy machine many times longer.
     torch.set_num_threads(1)
-    stages = _Stages()
+    stages, out = _Stages(), config.output
     with stages.time("capture"):
         _capture(config, config.train_prompts, TRAIN_SEED, out / "store")
         _capture(config, config.heldout_prompts, HELDOUT_SEED, out / "heldout")
     with stages.time("train"):
-        _train(config, out)
+        _train(config)
     with stages.time("evaluate"):
         report = evaluate(
             EvaluateConfig(
@@ -136,7 +140,7 @@ def demo(config: DemoConfig, out: Path) -> dict[str, Any]:
             )
         )
     with stages.time("steer"):
-        steering = _steer(config, out)
+        steering = _steer(config)
     summary = _summary(config, report, explanation, steering, stages.seconds)
     (out / "summary.json").write_text(json.dumps(summary, indent=1) + "\n", encoding="utf-8")
     return summary
@@ -151,11 +155,11 @@ def _capture(config: DemoConfig, n: int, seed: int, output: Path) -> None:
     capture(job, progress=sys.stderr.isatty())
 
 
-def _train(config: DemoConfig, out: Path) -> None:
+def _train(config: DemoConfig) -> None:
     """Runs `torchrun launch/train.py` as a user would, one thread a process."""
     job = TrainConfig(
-        store=str(out / "store"),
-        output=out / "clt",
+        store=str(config.output / "store"),
+        output=config.output / "clt",
         steps=config.training.steps,
         seed=config.seed,
         clt=config.training.clt,
@@ -163,7 +167,7 @@ def _train(config: DemoConfig, out: Path) -> None:
         auxk=config.training.auxk,
         data=config.training.data,
     )
-    path = out / "train.yaml"
+    path = config.output / "train.yaml"
     path.write_text(config_to_yaml(job), encoding="utf-8")
     torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={config.processes}"]
     command = [*torchrun, "-m", "clt.launch.train", str(path)]
@@ -172,9 +176,9 @@ def _train(config: DemoConfig, out: Path) -> None:
         raise CLTError(f"training ended with code {result.returncode}; its reason stands above")
 
 
-def _steer(config: DemoConfig, out: Path) -> SteeringReport:
+def _steer(config: DemoConfig) -> SteeringReport:
     adapter = ModelAdapter.from_pretrained(str(config.model))
-    transcoder = CrossLayerTranscoder.from_pretrained(out / "clt")
+    transcoder = CrossLayerTranscoder.from_pretrained(config.output / "clt")
     source = open_source(_boards(2 * config.steering.num_prompts, PROMPT_SEED))
     return steer(adapter, transcoder, (source.load(i) for i in range(len(source.texts))), config.steering)
 
@@ -241,3 +245,16 @@ def describe(summary: dict[str, Any]) -> str:
         lines.append(f"{name:20} {shares[0]:>18}   others {shares[1]}")
     seconds = ", ".join(f"{name} {value:.0f}" for name, value in summary["seconds"].items())
     return "\n".join([*lines, f"{'seconds':20} {seconds}", "", f"Open {summary['page']} in a browser."])
+
+
+JOB = Job(
+    command="clt demo",
+    summary="Captures, trains, evaluates, attributes and steers on the toy model; prints the measures.",
+    settings=DemoConfig,
+    run=lambda config: describe(demo(config)),
+    default_config=Path(__file__).resolve().parents[1] / "configs" / "demo" / "toy.yaml",
+)
+
+
+if __name__ == "__main__":
+    sys.exit(run_job(JOB, sys.argv[1:]))

@@ -3,25 +3,24 @@
     python launch/train.py configs/train/toy.yaml [key=value ...] [--dry-run]
     torchrun --nproc_per_node=2 launch/train.py configs/train/toy.yaml mesh.layer=2
 
-A job whose output folder has a checkpoint goes on from there. SIGTERM or Ctrl-C makes it write one after the step in
-hand and end with exit code 0. `--dry-run` prints the resolved configuration and ends.
+A job whose output folder has a checkpoint continues from there. SIGTERM or Ctrl-C makes it write one after the current
+step and exit with code 0. `--dry-run` prints the resolved configuration and exits. `clt train` is the same job in one
+process.
 """
 
 from __future__ import annotations
 
 import logging
 import sys
-from collections.abc import Sequence
 from pathlib import Path
 
 from clt.capture.reading.token_filter import TokenFilter
-from clt.config import config_to_yaml
 from clt.distributed.job_control import JobControl, stop_on_signals
 from clt.distributed.mesh import Mesh, check_world, deal_layers, input_layers
 from clt.launch.activations import open_activations
 from clt.launch.evaluators import make_evaluators, open_heldout
 from clt.launch.logs import job_rank, job_world
-from clt.launch.script import run_script
+from clt.launch.script import Job, run_job
 from clt.training.deepspeed_engine import joined_job
 from clt.training.loss import modality_weights
 from clt.training.settings import TrainConfig
@@ -91,13 +90,13 @@ def train_until_stopped(config: TrainConfig) -> Path:
         return train(config, control=control)
 
 
-def main(arguments: Sequence[str] | None = None) -> int:
-    """The command; returns its exit code."""
-    description = (__doc__ or "").partition("\n")[0]
-    return run_script(
-        description, TrainConfig, lambda config: config_to_yaml(config).rstrip(), train_until_stopped, arguments
-    )
+JOB = Job(
+    command="clt train",
+    summary="Trains a transcoder; prints the folder of its last checkpoint.",
+    settings=TrainConfig,
+    run=train_until_stopped,
+)
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    sys.exit(run_job(JOB, sys.argv[1:]))

@@ -15,8 +15,7 @@ from typing import Annotated
 
 import typer
 
-from clt.launch.logs import set_up_logging
-from clt.launch.script import check_writable, guarded, write_text
+from clt.launch.script import check_writable, run_and_exit, write_text
 
 #: Where configs/ lies: beside launch/ in a checkout.
 _CHECKOUT = Path(__file__).resolve().parents[2]
@@ -51,8 +50,7 @@ def kernels(
         write_text(file, report.to_json())
         return report.to_text()
 
-    set_up_logging()
-    raise typer.Exit(guarded(work))
+    run_and_exit(work)
 
 
 @bench_app.command()
@@ -79,8 +77,7 @@ def train(
         write_text(file, report.to_json())
         return report.to_text()
 
-    set_up_logging()
-    raise typer.Exit(guarded(work))
+    run_and_exit(work)
 
 
 @bench_app.command()
@@ -118,5 +115,4 @@ def baselines(
         write_text(file, report.to_json())
         return report.to_text()
 
-    set_up_logging()
-    raise typer.Exit(guarded(work))
+    run_and_exit(work)

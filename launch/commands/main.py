@@ -1,93 +1,132 @@
-"""The `clt` command: each subcommand is the thin face of a function that scripts import.
+"""The `clt` command: each subcommand calls a function that scripts can import.
 
     clt demo --out runs/demo
-    clt capture --config configs/capture/toy.yaml --set source.toy.n=100
+    clt capture configs/capture/toy.yaml source.toy.n=100
     clt plan configs/train/llava_7b.yaml --model layers=32,width=4096 --gpus 8
-    clt train --config configs/train/toy.yaml --dry-run
-    clt join runs/seed/clt runs/seed/layer_*
+    clt train configs/train/toy.yaml --dry-run
+    clt join runs/independent/clt runs/independent/layer_*
     clt convert runs/toy/clt runs/toy/circuit_tracer --to circuit_tracer --calibrate runs/toy/store
     clt push runs/toy/clt OWNER/NAME
-    clt evaluate --config configs/evaluate/toy.yaml
-    clt attribute --config configs/attribute/toy.yaml --set index=3
+    clt evaluate configs/evaluate/toy.yaml
+    clt attribute configs/attribute/toy.yaml index=3
     clt view runs/demo/graph
 
-A user's mistake is one line on standard error and exit code 2. Training on several processes is
-`torchrun launch/train.py CONFIG`.
+Jobs (capture, train, evaluate, attribute, demo) are `clt VERB [CONFIG] [key=value ...]`; `clt VERB --help` lists their
+keys. An error of the user is one line on standard error and exit code 2. Training on several processes is
+`torchrun launch/train.py CONFIG [key=value ...]`.
 """
 
 from __future__ import annotations
 
-import sys
-from collections.abc import Callable
 from pathlib import Path
 from typing import Annotated, Any
 
 import typer
 
-from clt.config import config_to_yaml, load_config
 from clt.convert import Combination, Format
 from clt.launch.commands.bench import bench_app
 from clt.launch.commands.store import store_app
-from clt.launch.logs import set_up_logging
-from clt.launch.script import check_writable, guarded, write_text
+from clt.launch.script import check_writable, read_words, run_and_exit, run_job, write_text
 from clt.transcoder.architecture import ReadSite
 
-app = typer.Typer(add_completion=False, no_args_is_help=True, pretty_exceptions_enable=False, help=__doc__)
+# Without rich, whose markup takes square brackets out of help texts.
+app = typer.Typer(
+    add_completion=False,
+    no_args_is_help=True,
+    pretty_exceptions_enable=False,
+    rich_markup_mode=None,
+    help=__doc__.replace("    clt demo", "\b\n    clt demo"),
+)
 app.add_typer(store_app, name="store")
 app.add_typer(bench_app, name="bench")
 
-#: Where configs/ and examples/ lie: beside launch/ in a checkout.
-CHECKOUT = Path(__file__).resolve().parents[2]
-
-Config = Annotated[Path, typer.Option(help="YAML file of the job.")]
-Overrides = Annotated[
-    list[str] | None, typer.Option("--set", metavar="KEY=VALUE", help="Replaces a value, repeatable.")
-]
-DryRun = Annotated[bool, typer.Option("--dry-run", help="Print the resolved configuration and end.")]
+#: Options that typer does not know are words of the job too, for `read_words`.
+_JOB: dict[str, Any] = {"context_settings": {"ignore_unknown_options": True}}
+Words = Annotated[list[str] | None, typer.Argument(metavar="[CONFIG] [key=value ...]", show_default=False)]
 
 
-def _run(work: Callable[[], Any]) -> None:
-    set_up_logging()
-    raise typer.Exit(guarded(work))
+@app.command(**_JOB, add_help_option=False)
+def demo(words: Words = None) -> None:
+    """Captures, trains, evaluates, attributes and steers on the toy model; prints the measures."""
+    from clt.launch.demo import JOB
+
+    raise typer.Exit(run_job(JOB, words or ()))
 
 
-@app.command()
-def demo(
-    out: Annotated[Path, typer.Option(help="Folder for everything written.")],
-    config: Config = CHECKOUT / "configs" / "demo" / "toy.yaml",
-    overrides: Overrides = None,
-) -> None:
-    """Runs the whole journey on the toy model and prints its summary."""
-    from clt.launch.demo import DemoConfig, demo, describe
-
-    _run(lambda: describe(demo(load_config(DemoConfig, config, overrides or ()), out)))
-
-
-@app.command()
-def capture(config: Config, overrides: Overrides = None, dry_run: DryRun = False) -> None:
+@app.command(**_JOB, add_help_option=False)
+def capture(words: Words = None) -> None:
     """Captures the activations of a model into a store; prints the store's id."""
-    from clt.capture.planning import CaptureConfig
-    from clt.capture.run import capture
-    from clt.launch.capture import LEFT_TO_OTHERS, describe
+    from clt.launch.capture import JOB
+
+    raise typer.Exit(run_job(JOB, words or ()))
+
+
+@app.command(**_JOB, add_help_option=False)
+def train(words: Words = None) -> None:
+    """Trains a transcoder in one process; prints the folder of its last checkpoint."""
+    from clt.launch.train import JOB
+
+    raise typer.Exit(run_job(JOB, words or ()))
+
+
+@app.command(**_JOB, add_help_option=False)
+def evaluate(words: Words = None) -> None:
+    """Measures a transcoder on held-out activations and prompts; prints the report's file."""
+    from clt.launch.commands.jobs import EVALUATE
+
+    raise typer.Exit(run_job(EVALUATE, words or ()))
+
+
+@app.command(**_JOB, add_help_option=False)
+def attribute(words: Words = None) -> None:
+    """Computes and checks the attribution graph of a prompt; prints the page to open."""
+    from clt.launch.commands.jobs import ATTRIBUTE
+
+    raise typer.Exit(run_job(ATTRIBUTE, words or ()))
+
+
+@app.command(**_JOB)
+def plan(
+    words: Words = None,
+    model: Annotated[
+        str | None,
+        typer.Option(metavar="layers=L,width=D", help="Size of the model. [default: that of the job's store]"),
+    ] = None,
+    gpu: Annotated[str, typer.Option(help="h200, h100, a100, or cpu as measured in benchmarks/kernels.md.")] = "h200",
+    gpus: Annotated[int | None, typer.Option(min=1, help="Devices. [default: mesh.layer x mesh.column]")] = None,
+    tokens: Annotated[
+        float | None, typer.Option(min=1, help="Tokens to train on. [default: those of all steps]")
+    ] = None,
+    numerics: Annotated[
+        str | None, typer.Option(help="Other types of weights and moments: a name in the last table of the report.")
+    ] = None,
+    file: Annotated[Path | None, typer.Option("--json", metavar="FILE", help="Also write the report as JSON.")] = None,
+) -> None:
+    """Counts memory, traffic and arithmetic of a training job, projects its speed, and tells on which meshes it fits.
+
+    CONFIG and its keys are those of `clt train`.
+    """
+    from clt.launch.commands.plan import PlanRequest, make_plan
 
     def work() -> str:
-        job = load_config(CaptureConfig, config, overrides or ())
-        return describe(job) if dry_run else capture(job, progress=sys.stderr.isatty()) or LEFT_TO_OTHERS
+        config, overrides = read_words(words or ())
+        request = PlanRequest(
+            config=config, overrides=overrides, model=model, gpu=gpu, gpus=gpus, tokens=tokens, numerics=numerics
+        )
+        check_writable(file)
+        report = make_plan(request)
+        write_text(file, report.to_json())
+        return report.to_text()
 
-    _run(work)
+    run_and_exit(work)
 
 
 @app.command()
-def train(config: Config, overrides: Overrides = None, dry_run: DryRun = False) -> None:
-    """Trains a transcoder in one process; prints the folder of its last checkpoint."""
-    from clt.launch.train import train_until_stopped
-    from clt.training.settings import TrainConfig
+def settings() -> None:
+    """Prints the reference of the keys of all jobs as Markdown, docs/settings.md."""
+    from clt.launch.commands.jobs import settings_page
 
-    def work() -> object:
-        job = load_config(TrainConfig, config, overrides or ())
-        return config_to_yaml(job).rstrip() if dry_run else train_until_stopped(job)
-
-    _run(work)
+    run_and_exit(settings_page)
 
 
 @app.command()
@@ -98,7 +137,7 @@ def join(
     """Makes one transcoder of source layers that were trained independently, each by its own job; prints its folder."""
     from clt.checkpoint.join import join_folders
 
-    _run(lambda: join_folders(folders, out))
+    run_and_exit(lambda: join_folders(folders, out))
 
 
 @app.command()
@@ -134,7 +173,7 @@ def convert(
         k=k,
         combine=combine,
     )
-    _run(lambda: run(request))
+    run_and_exit(lambda: run(request))
 
 
 @app.command()
@@ -152,70 +191,7 @@ def push(
         commit = push_pretrained(folder, name, private=private, revision=revision, message=message)
         return f"{name}: commit {commit}"
 
-    _run(work)
-
-
-@app.command()
-def plan(
-    config: Annotated[Path, typer.Argument(help="YAML file of the training job.")],
-    overrides: Overrides = None,
-    model: Annotated[
-        str | None, typer.Option(metavar="layers=L,width=D", help="Size of the model; absent: the job's store says.")
-    ] = None,
-    gpu: Annotated[str, typer.Option(help="h200, h100, a100, or cpu as measured in benchmarks/kernels.md.")] = "h200",
-    gpus: Annotated[int | None, typer.Option(min=1, help="Devices; absent: mesh.layer x mesh.column.")] = None,
-    tokens: Annotated[float | None, typer.Option(min=1, help="Tokens to train on; absent: all steps.")] = None,
-    numerics: Annotated[
-        str | None, typer.Option(help="What-if of other types: a name of the last table of the report.")
-    ] = None,
-    file: Annotated[Path | None, typer.Option("--json", metavar="FILE", help="Also write the report as JSON.")] = None,
-) -> None:
-    """Counts memory, traffic and arithmetic of a training job, projects its speed, and says where it fits."""
-    from clt.launch.commands.plan import PlanRequest, make_plan
-
-    def work() -> str:
-        request = PlanRequest(
-            config=config,
-            overrides=overrides or (),
-            model=model,
-            gpu=gpu,
-            gpus=gpus,
-            tokens=tokens,
-            numerics=numerics,
-        )
-        check_writable(file)
-        report = make_plan(request)
-        write_text(file, report.to_json())
-        return report.to_text()
-
-    _run(work)
-
-
-@app.command()
-def evaluate(config: Config, overrides: Overrides = None, dry_run: DryRun = False) -> None:
-    """Measures a transcoder on held-out activations and prompts; prints the report's file."""
-    from clt.attribution.run import EvaluateConfig, evaluate
-
-    def work() -> object:
-        job = load_config(EvaluateConfig, config, overrides or ())
-        if dry_run:
-            return config_to_yaml(job).rstrip()
-        evaluate(job)
-        return job.output
-
-    _run(work)
-
-
-@app.command()
-def attribute(config: Config, overrides: Overrides = None, dry_run: DryRun = False) -> None:
-    """Computes and checks the attribution graph of a prompt; prints the page to open."""
-    from clt.attribution.run import AttributeConfig, explain
-
-    def work() -> object:
-        job = load_config(AttributeConfig, config, overrides or ())
-        return config_to_yaml(job).rstrip() if dry_run else explain(job).page
-
-    _run(work)
+    run_and_exit(work)
 
 
 @app.command()
@@ -235,7 +211,7 @@ def view(
             except KeyboardInterrupt:
                 return
 
-    _run(work)
+    run_and_exit(work)
 
 
 def main() -> None:

@@ -15,7 +15,7 @@ from clt.capture.capacity import NVME
 from clt.capture.reading.open_store import open_store
 from clt.config import load_config
 from clt.errors import ConfigError, StoreError
-from clt.launch.store_text import count_text, duration_text, table
+from clt.launch.text_tables import count_text, duration_text, table
 from clt.planning.job import NUMERICS, Job, Sum, decoder_matrices
 from clt.planning.plan import MeasuredRun, Plan, alternatives, measured_run, plan, smallest
 from clt.planning.speed import MACHINES
@@ -40,7 +40,7 @@ class PlanRequest:
         numerics: a key of `clt.planning.job.NUMERICS`; None: what the configuration says.
     """
 
-    config: Path
+    config: Path | None = None
     overrides: Sequence[str] = ()
     model: str | None = None
     gpu: str = "h200"
