@@ -40,7 +40,7 @@ from clt.transcoder.model import CrossLayerTranscoder
 
 log = logging.getLogger(__name__)
 
-#: Seeds of the drawn boards: what trains, what is held out, and what is asked of the model are different images.
+#: Seeds of the drawn boards: training, held-out evaluation and prompts use different images.
 TRAIN_SEED, HELDOUT_SEED, PROMPT_SEED = 1, 2, 3
 
 
@@ -71,7 +71,7 @@ class DemoConfig:
     train_prompts: int = Field(gt=0)
     """Prompts captured for training."""
     heldout_prompts: int = Field(gt=0)
-    """Prompts captured for the held-out measures."""
+    """Prompts captured for the held-out evaluation."""
     agreement_prompts: int = Field(gt=0)
     """Prompts on which the replacement model is compared with the model."""
     training: DemoTraining
@@ -86,17 +86,17 @@ class DemoConfig:
 
 @plain_dataclass(kw_only=True)
 class _Stages:
-    """Seconds of the stages done so far."""
+    """Wall time of the stages done so far."""
 
     seconds: dict[str, float] = field(default_factory=dict)
 
     @contextmanager
     def time(self, name: str) -> Iterator[None]:
-        log.info("%s ...", name)
+        log.info("stage=%s", name)
         started = time.perf_counter()
         yield
         self.seconds[name] = round(time.perf_counter() - started, 2)
-        log.info("%s: %.1f s", name, self.seconds[name])
+        log.info("stage=%s seconds=%.1f", name, self.seconds[name])
 
 
 def demo(config: DemoConfig) -> dict[str, Any]:
@@ -111,7 +111,7 @@ def demo(config: DemoConfig) -> dict[str, Any]:
     Raises:
         CLTError: a stage failed; the message is the stage's.
     """
-    # The toy's tensors are small: a second thread would mostly wait, and on a busy machine many times longer.
+    # The toy's tensors are small: a second thread mostly waits, on a busy machine many times longer.
     torch.set_num_threads(1)
     stages, out = _Stages(), config.output
     with stages.time("capture"):
@@ -156,7 +156,7 @@ def _capture(config: DemoConfig, n: int, seed: int, output: Path) -> None:
 
 
 def _train(config: DemoConfig) -> None:
-    """Runs `torchrun launch/train.py` as a user would, one thread a process."""
+    """Runs `torchrun launch/train.py` as a user would, with one thread per process."""
     job = TrainConfig(
         store=str(config.output / "store"),
         output=config.output / "clt",
@@ -173,7 +173,7 @@ def _train(config: DemoConfig) -> None:
     command = [*torchrun, "-m", "clt.launch.train", str(path)]
     result = subprocess.run(command, env={"OMP_NUM_THREADS": "1"} | os.environ, stdout=sys.stderr, check=False)
     if result.returncode:
-        raise CLTError(f"training ended with code {result.returncode}; its reason stands above")
+        raise CLTError(f"training failed with exit code {result.returncode}; see the error above")
 
 
 def _steer(config: DemoConfig) -> SteeringReport:
@@ -216,7 +216,7 @@ def _summary(
 
 
 def describe(summary: dict[str, Any]) -> str:
-    """The summary as a table for people.
+    """The summary as a table.
 
     Args:
         summary: from `demo`.
@@ -225,24 +225,34 @@ def describe(summary: dict[str, Any]) -> str:
         Lines of text.
     """
     rows = [
-        ("fvu", "{:.4f}", "variance of the MLP outputs that the transcoder misses, held-out tokens"),
+        ("fvu", "{:.4f}", "fraction of variance unexplained of the MLP outputs, held-out tokens, mean over layers"),
         ("l0", "{:.1f}", "active features per token and layer"),
-        ("dead_fraction", "{:.3f}", "features that never fire on the held-out tokens"),
-        ("top1_agreement", "{:.4f}", "answers that survive replacing every MLP, without error terms"),
-        ("kl", "{:.1e}", "nats between the two predictions at the answers"),
-        ("replacement_score", "{:.3f}", "paths of the graph that end at tokens and patches, not at errors"),
-        ("completeness_score", "{:.3f}", "inputs of what matters that are explained, not errors"),
-        ("edge_max_rel_error", "{:.1e}", "largest difference between an edge and its measured intervention"),
+        ("dead_fraction", "{:.3f}", "fraction of features never active on the held-out tokens"),
+        ("top1_agreement", "{:.4f}", "fraction of answers unchanged when every MLP is replaced, without error terms"),
+        ("kl", "{:.1e}", "KL(model || replacement model) at the answers, nats"),
+        (
+            "replacement_score",
+            "{:.3f}",
+            "influence-weighted fraction of paths that lead back to tokens and patches, not error nodes",
+        ),
+        (
+            "completeness_score",
+            "{:.3f}",
+            "influence-weighted fraction of each node's input that does not come from error nodes",
+        ),
+        ("edge_max_rel_error", "{:.1e}", "largest relative difference between an edge and its measured intervention"),
     ]
     lines = [f"{key:20} {form.format(summary[key]):>9}   {meaning}" for key, form, meaning in rows]
     lines.append(
-        "steering: answers that flip without the n most influential features [95 % interval], and without n others"
+        "steering: share of answers that change when the top-n features are ablated [95 % CI]; control: n features"
     )
-    lines.append("of the same layers that come closest in what they write; in the model and in the replacement model")
+    lines.append(
+        "of the same layers with similar output norm; in the model (original) or the replacement model (replaced)"
+    )
     for result in summary["steering"]["results"]:
         shares = [f"{s['rate']:.2f} [{s['low']:.2f}, {s['high']:.2f}]" for s in (result["ablated"], result["control"])]
         name = f"  n={result['n']}, {result['mlps']}"
-        lines.append(f"{name:20} {shares[0]:>18}   others {shares[1]}")
+        lines.append(f"{name:20} {shares[0]:>18}   control {shares[1]}")
     seconds = ", ".join(f"{name} {value:.0f}" for name, value in summary["seconds"].items())
     return "\n".join([*lines, f"{'seconds':20} {seconds}", "", f"Open {summary['page']} in a browser."])
 
