@@ -19,7 +19,7 @@ keys. An error of the user is one line on standard error and exit code 2. Traini
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Any, get_args
 
 import typer
 
@@ -42,6 +42,7 @@ app.add_typer(bench_app, name="bench")
 
 #: Options that typer does not know are words of the job too, for `read_words`.
 _JOB: dict[str, Any] = {"context_settings": {"ignore_unknown_options": True}}
+_FORMATS = "|".join(get_args(Format))
 Words = Annotated[list[str] | None, typer.Argument(metavar="[CONFIG] [key=value ...]", show_default=False)]
 
 
@@ -131,10 +132,12 @@ def settings() -> None:
 
 @app.command()
 def join(
-    out: Annotated[Path, typer.Argument(help="Folder for the whole transcoder.")],
-    folders: Annotated[list[Path], typer.Argument(help="Outputs of jobs with `clt.source`, one for every source.")],
+    out: Annotated[Path, typer.Argument(help="New folder for the whole transcoder.")],
+    folders: Annotated[
+        list[Path], typer.Argument(help="Output folders of jobs with `clt.source`, one per source layer.")
+    ],
 ) -> None:
-    """Makes one transcoder of source layers that were trained independently, each by its own job; prints its folder."""
+    """Joins source layers, each trained independently by its own job, into one transcoder; prints its folder."""
     from clt.checkpoint.join import join_folders
 
     run_and_exit(lambda: join_folders(folders, out))
@@ -144,47 +147,57 @@ def join(
 def convert(
     source: Annotated[Path, typer.Argument(help="Folder of the transcoder.")],
     target: Annotated[Path, typer.Argument(help="New folder.")],
-    read_as: Annotated[Format, typer.Option("--from", help="Format of the source.")] = "native",
-    write_as: Annotated[Format, typer.Option("--to", help="Format of the target.")] = "native",
+    read_as: Annotated[str, typer.Option("--from", metavar=_FORMATS, help="Format of the source.")] = "native",
+    write_as: Annotated[str, typer.Option("--to", metavar=_FORMATS, help="Format of the target.")] = "native",
     calibrate: Annotated[
         str | None,
         typer.Option(
-            metavar="STORE", help="Give every feature a threshold, or measure the seed's mapping, on its tokens."
+            metavar="STORE",
+            help="Activations on which the thresholds of features, or the mappings of vlm_clt_training, are measured.",
         ),
     ] = None,
     tokens: Annotated[int, typer.Option(min=1, help="Tokens of that store; all are held in memory.")] = 100_000,
-    read_site: Annotated[ReadSite | None, typer.Option(help="What encoders read, if the files do not say it.")] = None,
-    k: Annotated[int | None, typer.Option(min=1, help="kokosdev: active features of a TopK transcoder.")] = None,
+    read_site: Annotated[
+        ReadSite | None, typer.Option(help="What encoders read, if the files do not record it.")
+    ] = None,
+    k: Annotated[
+        int | None, typer.Option(min=1, help="vlm_clt_training: active features of a TopK transcoder.")
+    ] = None,
     combine: Annotated[
-        Combination | None, typer.Option(help="kokosdev: how a target's sources are combined; absent: their sum.")
+        Combination | None, typer.Option(help="vlm_clt_training: combination of a target's sources. [default: sum]")
     ] = None,
 ) -> None:
     """Converts a transcoder from or to the format of another project (docs/formats.md); prints the new folder."""
-    from clt.launch.commands.convert import ConvertRequest, run
+    from clt.launch.commands.convert import ConvertRequest, format_name, run
 
-    request = ConvertRequest(
-        source=source,
-        target=target,
-        read_as=read_as,
-        write_as=write_as,
-        store=calibrate,
-        tokens=tokens,
-        read_site=read_site,
-        k=k,
-        combine=combine,
-    )
-    run_and_exit(lambda: run(request))
+    def work() -> Path:
+        request = ConvertRequest(
+            source=source,
+            target=target,
+            read_as=format_name(read_as),
+            write_as=format_name(write_as),
+            store=calibrate,
+            tokens=tokens,
+            read_site=read_site,
+            k=k,
+            combine=combine,
+        )
+        return run(request)
+
+    run_and_exit(work)
 
 
 @app.command()
 def push(
-    folder: Annotated[Path, typer.Argument(help="Transcoder, or output of a training job: its newest checkpoint.")],
-    name: Annotated[str, typer.Argument(metavar="NAME", help="Model repository of the hub, OWNER/NAME.")],
+    folder: Annotated[
+        Path, typer.Argument(help="Transcoder, or output folder of a training job, whose newest checkpoint is taken.")
+    ],
+    name: Annotated[str, typer.Argument(metavar="NAME", help="Model repository on the hub, OWNER/NAME.")],
     private: Annotated[bool, typer.Option("--private/--public", help="Visibility of a new repository.")] = True,
-    revision: Annotated[str | None, typer.Option(help="Branch. Absent: main.")] = None,
+    revision: Annotated[str | None, typer.Option(help="Branch. [default: main]")] = None,
     message: Annotated[str | None, typer.Option(help="Summary of the commits.")] = None,
 ) -> None:
-    """Sends a transcoder with a model card to the Hugging Face hub; prints the commit."""
+    """Uploads a transcoder with a model card to the Hugging Face hub; prints the commit."""
     from clt.hub.pretrained import push_pretrained
 
     def work() -> str:
@@ -197,7 +210,7 @@ def push(
 @app.command()
 def view(
     graph: Annotated[Path, typer.Argument(help="Folder or page that `clt attribute` wrote.")],
-    port: Annotated[int, typer.Option(help="Port on 127.0.0.1; 0 lets the system choose.")] = 0,
+    port: Annotated[int, typer.Option(help="Port on 127.0.0.1; 0: a free one.")] = 0,
 ) -> None:
     """Serves the page of a graph to a browser on this machine until interrupted."""
     from clt.attribution.viewer.server import find_page, page_server
@@ -205,7 +218,7 @@ def view(
     def work() -> None:
         with page_server(find_page(graph), port) as server:
             host, bound = server.server_address[:2]
-            print(f"http://{host!s}:{bound}/  (Ctrl-C ends)", flush=True)
+            print(f"http://{host!s}:{bound}/  (press Ctrl-C to stop)", flush=True)
             try:
                 server.serve_forever()
             except KeyboardInterrupt:
