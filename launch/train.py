@@ -37,19 +37,19 @@ def train(config: TrainConfig, progress_bar: bool | None = None, control: JobCon
 
     Args:
         config: the job.
-        progress_bar: whether the first rank shows one; by default when standard error is a terminal.
-        control: asks for an early end; see `train_until_stopped`.
+        progress_bar: whether rank 0 shows one; None: if standard error is a terminal.
+        control: requests an early end; see `train_until_stopped`.
 
     Returns:
         Folder of the last checkpoint, for `CrossLayerTranscoder.from_pretrained`.
 
     Raises:
-        CLTError: what a user can cause; the same on all ranks.
+        CLTError: an error of the user; the same on all ranks.
     """
     if config.clt.independent is not None and job_rank() == 0:
         log.warning(
-            "clt.independent=%s: each source alone learns all of its targets' outputs, so that sums over sources count "
-            "them many times; the default trains sources jointly",
+            "clt.independent=%s: each source layer alone reconstructs the whole output of its targets, so that their sum "
+            "counts it many times; leave clt.independent out to train sources jointly",
             config.clt.independent,
         )
     activations = open_activations(config)
@@ -65,7 +65,7 @@ def train(config: TrainConfig, progress_bar: bool | None = None, control: JobCon
     scaling = Scaling.from_stats(activations.stats(x_sites, where), activations.stats(y_sites, where))
     weights_G = modality_weights(config.data.token_weights, activations.token_counts(where).tolist())
     control = control or JobControl()
-    # Known to every rank by itself: none has to be met for that, or missed by the others.
+    # Before the ranks meet: each can find this error alone.
     check_world(job_world(), config.mesh.layer, config.mesh.column)
     with joined_job(config.mesh.timeout_seconds, control):
         mesh = Mesh.create(config.mesh.layer, config.mesh.column)

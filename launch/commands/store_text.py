@@ -131,7 +131,7 @@ def _space_lines(report: Capacity) -> str:
         done = f"{report.committed_tokens:,} tokens, {size_text(report.needed_bytes)} to go"
         rows.append(("committed already", done))
     if report.free_bytes is None:
-        rows.append(("free space", "not known: an object store"))
+        rows.append(("free space", "unknown (object store)"))
     else:
         rows.append(("free space", size_text(report.free_bytes)))
     text = table(rows, left=2)
