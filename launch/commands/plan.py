@@ -15,7 +15,7 @@ from clt.capture.capacity import NVME
 from clt.capture.reading.open_store import open_store
 from clt.config import load_config
 from clt.errors import ConfigError, StoreError
-from clt.launch.text_tables import count_text, duration_text, table
+from clt.launch.store_text import count_text, duration_text, table
 from clt.planning.job import NUMERICS, Job, Sum, decoder_matrices
 from clt.planning.plan import MeasuredRun, Plan, alternatives, measured_run, plan, smallest
 from clt.planning.speed import MACHINES

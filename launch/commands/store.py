@@ -68,7 +68,7 @@ def plan(
     from clt.capture.capacity import capacity
     from clt.capture.planning import CaptureConfig, plan_capture
     from clt.config import load_config
-    from clt.launch.commands.store_text import capacity_text
+    from clt.launch.store_text import capacity_text
 
     def work() -> str:
         job = load_config(CaptureConfig, config, overrides or ())
@@ -91,7 +91,7 @@ def verify(
     """Compares a store with its records; exit code 2 if anything is wrong."""
     from clt.capture.upkeep.maintain import repair_store
     from clt.capture.upkeep.verify_store import verify_store
-    from clt.launch.commands.store_text import problems_text, repair_text, verified_text
+    from clt.launch.store_text import problems_text, repair_text, verified_text
 
     def work() -> str:
         report = verify_store(path, level, sample=sample, jobs=jobs)
@@ -116,7 +116,7 @@ def repair(
 ) -> None:
     """Moves what is damaged to the folder quarantine/ and makes again what follows from the rest."""
     from clt.capture.upkeep.maintain import repair_store
-    from clt.launch.commands.store_text import repair_text
+    from clt.launch.store_text import repair_text
 
     def work() -> str:
         report = repair_store(path, level=level, jobs=jobs)
@@ -130,7 +130,7 @@ def repair(
 def status(path: Store, file: JsonFile = None) -> None:
     """Prints how far a store is and who is capturing what."""
     from clt.capture.upkeep.maintain import store_status
-    from clt.launch.commands.store_text import status_text
+    from clt.launch.store_text import status_text
 
     def work() -> str:
         report = store_status(path)
@@ -149,7 +149,7 @@ def gc(
 ) -> None:
     """Deletes what a store does not need: partial files, files of units that were never committed, leases."""
     from clt.capture.upkeep.maintain import collect_garbage
-    from clt.launch.commands.store_text import gc_text
+    from clt.launch.store_text import gc_text
 
     def work() -> str:
         report = collect_garbage(path, dry_run=dry_run, quarantine=quarantine)
@@ -164,7 +164,7 @@ def stats(path: Store, file: JsonFile = None) -> None:
     """Prints norms, spread and quantisation error of every site by class of token."""
     from clt.capture.reading.open_store import open_store
     from clt.capture.upkeep.store_stats import store_stats
-    from clt.launch.commands.store_text import stats_text
+    from clt.launch.store_text import stats_text
 
     def work() -> str:
         rows = store_stats(open_store(path))
@@ -241,7 +241,7 @@ def pull(
     from clt.capture.store.schema import MANIFEST
     from clt.capture.upkeep.verify_store import verify_store
     from clt.hub.transfer import pull_folder
-    from clt.launch.commands.store_text import verified_text
+    from clt.launch.store_text import verified_text
 
     def work() -> str:
         pull_folder(repo, path, revision=revision, last=(MANIFEST,), ignore=_STAYS)
@@ -273,7 +273,7 @@ def export_pt(
     """Writes a store as .pt files in the layouts of the seed documents."""
     from clt.capture.reading.open_store import open_store
     from clt.capture.upkeep.export_pt import export_activations, export_samples
-    from clt.launch.commands.store_text import export_text
+    from clt.launch.store_text import export_text
 
     def work() -> str:
         numbers = {"n_targets": n_targets, "batch_samples": batch_samples}

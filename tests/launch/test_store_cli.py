@@ -21,7 +21,7 @@ from clt.capture.reading.open_store import open_store
 from clt.capture.writing.writer import StoreWriter
 from clt.config import load_config
 from clt.launch.commands.main import app
-from clt.launch.commands.store_text import capacity_text
+from clt.launch.store_text import capacity_text
 
 from ..capture.conftest import make_plan, make_spec, make_store, unit_data
 from ..hub_stand_in import Blob, hub_stand_in

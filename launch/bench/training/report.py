@@ -13,7 +13,7 @@ from clt.launch.bench.training.clock import PHASES
 from clt.launch.bench.training.measure import Row, TrafficRow
 from clt.launch.bench.training.projection import DEVICES, LINKED, Projection
 from clt.launch.bench.training.rank import DENSE
-from clt.launch.text_tables import count_text
+from clt.launch.store_text import count_text
 from clt.planning.job import MeshShape
 
 #: Parts of the least time that belong to each phase; AuxK's is not divided among them.

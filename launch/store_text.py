@@ -1,15 +1,15 @@
-"""Text of the `clt store` commands: reports as tables."""
+"""Text of the `clt store` commands: reports of other rooms as tables for people."""
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 
-from clt.capture.capacity import GB, NVME, PCIE, Capacity, StoreSize
+from clt.capture.capacity import GB, GIB, NVME, PCIE, Capacity, StoreSize
 from clt.capture.upkeep.export_pt import ExportReport
 from clt.capture.upkeep.maintain import GcReport, RepairReport, StoreStatus
 from clt.capture.upkeep.store_stats import ClassStats
 from clt.capture.upkeep.verify_store import VerifyReport
-from clt.launch.text_tables import count_text, duration_text, size_text, table, three_digits
 
 _MOST_PROBLEMS = 20
 
@@ -109,6 +109,45 @@ def export_text(report: ExportReport, out: str) -> str:
     return f"{out}: {report.samples:,} samples in {files}, {size_text(report.bytes)}"
 
 
+def table(rows: Sequence[Sequence[str]], left: int = 1) -> str:
+    """Rows of cells as aligned text; the first `left` columns flush left, the others flush right."""
+    widths = [max(len(row[i]) for row in rows) for i in range(len(rows[0]))]
+    lines = []
+    for row in rows:
+        cells = [c.ljust(w) if i < left else c.rjust(w) for i, (c, w) in enumerate(zip(row, widths, strict=True))]
+        lines.append("  ".join(cells).rstrip())
+    return "\n".join(lines)
+
+
+def size_text(n_bytes: float) -> str:
+    """Bytes with a binary unit."""
+    for unit, name in ((1 << 40, "TiB"), (GIB, "GiB"), (1 << 20, "MiB"), (1 << 10, "KiB")):
+        if n_bytes >= unit:
+            return f"{n_bytes / unit:.2f} {name}"
+    return f"{n_bytes:.0f} bytes"
+
+
+def count_text(value: float) -> str:
+    """A number with three significant digits, with k, M or G."""
+    for unit, letter in ((1e9, " G"), (1e6, " M"), (1e3, " k")):
+        if value >= unit:
+            return f"{_three(value / unit)}{letter}"
+    return _three(value)
+
+
+def duration_text(seconds: float) -> str:
+    """Seconds, minutes, hours or days, whichever reads best."""
+    for unit, name in ((172_800, "days"), (7200, "hours"), (120, "minutes")):
+        if seconds >= unit:
+            return f"{seconds / {'days': 86_400, 'hours': 3600, 'minutes': 60}[name]:.1f} {name}"
+    return f"{seconds:.0f} seconds"
+
+
+def _three(value: float) -> str:
+    digits = 2 - math.floor(math.log10(value)) if value > 0 else 0
+    return f"{value:.{min(max(digits, 0), 6)}f}"
+
+
 def _size_lines(size: StoreSize, output: str) -> str:
     words = f"{size.shortest} to {size.longest} tokens each" if size.shortest < size.longest else f"{size.longest} each"
     packed = "" if size.compression == "none" else f", {size.compression}"
@@ -131,7 +170,7 @@ def _space_lines(report: Capacity) -> str:
         done = f"{report.committed_tokens:,} tokens, {size_text(report.needed_bytes)} to go"
         rows.append(("committed already", done))
     if report.free_bytes is None:
-        rows.append(("free space", "unknown (object store)"))
+        rows.append(("free space", "not known: an object store"))
     else:
         rows.append(("free space", size_text(report.free_bytes)))
     text = table(rows, left=2)
@@ -167,9 +206,7 @@ def _capture_lines(report: Capacity) -> str:
 
 def _reading_lines(report: Capacity) -> str:
     rows = [("training on all sites, limited by", "GB/s", "tokens/s")]
-    rows += [
-        (item.source, three_digits(item.bytes_per_s / GB), count_text(item.tokens_per_s)) for item in report.readings
-    ]
+    rows += [(item.source, _three(item.bytes_per_s / GB), count_text(item.tokens_per_s)) for item in report.readings]
     return table(rows)
 
 
@@ -186,10 +223,10 @@ def _model_table(report: Capacity) -> str:
         (
             model.model,
             f"{model.bytes_per_token:,}",
-            three_digits(model.bytes_per_s / GB),
+            _three(model.bytes_per_s / GB),
             f"{count_text(model.nvme_tokens_per_s)}/s",
             f"{count_text(model.pcie_tokens_per_s)}/s",
-            f"{three_digits(model.terabytes)} TB",
+            f"{_three(model.terabytes)} TB",
         )
         for model in report.models
     ]
