@@ -51,7 +51,8 @@ lint: $(READY)
 typecheck: $(READY)
 	rm -rf .typecheck build
 	$(RUN)/pip install -q --no-deps --no-build-isolation --target .typecheck .
-	cd .typecheck && ../$(RUN)/mypy --config-file ../pyproject.toml --python-executable ../$(RUN)/python -p clt
+	cp -r benchmarks .typecheck
+	cd .typecheck && ../$(RUN)/mypy --config-file ../pyproject.toml --python-executable ../$(RUN)/python -p clt -p benchmarks
 
 clean:
 	rm -rf $(VENV) .typecheck build *.egg-info runs

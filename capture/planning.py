@@ -18,6 +18,7 @@ from pydantic.dataclasses import dataclass
 from clt.capture.answers import Answer, Generation, make_answers
 from clt.capture.models.adapter import ModelAdapter
 from clt.capture.models.model_settings import ModelChoice
+from clt.capture.models.sites import decoder_sites
 from clt.capture.sources.examples import ExampleSource, SourceSettings, open_source, text_digest
 from clt.capture.store.arrays import Compression
 from clt.capture.store.read_order import pack_units
@@ -130,7 +131,8 @@ def plan_capture(
     adapter = adapter or config.load()
     source = open_source(config.source)
     lengths, answers = _lengths(config, adapter, source, longest_answers)
-    sites = tuple(f"lm.{layer}.{kind}" for kind in (config.read_site, "mlp_out") for layer in range(adapter.n_layers))
+    layers = range(adapter.n_layers)
+    sites = (*decoder_sites(layers, config.read_site), *decoder_sites(layers, "mlp_out"))
     group = SiteGroup(name="lm", sites=sites, width=adapter.d_model)
     rows, chunk = _sizes(config, len(sites) * adapter.d_model * TORCH_DTYPES[config.store_dtype].itemsize)
     starts = pack_units(lengths, rows)

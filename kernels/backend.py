@@ -61,10 +61,10 @@ def implementation(tensor: Tensor) -> ModuleType:
     """The module behind `backend_of`."""
     name = backend_of(tensor)
     if name == "triton":
-        from clt.kernels.gpu import paths as fused
+        from clt.kernels.gpu import triton_backend
 
-        return fused
-    from clt.kernels import cpu, reference
+        return triton_backend
+    from clt.kernels.pytorch import cpu, reference
 
     return cpu if name == "cpu" else reference
 

@@ -11,10 +11,10 @@ from typing import Any, ParamSpec, TypeVar
 import torch
 from torch import Tensor
 
-from clt.kernels.adam import RowAdamState
 from clt.kernels.backend import device_guard, implementation
-from clt.kernels.csr import SPLIT, FeatureCSR
-from clt.kernels.dtypes import accumulator
+from clt.kernels.common.adam import RowAdamState
+from clt.kernels.common.csr import SPLIT, FeatureCSR
+from clt.kernels.common.dtypes import accumulator
 
 # No postponed annotations here: the operators' schemas are read from them.
 

@@ -13,11 +13,12 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
-from clt.kernels import library, reference
-from clt.kernels.adam import RowAdam, RowAdamState
+from clt.kernels import library
 from clt.kernels.backend import backend_of, device_guard, implementation, use_backend
-from clt.kernels.checks import check_k, fit, fit_decode, fit_encoder, fit_grad
-from clt.kernels.csr import FeatureCSR
+from clt.kernels.common.adam import RowAdam, RowAdamState
+from clt.kernels.common.checks import check_k, fit, fit_decode, fit_encoder, fit_grad
+from clt.kernels.common.csr import FeatureCSR
+from clt.kernels.pytorch import reference
 
 __all__ = [
     "FeatureCSR",

@@ -14,11 +14,12 @@ import logging
 import sys
 from pathlib import Path
 
+from clt.attribution.evaluation.during_training import make_evaluators, open_heldout
+from clt.capture.models.sites import decoder_sites
 from clt.capture.reading.token_filter import TokenFilter
 from clt.distributed.job_control import JobControl, stop_on_signals
 from clt.distributed.mesh import Mesh, check_world, deal_layers, input_layers
 from clt.launch.activations import open_activations
-from clt.launch.evaluators import make_evaluators, open_heldout
 from clt.launch.logs import job_rank, job_world
 from clt.launch.script import Job, run_job
 from clt.training.deepspeed_engine import joined_job
@@ -53,12 +54,12 @@ def train(config: TrainConfig, progress_bar: bool | None = None, control: JobCon
             config.clt.independent,
         )
     activations = open_activations(config)
-    heldout = open_heldout(config, activations)
     model = activations.model
+    heldout = open_heldout(config, model, activations.id)
     architecture = CLTConfig.resolve(config.clt, model.n_layers, model.d_model)
     layers = range(architecture.n_layers)
-    x_sites = [f"lm.{layer}.{architecture.read_site}" for layer in layers]
-    y_sites = [f"lm.{layer}.mlp_out" for layer in layers]
+    x_sites = decoder_sites(layers, architecture.read_site)
+    y_sites = decoder_sites(layers, "mlp_out")
     where = TokenFilter(
         modalities=config.data.modalities, drop_bos=architecture.drop_bos, norm_cap=config.data.norm_cap
     )
@@ -80,7 +81,7 @@ def train(config: TrainConfig, progress_bar: bool | None = None, control: JobCon
         transcoder = CrossLayerTranscoder(
             architecture, scaling, share, config.seed, Provenance(model=model, store_id=activations.id)
         )
-        evaluators = make_evaluators(config, activations, heldout, architecture, share, mesh)
+        evaluators = make_evaluators(config, model, heldout, architecture, share, mesh)
         return Trainer(config, transcoder, batches, mesh, progress_bar, evaluators, control, weights_G).fit()
 
 

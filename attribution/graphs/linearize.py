@@ -20,6 +20,7 @@ from torch import Tensor, nn
 
 from clt.capture.models.adapter import ModelAdapter, PromptInputs
 from clt.capture.models.hooks import attach
+from clt.capture.models.sites import SiteKind, decoder_site, decoder_sites
 from clt.errors import GraphError, ModelError
 from clt.transcoder.architecture import ReadSite
 
@@ -68,14 +69,14 @@ def record(adapter: ModelAdapter, inputs: PromptInputs, read_site: ReadSite) -> 
         raise GraphError(
             f"{len(inputs.prompts)} prompts or padding given; attribute one prompt at a time, without padding"
         )
-    kinds = dict.fromkeys(("resid_pre", "resid_mid", "mlp_out", "pattern", read_site))
-    sites = [f"lm.{layer}.{kind}" for layer in range(adapter.n_layers) for kind in kinds]
+    kinds: dict[SiteKind, None] = dict.fromkeys(("resid_pre", "resid_mid", "mlp_out", "pattern", read_site))
+    sites = [decoder_site(layer, kind) for layer in range(adapter.n_layers) for kind in kinds]
     with attach(adapter, read=["lm.embed", *sites, "lm.final"]) as found:
         logits = adapter.forward(inputs)
     wide = torch.promote_types(adapter.dtype, torch.float32)
 
-    def layers(kind: str) -> Tensor:
-        return torch.stack([found[f"lm.{layer}.{kind}"][0] for layer in range(adapter.n_layers)]).to(wide)
+    def layers(kind: SiteKind) -> Tensor:
+        return torch.stack([found[site][0] for site in decoder_sites(range(adapter.n_layers), kind)]).to(wide)
 
     return Recording(
         embed=found["lm.embed"][0].to(wide),

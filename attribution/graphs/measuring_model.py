@@ -25,6 +25,7 @@ from torch import Tensor, nn
 from clt.attribution.graphs.graph import BiasKind, Graph, NodeKind
 from clt.capture.models.adapter import ModelAdapter, PromptInputs
 from clt.capture.models.hooks import Edit, attach
+from clt.capture.models.sites import decoder_site, decoder_sites
 from clt.errors import GraphError
 from clt.records import Modality
 from clt.transcoder.layers import LayerShare
@@ -67,7 +68,7 @@ class MeasuringModel:
     ) -> None:
         self.graph = graph
         self.layers = range(adapter.n_layers)
-        self.read_sites = [f"lm.{layer}.{transcoder.config.read_site}" for layer in self.layers]
+        self.read_sites = decoder_sites(self.layers, transcoder.config.read_site)
         self.sources = LayerShare.everything(transcoder.config).sources
         self.targets = LayerShare.everything(transcoder.config).targets
         self.seen = inputs.real_mask[0]
@@ -126,8 +127,8 @@ class MeasuringModel:
 
     def _record(self, adapter: ModelAdapter, inputs: PromptInputs) -> None:
         """Everything that stays frozen, from a forward of the model as it is."""
-        kinds = ("pattern", "mlp_out")
-        sites = ["lm.embed", *(f"lm.{layer}.{kind}" for layer in self.layers for kind in kinds), *self.read_sites]
+        frozen = [*decoder_sites(self.layers, "pattern"), *decoder_sites(self.layers, "mlp_out")]
+        sites = ["lm.embed", *frozen, *self.read_sites]
         ratios: list[Tensor] = []
 
         def keep(norm: nn.Module, args: tuple[Any, ...], output: Tensor) -> None:
@@ -153,8 +154,9 @@ class MeasuringModel:
         embed = self.recorded["lm.embed"] if addition.embed is None else self.recorded["lm.embed"] + addition.embed
         edits: dict[str, Edit] = {"lm.embed": lambda _: embed[None]}
         for layer in self.layers:
-            edits[f"lm.{layer}.pattern"] = self._setter(self.recorded[f"lm.{layer}.pattern"])
-            edits[f"lm.{layer}.mlp_out"] = self._mlp(layer, addition, found)
+            pattern = decoder_site(layer, "pattern")
+            edits[pattern] = self._setter(self.recorded[pattern])
+            edits[decoder_site(layer, "mlp_out")] = self._mlp(layer, addition, found)
         with ExitStack() as stack:
             stack.enter_context(attach(self.adapter, edit=edits))
             for norm, ratio in zip(self._norms(self.adapter), self.norm_ratios, strict=True):
@@ -178,7 +180,7 @@ class MeasuringModel:
         """The recorded output, what is added to it, and what the transcoder answers to changed codes or input."""
 
         def edit(_: Tensor) -> Tensor:
-            y_SD = self.recorded[f"lm.{layer}.mlp_out"]
+            y_SD = self.recorded[decoder_site(layer, "mlp_out")]
             if layer in addition.mlp_out:
                 y_SD = y_SD + addition.mlp_out[layer]
             if layer in self.targets and addition.feature is not None:
@@ -213,7 +215,7 @@ class MeasuringModel:
         return self._decode(layer, torch.zeros_like(self.values_LSK), x_SD) * self.seen[:, None]
 
     def _error(self, layer: int) -> Tensor:
-        y_SD = self.recorded[f"lm.{layer}.mlp_out"]
+        y_SD = self.recorded[decoder_site(layer, "mlp_out")]
         if layer not in self.targets:
             return y_SD
         return y_SD - self.reconstructions[layer] * self.seen[:, None]
@@ -249,9 +251,8 @@ class MeasuringModel:
 
     def _pre_activations(self, layer: int, x_SD: Tensor, positions: Tensor, numbers: Tensor) -> Tensor:
         x_SD = self.transcoder.scaling.standardise_x(x_SD[None], (layer,))[0]
-        return (x_SD[positions] * self.transcoder.W_enc[str(layer)][numbers]).sum(1) + self.transcoder.b_enc[
-            str(layer)
-        ][numbers]
+        W_FD, b_F = self.transcoder.encoder(layer)
+        return (x_SD[positions] * W_FD[numbers]).sum(1) + b_F[numbers]
 
     def _codes(self) -> tuple[Tensor, Tensor, Tensor]:
         """Values and indices [L,S,K] of the graph's features, and the slot of each feature node."""

@@ -117,8 +117,8 @@ class Sources:
             position: [B] int64.
             number: [B] int64, feature numbers.
         """
-        name, site = str(layer), self.transcoder.config.read_site
-        W_BD, b_B = self.transcoder.W_enc[name][number], self.transcoder.b_enc[name][number]
+        site = self.transcoder.config.read_site
+        W_BD, b_B = self.transcoder.encoder_matrix(layer)[number], self.transcoder.encoder_bias(layer)[number]
         value_B = (self.frozen.recording.read[layer][position] * W_BD).sum(1) + b_B
         if site == "mlp_in":
             W_BD, site = W_BD * self.frozen.mlp_scale[layer][position], "resid_mid"
@@ -128,7 +128,7 @@ class Sources:
         """Lengths of the bias columns' vectors over all positions at which they act."""
         n_seen, norms = float(self.seen.sum()), []
         for layer in self.targets:
-            norms.append(float(self.transcoder.b_dec[str(layer)].norm()) * n_seen**0.5)
+            norms.append(float(self.transcoder.decoder_bias(layer).norm()) * n_seen**0.5)
         for layer in self.biased:
             norms.append(float(self.frozen.attention_bias(layer).norm()) * self.frozen.n_positions**0.5)
         return norms
@@ -172,8 +172,8 @@ class Sources:
         if layer not in self.targets:
             return
         bias = self.first_bias + self.targets.index(layer)
-        out_BN[:, bias] = G_BRD[:, self.seen[:R]].sum(1) @ self.transcoder.b_dec[str(layer)]
-        W_dec_SFD, sources = self.transcoder.W_dec[str(layer)], self.transcoder.sources_of(layer)
+        out_BN[:, bias] = G_BRD[:, self.seen[:R]].sum(1) @ self.transcoder.decoder_bias(layer)
+        W_dec_SFD, sources = self.transcoder.decoder_matrix(layer), self.transcoder.sources_of(layer)
         for position in range(R):
             # Sorted by position, then layer: the sources of one target are neighbours.
             begin, end = self._span[position][sources.start], self._span[position][sources.stop]
@@ -187,7 +187,7 @@ class Sources:
         if not self.transcoder.config.skip or layer not in self.targets:
             return None
         R = G_BRD.shape[1]
-        skip_BRD = (G_BRD @ self.transcoder.W_skip[str(layer)]) * self.seen[:R, None]
+        skip_BRD = (G_BRD @ self.transcoder.skip_matrix(layer)) * self.seen[:R, None]
         return skip_BRD * self.frozen.mlp_scale[layer][:R] if self.transcoder.config.read_site == "mlp_in" else skip_BRD
 
     def _meet_attention(self, layer: int, G_BRD: Tensor, out_BN: Tensor) -> Tensor:
@@ -229,17 +229,17 @@ class Sources:
         if not self.transcoder.config.feature_offset:
             return self._activation[begin:end]
         source_n = self._source[begin:end] - self.transcoder.sources_of(target).start
-        return self._activation[begin:end] + self.transcoder.offset[str(target)][source_n, self._number[begin:end]]
+        return self._activation[begin:end] + self.transcoder.feature_offsets(target)[source_n, self._number[begin:end]]
 
     def _errors(self) -> Tensor:
         """[L,S,D] MLP outputs minus what the transcoder gives."""
         found = self.frozen.recording
         errors_LSD = found.mlp_out.clone()
         for layer in self.targets:
-            y_SD = self.transcoder.b_dec[str(layer)].expand(len(self.seen), -1).clone()
+            y_SD = self.transcoder.decoder_bias(layer).expand(len(self.seen), -1).clone()
             if self.transcoder.config.skip:
-                y_SD += found.read[layer] @ self.transcoder.W_skip[str(layer)].T
-            W_dec_SFD, sources = self.transcoder.W_dec[str(layer)], self.transcoder.sources_of(layer)
+                y_SD += found.read[layer] @ self.transcoder.skip_matrix(layer).T
+            W_dec_SFD, sources = self.transcoder.decoder_matrix(layer), self.transcoder.sources_of(layer)
             for position in range(len(self.seen)):
                 begin, end = self._span[position][sources.start], self._span[position][sources.stop]
                 decoder_nD = W_dec_SFD[self._source[begin:end] - sources.start, self._number[begin:end]]

@@ -20,6 +20,7 @@ import torch
 from torch import Tensor
 
 from clt.capture.models.adapter import PromptInputs
+from clt.capture.models.sites import decoder_site
 from clt.errors import GraphError
 from clt.records import Modality, SparseCodes
 from clt.transcoder.layers import LayerShare
@@ -180,8 +181,8 @@ class LiveEdits:
         """What to do at each site, for `clt.capture.models.hooks.attach`."""
         layers = sorted(set(self.sources) | (set(self.targets) if self.transcoder.config.skip else set()))
         site = self.transcoder.config.read_site
-        reads = {f"lm.{layer}.{site}": self._reader(layer, first=layer == layers[0]) for layer in layers}
-        return reads | {f"lm.{target}.mlp_out": self._writer(target) for target in self.targets}
+        reads = {decoder_site(layer, site): self._reader(layer, first=layer == layers[0]) for layer in layers}
+        return reads | {decoder_site(target, "mlp_out"): self._writer(target) for target in self.targets}
 
     def write(self, target: int, own_NWD: Tensor) -> Tensor:
         """What the MLP branch of a target adds, given what its own MLP computed."""
@@ -251,10 +252,9 @@ class LiveEdits:
             row, change = source - sources.start, self._changes[source]
             written_NWU = change.activation_NWU
             if self.transcoder.config.feature_offset:
-                written_NWU = (
-                    written_NWU + change.active_NWU * self.transcoder.offset[str(target)][row, self._numbers[source]]
-                )
-            y_NWD = y_NWD + written_NWU @ self.transcoder.W_dec[str(target)][row, self._numbers[source]]
+                offset_U = self.transcoder.feature_offsets(target)[row, self._numbers[source]]
+                written_NWU = written_NWU + change.active_NWU * offset_U
+            y_NWD = y_NWD + written_NWU @ self.transcoder.decoder_matrix(target)[row, self._numbers[source]]
         return y_NWD
 
 

@@ -16,6 +16,7 @@ import torch
 
 from clt.capture.models.hooks import attach
 from clt.capture.models.image_tokens import IMAGE_TOKENS, MakeImageTokens
+from clt.capture.models.sites import SiteKind, decoder_site
 from clt.capture.models.structure import Structure, discover
 from clt.errors import ModelError
 
@@ -106,13 +107,13 @@ def require_residual_stream(adapter: ModelAdapter) -> None:
     Raises:
         ModelError: a block does something else, such as running its branches side by side or scaling them.
     """
-    kinds = ("resid_pre", "attn_out", "resid_mid", "mlp_out", "resid_post")
+    kinds: tuple[SiteKind, ...] = ("resid_pre", "attn_out", "resid_mid", "mlp_out", "resid_post")
     layers = range(adapter.n_layers)
     ids = torch.arange(_TRIAL_TOKENS, device=adapter.device)[None] % adapter.vocab_size
-    with attach(adapter, [f"lm.{layer}.{kind}" for layer in layers for kind in kinds]) as found:
+    with attach(adapter, [decoder_site(layer, kind) for layer in layers for kind in kinds]) as found:
         adapter.model(input_ids=ids, use_cache=False)
     for layer in layers:
-        pre, attn, mid, mlp, post = (found.get(f"lm.{layer}.{kind}") for kind in kinds)
+        pre, attn, mid, mlp, post = (found.get(decoder_site(layer, kind)) for kind in kinds)
         for whole, start, branch, what in ((mid, pre, attn, "attention"), (post, mid, mlp, "the MLP")):
             if whole is None or start is None or branch is None:
                 raise _no_stream(adapter, layer, f"{what} does not run")

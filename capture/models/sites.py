@@ -14,11 +14,15 @@ from torch import nn
 from clt.capture.models.structure import Block, Structure
 from clt.errors import ModelError
 
+#: The kinds of site of a block, in the order of the forward pass.
+SiteKind = Literal[
+    "resid_pre", "q", "k", "v", "scores", "pattern", "z", "attn_out", "resid_mid", "mlp_in", "mlp_out", "resid_post"
+]
 #: The end of a module at which a site's tensor passes; "attention": inside the attention function of the module.
 End = Literal["input", "output", "attention"]
 
 #: Kind of site -> part of the block and its end, in the order of the forward pass.
-_KINDS: dict[str, tuple[str, End]] = {
+_KINDS: dict[SiteKind, tuple[str, End]] = {
     "resid_pre": ("block", "input"),
     "q": ("attn", "attention"),
     "k": ("attn", "attention"),
@@ -32,6 +36,16 @@ _KINDS: dict[str, tuple[str, End]] = {
     "mlp_out": ("mlp_out", "output"),
     "resid_post": ("block", "output"),
 }
+
+
+def decoder_site(layer: int, kind: SiteKind) -> str:
+    """Name of a site of a decoder layer, such as `lm.3.mlp_out`."""
+    return f"lm.{layer}.{kind}"
+
+
+def decoder_sites(layers: Iterable[int], kind: SiteKind) -> list[str]:
+    """Names of the sites of one kind of several decoder layers, in their order."""
+    return [decoder_site(layer, kind) for layer in layers]
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)

@@ -107,15 +107,15 @@ def _read(path: Path, layer: int) -> tuple[ForeignFile, dict[str, Any]]:
 
 
 def _fill(transcoder: CrossLayerTranscoder, layer: int, file: ForeignFile, n_targets: int) -> None:
-    F, D, name = transcoder.config.n_features, transcoder.config.d_model, str(layer)
+    F, D = transcoder.config.n_features, transcoder.config.d_model
     weight_D, bias_D = file.take("enc.0.weight", D), file.take("enc.0.bias", D)
     W_FD = file.take("enc.1.weight", F, D)
-    transcoder.W_enc[name].copy_(W_FD * weight_D)
-    transcoder.b_enc[name].copy_(file.take("enc.1.bias", F) + W_FD @ bias_D)
+    transcoder.encoder_matrix(layer).copy_(W_FD * weight_D)
+    transcoder.encoder_bias(layer).copy_(file.take("enc.1.bias", F) + W_FD @ bias_D)
     W_TDF = file.take("dec.weight", n_targets * D, F).view(n_targets, D, F)
     bias_TD = file.take("dec.bias", n_targets * D).view(n_targets, D)
     file.end()
     for place, target in enumerate(transcoder.targets_of(layer)):
         row = transcoder.sources_of(target).index(layer)
-        transcoder.W_dec[str(target)][row].copy_(W_TDF[place].T)
-        transcoder.b_dec[str(target)][row].copy_(bias_TD[place])
+        transcoder.decoder_matrix(target)[row].copy_(W_TDF[place].T)
+        transcoder.decoder_bias(target)[row].copy_(bias_TD[place])

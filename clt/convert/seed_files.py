@@ -110,14 +110,14 @@ def _decoders(transcoder: CrossLayerTranscoder, layer: int) -> _Decoders:
     T, F, D = min(config.n_targets or config.n_layers, config.n_layers - 1), config.n_features, config.d_model
     decoders = _Decoders(W_TFD=like.new_zeros(T, F, D), b_TD=like.new_zeros(T, D))
     for place, target in enumerate(transcoder.targets_of(layer)):
-        sources, name = transcoder.sources_of(target), str(target)
+        sources = transcoder.sources_of(target)
         row = sources.index(layer)
         nearest, rms, mean_D = layer == sources[-1], scaling.rms_y[target], scaling.mean_y[target].to(like)
-        decoders.W_TFD[place] = transcoder.W_dec[name][row] * rms
+        decoders.W_TFD[place] = transcoder.decoder_matrix(target)[row] * rms
         if config.independent is not None:
-            decoders.b_TD[place] = transcoder.b_dec[name][row] * rms
+            decoders.b_TD[place] = transcoder.decoder_bias(target)[row] * rms
         elif nearest:
-            decoders.b_TD[place] = transcoder.b_dec[name] * rms
+            decoders.b_TD[place] = transcoder.decoder_bias(target) * rms
         # A sum has the mean of the outputs once; a mean, or the nearest source alone, has it in every part.
         if nearest or config.independent in ("mean", "nearest"):
             decoders.b_TD[place] += mean_D

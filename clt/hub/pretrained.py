@@ -86,6 +86,11 @@ def _fetch(name: str, layers: Sequence[int] | None, revision: str | None, averag
     return cached_files(repo_id, names, revision=folder.name)
 
 
+def save_pretrained(transcoder: CrossLayerTranscoder, folder: Path | str) -> None:
+    """As `CrossLayerTranscoder.save_pretrained`."""
+    save_transcoder(transcoder, Path(folder))
+
+
 def push_transcoder(
     transcoder: CrossLayerTranscoder,
     name: str,

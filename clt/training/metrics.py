@@ -1,7 +1,7 @@
 """What training reports: averages over the steps since the last report, to TensorBoard and to `metrics.jsonl`.
 
 `fvu` of a target is its squared error over the store's variance, averaged over the tokens of the window with the
-weights of `data.token_weights`: the loss itself, not the held-out measure of `clt.evaluation.store_evaluation`, which
+weights of `data.token_weights`: the loss itself, not the held-out measure of `clt.evaluation.evaluator`, which
 knows no weights. `l0` counts active features per token and source layer.
 `dead_fraction` is the share of features that have not fired in the training window of `auxk.dead_after_tokens`.
 The only module that imports tensorboard.
@@ -25,8 +25,7 @@ from torch import Tensor
 
 from clt.distributed.mesh import Mesh
 from clt.errors import CheckpointError
-from clt.evaluation.density_plot import density_plot
-from clt.evaluation.store_evaluation import Evaluation
+from clt.evaluation.evaluator import Evaluation
 from clt.transcoder.architecture import CLTConfig
 from clt.transcoder.layers import LayerShare, source_layers, target_layers
 
@@ -238,6 +237,9 @@ class MetricsWriter:
             evaluation: scalars that are not finite are left out; histograms become lists in the report, and histograms
                 and one heat map on TensorBoard.
         """
+        # Importing matplotlib takes most of a second, and a job without evaluation needs none.
+        from clt.evaluation.density_plot import density_figure, pixels
+
         scalars = {tag: value for tag, value in evaluation.scalars.items() if math.isfinite(value)}
         line: dict[str, Any] = {"step": step, **scalars}
         for tag, value in scalars.items():
@@ -247,8 +249,8 @@ class MetricsWriter:
             for layer, counts in histograms.counts.items():
                 line[f"{tag}/layer_{layer:02d}"] = counts
                 self._add_histogram(f"{tag}/layer_{layer:02d}", histograms.edges, counts, step)
-            plot = density_plot(histograms, f"{tag}, step {step:,}")
-            self._board.add_image(f"{tag}/all_layers", plot, step, dataformats="HWC")
+            figure = density_figure(histograms, f"{tag}, step {step:,}")
+            self._board.add_image(f"{tag}/all_layers", pixels(figure), step, dataformats="HWC")
         self._lines.write(json.dumps(line) + "\n")
         self._lines.flush()
         self._board.flush()

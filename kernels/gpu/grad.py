@@ -9,10 +9,10 @@ is cut into parts that lie in scratch memory until a second kernel adds them in 
 import triton
 from torch import Tensor
 
-from clt.kernels import csr as grouping
-from clt.kernels.adam import RowAdamState
-from clt.kernels.csr import FeatureCSR
-from clt.kernels.dtypes import accumulator
+from clt.kernels.common import csr as grouping
+from clt.kernels.common.adam import RowAdamState
+from clt.kernels.common.csr import FeatureCSR
+from clt.kernels.common.dtypes import accumulator
 from clt.kernels.gpu.configs import GatherConfig, gather_config
 from clt.kernels.gpu.grad_kernels import feature_kernel, join_kernel, slot_grad_kernel
 from clt.kernels.gpu.language import ACCUMULATOR
@@ -99,7 +99,7 @@ def decoder_grad(
     need_W: bool = True,
     config: GatherConfig | None = None,
 ) -> tuple[Tensor, Tensor | None]:
-    """Gradients of `decode` from one read of the rows of grad, as in `clt.kernels.reference.decoder_grad`.
+    """Gradients of `decode` from one read of the rows of grad, as in `clt.kernels.pytorch.reference.decoder_grad`.
 
     Args:
         grad_BD: [B,D] gradient of the reconstruction, up to the two factors below.
@@ -184,7 +184,7 @@ def encoder_grad(
     csr: FeatureCSR,
     config: GatherConfig | None = None,
 ) -> tuple[Tensor, Tensor]:
-    """Gradients of `encode_topk` with respect to weights and bias, as in `clt.kernels.reference.encoder_grad`.
+    """Gradients of `encode_topk` with respect to weights and bias, as in `clt.kernels.pytorch.reference.encoder_grad`.
 
     Args:
         grad_values_BK: [B,K] gradient of the activations; ignored in empty slots.

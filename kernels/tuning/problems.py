@@ -10,11 +10,11 @@ from functools import cached_property
 import torch
 from torch import Tensor
 
-from clt.kernels import dense
-from clt.kernels.adam import RowAdam, RowAdamState
-from clt.kernels.csr import FeatureCSR
+from clt.kernels.common.adam import RowAdam, RowAdamState
+from clt.kernels.common.csr import FeatureCSR
 from clt.kernels.gpu import decode, encode, grad, optim, select
 from clt.kernels.gpu.config_table import Choice, GatherConfig, GemmConfig, SelectConfig, Settings
+from clt.kernels.pytorch import dense
 
 #: Source layers of a target. More only repeat the same work.
 SOURCES = 4

@@ -9,6 +9,7 @@ from typing import get_args
 
 import torch
 
+from clt.capture.models.sites import decoder_sites
 from clt.capture.reading.loader import iterate_store
 from clt.capture.reading.open_store import open_store
 from clt.capture.reading.token_filter import TokenFilter
@@ -97,9 +98,8 @@ def calibration_tokens(path: str, config: CLTConfig, tokens: int) -> Sequence[Ac
             f"{path}: the store has {store.n_layers} layers of width {store.d_model}, the transcoder has "
             f"{config.n_layers} of width {config.d_model}; choose a store of the transcoder's model"
         )
-    x_sites, y_sites = (
-        [f"lm.{layer}.{site}" for layer in range(config.n_layers)] for site in (config.read_site, "mlp_out")
-    )
+    layers = range(config.n_layers)
+    x_sites, y_sites = decoder_sites(layers, config.read_site), decoder_sites(layers, "mlp_out")
     where = TokenFilter(drop_bos=True)
     return [
         # The reader reuses its buffers.

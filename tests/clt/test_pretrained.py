@@ -23,7 +23,7 @@ from clt.checkpoint import weights
 from clt.config import parse_config
 from clt.distributed.mesh import Mesh
 from clt.errors import CheckpointError, ConfigError, HubError
-from clt.evaluation.store_evaluation import evaluate_store
+from clt.evaluation.evaluator import evaluate_store
 from clt.launch.commands.main import app
 from clt.records import ActivationBatch, ModelIdentity, TokenTable
 from clt.training.deepspeed_engine import joined_job

@@ -9,8 +9,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from clt.kernels.adam import RowAdam, RowAdamState
-from clt.kernels.csr import SPLIT, FeatureCSR
+from clt.kernels.common.adam import RowAdam, RowAdamState
+from clt.kernels.common.csr import SPLIT, FeatureCSR
 
 
 @dataclass(frozen=True, kw_only=True)

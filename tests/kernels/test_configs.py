@@ -245,7 +245,7 @@ def test_settings_and_public_door_work_without_triton() -> None:
     code = (
         "import sys; sys.modules['triton'] = None\n"
         "import torch, clt.kernels.ops\n"
-        "from clt.kernels import configs\n"
+        "from clt.kernels.gpu import configs\n"
         "print(configs.describe(torch.bfloat16, 768, 16384, 32, 8192).fingerprint)"
     )
     result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)

@@ -8,13 +8,14 @@ from torch import Tensor
 
 pytest.importorskip("triton")
 
-from clt.kernels import adam, csr, reference
-from clt.kernels.adam import RowAdam, RowAdamState
-from clt.kernels.csr import FeatureCSR
+from clt.kernels.common import adam, csr
+from clt.kernels.common.adam import RowAdam, RowAdamState
+from clt.kernels.common.csr import FeatureCSR
 from clt.kernels.gpu import grad
 from clt.kernels.gpu.configs import GatherConfig
 from clt.kernels.gpu.decode import decode_loss
 from clt.kernels.gpu.optim import moment_tensors
+from clt.kernels.pytorch import reference
 
 from .conftest import random_codes
 

@@ -9,8 +9,9 @@ from typing import Any
 import pytest
 import torch
 
-from clt.kernels import backend, library, ops, reference
+from clt.kernels import backend, library, ops
 from clt.kernels.gpu import configs
+from clt.kernels.pytorch import reference
 
 from .conftest import random_codes
 

@@ -12,8 +12,9 @@ from torch import Tensor
 
 pytest.importorskip("triton")
 
-from clt.kernels import adam, library, ops, packed, storage
-from clt.kernels.adam import RowAdam, RowAdamState
+from clt.kernels import library, ops
+from clt.kernels.common import adam, packed, storage
+from clt.kernels.common.adam import RowAdam, RowAdamState
 from clt.kernels.gpu import optim
 from clt.kernels.gpu.configs import GatherConfig
 

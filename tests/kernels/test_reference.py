@@ -9,8 +9,9 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from clt.kernels import cpu, csr, dense, reference
-from clt.kernels.csr import FeatureCSR
+from clt.kernels.common import csr
+from clt.kernels.common.csr import FeatureCSR
+from clt.kernels.pytorch import cpu, dense, reference
 
 from .conftest import random_codes
 

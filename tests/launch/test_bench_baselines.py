@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import sys
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -11,12 +12,14 @@ import pytest
 import torch
 from typer.testing import CliRunner, Result
 
-from clt.evaluation.store_evaluation import evaluate_store
-from clt.launch.bench.baselines import crosslayer, eleuther, ours
-from clt.launch.bench.baselines.data import Batch, ChannelMoments, channel_moments
-from clt.launch.bench.baselines.measure import HeldOut, Prediction, Run, Setting, learn, measure
-from clt.launch.bench.baselines.report import BaselineReport, Row, Trial
-from clt.launch.bench.baselines.run import all_contenders, best_trial
+from benchmarks.baselines import crosslayer, eleuther, ours
+from benchmarks.baselines.data import Batch, ChannelMoments, channel_moments
+from benchmarks.baselines.measure import HeldOut, Prediction, Run, Setting, learn, measure
+from benchmarks.baselines.report import BaselineReport, Row, Trial
+from benchmarks.baselines.run import all_contenders, best_trial
+from clt.errors import ConfigError
+from clt.evaluation.evaluator import evaluate_store
+from clt.launch.bench.checkout import load_benchmarks
 from clt.launch.bench.common.machine import this_machine
 from clt.launch.commands.main import app
 from clt.records import ActivationBatch, TokenTable
@@ -339,3 +342,11 @@ def test_command_trains_everyone_on_equal_terms_and_writes_the_report(tmp_path: 
         assert sum(run["heldout"]["l0"]) == pytest.approx(16, rel=0.01)
         assert all(speed > 0 for speed in run["tokens_per_s"])
         assert all(math.isfinite(value) for value in run["heldout"]["fvu"])
+
+
+def test_wheel_without_benchmarks_is_told_that_it_needs_a_checkout(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.delitem(sys.modules, "benchmarks")
+    with pytest.raises(ConfigError, match="benchmarks: not found; this comparison needs a checkout"):
+        load_benchmarks("benchmarks.baselines.run", tmp_path)

@@ -13,8 +13,8 @@ import pytest
 import torch
 from typer.testing import CliRunner, Result
 
+from benchmarks import kernel_peers
 from clt.errors import ConfigError
-from clt.launch.bench.kernels import peers as kernels_peers
 from clt.launch.bench.kernels.claims import kernel_claims
 from clt.launch.bench.kernels.data import DISTRIBUTIONS, SIZES, Problem, Size, firing_rates
 from clt.launch.bench.kernels.measure import Case, Contender, Runner, measure
@@ -260,9 +260,9 @@ def test_mistakes_on_the_command_line_are_one_line_and_exit_code_2(tmp_path: Pat
 
 def test_folder_that_is_no_checkout_of_a_peer_is_named(tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match=r"--eleuther .*: has no sparsify/xformers.py"):
-        kernels_peers.eleuther(tmp_path)
+        kernel_peers.eleuther(tmp_path)
     with pytest.raises(ConfigError, match=r"--openai .*: has no sparse_autoencoder/kernels.py"):
-        kernels_peers.openai(tmp_path)
+        kernel_peers.openai(tmp_path)
 
 
 def test_command_prints_the_report_and_writes_it(tmp_path: Path) -> None:

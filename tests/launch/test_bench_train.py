@@ -19,17 +19,17 @@ from clt.distributed.code_exchange import CodeExchange
 from clt.distributed.mesh import Mesh, deal_layers
 from clt.launch.bench.kernels.anchors import memory_anchors
 from clt.launch.bench.training.anchors import anchored_machine, least_time, size_anchors
-from clt.launch.bench.training.clock import PHASES, PhaseClock
 from clt.launch.bench.training.dense import DenseTranscoder
+from clt.launch.bench.training.lone_mesh import LoneMesh
 from clt.launch.bench.training.measure import Row, can_isolate, measure_traffic
-from clt.launch.bench.training.memory import PeakMemory
+from clt.launch.bench.training.meters import PHASES, PeakMemory, PhaseClock
 from clt.launch.bench.training.projection import Pieces, project
 from clt.launch.bench.training.report import TrainReport
 from clt.launch.bench.training.run import TrainBenchSettings, bench_train
 from clt.launch.bench.training.sizes import DEFAULT, PLAIN, SIZES, planned_job, train_config
-from clt.launch.bench.training.slice import given_codes, lone_rank
 from clt.launch.commands.main import app
 from clt.planning.speed import Machine
+from clt.step_phases import observed_by, phase
 from clt.training.deepspeed_engine import joined_job
 from clt.training.objective import Objective
 from clt.training.settings import AuxKSettings, TrainConfig
@@ -101,18 +101,17 @@ def test_naive_way_has_the_loss_of_the_real_one() -> None:
 def test_rank_by_itself_decodes_the_codes_it_is_given(alone: Mesh) -> None:
     torch.manual_seed(0)
     config = SLICE.architecture
-    shares, mesh = deal_layers(config, SLICE.ranks), lone_rank(alone, SLICE.ranks)
+    shares = deal_layers(config, SLICE.ranks)
+    mesh = LoneMesh.of(alone, SLICE.ranks, SLICE.n_features)
     made = transcoder(config, 0, SLICE.ranks)
     exchange = CodeExchange(mesh, shares)
     objective = Objective(made, exchange, AuxKSettings(coefficient=0))
     x, y = torch.randn(len(made.share.sources), 16, 32), torch.randn(len(made.share.targets), 16, 32)
-    with given_codes(SLICE.n_features):
-        loss, _ = objective(x, y, SLICE.k, None)
-        loss.backward()
-        own = made.encode(x)
-        values, indices, _ = exchange.send(
-            zip(own.values, own.indices, strict=True), own.values.shape[1:], SLICE.n_features, x
-        ).all_rows()
+    loss, _ = objective(x, y, SLICE.k, None)
+    loss.backward()
+    own = made.encode(x)
+    pairs = zip(own.values, own.indices, strict=True)
+    values, indices, _ = exchange.send(pairs, own.values.shape[1:], SLICE.n_features, x).all_rows()
     assert torch.equal(values[list(made.share.sources)], own.values)
     others = [layer for layer in range(config.n_layers) if layer not in made.share.sources]
     assert (values[others] > 0).all() and (indices[others].diff(dim=2) > 0).all()
@@ -146,6 +145,22 @@ def test_clock_counts_what_runs_inside_another_phase_once() -> None:
     (step,) = clock.steps()
     assert step["backward"] >= 0.02 and step["exchange"] >= 0.03 and step["optimizer"] >= 0.01
     assert 0.06 <= sum(step.values()) <= elapsed + 1e-3
+
+
+def test_phases_are_reported_to_an_observer_and_to_nobody_after_it() -> None:
+    clock = PhaseClock(CPU)
+
+    @phase("decode")
+    def work() -> None:
+        time.sleep(0.01)
+
+    clock.begin_step()
+    with observed_by(clock):
+        work()
+    work()
+    clock.begin_step()
+    (step,) = clock.steps()
+    assert 0.01 <= step["decode"] and 0.01 <= step["other"] and step["encode"] == 0
 
 
 def test_peak_memory_is_what_was_there_at_once() -> None:

@@ -19,9 +19,10 @@ import torch
 from clt.errors import ConfigError
 from clt.kernels import ops
 from clt.kernels.gpu import configs
+from clt.launch.bench.checkout import load_benchmarks
 from clt.launch.bench.common.machine import this_machine
 from clt.launch.bench.kernels import adam as optimizer
-from clt.launch.bench.kernels import backward, forward, peers, step
+from clt.launch.bench.kernels import backward, forward, step
 from clt.launch.bench.kernels.anchors import ceilings, memory_anchors, product_anchor
 from clt.launch.bench.kernels.claims import kernel_claims
 from clt.launch.bench.kernels.data import DISTRIBUTIONS, SIZES, Problem, Size
@@ -157,19 +158,16 @@ def _physical_memory() -> int:
 
 
 def _peers(settings: KernelBenchSettings, device: torch.device) -> list[Method]:
-    wanted = [
-        ("--eleuther", settings.eleuther, peers.eleuther),
-        ("--openai", settings.openai, peers.openai),
-    ]
+    """Kernels of other projects, which benchmarks/kernel_peers.py of our checkout loads from theirs."""
     methods = []
-    for option, checkout, load in wanted:
+    for project, checkout in (("eleuther", settings.eleuther), ("openai", settings.openai)):
         if checkout is None:
             continue
         if not checkout.is_dir():
-            raise ConfigError(f"{option} {checkout}: no such folder; name the folder of a checkout")
+            raise ConfigError(f"--{project} {checkout}: no such folder; name the folder of a checkout")
         if device.type != "cuda":
-            raise ConfigError(f"{option} {checkout}: these kernels need a CUDA device; leave the option out here")
-        methods.append(load(checkout))
+            raise ConfigError(f"--{project} {checkout}: these kernels need a CUDA device; leave the option out here")
+        methods.append(getattr(load_benchmarks("benchmarks.kernel_peers"), project)(checkout))
     return methods
 
 

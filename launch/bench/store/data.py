@@ -15,6 +15,7 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
+from clt.capture.models.sites import decoder_sites
 from clt.capture.reading.open_store import ActivationStore, open_store
 from clt.capture.storage.local import LocalStorage
 from clt.capture.store.arrays import ArraySpec
@@ -89,7 +90,7 @@ def in_blocks(tokens: Bits, layout: Layout) -> Bits:
 def store_spec(layout: Layout) -> StoreSpec:
     """Spec of a store with one group of sites, the inputs of all layers first, as in a capture."""
     n_layers = max(1, layout.sites // 2)
-    names = [f"{GROUP}.{layer}.{kind}" for kind in ("mlp_in", "mlp_out") for layer in range(n_layers)]
+    names = decoder_sites(range(n_layers), "mlp_in") + decoder_sites(range(n_layers), "mlp_out")
     sites = tuple(names[: layout.sites])
     model = ModelIdentity(
         name="bench",

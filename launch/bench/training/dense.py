@@ -42,7 +42,7 @@ class DenseTranscoder:
         z = {layer: self._encode(layer, x_BD) for layer, x_BD in zip(transcoder.share.sources, x_LBD, strict=True)}
         losses = []
         for layer, y_BD in zip(transcoder.share.targets, y_MBD, strict=True):
-            W_SFD, b_D = transcoder.W_dec[str(layer)], transcoder.b_dec[str(layer)]
+            W_SFD, b_D = transcoder.decoder_matrix(layer), transcoder.decoder_bias(layer)
             yhat_BD = b_D.expand_as(y_BD)
             for source, W_FD in zip(transcoder.sources_of(layer), W_SFD, strict=True):
                 z_BF = z[source] if source in z else self._of_others(source, y_BD, W_FD.shape[0])

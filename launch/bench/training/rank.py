@@ -9,16 +9,14 @@ the loopback interface what went over it.
 
 from __future__ import annotations
 
-import fcntl
 import json
 import os
 import socket
-import struct
 import sys
 import tempfile
 import time
 from collections.abc import Iterator
-from contextlib import ExitStack, suppress
+from contextlib import suppress
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 from typing import Any
@@ -28,12 +26,12 @@ import torch.distributed as dist
 from torch import Tensor
 
 from clt.distributed.mesh import Mesh, deal_layers
-from clt.launch.bench.training.clock import PhaseClock
 from clt.launch.bench.training.dense import DenseTranscoder
-from clt.launch.bench.training.memory import PeakMemory
+from clt.launch.bench.training.lone_mesh import LoneMesh
+from clt.launch.bench.training.meters import PeakMemory, PhaseClock, loopback_bytes, raise_loopback
 from clt.launch.bench.training.sizes import SIZES, Dtype, Size, train_config
-from clt.launch.bench.training.slice import given_codes, lone_rank
 from clt.records import ActivationBatch, TokenTable
+from clt.step_phases import observed_by
 from clt.training.deepspeed_engine import joined_job, local_device
 from clt.training.metrics import MetricsWriter
 from clt.training.trainer import Trainer
@@ -140,12 +138,11 @@ def measure(task: Task) -> RankResult:
         task: what is measured.
     """
     size, device = SIZES[task.size], local_device()
-    with joined_job(), ExitStack() as stack, tempfile.TemporaryDirectory(prefix="clt-bench-") as scratch:
+    with joined_job(), tempfile.TemporaryDirectory(prefix="clt-bench-") as scratch:
         link = _link() if dist.get_world_size() > 1 else None
         mesh = Mesh.create(task.layer, task.column)
         if size.ranks > 1:
-            mesh = lone_rank(mesh, size.ranks)
-            stack.enter_context(given_codes(size.n_features))
+            mesh = LoneMesh.of(mesh, size.ranks, size.n_features)
         _load_libraries(Path(scratch) / "imports")
         memory = PeakMemory(device)
         transcoder, x, y = _problem(size, mesh, device)
@@ -159,8 +156,7 @@ def measure(task: Task) -> RankResult:
         layer = max(task.layer, size.ranks)
         config = train_config(size, variant, Path(scratch), layer, task.column, task.zero)
         trainer = Trainer(config, transcoder, batches, mesh, progress_bar=False)
-        stack.enter_context(clock.watching())
-        with suppress(_EnoughError):
+        with observed_by(clock), suppress(_EnoughError):
             trainer.fit()
     last = dict(batches.sent[-1])
     for axis, sent in batches.sent[-2].items():
@@ -217,22 +213,6 @@ def _link() -> float:
         dist.all_gather(parts, own)
         seconds.append(time.perf_counter() - started)
     return (len(parts) - 1) * _LINK_BYTES / min(seconds)
-
-
-def loopback_bytes() -> int:
-    """Bytes received so far by the loopback interface of this network namespace."""
-    for line in Path("/proc/self/net/dev").read_text(encoding="utf-8").splitlines():
-        name, _, counts = line.partition(":")
-        if name.strip() == "lo":
-            return int(counts.split()[0])
-    raise OSError("no loopback interface")
-
-
-def raise_loopback() -> None:
-    """Turns the loopback interface of a new network namespace on, as `ip link set lo up` does."""
-    siocsifflags, iff_up = 0x8914, 0x1
-    with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as probe:
-        fcntl.ioctl(probe, siocsifflags, struct.pack("16sh14x", b"lo", iff_up))
 
 
 def _run(task: Task, folder: Path, rank: int) -> None:

@@ -9,8 +9,8 @@ from dataclasses import asdict, dataclass
 from clt.launch.bench.common.machine import Machine, describe
 from clt.launch.bench.common.report import Claim, claims_text, markdown_table
 from clt.launch.bench.kernels.anchors import Anchor
-from clt.launch.bench.training.clock import PHASES
 from clt.launch.bench.training.measure import Row, TrafficRow
+from clt.launch.bench.training.meters import PHASES
 from clt.launch.bench.training.projection import DEVICES, LINKED, Projection
 from clt.launch.bench.training.rank import DENSE
 from clt.launch.store_text import count_text

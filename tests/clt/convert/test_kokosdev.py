@@ -104,7 +104,7 @@ def test_mapping_and_metrics_by_hand(tmp_path: Path) -> None:
         assert summary["dead_features"] == int((~(z > 0).any(dim=0)).sum())
         error = (of_all_layers(transcoder, x)[layer + 1] - y[layer + 1]).square().mean()
         # Only the next layer is a target, so that a source alone is the whole.
-        assert transcoder["training_metadata"]["final_rec_loss"] == pytest.approx(float(error))
+        assert saved["training_metadata"]["final_rec_loss"] == pytest.approx(float(error))
 
 
 @pytest.mark.parametrize(

@@ -8,8 +8,8 @@ from dataclasses import replace
 import torch
 from torch import Tensor
 
-from clt.launch.bench.baselines.data import Problem
-from clt.launch.bench.baselines.measure import Prediction, Setting, Trained, without_first
+from benchmarks.baselines.data import Problem
+from benchmarks.baselines.measure import Prediction, Setting, Trained, without_first
 from clt.launch.train import train
 from clt.training.metrics import METRICS_FILE, read_metrics
 from clt.transcoder.model import CrossLayerTranscoder

@@ -19,12 +19,12 @@ from pathlib import Path
 
 import torch
 
+from benchmarks.baselines import crosslayer, eleuther, ours
+from benchmarks.baselines.data import Problem, make_problem
+from benchmarks.baselines.measure import HeldOut, Run, Setting, Train, measure
+from benchmarks.baselines.report import OURS, BaselineReport, How, Row, Trial, trial
 from clt.config import load_config
 from clt.errors import ConfigError
-from clt.launch.bench.baselines import crosslayer, eleuther, ours
-from clt.launch.bench.baselines.data import Problem, make_problem
-from clt.launch.bench.baselines.measure import HeldOut, Run, Setting, Train, measure
-from clt.launch.bench.baselines.report import OURS, BaselineReport, How, Row, Trial, trial
 from clt.launch.bench.common.machine import this_machine
 from clt.launch.demo import DemoConfig
 

@@ -20,8 +20,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from clt.launch.bench.baselines.data import Batch, Problem
-from clt.launch.bench.baselines.measure import Prediction, Setting, Trained, learn
+from benchmarks.baselines.data import Batch, Problem
+from benchmarks.baselines.measure import Prediction, Setting, Trained, learn
 from clt.transcoder.architecture import CLTConfig
 
 Tying = Literal["none", "target"]

@@ -11,9 +11,9 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
-from clt.kernels.adam import row_adam_
-from clt.kernels.csr import FeatureCSR
-from clt.kernels.dtypes import accumulator
+from clt.kernels.common.adam import row_adam_
+from clt.kernels.common.csr import FeatureCSR
+from clt.kernels.common.dtypes import accumulator
 
 __all__ = [
     "accumulator",

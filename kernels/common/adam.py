@@ -7,7 +7,7 @@ moves only when it is touched, where Adam would let it drift on old momentum.
 
 Adam: Kingma and Ba, https://arxiv.org/abs/1412.6980, algorithm 1.
 
-Parameters and moments are stored and rounded as `clt.kernels.storage` says.
+Parameters and moments are stored and rounded as `clt.kernels.common.storage` says.
 """
 
 from __future__ import annotations
@@ -19,9 +19,9 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from clt.kernels import packed
-from clt.kernels.dtypes import accumulator
-from clt.kernels.storage import MOMENT_1, MOMENT_2, PARAM, Memory
+from clt.kernels.common import packed
+from clt.kernels.common.dtypes import accumulator
+from clt.kernels.common.storage import MOMENT_1, MOMENT_2, PARAM, Memory
 
 #: Rows that the plain update works on at a time.
 _ROWS = 128

@@ -1,4 +1,4 @@
-"""How the numbers of the optimizer are stored: as they are, as bfloat16, or as the codes of `clt.kernels.packed`.
+"""Storage of parameters and moments: float32 or float64, bfloat16, or the 8-bit codes of `clt.kernels.common.packed`.
 
 Numbers that do not fit are rounded stochastically, because an update smaller than half a unit in the last place would
 be lost by rounding to nearest. The noise is a hash of seed, step, element number and tensor: no generator state, and
@@ -12,7 +12,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from clt.kernels import packed
+from clt.kernels.common import packed
 
 #: Streams of noise: which tensor is rounded, below 4.
 PARAM, MOMENT_1, MOMENT_2 = 0, 1, 2
@@ -69,7 +69,7 @@ class Memory:
     """How one tensor of the optimizer is stored.
 
     Attributes:
-        numbers_RD: [R,D] numbers, or the codes of `clt.kernels.packed`.
+        numbers_RD: [R,D] numbers, or the codes of `clt.kernels.common.packed`.
         exponents_RG: [R,G] exponents of the codes' groups; None iff these are numbers.
         stream: PARAM, MOMENT_1 (signed codes) or MOMENT_2 (unsigned ones).
     """

@@ -11,10 +11,10 @@ import torch
 import torch.nn.functional as functional
 from torch import Tensor
 
-from clt.kernels import reference
-from clt.kernels.adam import row_adam_
-from clt.kernels.csr import FeatureCSR
-from clt.kernels.reference import batch_threshold, select_above
+from clt.kernels.common.adam import row_adam_
+from clt.kernels.common.csr import FeatureCSR
+from clt.kernels.pytorch import reference
+from clt.kernels.pytorch.reference import batch_threshold, select_above
 
 __all__ = [
     "batch_threshold",
@@ -94,7 +94,7 @@ def decoder_grad(
     scale: Tensor | None,
     need_W: bool = True,
 ) -> tuple[Tensor, Tensor | None]:
-    """Gradients of `decode`, as in `clt.kernels.reference.decoder_grad`."""
+    """Gradients of `decode`, as in `clt.kernels.pytorch.reference.decoder_grad`."""
     if weights_B is not None:
         grad_BD = grad_BD * weights_B[:, None]
     if scale is not None:
@@ -112,7 +112,7 @@ def decoder_grad(
 def encoder_grad(
     grad_values_BK: Tensor, values_BK: Tensor, indices_BK: Tensor, x_BD: Tensor, n_features: int, csr: FeatureCSR
 ) -> tuple[Tensor, Tensor]:
-    """Gradients of `encode_topk`, as in `clt.kernels.reference.encoder_grad`."""
+    """Gradients of `encode_topk`, as in `clt.kernels.pytorch.reference.encoder_grad`."""
     live_BK = torch.where(values_BK == 0, 0, grad_values_BK)
     grad_W = _sum_rows(live_BK, x_BD, csr, 0, x_BD.new_empty(n_features, x_BD.shape[1]))
     grad_b = live_BK.new_zeros(n_features).index_add_(0, indices_BK.reshape(-1), live_BK.reshape(-1))

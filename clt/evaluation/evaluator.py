@@ -1,9 +1,9 @@
-"""What held-out data say of a transcoder: what every evaluation in training returns, and the one on a held-out store.
+"""Evaluation during training: the `Evaluator` protocol, its runner, and the evaluator of held-out activations.
 
-The definitions hold for the whole project: `fvu` of a layer is the sum of squared errors over the sum of squared
-deviations from the mean, pooled over channels; `dead` is never active on the held-out tokens at the weights given. The
-`fvu` of a modality is the same over its tokens and their own mean. What needs a running model is in
-`clt.attribution.evaluation.agreement` and `clt.attribution.evaluation.during_training`.
+Definitions used in the whole project: `fvu` of a layer is the sum of squared errors over the sum of squared deviations
+from the mean, pooled over channels; the `fvu` of a modality is the same over its tokens and their own mean; a feature
+is `dead` if it is active on none of the held-out tokens. Measures that need a running model are in
+`clt.attribution.evaluation`.
 """
 
 from __future__ import annotations
@@ -32,10 +32,10 @@ class LayerHistograms:
     """One histogram per layer, all over the same bins.
 
     Attributes:
-        quantity: what the bins count, for people.
-        edges: borders of the bins, ascending, one more than bins; what lies beyond counts in the outer bins.
+        quantity: label of the bins' axis.
+        edges: edges of the bins, ascending, one more than bins; values beyond them count in the outer bins.
         counts: layer -> entries of each bin.
-        outside: layer -> entries that have no value and are in no bin, such as features that never fire.
+        outside: layer -> entries without a value, which are in no bin, such as features that never fire.
     """
 
     quantity: str
@@ -46,10 +46,10 @@ class LayerHistograms:
 
 @dataclass(frozen=True, kw_only=True)
 class Evaluation:
-    """What an evaluation found.
+    """Results of an evaluation.
 
     Attributes:
-        scalars: by TensorBoard tag; numbers that are not finite say that there was nothing to measure.
+        scalars: by TensorBoard tag; a number that is not finite means that there was nothing to measure.
         histograms: by TensorBoard tag.
     """
 
@@ -66,10 +66,10 @@ class Evaluator(Protocol):
         Args:
             transcoder: this rank's share, in evaluation mode.
             mesh: the processes; all ranks call this together.
-            between: to be called by all ranks together between pieces of work; it may end the evaluation.
+            between: called by all ranks together between pieces of work; it may raise to end the evaluation.
 
         Returns:
-            The measures; what the first rank returns is reported.
+            The measures; those of the first rank are reported.
 
         Raises:
             CLTError: the held-out data cannot be read or do not fit; the same on all ranks.
@@ -77,22 +77,22 @@ class Evaluator(Protocol):
 
 
 class _StopRequestedError(Exception):
-    """Some rank was asked to stop; raised on all of them."""
+    """A stop was requested on some rank; raised on all of them."""
 
 
 def evaluate_all(
     evaluators: Sequence[Evaluator], transcoder: CrossLayerTranscoder, mesh: Mesh, control: JobControl
 ) -> Evaluation | None:
-    """Runs evaluators one after the other; the transcoder is in the mode it was in before.
+    """Runs evaluators one after the other in evaluation mode, and restores the transcoder's mode.
 
     Args:
-        evaluators: what to measure.
+        evaluators: what to run.
         transcoder: this rank's share.
         mesh: the processes; all ranks call this together.
-        control: hears of progress; when any rank's asks for a stop, the evaluation ends.
+        control: counts progress; when any rank's requests a stop, the evaluation ends.
 
     Returns:
-        Everything they found, or None when a stop was asked for.
+        The results of all of them, or None when a stop was requested.
     """
 
     def between() -> None:
@@ -198,23 +198,23 @@ def evaluate_store(transcoder: CrossLayerTranscoder, batches: Iterable[Activatio
     for batch in batches:
         own = ActivationBatch(x=batch.x[x_layers], y=batch.y[y_layers], tokens=batch.tokens)
         sums.add(transcoder, own)
-    return report(transcoder, sums)
+    return _report(transcoder, sums)
 
 
 class StoreEvaluator:
     """Measures the shares of a transcoder on held-out tokens; exactly `evaluate_store` of the whole.
 
     Args:
-        batches: begins this rank's held-out tokens anew, with the layers of a `clt.training.trainer.BatchSource`: ranks
-        that own
-            different layers get the same tokens, the data axis is dealt all tokens, each once.
+        batches: starts a pass over this rank's held-out tokens, with the layers of a
+            `clt.training.trainer.BatchSource`: ranks of a model group get the same tokens, and each token goes to one
+            rank of the data axis.
     """
 
     def __init__(self, batches: Callable[[], Iterable[ActivationBatch]]) -> None:
         self._batches = batches
 
     def __call__(self, transcoder: CrossLayerTranscoder, mesh: Mesh, between: Callable[[], None]) -> Evaluation:
-        """As `Evaluator`; the same on all ranks."""
+        """See `Evaluator`; the results are the same on all ranks."""
         return self.report(transcoder, mesh, between).evaluation()
 
     @torch.no_grad()
@@ -241,15 +241,15 @@ class StoreEvaluator:
             sums.add(transcoder, batch, exchange, Peers(mesh=mesh))
         for tensor in sums.tensors():
             mesh.all_reduce(tensor, "world")
-        return report(transcoder, sums)
+        return _report(transcoder, sums)
 
 
-def report(transcoder: CrossLayerTranscoder, sums: HeldOutSums) -> StoreReport:
+def _report(transcoder: CrossLayerTranscoder, sums: HeldOutSums) -> StoreReport:
     """The report of the sums over all tokens and layers; StoreError when there are no tokens."""
     sources, targets, everything = source_layers(transcoder.config), target_layers(transcoder.config), list(Modality)
     num_tokens = sums.tokens(everything)
     if num_tokens == 0:
-        raise StoreError("no tokens to evaluate; give a store that holds some")
+        raise StoreError("no tokens to evaluate; give a store with tokens")
     silent = sums.silent_features(sources)
     return StoreReport(
         num_tokens=num_tokens,
@@ -275,7 +275,7 @@ def report(transcoder: CrossLayerTranscoder, sums: HeldOutSums) -> StoreReport:
 
 
 def _together(batches: Iterable[ActivationBatch], mesh: Mesh, between: Callable[[], None]) -> Iterator[ActivationBatch]:
-    """This rank's batches; all ranks fail together, and end together although some have fewer."""
+    """This rank's batches; all ranks fail together and end together, although some have fewer batches."""
     own = iter(batches)
     while True:
         between()

@@ -9,7 +9,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from clt.kernels.dtypes import accumulator
+from clt.kernels.common.dtypes import accumulator
 
 
 def scatter_codes(values_SBK: Tensor, indices_SBK: Tensor, n_features: int) -> Tensor:
@@ -57,7 +57,7 @@ def decoder_grad(
     scale: Tensor | None,
     need_W: bool = True,
 ) -> tuple[Tensor, Tensor | None]:
-    """Gradients of `decode` by two products, as in `clt.kernels.reference.decoder_grad`; needs no grouping."""
+    """Gradients of `decode` by two products, as in `reference.decoder_grad`; needs no grouping."""
     wide = accumulator(W_dec_SFD.dtype)
     if weights_B is not None:
         grad_BD = grad_BD * weights_B[:, None].to(grad_BD.dtype)
@@ -76,7 +76,7 @@ def decoder_grad(
 def encoder_grad(
     grad_values_BK: Tensor, values_BK: Tensor, indices_BK: Tensor, x_BD: Tensor, n_features: int
 ) -> tuple[Tensor, Tensor]:
-    """Gradients of `encode_topk` by one product, as in `clt.kernels.reference.encoder_grad`; needs no grouping."""
+    """Gradients of `encode_topk` by one product, as in `reference.encoder_grad`; needs no grouping."""
     live_BK = torch.where(values_BK == 0, 0, grad_values_BK)
     # A slot whose gradient is 0 may be dropped with the empty ones: it adds nothing.
     grad_BF = scatter_codes(live_BK[None], indices_BK[None], n_features)

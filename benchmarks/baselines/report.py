@@ -8,7 +8,7 @@ from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from typing import Literal
 
-from clt.launch.bench.baselines.measure import HeldOut, Run, Setting
+from benchmarks.baselines.measure import HeldOut, Run, Setting
 from clt.launch.bench.common.machine import Machine, describe
 from clt.launch.bench.common.report import Claim, claim, claims_text, markdown_table
 

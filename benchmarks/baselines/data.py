@@ -16,6 +16,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+from clt.capture.models.sites import decoder_sites
 from clt.capture.planning import CaptureConfig
 from clt.capture.reading.loader import iterate_store
 from clt.capture.reading.open_store import open_store
@@ -167,7 +168,7 @@ def _check(config: DemoConfig) -> None:
 
 def _sites(architecture: CLTConfig) -> tuple[list[str], list[str]]:
     layers = range(architecture.n_layers)
-    return [f"lm.{layer}.{architecture.read_site}" for layer in layers], [f"lm.{layer}.mlp_out" for layer in layers]
+    return decoder_sites(layers, architecture.read_site), decoder_sites(layers, "mlp_out")
 
 
 def _filter(job: TrainConfig, architecture: CLTConfig) -> TokenFilter:

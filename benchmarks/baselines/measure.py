@@ -11,7 +11,7 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
-from clt.launch.bench.baselines.data import WINDOW_STEPS, Batch, Problem
+from benchmarks.baselines.data import WINDOW_STEPS, Batch, Problem
 
 
 @dataclass(frozen=True, kw_only=True)

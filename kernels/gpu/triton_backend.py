@@ -1,6 +1,7 @@
-"""The Triton path: exact TopK, multi-target gathers and feature-major gradients, or dense products where those win.
+"""Triton backend: exact TopK, gathers over all sources and feature-major gradients; dense products where those win.
 
-Same functions as `clt.kernels.reference`, and the two steps that update weights while their gradient is in registers.
+The functions are those of `clt.kernels.pytorch.reference`. `decoder_step_` and `encoder_step_` update weights while
+their gradient is in registers.
 """
 
 from __future__ import annotations
@@ -8,9 +9,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from clt.kernels import dense
-from clt.kernels.adam import RowAdamState
-from clt.kernels.csr import FeatureCSR
+from clt.kernels.common.adam import RowAdamState
+from clt.kernels.common.csr import FeatureCSR
 from clt.kernels.gpu import configs
 from clt.kernels.gpu import decode as gather
 from clt.kernels.gpu import grad as feature_major
@@ -18,6 +18,7 @@ from clt.kernels.gpu.encode import encode_topk
 from clt.kernels.gpu.optim import row_adam_
 from clt.kernels.gpu.select import select_topk
 from clt.kernels.gpu.threshold import batch_threshold, select_above
+from clt.kernels.pytorch import dense
 
 __all__ = [
     "batch_threshold",
@@ -75,7 +76,7 @@ def decoder_grad(
     scale: Tensor | None,
     need_W: bool = True,
 ) -> tuple[Tensor, Tensor | None]:
-    """Gradients of `decode`, as in `clt.kernels.reference.decoder_grad`."""
+    """Gradients of `decode`, as in `clt.kernels.pytorch.reference.decoder_grad`."""
     if _is_dense("decoder_grad", values_SBK, W_dec_SFD.shape, W_dec_SFD.dtype):
         return dense.decoder_grad(grad_BD, values_SBK, indices_SBK, W_dec_SFD, weights_B, scale, need_W)
     return feature_major.decoder_grad(grad_BD, values_SBK, indices_SBK, W_dec_SFD, csr, weights_B, scale, need_W)
@@ -84,7 +85,7 @@ def decoder_grad(
 def encoder_grad(
     grad_values_BK: Tensor, values_BK: Tensor, indices_BK: Tensor, x_BD: Tensor, n_features: int, csr: FeatureCSR
 ) -> tuple[Tensor, Tensor]:
-    """Gradients of `encode_topk`, as in `clt.kernels.reference.encoder_grad`."""
+    """Gradients of `encode_topk`, as in `clt.kernels.pytorch.reference.encoder_grad`."""
     if _is_dense("encoder_grad", values_BK, (n_features, x_BD.shape[1]), x_BD.dtype):
         return dense.encoder_grad(grad_values_BK, values_BK, indices_BK, x_BD, n_features)
     return feature_major.encoder_grad(grad_values_BK, values_BK, indices_BK, x_BD, n_features, csr)
