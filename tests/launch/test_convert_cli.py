@@ -59,7 +59,7 @@ def test_topk_becomes_thresholds_on_the_tokens_of_a_store(tmp_path: Path) -> Non
     assert sorted(path.name for path in tmp_path.iterdir()) == ["clt", "out", "store"]
 
 
-def test_the_seeds_files_are_written_and_read_back(tmp_path: Path) -> None:
+def test_files_of_vlm_clt_training_are_written_and_read_back(tmp_path: Path) -> None:
     make_store(tmp_path / "store", LENGTHS)
     transcoder = save(tmp_path / "clt", first_offset=1, layer_norm=True)
     words: list[str | Path] = [tmp_path / "clt", tmp_path / "out", "--to", "vlm_clt_training"]
@@ -100,5 +100,5 @@ def test_mistakes_are_one_line(tmp_path: Path) -> None:
     refused(run(tmp_path / "wide", out, "--calibrate", tmp_path / "store"), "width 4", "width 5")
     save(tmp_path / "jump", sparsity=SparsitySettings(kind="jumprelu"))
     refused(run(tmp_path / "jump", out, "--calibrate", tmp_path / "store"), "threshold per feature already")
-    assert run(tmp_path / "clt", out, "--to", "other").exit_code == 2
+    refused(run(tmp_path / "clt", out, "--to", "other"), "format 'other'", "native, circuit_tracer")
     assert not out.exists() and not list(tmp_path.glob(".*"))
