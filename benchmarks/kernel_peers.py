@@ -19,14 +19,14 @@ import torch
 from torch import Tensor
 
 from clt.errors import ConfigError
-from clt.launch.bench.kernels.claims import ELEUTHER
-from clt.launch.bench.kernels.rivals import Method, product_topk, sparse_leaf
+from clt.launch.bench.kernels.baselines import TrainingMethod, product_topk, sparse_leaf
+from clt.launch.bench.kernels.report import ELEUTHER
 
 #: (indices [N,k], values [N,k] float32, rows [N,D], F) to [F,D]: for each feature the weighted sum of its tokens' rows.
 Transposed = Callable[[Tensor, Tensor, Tensor, int], Tensor]
 
 
-def eleuther(checkout: Path) -> Method:
+def eleuther(checkout: Path) -> TrainingMethod:
     """EleutherAI's kernels.
 
     Args:
@@ -49,7 +49,7 @@ def eleuther(checkout: Path) -> Method:
     return _method(name, decode, transposed)
 
 
-def openai(checkout: Path) -> Method:
+def openai(checkout: Path) -> TrainingMethod:
     """openai's kernels, whose activations are float32.
 
     Args:
@@ -68,12 +68,12 @@ def openai(checkout: Path) -> Method:
     return _method("openai", decode, kernels.triton_sparse_transpose_dense_matmul)
 
 
-def _method(name: str, decode: Callable[[Any, Tensor], Tensor], transposed: Transposed) -> Method:
+def _method(name: str, decode: Callable[[Any, Tensor], Tensor], transposed: Transposed) -> TrainingMethod:
     def encode(x_BD: Tensor, W_enc_FD: Tensor, b_enc_F: Tensor, k: int) -> tuple[Tensor, Tensor]:
         values_BK, indices_BK = _PeerEncoder.apply(x_BD, W_enc_FD, b_enc_F, k, transposed)
         return values_BK, indices_BK
 
-    return Method(name=name, encode=encode, decode=decode, given=sparse_leaf, may_fail=True)
+    return TrainingMethod(name=name, encode=encode, decode=decode, given=sparse_leaf, may_fail=True)
 
 
 class _PeerEncoder(torch.autograd.Function):

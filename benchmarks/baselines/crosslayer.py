@@ -18,7 +18,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from benchmarks.baselines.data import Batch, ChannelMoments, Problem
+from benchmarks.baselines.data import BaselineData, ChannelMoments, RawBatch
 from benchmarks.baselines.measure import Prediction, Setting, Trained, learn
 from clt.transcoder.architecture import CLTConfig
 
@@ -84,7 +84,7 @@ class Units:
         return cls(mean_L1D=moments.mean_LD[:, None], std_L1D=moments.std_LD[:, None])
 
 
-class Transcoder(nn.Module):
+class CrosslayerTranscoder(nn.Module):
     """Encoders of all layers and a decoder per pair; those into one target lie below each other.
 
     Args:
@@ -123,7 +123,7 @@ class Transcoder(nn.Module):
         ]
         return torch.stack(outputs) * self.y.std_L1D + self.y.mean_L1D
 
-    def loss(self, batch: Batch, dead_LF: Tensor) -> tuple[Tensor, Tensor]:
+    def loss(self, batch: RawBatch, dead_LF: Tensor) -> tuple[Tensor, Tensor]:
         """The loss, and which features fired, [L,F] bool."""
         pre_LBF, kept_LBF = self.encode(batch.x_LBD)
         codes_LBF = pre_LBF * kept_LBF
@@ -142,22 +142,22 @@ class Transcoder(nn.Module):
 
 
 class CrosslayerLearner:
-    """Trains a `Transcoder`.
+    """Trains a `CrosslayerTranscoder`.
 
     Args:
-        problem: the comparison.
+        data: the data.
         seed: of weights and batches.
         setting: the learning rate.
     """
 
-    def __init__(self, problem: Problem, seed: int, setting: Setting) -> None:
-        architecture, steps = problem.architecture, problem.job.steps
-        self.transcoder = Transcoder(architecture, Units.of(problem.x), Units.of(problem.y), seed)
+    def __init__(self, data: BaselineData, seed: int, setting: Setting) -> None:
+        architecture, steps = data.architecture, data.job.steps
+        self.transcoder = CrosslayerTranscoder(architecture, Units.of(data.x), Units.of(data.y), seed)
         self._adam = torch.optim.AdamW(self.transcoder.parameters(), lr=setting.learning_rate, betas=(0.9, 0.98))
         self._rate = torch.optim.lr_scheduler.LambdaLR(self._adam, lambda step: rate_factor(step, steps))
         self._silent_LF = torch.zeros(architecture.n_layers, architecture.n_features, dtype=torch.int64)
 
-    def step(self, batch: Batch) -> None:
+    def step(self, batch: RawBatch) -> None:
         """One step of AdamW."""
         self._adam.zero_grad()
         loss, fired_LF = self.transcoder.loss(batch, self._silent_LF > DEAD_STEPS)
@@ -173,6 +173,6 @@ class CrosslayerLearner:
         return Prediction(y_LBD=self.transcoder.decode(codes_LBF), active_LBF=codes_LBF != 0)
 
 
-def train_batch_topk(problem: Problem, seed: int, setting: Setting) -> Trained:
+def train_batch_topk(data: BaselineData, seed: int, setting: Setting) -> Trained:
     """Trains with BatchTopK."""
-    return learn(CrosslayerLearner(problem, seed, setting), problem.batches(seed))
+    return learn(CrosslayerLearner(data, seed, setting), data.batches(seed))

@@ -1,6 +1,6 @@
-"""What all contenders of `clt bench baselines` train on and are measured on: two stores, captured once.
+"""What all algorithms of `clt bench baselines` train on and are measured on: two stores, captured once.
 
-A seed's training batches come from the very loader that training uses, so every contender sees the same tokens in the
+A seed's training batches come from the very loader that training uses, so every algorithm sees the same tokens in the
 same order. The held-out tokens are shuffled once and cut into batches of equal size, because a rule that compares the
 tokens of a batch depends on which they are: a quarter chooses settings, the rest is reported.
 """
@@ -36,7 +36,7 @@ _READ_TOKENS = 4096
 
 
 @dataclass(frozen=True, kw_only=True)
-class Batch:
+class RawBatch:
     """Raw activations of B tokens.
 
     Attributes:
@@ -62,11 +62,11 @@ class ChannelMoments:
 
 
 @dataclass(frozen=True, kw_only=True)
-class Problem:
-    """One comparison.
+class BaselineData:
+    """One data.
 
     Attributes:
-        job: our training job on the store; contenders take store, steps, batches and sizes from it.
+        job: our training job on the store; algorithms take store, steps, batches and sizes from it.
         architecture: of our transcoder.
         x: moments of the encoders' inputs.
         y: moments of the MLPs' outputs.
@@ -79,37 +79,37 @@ class Problem:
     architecture: CLTConfig
     x: ChannelMoments
     y: ChannelMoments
-    validation: tuple[Batch, ...]
-    test: tuple[Batch, ...]
+    validation: tuple[RawBatch, ...]
+    test: tuple[RawBatch, ...]
     train_tokens: int
 
-    def batches(self, seed: int) -> Iterator[Batch]:
+    def batches(self, seed: int) -> Iterator[RawBatch]:
         """The batches of a seed, one per step, as `clt train` would read them in one process."""
         source = open_activations(replace(self.job, seed=seed))
         x_sites, y_sites = _sites(self.architecture)
         loader = source.batches(x_sites, y_sites, _filter(self.job, self.architecture), 0, 1)
         for batch in islice(loader, self.job.steps):
-            yield Batch(x_LBD=batch.x, y_LBD=batch.y)
+            yield RawBatch(x_LBD=batch.x, y_LBD=batch.y)
 
-    def first_batch(self, seed: int) -> Batch:
-        """The first batch of a seed, from which some contenders start their biases and scales."""
+    def first_batch(self, seed: int) -> RawBatch:
+        """The first batch of a seed, from which some algorithms start their biases and scales."""
         return next(self.batches(seed))
 
 
-def make_problem(config: DemoConfig, steps: int, folder: Path, output: Path) -> Problem:
+def prepare_data(config: DemoConfig, steps: int, folder: Path, output: Path) -> BaselineData:
     """Captures the stores, or takes them from where they are complete, and reads what is held out.
 
     Args:
         config: sizes of the captures, and our training.
-        steps: steps of every contender.
+        steps: steps of every algorithm.
         folder: where `store` and `heldout` are, or are put; the demo's output folder has both.
         output: where our training writes.
 
     Returns:
-        The comparison.
+        The data.
 
     Raises:
-        ConfigError: the transcoder is of a kind that the contenders cannot be compared with.
+        ConfigError: the transcoder is of a kind that the algorithms cannot be compared with.
         CLTError: capture failed, or a store is damaged.
     """
     settings = config.training.clt
@@ -142,7 +142,7 @@ def make_problem(config: DemoConfig, steps: int, folder: Path, output: Path) -> 
     heldout = list(iterate_store(stores[1], x_sites, y_sites, _READ_TOKENS, where=TokenFilter(drop_bos=True)))
     x_LBD, y_LBD = (torch.cat([getattr(batch, side) for batch in heldout], dim=1) for side in ("x", "y"))
     validation, test = _split(x_LBD, y_LBD, config.training.data.batch_tokens)
-    return Problem(
+    return BaselineData(
         job=job,
         architecture=architecture,
         x=x,
@@ -200,12 +200,12 @@ def channel_moments(count: int, sum_LD: Tensor, square_LD: Tensor) -> ChannelMom
     return ChannelMoments(mean_LD=mean_LD.float(), std_LD=std_LD.float())
 
 
-def _split(x_LBD: Tensor, y_LBD: Tensor, batch_tokens: int) -> tuple[tuple[Batch, ...], tuple[Batch, ...]]:
+def _split(x_LBD: Tensor, y_LBD: Tensor, batch_tokens: int) -> tuple[tuple[RawBatch, ...], tuple[RawBatch, ...]]:
     """Cut before it is shuffled: neighbours, which are tokens of the same image, stay on one side."""
     total = x_LBD.shape[1]
     parts = []
     for start, stop in ((0, total // 4), (total // 4, total)):
         order = start + torch.randperm(stop - start, generator=torch.Generator().manual_seed(0))
         places = order.tensor_split(-(-len(order) // batch_tokens))
-        parts.append(tuple(Batch(x_LBD=x_LBD[:, place], y_LBD=y_LBD[:, place]) for place in places))
+        parts.append(tuple(RawBatch(x_LBD=x_LBD[:, place], y_LBD=y_LBD[:, place]) for place in places))
     return parts[0], parts[1]

@@ -20,7 +20,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from benchmarks.baselines.data import Batch, Problem
+from benchmarks.baselines.data import BaselineData, RawBatch
 from benchmarks.baselines.measure import Prediction, Setting, Trained, learn
 from clt.transcoder.architecture import CLTConfig
 
@@ -71,7 +71,7 @@ def dead_latent_loss(pre_BF: Tensor, W_dec_FD: Tensor) -> Tensor:
 
 
 @dataclass(frozen=True, kw_only=True)
-class Codes:
+class LayerCodes:
     """What one layer's encoder chose.
 
     Attributes:
@@ -95,7 +95,7 @@ class Coders(nn.Module):
         seed: of the encoders.
     """
 
-    def __init__(self, architecture: CLTConfig, tying: Tying, first: Batch, seed: int) -> None:
+    def __init__(self, architecture: CLTConfig, tying: Tying, first: RawBatch, seed: int) -> None:
         super().__init__()
         self.k, self.tying, D = architecture.k, tying, architecture.d_model
         layers, n_features = range(architecture.n_layers), architecture.n_features
@@ -125,17 +125,17 @@ class Coders(nn.Module):
             else {}
         )
 
-    def encode(self, layer: int, x_BD: Tensor) -> Codes:
-        """Codes of one layer from raw inputs."""
+    def encode(self, layer: int, x_BD: Tensor) -> LayerCodes:
+        """LayerCodes of one layer from raw inputs."""
         pre_BF = F.linear(x_BD * self.scale_x[layer], self.W_enc[layer], self.b_enc[layer])
         values_BK, indices_BK = pre_BF.relu().topk(self.k, dim=1)
-        return Codes(
+        return LayerCodes(
             values_BK=values_BK,
             indices_BK=indices_BK,
             inactive_BF=pre_BF.scatter(1, indices_BK, 0.0),
         )
 
-    def decode(self, target: int, codes: Sequence[Codes]) -> Tensor:
+    def decode(self, target: int, codes: Sequence[LayerCodes]) -> Tensor:
         """[B,D] raw output of a layer from the codes of the layers up to it."""
         y_BD = codes[0].values_BK.new_zeros(())
         for source, code in enumerate(codes[: target + 1]):
@@ -153,7 +153,7 @@ class Coders(nn.Module):
             y_BD = y_BD + self.b_dec[_name(target, target)]
         return y_BD / self.scale_y[target]
 
-    def loss(self, batch: Batch, dead_penalty: float) -> Tensor:
+    def loss(self, batch: RawBatch, dead_penalty: float) -> Tensor:
         """Sum over targets of FVU, and the loss for dead features if it has a weight."""
         codes = [self.encode(layer, x_BD) for layer, x_BD in enumerate(batch.x_LBD)]
         total = torch.zeros(())
@@ -173,20 +173,20 @@ class EleutherLearner:
     """Trains `Coders`.
 
     Args:
-        problem: the comparison.
+        data: the data.
         tying: as in `Coders`.
         seed: of weights and batches.
         setting: learning rate and weight of the loss for dead features.
     """
 
-    def __init__(self, problem: Problem, tying: Tying, seed: int, setting: Setting) -> None:
+    def __init__(self, data: BaselineData, tying: Tying, seed: int, setting: Setting) -> None:
         self._penalty = setting.dead_penalty
-        self.coders = Coders(problem.architecture, tying, problem.first_batch(seed), seed)
+        self.coders = Coders(data.architecture, tying, data.first_batch(seed), seed)
         self._adam = torch.optim.Adam(self.coders.parameters(), lr=setting.learning_rate)
-        warmup, steps = min(WARMUP_STEPS, problem.job.steps // 2), problem.job.steps
+        warmup, steps = min(WARMUP_STEPS, data.job.steps // 2), data.job.steps
         self._rate = torch.optim.lr_scheduler.LambdaLR(self._adam, lambda step: rate_factor(step, warmup, steps))
 
-    def step(self, batch: Batch) -> None:
+    def step(self, batch: RawBatch) -> None:
         """One step of Adam."""
         self._adam.zero_grad()
         loss = self.coders.loss(batch, self._penalty)
@@ -206,11 +206,11 @@ class EleutherLearner:
         return Prediction(y_LBD=y_LBD, active_LBF=torch.stack(active))
 
 
-def train_untied(problem: Problem, seed: int, setting: Setting) -> Trained:
+def train_untied(data: BaselineData, seed: int, setting: Setting) -> Trained:
     """Trains with a decoder per pair of layers."""
-    return learn(EleutherLearner(problem, "none", seed, setting), problem.batches(seed))
+    return learn(EleutherLearner(data, "none", seed, setting), data.batches(seed))
 
 
-def train_tied(problem: Problem, seed: int, setting: Setting) -> Trained:
+def train_tied(data: BaselineData, seed: int, setting: Setting) -> Trained:
     """Trains with a decoder per target."""
-    return learn(EleutherLearner(problem, "target", seed, setting), problem.batches(seed))
+    return learn(EleutherLearner(data, "target", seed, setting), data.batches(seed))

@@ -1,4 +1,4 @@
-"""How contenders of `clt bench baselines` are trained and measured: one loop, one function for the held-out numbers."""
+"""How algorithms of `clt bench baselines` are trained and measured: one loop, one function for the held-out numbers."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
-from benchmarks.baselines.data import WINDOW_STEPS, Batch, Problem
+from benchmarks.baselines.data import WINDOW_STEPS, BaselineData, RawBatch
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -33,7 +33,7 @@ Predict = Callable[[Tensor], Prediction]
 class Learner(Protocol):
     """A transcoder in training."""
 
-    def step(self, batch: Batch) -> None:
+    def step(self, batch: RawBatch) -> None:
         """One step of the optimizer."""
 
     def predict(self, x_LBD: Tensor) -> Prediction:
@@ -42,12 +42,12 @@ class Learner(Protocol):
 
 @dataclass(frozen=True, kw_only=True)
 class Setting:
-    """What is chosen per contender.
+    """What is chosen per algorithm.
 
     Attributes:
         learning_rate: peak.
-        dead_penalty: weight of the loss for dead features, where the contender has such a weight.
-        bias_rate: learning rate of the encoders' biases as a multiple of the others', where the contender has it.
+        dead_penalty: weight of the loss for dead features, where the algorithm has such a weight.
+        bias_rate: learning rate of the encoders' biases as a multiple of the others', where the algorithm has it.
     """
 
     learning_rate: float
@@ -74,7 +74,7 @@ class Trained:
 
 
 #: Trains with a seed and a setting.
-Train = Callable[[Problem, int, Setting], Trained]
+Train = Callable[[BaselineData, int, Setting], Trained]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -108,7 +108,7 @@ class HeldOut:
 
 
 @dataclass(frozen=True, kw_only=True)
-class Run:
+class SeedRun:
     """One training and what came of it.
 
     Attributes:
@@ -123,7 +123,7 @@ class Run:
 
 
 @torch.no_grad()
-def measure(predict: Predict, batches: Sequence[Batch]) -> HeldOut:
+def measure(predict: Predict, batches: Sequence[RawBatch]) -> HeldOut:
     """Held-out measures, from float64 sums.
 
     Args:
@@ -147,7 +147,7 @@ def measure(predict: Predict, batches: Sequence[Batch]) -> HeldOut:
     )
 
 
-def learn(learner: Learner, batches: Iterable[Batch]) -> Trained:
+def learn(learner: Learner, batches: Iterable[RawBatch]) -> Trained:
     """Trains on all batches.
 
     Args:

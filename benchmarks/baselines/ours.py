@@ -1,4 +1,4 @@
-"""This project's trainer among the contenders of `clt bench baselines`: `clt train` in one process."""
+"""This project's trainer among the algorithms of `clt bench baselines`: `clt train` in one process."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from dataclasses import replace
 import torch
 from torch import Tensor
 
-from benchmarks.baselines.data import Problem
+from benchmarks.baselines.data import BaselineData
 from benchmarks.baselines.measure import Prediction, Setting, Trained, without_first
 from clt.checkpoint.training_output import METRICS_FILE, read_metrics
 from clt.launch.train import train
@@ -22,11 +22,11 @@ CHOICES = (
 )
 
 
-def train_ours(problem: Problem, seed: int, setting: Setting) -> Trained:
+def train_ours(data: BaselineData, seed: int, setting: Setting) -> Trained:
     """Trains a transcoder as users do, checkpoint and logs included.
 
     Args:
-        problem: the comparison.
+        data: the data.
         seed: of weights and batches.
         setting: its learning rates.
 
@@ -34,10 +34,10 @@ def train_ours(problem: Problem, seed: int, setting: Setting) -> Trained:
         CLTError: training failed.
     """
     job = replace(
-        problem.job,
+        data.job,
         seed=seed,
-        output=problem.job.output / f"ours-{seed}",
-        optimizer=replace(problem.job.optimizer, learning_rate=setting.learning_rate, bias_rate=setting.bias_rate),
+        output=data.job.output / f"ours-{seed}",
+        optimizer=replace(data.job.optimizer, learning_rate=setting.learning_rate, bias_rate=setting.bias_rate),
     )
     transcoder = CrossLayerTranscoder.from_pretrained(train(job, progress_bar=False))
     reports = read_metrics(job.output / METRICS_FILE)

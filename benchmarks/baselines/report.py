@@ -8,8 +8,8 @@ from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from typing import Literal
 
-from benchmarks.baselines.measure import HeldOut, Run, Setting
-from clt.launch.bench.common.machine import Machine, describe
+from benchmarks.baselines.measure import HeldOut, SeedRun, Setting
+from clt.launch.bench.common.machine import MachineInfo, describe
 from clt.launch.bench.common.report import Claim, claim, claims_text, markdown_table
 
 How = Literal["published", "published, also best", "tuned", "configured", "configured, also best"]
@@ -20,10 +20,10 @@ OURS = "ours"
 
 @dataclass(frozen=True, kw_only=True)
 class Trial:
-    """One setting of a contender, tried to choose among several.
+    """One setting of a algorithm, tried to choose among several.
 
     Attributes:
-        name: of the contender.
+        name: of the algorithm.
         setting: what was tried.
         fvu: mean over layers, on the held-out tokens for choosing.
         dead_fraction: likewise.
@@ -36,11 +36,11 @@ class Trial:
 
 
 @dataclass(frozen=True, kw_only=True)
-class Row:
-    """A contender with a setting.
+class AlgorithmRow:
+    """A algorithm with a setting.
 
     Attributes:
-        name: of the contender.
+        name: of the algorithm.
         how: where the setting is from: its authors, the trials, or our configuration.
         setting: the setting.
         runs: one per seed.
@@ -49,7 +49,7 @@ class Row:
     name: str
     how: How
     setting: Setting
-    runs: tuple[Run, ...]
+    runs: tuple[SeedRun, ...]
 
     @property
     def fvu(self) -> float:
@@ -75,22 +75,22 @@ class Row:
 
 @dataclass(frozen=True, kw_only=True)
 class BaselineReport:
-    """Outcome of the comparison.
+    """Outcome of the data.
 
     Attributes:
         machine: where and when.
         setting: sizes, in words.
         choices: how every algorithm was set up.
         trials: settings that were tried.
-        rows: contenders, ours first.
+        rows: algorithms, ours first.
         features: all features of a transcoder.
     """
 
-    machine: Machine
+    machine: MachineInfo
     setting: str
     choices: tuple[str, ...]
     trials: tuple[Trial, ...]
-    rows: tuple[Row, ...]
+    rows: tuple[AlgorithmRow, ...]
     features: int
 
     @property
@@ -126,7 +126,7 @@ class BaselineReport:
         return "\n\n".join(parts)
 
 
-def _results(rows: Sequence[Row]) -> str:
+def _results(rows: Sequence[AlgorithmRow]) -> str:
     head = ("", "setting", "FVU", "lowest, highest seed", "L0, all layers", "dead", "tokens/s best", "median")
     cells = []
     for row in rows:
@@ -147,7 +147,7 @@ def _results(rows: Sequence[Row]) -> str:
     return f"**Held-out tokens, final weights; means over seeds**\n\n{markdown_table(head, cells)}"
 
 
-def _layers(rows: Sequence[Row]) -> str:
+def _layers(rows: Sequence[AlgorithmRow]) -> str:
     cells = [
         (
             f"{row.name}, {row.how}",

@@ -20,9 +20,9 @@ from pathlib import Path
 import torch
 
 from benchmarks.baselines import crosslayer, eleuther, ours
-from benchmarks.baselines.data import Problem, make_problem
-from benchmarks.baselines.measure import HeldOut, Run, Setting, Train, measure
-from benchmarks.baselines.report import OURS, BaselineReport, How, Row, Trial, trial
+from benchmarks.baselines.data import BaselineData, prepare_data
+from benchmarks.baselines.measure import HeldOut, SeedRun, Setting, Train, measure
+from benchmarks.baselines.report import OURS, AlgorithmRow, BaselineReport, How, Trial, trial
 from clt.config import load_config
 from clt.errors import ConfigError
 from clt.launch.bench.common.machine import this_machine
@@ -46,11 +46,11 @@ class BaselineSettings:
     Attributes:
         config: YAML file of the demo: model, captures and our training.
         folder: where the stores are kept, `store` and `heldout`; None: captured anew and removed.
-        steps: of every contender; None: those of the configuration.
-        seeds: of weights and read order; one run of every contender for each.
+        steps: of every algorithm; None: those of the configuration.
+        seeds: of weights and read order; one run of every algorithm for each.
         threads: of PyTorch, in this one process.
         quick: a few steps of a tiny transcoder: shows that everything runs, and its numbers mean nothing.
-        only: names of the contenders that run beside ours; empty: all.
+        only: names of the algorithms that run beside ours; empty: all.
     """
 
     config: Path
@@ -63,7 +63,7 @@ class BaselineSettings:
 
 
 @dataclass(frozen=True, kw_only=True)
-class Contender:
+class Algorithm:
     """An algorithm.
 
     Attributes:
@@ -84,7 +84,7 @@ class Contender:
         return (*(() if self.published is None else (self.published,)), *self.candidates)
 
 
-def all_contenders(n_features: int, our_rate: float) -> tuple[Contender, ...]:
+def all_algorithms(n_features: int, our_rate: float) -> tuple[Algorithm, ...]:
     """Ours, then the algorithms we compare with.
 
     Args:
@@ -97,26 +97,26 @@ def all_contenders(n_features: int, our_rate: float) -> tuple[Contender, ...]:
     own = tuple(Setting(learning_rate=our_rate * factor, bias_rate=biases) for factor, biases in OUR_RATES)
     penalised = tuple(replace(rate, dead_penalty=penalty) for rate in rates[:2] for penalty in DEAD_PENALTIES)
     return (
-        Contender(name=OURS, train=ours.train_ours, published=Setting(learning_rate=our_rate), candidates=own),
-        Contender(
+        Algorithm(name=OURS, train=ours.train_ours, published=Setting(learning_rate=our_rate), candidates=own),
+        Algorithm(
             name="clt-training untied",
             train=eleuther.train_untied,
             published=Setting(learning_rate=automatic),
             candidates=rates,
         ),
-        Contender(
+        Algorithm(
             name="clt-training tied",
             train=eleuther.train_tied,
             published=Setting(learning_rate=automatic),
             candidates=rates,
         ),
-        Contender(
+        Algorithm(
             name="clt-training untied, dead-latent loss",
             train=eleuther.train_untied,
             published=None,
             candidates=penalised,
         ),
-        Contender(
+        Algorithm(
             name="crosslayer-coding BatchTopK",
             train=crosslayer.train_batch_topk,
             published=Setting(learning_rate=fixed),
@@ -126,7 +126,7 @@ def all_contenders(n_features: int, our_rate: float) -> tuple[Contender, ...]:
 
 
 def bench_baselines(settings: BaselineSettings) -> BaselineReport:
-    """Runs the comparison in this process.
+    """Runs the data in this process.
 
     Args:
         settings: what is compared.
@@ -145,33 +145,33 @@ def bench_baselines(settings: BaselineSettings) -> BaselineReport:
     steps = settings.steps or config.training.steps
     with _threads(settings.threads), tempfile.TemporaryDirectory(prefix="clt-bench-") as scratch:
         machine = this_machine(_PACKAGES, Path(scratch))
-        problem = make_problem(config, steps, settings.folder or Path(scratch), Path(scratch) / "clt")
-        contenders = all_contenders(problem.architecture.n_features, problem.job.optimizer.learning_rate)
-        contenders = tuple(each for each in contenders if not settings.only or each.name in (OURS, *settings.only))
+        data = prepare_data(config, steps, settings.folder or Path(scratch), Path(scratch) / "clt")
+        algorithms = all_algorithms(data.architecture.n_features, data.job.optimizer.learning_rate)
+        algorithms = tuple(each for each in algorithms if not settings.only or each.name in (OURS, *settings.only))
         if settings.quick:
-            contenders = tuple(replace(each, candidates=each.candidates[:1]) for each in contenders)
-        trials = list(_try(problem, contenders, max(seeds) + 1))
-        rows = _compare(problem, _entries(contenders, trials), seeds)
+            algorithms = tuple(replace(each, candidates=each.candidates[:1]) for each in algorithms)
+        trials = list(_try(data, algorithms, max(seeds) + 1))
+        rows = _compare(data, _setups(algorithms, trials), seeds)
     return BaselineReport(
         machine=machine,
-        setting=_words(problem, seeds, settings.threads, settings.quick),
+        setting=_words(data, seeds, settings.threads, settings.quick),
         choices=(ours.CHOICES, eleuther.CHOICES, crosslayer.CHOICES),
         trials=tuple(trials),
         rows=rows,
-        features=problem.architecture.n_layers * problem.architecture.n_features,
+        features=data.architecture.n_layers * data.architecture.n_features,
     )
 
 
 def _check(only: Sequence[str]) -> None:
     # Rates decide nothing about names.
-    names = [each.name for each in all_contenders(1, 1.0)]
+    names = [each.name for each in all_algorithms(1, 1.0)]
     for name in only:
         if name not in names:
-            raise ConfigError(f"--only '{name}': the contenders are {', '.join(names)}")
+            raise ConfigError(f"--only '{name}': the algorithms are {', '.join(names)}")
 
 
 @dataclass(frozen=True, kw_only=True)
-class _Entry:
+class _Setup:
     """A row before its runs."""
 
     name: str
@@ -180,11 +180,11 @@ class _Entry:
     setting: Setting
 
 
-def _try(problem: Problem, contenders: Sequence[Contender], seed: int) -> Iterator[Trial]:
-    for contender in contenders:
-        for setting in contender.trials:
-            trained = contender.train(problem, seed, setting)
-            found = trial(contender.name, setting, measure(trained.predict, problem.validation))
+def _try(data: BaselineData, algorithms: Sequence[Algorithm], seed: int) -> Iterator[Trial]:
+    for algorithm in algorithms:
+        for setting in algorithm.trials:
+            trained = algorithm.train(data, seed, setting)
+            found = trial(algorithm.name, setting, measure(trained.predict, data.validation))
             log.info(
                 "bench: trial: %s, %s: FVU %.5f, dead %.4f", *(found.name, setting, found.fvu, found.dead_fraction)
             )
@@ -192,41 +192,41 @@ def _try(problem: Problem, contenders: Sequence[Contender], seed: int) -> Iterat
 
 
 def best_trial(trials: Sequence[Trial], name: str) -> Setting:
-    """The setting of a contender with the least error; one whose error is not a number is never the best."""
+    """The setting of a algorithm with the least error; one whose error is not a number is never the best."""
     own = [entry for entry in trials if entry.name == name]
     return min(own, key=lambda entry: math.inf if math.isnan(entry.fvu) else entry.fvu).setting
 
 
-def _entries(contenders: Sequence[Contender], trials: Sequence[Trial]) -> list[_Entry]:
+def _setups(algorithms: Sequence[Algorithm], trials: Sequence[Trial]) -> list[_Setup]:
     entries = []
-    for each in contenders:
+    for each in algorithms:
         tuned = best_trial(trials, each.name)
         if each.published is not None:
             given: How = "configured" if each.name == OURS else "published"
             also: How = "configured, also best" if each.name == OURS else "published, also best"
             how = also if tuned == each.published else given
-            entries.append(_Entry(name=each.name, how=how, train=each.train, setting=each.published))
+            entries.append(_Setup(name=each.name, how=how, train=each.train, setting=each.published))
         if tuned != each.published:
-            entries.append(_Entry(name=each.name, how="tuned", train=each.train, setting=tuned))
+            entries.append(_Setup(name=each.name, how="tuned", train=each.train, setting=tuned))
     return entries
 
 
-def _compare(problem: Problem, entries: Sequence[_Entry], seeds: Sequence[int]) -> tuple[Row, ...]:
-    """All contenders with a seed before the next seed, so that a busy hour strikes all of them."""
-    runs: list[list[Run]] = [[] for _ in entries]
+def _compare(data: BaselineData, entries: Sequence[_Setup], seeds: Sequence[int]) -> tuple[AlgorithmRow, ...]:
+    """All algorithms with a seed before the next seed, so that a busy hour strikes all of them."""
+    runs: list[list[SeedRun]] = [[] for _ in entries]
     for seed in seeds:
         for entry, own in zip(entries, runs, strict=True):
-            trained = entry.train(problem, seed, entry.setting)
-            heldout = measure(trained.predict, problem.test)
-            own.append(Run(seed=seed, heldout=heldout, tokens_per_s=trained.tokens_per_s))
+            trained = entry.train(data, seed, entry.setting)
+            heldout = measure(trained.predict, data.test)
+            own.append(SeedRun(seed=seed, heldout=heldout, tokens_per_s=trained.tokens_per_s))
             _tell(entry, own[-1], heldout)
     return tuple(
-        Row(name=entry.name, how=entry.how, setting=entry.setting, runs=tuple(own))
+        AlgorithmRow(name=entry.name, how=entry.how, setting=entry.setting, runs=tuple(own))
         for entry, own in zip(entries, runs, strict=True)
     )
 
 
-def _tell(entry: _Entry, run: Run, heldout: HeldOut) -> None:
+def _tell(entry: _Setup, run: SeedRun, heldout: HeldOut) -> None:
     log.info(
         "bench: seed %d: %s, %s: FVU %.5f, L0 %.2f, dead %.4f, %.0f tokens/s",
         run.seed,
@@ -254,13 +254,13 @@ def _small(config: DemoConfig) -> DemoConfig:
     )
 
 
-def _words(problem: Problem, seeds: Sequence[int], threads: int, quick: bool) -> str:
-    job, sizes = problem.job, problem.architecture
-    validation, test = (sum(b.x_LBD.shape[1] for b in part) for part in (problem.validation, problem.test))
+def _words(data: BaselineData, seeds: Sequence[int], threads: int, quick: bool) -> str:
+    job, sizes = data.job, data.architecture
+    validation, test = (sum(b.x_LBD.shape[1] for b in part) for part in (data.validation, data.test))
     return (
         f"{'Quick: the numbers mean nothing. ' if quick else ''}{sizes.n_layers} layers of width {sizes.d_model}, "
         f"{sizes.n_features} features and k = {sizes.k} per layer; "
-        f"{problem.train_tokens:,} tokens, {job.steps:,} steps of {job.data.batch_tokens:,}, the same batches for all; "
+        f"{data.train_tokens:,} tokens, {job.steps:,} steps of {job.data.batch_tokens:,}, the same batches for all; "
         f"{test:,} held-out tokens, and {validation:,} others for choosing settings; seeds "
         f"{', '.join(map(str, seeds))}; one process, {threads} thread{'s' if threads > 1 else ''} of PyTorch, float32. "
         f"tokens/s: windows of {job.log_every} steps of these very runs, reading the store included."

@@ -17,14 +17,14 @@ from typer.testing import CliRunner, Result
 from clt.config import load_config
 from clt.distributed.code_exchange import CodeExchange
 from clt.distributed.mesh import Mesh, deal_layers
-from clt.launch.bench.kernels.anchors import memory_anchors
-from clt.launch.bench.training.anchors import anchored_machine, least_time, size_anchors
+from clt.launch.bench.common.ceilings import memory_ceilings
 from clt.launch.bench.training.dense import DenseTranscoder
 from clt.launch.bench.training.lone_mesh import LoneMesh
-from clt.launch.bench.training.measure import Row, can_isolate, measure_traffic
+from clt.launch.bench.training.measure import VariantRow, can_isolate, measure_traffic
 from clt.launch.bench.training.meters import PHASES, PeakMemory, PhaseClock
 from clt.launch.bench.training.projection import Pieces, project
 from clt.launch.bench.training.report import TrainReport
+from clt.launch.bench.training.roofline import least_time, measured_machine, size_ceilings
 from clt.launch.bench.training.run import TrainBenchSettings, bench_train
 from clt.launch.bench.training.sizes import DEFAULT, PLAIN, SIZES, planned_job, train_config
 from clt.launch.commands.main import app
@@ -177,7 +177,7 @@ def test_peak_memory_is_what_was_there_at_once() -> None:
 @pytest.fixture(scope="module")
 def machine() -> Machine:
     """This one, by ceilings that mean little."""
-    return anchored_machine(memory_anchors(CPU, 2**22, 1), size_anchors(TOY, CPU, 1))
+    return measured_machine(memory_ceilings(CPU, 2**22, 1), size_ceilings(TOY, CPU, 1))
 
 
 def test_least_time_of_a_rank_leaves_links_out_and_divides_by_measured_rates(machine: Machine) -> None:
@@ -191,7 +191,7 @@ def test_least_time_of_a_rank_leaves_links_out_and_divides_by_measured_rates(mac
 def test_projection_to_the_device_that_was_measured_is_the_measurement(machine: Machine) -> None:
     size = SIZES["cpu"]
     step = {phase: 0.1 * number for number, phase in enumerate(PHASES, start=1)}
-    row = Row(name="default", tokens=size.batch_tokens, steps=(step,))
+    row = VariantRow(name="default", tokens=size.batch_tokens, steps=(step,))
     pieces = Pieces(size=size, row=row, machine=machine)
     (same,) = project(pieces, size, devices=(1,))
     assert same.seconds == pytest.approx(step) and same.links_s == same.model_bytes == 0
@@ -217,7 +217,7 @@ def test_everything_is_measured_and_bytes_are_those_of_the_formula(report: Train
         assert moved.loopback is None or moved.loopback >= moved.counted
     assert {row.job for row in report.projections} == {"gpt2", "llava-slice"}
     assert {row.mesh.world for row in report.projections} == {8, 16, 32, 64}
-    assert report.link is not None and all(anchor.rate > 0 for anchor in report.anchors)
+    assert report.link is not None and all(ceiling.rate > 0 for ceiling in report.ceilings)
 
 
 def test_report_is_json_and_says_what_is_measured_and_what_assumed(report: TrainReport) -> None:
@@ -240,8 +240,8 @@ def test_loopback_carries_what_is_counted_and_headers() -> None:
 @pytest.mark.parametrize(
     ("words", "message"),
     [
-        (("--size", "huge"), "--size huge: not known"),
-        (("--ranks", "3"), "--ranks 3: not measured"),
+        (("--size", "huge"), "--size huge: unknown size"),
+        (("--ranks", "3"), "--ranks 3: not supported"),
         (("--json", "/proc/report.json"), "/proc/report.json: cannot be written"),
     ],
 )
