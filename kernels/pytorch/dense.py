@@ -14,12 +14,18 @@ from clt.kernels.common.interface import DecoderGradInputs, EncoderGradInputs
 
 
 def scatter_codes(values_SBK: Tensor, indices_SBK: Tensor, n_features: int) -> Tensor:
-    """Codes as a matrix [B,S*F]: 0 where a feature is not active."""
-    sources, tokens, _ = values_SBK.shape
+    """Codes as a matrix [B,S*F]: 0 where a feature is not active, the sum where several slots hold it."""
+    sources, tokens, k = values_SBK.shape
     codes_SBF = values_SBK.new_zeros(sources, tokens, n_features + 1)
-    # Empty slots all say feature 0: they go to a column of their own, so that no write can hide another.
-    places = indices_SBK.long().masked_fill(values_SBK == 0, n_features)
-    codes_SBF.scatter_(2, places, values_SBK)
+    # Empty slots all hold feature 0: they go to a column of their own, so that no write can hide another.
+    places, order = indices_SBK.long().masked_fill(values_SBK == 0, n_features).sort(dim=2, stable=True)
+    sums = values_SBK.gather(2, order).to(accumulator(values_SBK.dtype))
+    # Running sums within runs of one feature, in an order that is fixed, as that of scatter_add_ on a GPU is not.
+    for shift in (1 << n for n in range((k - 1).bit_length())):
+        same = places[..., shift:] == places[..., :-shift]
+        sums[..., shift:] = sums[..., shift:] + torch.where(same, sums[..., :-shift], 0)
+    is_last = torch.nn.functional.pad(places.diff(dim=2) != 0, (0, 1), value=True)
+    codes_SBF.scatter_(2, torch.where(is_last, places, n_features), sums.to(values_SBK.dtype))
     return codes_SBF[:, :, :n_features].transpose(0, 1).reshape(tokens, sources * n_features)
 
 

@@ -164,14 +164,18 @@ def _results(path: ModuleType, values, indices, W, b, y, weights, skip, encoder)
     ]
 
 
-def test_cpu_takes_more_slots_than_features() -> None:
-    # As tied decoders make them of several sources: features repeat within a token.
+@pytest.mark.parametrize("path", [cpu, dense])
+def test_features_may_repeat_within_a_token(path: ModuleType) -> None:
+    # Tied decoders join the slots of several sources: more slots than features, and features repeat.
     values, indices = torch.rand(1, 5, 11, dtype=F64), torch.randint(0, 4, (1, 5, 11), dtype=torch.int32)
     values[:, :, -3:], indices[:, :, -3:] = 0, 0
     W, grad = torch.randn(1, 4, 6, dtype=F64), torch.randn(5, 6, dtype=F64)
     grouping = csr.FeatureCSR.build(values, indices, 4)
     inputs = DecoderGradInputs(grad, values, indices, W, grouping)
-    found, expected = (module.decoder_grad(inputs) for module in (cpu, reference))
+    found, expected = (
+        (module.decode(values, indices, W, W.new_zeros(6), None), *module.decoder_grad(inputs))
+        for module in (path, reference)
+    )
     for ours, theirs in zip(found, expected, strict=True):
         torch.testing.assert_close(ours, theirs)
 
