@@ -11,8 +11,8 @@ const ORIGIN_NAMES = {
 };
 
 const HELP = [
-  "An edge is the amount that its source adds to its target\u2019s value, with attention patterns and norm denominators "
-    + "frozen at their values on this prompt.",
+  "An edge is the amount that its source adds to its target\u2019s value, with attention patterns and norm "
+    + "denominators frozen at their values on this prompt.",
   "Select a node to see its inputs and outputs; picture and prompt then show the patches and tokens that contribute to "
     + "it. Select a patch or a token to see its outputs.",
   "Keys: arrows move, Enter selects, P pins, Escape clears the selection.",
@@ -86,12 +86,13 @@ function describeInputs(model, node) {
 function describeOutputs(model, node) {
   if (node.kind === "logit") return [];
   if (node.outputs.length > 0) return describeLinks(model, "Outputs", node.outputs, (link) => link.to, "");
-  return [element("h3", {}, "Outputs"), element("p", {}, "All of its outgoing edges are pruned or lead to nodes that are not on this page.")];
+  const why = "All of its outgoing edges are pruned, or lead to nodes that are not on this page.";
+  return [element("h3", {}, "Outputs"), element("p", {}, why)];
 }
 
 function whyNoInputs(node) {
   if (node.kind !== "feature" && node.kind !== "logit") return "Tokens, patches, errors and biases have no inputs.";
-  if (node.has_row) return "All of its incoming edges are pruned or come from nodes that are not on this page.";
+  if (node.has_row) return "All of its incoming edges are pruned, or come from nodes that are not on this page.";
   return "Its inputs were not computed (setting max_feature_nodes).";
 }
 

@@ -216,7 +216,7 @@ def _score_entries(graph: Graph, shown: Tensor) -> tuple[ScoreEntry, ...]:
 def _edge_check_entry(check: EdgeReport | None) -> ScoreEntry:
     reading = "no edge of this graph was measured by intervention"
     if check is not None:
-        reading = f"relative to the row's largest edge, over {len(check.error)} interventions; rounding is below 1e-5"
+        reading = f"relative to the row's largest edge, over {len(check.error)} edges; rounding is below 1e-5"
     return ScoreEntry(
         key="edge_max_rel_error",
         name="Largest edge error",

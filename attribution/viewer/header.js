@@ -32,7 +32,8 @@ function scoreText(score) {
 
 function drawLegend(model) {
   const symbols = Object.entries({
-    feature: "feature", error: "error (MLP output minus transcoder output)", bias: "bias", text: "token", image: "patch",
+    feature: "feature", error: "error (MLP output minus transcoder output)", bias: "bias", text: "token",
+    image: "patch",
   }).map(([kind, name]) => key(symbolOf(kind), name));
   const edges = ["positive", "negative"].map((sign) => key(edgeSample(sign), `${sign} edge`));
   const ramp = key(element("span", { class: "ramp" }), `influence 0 to ${percent(model.top)} (square-root scale)`);

@@ -73,7 +73,7 @@ function valuesInto(model, node, mode) {
   return sharesInto(model, node);
 }
 
-// Origin of a node's input over all paths, as shares that sum to 1 with the pruned part. Biases are left out of the sum.
+// Origin of a node's input over all paths, as shares of the input without biases; they sum to 1 with the pruned part.
 function originsOf(model, node) {
   const sums = { image: 0, text: 0, feature: 0, error: 0 };
   if (node.inputs.length === 0) return null;

@@ -65,8 +65,8 @@ function drawPrompt(model) {
   host.replaceChildren(...chips);
 }
 
-// Highlights patches and tokens by what they contribute to `node`: a signed edge, or a share without a sign. Patches and
-// tokens have a scale each: a patch is one of many, and its share would be invisible beside that of a token.
+// Highlights patches and tokens by what they contribute to `node`: a signed edge, or a share without a sign. Patches
+// and tokens have separate scales: a patch is one of many, and its share would be invisible beside that of a token.
 function highlightInputs(model, node, mode) {
   const values = node && node.inputs.length ? valuesInto(model, node, mode) : new Map();
   const direct = mode === "direct";
@@ -124,7 +124,8 @@ function explainHighlights(model, node, largest, direct) {
   if (found.length === 0 && direct) return `No patch or token has a direct edge into ${name} on this page.`;
   if (found.length === 0) return `No path on this page leads from a patch or token to ${name}.`;
   const brightest = found.map(([kind, value]) => `brightest ${kind} ${textOf(value)}`).join(", ");
-  return direct ? `Direct edges into ${name}: ${brightest} in absolute value.` : `Share of the input of ${name}: ${brightest}.`;
+  if (direct) return `Direct edges into ${name}: ${brightest} in absolute value.`;
+  return `Share of the input of ${name}: ${brightest}.`;
 }
 
 function patchBeside(group, key) {
