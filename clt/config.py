@@ -115,7 +115,7 @@ def _apply(cls: type[Any], tree: dict[str, Any], override: str) -> None:
         raise ConfigError(f"override '{override}': expected key=value")
     key = find_key(cls, name)
     if key is None:
-        raise ConfigError(f"override '{override}': {_unknown(cls, name)}")
+        raise ConfigError(f"command line: {_unknown(cls, name)}")
     try:
         value = _parse_value(key.annotation, text)
     except yaml.YAMLError as error:

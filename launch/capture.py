@@ -9,6 +9,7 @@ the size of the store, and exits. The same job as `clt capture`.
 from __future__ import annotations
 
 import sys
+from functools import partial
 
 from clt.capture.planning import CaptureConfig, plan_capture
 from clt.capture.run import capture
@@ -32,6 +33,8 @@ JOB = Job(
     ranks_agree=False,
 )
 
+main = partial(run_job, JOB)
+
 
 if __name__ == "__main__":
-    sys.exit(run_job(JOB, sys.argv[1:]))
+    sys.exit(main(sys.argv[1:]))

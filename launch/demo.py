@@ -18,6 +18,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import asdict, field
 from dataclasses import dataclass as plain_dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -265,6 +266,8 @@ JOB = Job(
     default_config=Path(__file__).resolve().parents[1] / "configs" / "demo" / "toy.yaml",
 )
 
+main = partial(run_job, JOB)
+
 
 if __name__ == "__main__":
-    sys.exit(run_job(JOB, sys.argv[1:]))
+    sys.exit(main(sys.argv[1:]))

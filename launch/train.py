@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import logging
 import sys
+from functools import partial
 from pathlib import Path
 
 from clt.attribution.evaluation.during_training import make_evaluators, open_heldout
@@ -49,8 +50,8 @@ def train(config: TrainConfig, progress_bar: bool | None = None, control: JobCon
     """
     if config.clt.independent is not None and job_rank() == 0:
         log.warning(
-            "clt.independent=%s: each source layer alone reconstructs the whole output of its targets, so that their sum "
-            "counts it many times; leave clt.independent out to train sources jointly",
+            "clt.independent=%s: each source layer alone reconstructs the whole output of its targets, and the sum of "
+            "sources counts it many times; remove clt.independent to train sources jointly",
             config.clt.independent,
         )
     activations = open_activations(config)
@@ -98,6 +99,8 @@ JOB = Job(
     run=train_until_stopped,
 )
 
+main = partial(run_job, JOB)
+
 
 if __name__ == "__main__":
-    sys.exit(run_job(JOB, sys.argv[1:]))
+    sys.exit(main(sys.argv[1:]))
