@@ -1,9 +1,9 @@
-"""Kernels of other projects, imported from a checkout that the user names; none of their code is in this repository.
+"""Kernels of other projects for the kernel benchmark, imported from their checkouts; none of their code is here.
 
-EleutherAI's clt-training and sparsify: an embedding bag whose backward gives both gradients after a counting sort by
-atomics. openai's sparse_autoencoder: separate passes for either gradient. Only files without imports of their own
-package are loaded, and the few lines that join them are written here as their trainers join them: product, ReLU and
-torch.topk; the encoder's gradient by openai's kernel, or, in sparsify, by index_add_ of all contributions.
+EleutherAI's clt-training and sparsify: an embedding bag whose backward computes both gradients after a counting sort by
+atomics. openai's sparse_autoencoder: a separate pass for each gradient. Only files without imports of their own package
+are loaded. The steps between them follow their trainers: product, ReLU and torch.topk; the encoder's gradient by
+openai's kernel or, in sparsify, by index_add_ of all contributions.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ from clt.errors import ConfigError
 from clt.launch.bench.kernels.baselines import TrainingMethod, product_topk, sparse_leaf
 from clt.launch.bench.kernels.report import ELEUTHER
 
-#: (indices [N,k], values [N,k] float32, rows [N,D], F) to [F,D]: for each feature the weighted sum of its tokens' rows.
+#: (indices [N,k], values [N,k] float32, rows [N,D], F) to [F,D], the weighted sum of the rows of each feature's tokens.
 Transposed = Callable[[Tensor, Tensor, Tensor, int], Tensor]
 
 
@@ -77,7 +77,7 @@ def _method(name: str, decode: Callable[[Any, Tensor], Tensor], transposed: Tran
 
 
 class _PeerEncoder(torch.autograd.Function):
-    """Product, ReLU and torch.topk, with the sparse backward that both projects use."""
+    """Product, ReLU and torch.topk, with the sparse backward of both projects."""
 
     @staticmethod
     def forward(
@@ -107,7 +107,7 @@ def _all_contributions(indices_BK: Tensor, values_BK: Tensor, rows_BD: Tensor, n
 def _load(checkout: Path, file: str, option: str) -> ModuleType:
     path = checkout / file
     if not path.is_file():
-        raise ConfigError(f"{option} {checkout}: has no {file}; name the folder of a checkout")
+        raise ConfigError(f"{option} {checkout}: has no {file}; give the folder of a checkout")
     name = "clt_bench_peer_" + file.removesuffix(".py").replace("/", "_")
     spec = importlib.util.spec_from_file_location(name, path)
     assert spec is not None and spec.loader is not None

@@ -1,1 +1,1 @@
-"""Quality of our transcoders against other projects' training on the toy model (`clt bench baselines`)."""
+"""Training of this and other projects compared on the toy model: FVU, dead features, speed (`clt bench baselines`)."""

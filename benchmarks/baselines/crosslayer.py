@@ -1,12 +1,11 @@
-"""The algorithm of curt-tigges/crosslayer-coding (commit 9499108), BatchTopK, said again in plain PyTorch for a CPU.
+"""BatchTopK training of curt-tigges/crosslayer-coding (commit 9499108), re-implemented in plain PyTorch for a CPU.
 
-Every channel is standardised; a batch keeps the k x tokens pre-activations of all layers that stand out most among
-those of their own feature in the batch, with their values, which may be negative. Loss in the model's own units, plus a
-loss on negative pre-activations and AuxK, by which the dead features of a layer rebuild what is missing of that layer
-through its own decoder. Their trainer encodes three or four times a step and has a product per pair of layers; here are
-one encoding and one product per target, which give the same numbers in less time. What their code says otherwise than
-it means is done as it is meant: AuxK compares outputs with what is missing in the same units (theirs compares
-standardised with raw ones).
+Every channel is standardised; a batch keeps the k x tokens pre-activations of all layers with the largest z-scores
+within their feature, with their values, which may be negative. The loss is the MSE in the model's units, plus a loss on
+negative pre-activations and AuxK: the dead features of a layer reconstruct the residual of that layer through its own
+decoder. Their trainer encodes three or four times per step and has a product per pair of layers; one encoding and one
+product per target give the same numbers in less time. One bug is fixed: AuxK compares outputs and residuals in the same
+units (theirs compares standardised with raw ones).
 """
 
 from __future__ import annotations
@@ -23,14 +22,14 @@ from benchmarks.baselines.measure import Prediction, Setting, Trained, learn
 from clt.transcoder.architecture import CLTConfig
 
 CHOICES = (
-    "curt-tigges/crosslayer-coding (research note 1.4; what it leaves open from commit 9499108 and its tutorial "
-    "1B): BatchTopK of k x layers per token over layers and tokens, ranked by z-score of the batch, values raw; "
-    "`mean_std` per channel and layer; untied decoders with a bias per pair (`decoder_tying=none`, default), encoders "
-    "U(+-1/sqrt F), decoders U(+-1/sqrt(L d)), biases 0; sum over layers of the MSE in the model's units; no tanh "
-    "penalty (with BatchTopK the tutorial turns it off: k sets L0), pre-activation loss 3e-6 (default); AuxK "
-    "1/32 with 512 features (tutorial; note), dead after 200 steps (tutorial, which trains for 1000; default 1000); "
-    "AdamW (0.9, 0.98), constant and linear to 0 in the last fifth (tutorial); lr 3e-4 (default of their command). "
-    "Mended: AuxK compares in one unit; theirs compares standardised outputs with raw residuals"
+    "curt-tigges/crosslayer-coding (commit 9499108 and its tutorial 1B): BatchTopK of k x layers per token over "
+    "layers and tokens, ranked by z-score of the batch, values raw; `mean_std` per channel and layer; untied decoders "
+    "with a bias per pair (`decoder_tying=none`, default), encoders U(+-1/sqrt F), decoders U(+-1/sqrt(L d)), biases "
+    "0; sum over layers of the MSE in the model's units; no tanh penalty (with BatchTopK the tutorial turns it off: k "
+    "sets L0), pre-activation loss 3e-6 (default); AuxK 1/32 with 512 features (tutorial), dead after 200 steps "
+    "(tutorial, which trains for 1000; default 1000); AdamW (0.9, 0.98), constant and linear to 0 in the last fifth "
+    "(tutorial); lr 3e-4 (default of their command). Fixed: AuxK compares in one unit; theirs compares standardised "
+    "outputs with raw residuals"
 )
 PUBLISHED_LEARNING_RATE = 3e-4
 K_AUX, AUX_WEIGHT, PRE_WEIGHT, DEAD_STEPS = 512, 1 / 32, 3e-6, 200
@@ -38,13 +37,13 @@ _FIRES = 1e-6
 
 
 def rate_factor(step: int, steps: int) -> float:
-    """Share of the learning rate at a step, counted from 0."""
+    """Learning-rate factor at a step, counted from 0: constant, then linear to 0 in the last fifth."""
     start = int(0.8 * steps)
     return 1.0 if step < start else max(0.0, (steps - step) / (steps - start))
 
 
 def batch_topk(pre_LBF: Tensor, k: int) -> Tensor:
-    """Which features of all layers a batch keeps: the k x B with the largest z-scores.
+    """Selects the k x B pre-activations of a batch with the largest z-scores.
 
     Args:
         pre_LBF: pre-activations.
@@ -60,7 +59,7 @@ def batch_topk(pre_LBF: Tensor, k: int) -> Tensor:
 
 
 def dead_codes(pre_BF: Tensor, dead_F: Tensor) -> Tensor:
-    """[B,F] the largest pre-activations of dead features, up to `K_AUX` of each token, whatever their sign."""
+    """[B,F] largest pre-activations of dead features, up to `K_AUX` per token, of either sign."""
     k = min(K_AUX, int(dead_F.sum()))
     values_BK, indices_BK = pre_BF.masked_fill(~dead_F, -torch.inf).topk(k, dim=1)
     return torch.zeros_like(pre_BF).scatter(1, indices_BK, values_BK)
@@ -68,7 +67,7 @@ def dead_codes(pre_BF: Tensor, dead_F: Tensor) -> Tensor:
 
 @dataclass(frozen=True, kw_only=True)
 class Units:
-    """Standardisation of L sites by channel.
+    """Standardisation of L sites per channel.
 
     Attributes:
         mean_L1D: means.
@@ -80,12 +79,12 @@ class Units:
 
     @classmethod
     def of(cls, moments: ChannelMoments) -> Units:
-        """The units in which these moments are 0 and 1."""
+        """Units in which these moments are 0 and 1."""
         return cls(mean_L1D=moments.mean_LD[:, None], std_L1D=moments.std_LD[:, None])
 
 
 class CrosslayerTranscoder(nn.Module):
-    """Encoders of all layers and a decoder per pair; those into one target lie below each other.
+    """Encoders of all layers and a decoder per pair of layers; decoders into one target are concatenated.
 
     Args:
         architecture: sizes.
@@ -109,7 +108,7 @@ class CrosslayerTranscoder(nn.Module):
         self.b_dec = nn.ParameterList(torch.zeros(t + 1, D) for t in range(L))
 
     def encode(self, x_LBD: Tensor) -> tuple[Tensor, Tensor]:
-        """Pre-activations [L,B,F] of raw inputs, and which are kept."""
+        """Pre-activations [L,B,F] of raw inputs, and the selection [L,B,F] bool."""
         x_LBD = (x_LBD - self.x.mean_L1D) / self.x.std_L1D
         weights = zip(x_LBD, self.W_enc, self.b_enc, strict=True)
         pre_LBF = torch.stack([F.linear(x_BD, W_FD, b_F) for x_BD, W_FD, b_F in weights])
@@ -124,7 +123,7 @@ class CrosslayerTranscoder(nn.Module):
         return torch.stack(outputs) * self.y.std_L1D + self.y.mean_L1D
 
     def loss(self, batch: RawBatch, dead_LF: Tensor) -> tuple[Tensor, Tensor]:
-        """The loss, and which features fired, [L,F] bool."""
+        """The loss, and the features that fired [L,F] bool."""
         pre_LBF, kept_LBF = self.encode(batch.x_LBD)
         codes_LBF = pre_LBF * kept_LBF
         missing_LBD = batch.y_LBD - self.decode(codes_LBF)
@@ -136,7 +135,7 @@ class CrosslayerTranscoder(nn.Module):
         return total, (codes_LBF.detach() > _FIRES).any(dim=1)
 
     def _own_layer(self, layer: int, codes_BF: Tensor) -> Tensor:
-        """[B,D] what a layer alone adds to its own output; raw, around 0 like what is missing."""
+        """[B,D] contribution of a layer to its own output, in the model's units and without mean, as the residual."""
         own_FD = self.W_dec[layer][-self.n_features :]
         return (codes_BF @ own_FD + self.b_dec[layer][layer]) * self.y.std_L1D[layer]
 
@@ -145,7 +144,7 @@ class CrosslayerLearner:
     """Trains a `CrosslayerTranscoder`.
 
     Args:
-        data: the data.
+        data: batches and sizes.
         seed: of weights and batches.
         setting: the learning rate.
     """
@@ -167,7 +166,7 @@ class CrosslayerLearner:
         self._silent_LF = torch.where(fired_LF, 0, self._silent_LF + 1)
 
     def predict(self, x_LBD: Tensor) -> Prediction:
-        """As `Learner`; the batch decides what is kept, as in their evaluation."""
+        """As `Learner`; selects over the batch, as their evaluation does."""
         pre_LBF, kept_LBF = self.transcoder.encode(x_LBD)
         codes_LBF = pre_LBF * kept_LBF
         return Prediction(y_LBD=self.transcoder.decode(codes_LBF), active_LBF=codes_LBF != 0)

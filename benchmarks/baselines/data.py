@@ -1,8 +1,8 @@
-"""What all algorithms of `clt bench baselines` train on and are measured on: two stores, captured once.
+"""Data of `clt bench baselines`: two stores, captured once, and their batches.
 
-A seed's training batches come from the very loader that training uses, so every algorithm sees the same tokens in the
-same order. The held-out tokens are shuffled once and cut into batches of equal size, because a rule that compares the
-tokens of a batch depends on which they are: a quarter chooses settings, the rest is reported.
+Training batches come from the loader of `clt train`, so that every algorithm sees the same tokens in the same order.
+The held-out tokens are shuffled once and split into equal batches, since BatchTopK depends on the tokens of a batch; a
+quarter is for choosing settings, the rest for the report.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ from clt.records import ActivationBatch
 from clt.training.settings import TrainConfig
 from clt.transcoder.architecture import CLTConfig
 
-#: Steps over which a speed is taken; the first such window, which sets things up, does not count.
+#: Steps per measurement of speed; the first window includes set-up and does not count.
 WINDOW_STEPS = 20
 _READ_TOKENS = 4096
 
@@ -40,8 +40,8 @@ class RawBatch:
     """Raw activations of B tokens.
 
     Attributes:
-        x_LBD: what the encoders read.
-        y_LBD: what the MLPs add.
+        x_LBD: encoder inputs.
+        y_LBD: MLP outputs.
     """
 
     x_LBD: Tensor
@@ -50,11 +50,11 @@ class RawBatch:
 
 @dataclass(frozen=True, kw_only=True)
 class ChannelMoments:
-    """Mean and standard deviation of every channel of L sites, over the tokens that train.
+    """Mean and standard deviation of every channel of L sites over the training tokens.
 
     Attributes:
         mean_LD: float32.
-        std_LD: float32; 1 where a channel does not vary.
+        std_LD: float32; 1 for a constant channel.
     """
 
     mean_LD: Tensor
@@ -63,16 +63,16 @@ class ChannelMoments:
 
 @dataclass(frozen=True, kw_only=True)
 class BaselineData:
-    """One data.
+    """Batches and sizes of a comparison.
 
     Attributes:
-        job: our training job on the store; algorithms take store, steps, batches and sizes from it.
+        job: our training job, which defines store, steps and batches for all algorithms.
         architecture: of our transcoder.
-        x: moments of the encoders' inputs.
-        y: moments of the MLPs' outputs.
-        validation: held-out batches by which settings are chosen.
-        test: held-out batches that are reported.
-        train_tokens: tokens that pass the filter of training.
+        x: moments of the encoder inputs.
+        y: moments of the MLP outputs.
+        validation: held-out batches for choosing settings.
+        test: held-out batches for the report.
+        train_tokens: training tokens after filters.
     """
 
     job: TrainConfig
@@ -84,7 +84,7 @@ class BaselineData:
     train_tokens: int
 
     def batches(self, seed: int) -> Iterator[RawBatch]:
-        """The batches of a seed, one per step, as `clt train` would read them in one process."""
+        """The batches of a seed, one per step, as `clt train` reads them in one process."""
         source = open_activations(replace(self.job, seed=seed))
         x_sites, y_sites = _sites(self.architecture)
         loader = source.batches(x_sites, y_sites, _filter(self.job, self.architecture), 0, 1)
@@ -92,24 +92,21 @@ class BaselineData:
             yield RawBatch(x_LBD=batch.x, y_LBD=batch.y)
 
     def first_batch(self, seed: int) -> RawBatch:
-        """The first batch of a seed, from which some algorithms start their biases and scales."""
+        """The first batch of a seed, from which some algorithms initialise biases and scales."""
         return next(self.batches(seed))
 
 
 def prepare_data(config: DemoConfig, steps: int, folder: Path, output: Path) -> BaselineData:
-    """Captures the stores, or takes them from where they are complete, and reads what is held out.
+    """Captures the stores unless they are complete, and reads the held-out tokens.
 
     Args:
         config: sizes of the captures, and our training.
         steps: steps of every algorithm.
-        folder: where `store` and `heldout` are, or are put; the demo's output folder has both.
-        output: where our training writes.
-
-    Returns:
-        The data.
+        folder: folder of `store` and `heldout`, such as the demo's output.
+        output: output folder of our training.
 
     Raises:
-        ConfigError: the transcoder is of a kind that the algorithms cannot be compared with.
+        ConfigError: the other algorithms do not support this kind of transcoder.
         CLTError: capture failed, or a store is damaged.
     """
     settings = config.training.clt
@@ -154,7 +151,7 @@ def prepare_data(config: DemoConfig, steps: int, folder: Path, output: Path) -> 
 
 
 def _check(config: DemoConfig) -> None:
-    """The peers' transcoders write to all layers from their own on, without skip connection, at a given L0."""
+    """The other algorithms write to all layers from the own one on, without skip connection, at a given L0."""
     transcoder = config.training.clt
     for key, value, wanted in (
         ("sparsity.kind", transcoder.sparsity.kind, "topk"),
@@ -163,7 +160,7 @@ def _check(config: DemoConfig) -> None:
         ("skip", transcoder.skip, False),
     ):
         if value != wanted:
-            raise ConfigError(f"training.clt.{key}={value}: the baselines are compared at {wanted}; remove the key")
+            raise ConfigError(f"training.clt.{key}={value}: the comparison supports only {wanted}; remove the key")
 
 
 def _sites(architecture: CLTConfig) -> tuple[list[str], list[str]]:
@@ -176,7 +173,7 @@ def _filter(job: TrainConfig, architecture: CLTConfig) -> TokenFilter:
 
 
 def _moments(batches: Iterator[ActivationBatch]) -> tuple[ChannelMoments, ChannelMoments, int]:
-    """Moments of x and y, and over how many tokens."""
+    """Moments of x and y, and the number of tokens."""
     count, sums = 0, [torch.zeros(()) for _ in range(4)]
     for batch in batches:
         count += batch.x.shape[1]
@@ -201,7 +198,7 @@ def channel_moments(count: int, sum_LD: Tensor, square_LD: Tensor) -> ChannelMom
 
 
 def _split(x_LBD: Tensor, y_LBD: Tensor, batch_tokens: int) -> tuple[tuple[RawBatch, ...], tuple[RawBatch, ...]]:
-    """Cut before it is shuffled: neighbours, which are tokens of the same image, stay on one side."""
+    """Validation and test batches, split before shuffling so that tokens of one image stay on one side."""
     total = x_LBD.shape[1]
     parts = []
     for start, stop in ((0, total // 4), (total // 4, total)):

@@ -1,12 +1,12 @@
-"""The algorithm of EleutherAI's clt-training (commit cf9821f), said again in plain PyTorch for a CPU.
+"""Training algorithm of EleutherAI's clt-training (commit cf9821f), re-implemented in plain PyTorch for a CPU.
 
-One coder per source layer: TopK of the ReLU per token, decoders to all later layers, summed. Losses are fractions of
-variance of each batch, one per target, in the model's own units. Their backward pass goes target by target, which gives
-the same gradients as one pass, so here is one. What their code says otherwise than it means is done as it is meant:
+One coder per source layer: TopK of the ReLU per token, decoders to all later layers, summed. The loss is the sum over
+targets of the FVU of the batch, in the model's units. Their backward pass goes target by target, with the same
+gradients as one pass. Two bugs are fixed:
 
-* untied decoders, which raise an error at that commit (section 4.2 of the project's research note), work;
-* the loss for dead features, which runs under tensor parallelism only, sees the inputs that the encoder sees, and its
-  gradients are those of its own value (their backward pass multiplies the encoder's by the weights once more).
+* untied decoders, which raise an error at that commit, work;
+* the loss for dead features, which only runs under tensor parallelism, reads the inputs of the encoder, and its
+  gradients are those of its value (their backward pass multiplies the encoder's by the weights once more).
 """
 
 from __future__ import annotations
@@ -27,57 +27,63 @@ from clt.transcoder.architecture import CLTConfig
 Tying = Literal["none", "target"]
 
 CHOICES = (
-    "EleutherAI/clt-training (research note 1.1; what it leaves open from commit cf9821f): TopK of ReLU per token and "
-    "layer; x sqrt(d) / mean norm of the first batch, outputs likewise (`normalize_io`, on in all their scripts); "
-    "encoder as nn.Linear starts it, decoders zero, b_dec of the own layer the mean output, b_enc minus the image of "
-    "the mean input; `post_enc` trained; sum over targets of the batch's FVU in the model's units; Adam (0.9, 0.999), "
-    "lr 2e-4 / sqrt(F / 2^14), linear from 0 in 50 steps (README, scripts; the default of 1000 is made for long runs) "
-    "and to 0 at the end. No skip connection (default), no k annealing (default), dead features left alone (default "
-    "`dead_latent_penalty` 0). untied: a decoder and a bias per pair (`coalesce_topk=none`, default), without "
-    "`post_enc_scale` (default), whose zeros would keep zero decoders zero. tied: one decoder per target "
-    "(`coalesce_topk=concat`) with `post_enc_scale`, as in their gpt2 script. dead-latent loss: untied, plus "
-    "-penalty x sum over tokens and inactive features of pre-activation x norm of the own layer's decoder, both with "
-    "gradients; they give no value, so the penalty is chosen with the learning rate. Mended: untied decoders run "
-    "(theirs raise an error), and that loss has the gradient of its own value"
+    "EleutherAI/clt-training (commit cf9821f): TopK of ReLU per token and layer; x sqrt(d) / mean norm of the first "
+    "batch, outputs likewise (`normalize_io`, on in all their scripts); encoder as nn.Linear starts it, decoders "
+    "zero, b_dec of the own layer the mean output, b_enc minus the image of the mean input; `post_enc` trained; sum "
+    "over targets of the batch's FVU in the model's units; Adam (0.9, 0.999), lr 2e-4 / sqrt(F / 2^14), linear from 0 "
+    "in 50 steps (README, scripts; the default of 1000 is made for long runs) and to 0 at the end. No skip connection "
+    "(default), no k annealing (default), dead features left alone (default `dead_latent_penalty` 0). untied: a "
+    "decoder and a bias per pair (`coalesce_topk=none`, default), without `post_enc_scale` (default), whose zeros "
+    "would keep zero decoders zero. tied: one decoder per target (`coalesce_topk=concat`) with `post_enc_scale`, as "
+    "in their gpt2 script. dead-latent loss: untied, plus -penalty x sum over tokens and inactive features of "
+    "pre-activation x norm of the own layer's decoder, both with gradients; they give no value, so the penalty is "
+    "chosen with the learning rate. Fixed: untied decoders run (theirs raise an error), and that loss has the "
+    "gradient of its own value"
 )
 WARMUP_STEPS = 50
 
 
 def published_learning_rate(n_features: int) -> float:
-    """Their automatic rate for Adam."""
+    """Their default learning rate for Adam."""
     return 2e-4 / math.sqrt(n_features / 2**14)
 
 
 def rate_factor(step: int, warmup: int, steps: int) -> float:
-    """Share of the peak learning rate at a step, counted from 0."""
+    """Learning-rate factor: linear from 0 during warm-up, then linear to 0.
+
+    Args:
+        step: counted from 0.
+        warmup: steps of the warm-up.
+        steps: of the training.
+    """
     if step < warmup:
         return step / warmup
     return max(0.0, (steps - step) / max(1, steps - warmup))
 
 
 def fvu(found_BD: Tensor, y_BD: Tensor) -> Tensor:
-    """Squared error over the squared deviation from the batch's mean."""
+    """Squared error over the squared deviation from the mean of the batch."""
     return (y_BD - found_BD).square().sum() / (y_BD - y_BD.mean(dim=0)).square().sum()
 
 
 def dead_latent_loss(pre_BF: Tensor, W_dec_FD: Tensor) -> Tensor:
-    """Minus the pre-activations of inactive features, weighted by decoder norm, summed; falls as they rise.
+    """Negative sum of the pre-activations of inactive features, weighted by decoder norm.
 
     Args:
-        pre_BF: pre-activations; those that TopK chose are zero here.
-        W_dec_FD: decoders of the own layer.
+        pre_BF: pre-activations, zero for selected features.
+        W_dec_FD: decoder of the own layer.
     """
     return -(pre_BF.sum(dim=0) * W_dec_FD.norm(dim=1)).sum()
 
 
 @dataclass(frozen=True, kw_only=True)
 class LayerCodes:
-    """What one layer's encoder chose.
+    """Codes of one layer.
 
     Attributes:
         values_BK: activations, >= 0.
         indices_BK: feature numbers.
-        inactive_BF: pre-activations before the ReLU, zero where a feature was chosen.
+        inactive_BF: pre-activations before the ReLU, zero for selected features.
     """
 
     values_BK: Tensor
@@ -90,8 +96,8 @@ class Coders(nn.Module):
 
     Args:
         architecture: sizes.
-        tying: a decoder per pair, or one per target.
-        first: the first batch, which sets scales and biases.
+        tying: a decoder per pair of layers, or one per target.
+        first: the first batch, which initialises scales and biases.
         seed: of the encoders.
     """
 
@@ -136,7 +142,7 @@ class Coders(nn.Module):
         )
 
     def decode(self, target: int, codes: Sequence[LayerCodes]) -> Tensor:
-        """[B,D] raw output of a layer from the codes of the layers up to it."""
+        """[B,D] output of a layer, in the model's units, from the codes of the layers up to it."""
         y_BD = codes[0].values_BK.new_zeros(())
         for source, code in enumerate(codes[: target + 1]):
             name = _name(source, target)
@@ -154,7 +160,7 @@ class Coders(nn.Module):
         return y_BD / self.scale_y[target]
 
     def loss(self, batch: RawBatch, dead_penalty: float) -> Tensor:
-        """Sum over targets of FVU, and the loss for dead features if it has a weight."""
+        """Sum over targets of the FVU, plus the loss for dead features with its weight."""
         codes = [self.encode(layer, x_BD) for layer, x_BD in enumerate(batch.x_LBD)]
         total = torch.zeros(())
         for target, y_BD in enumerate(batch.y_LBD):
@@ -173,7 +179,7 @@ class EleutherLearner:
     """Trains `Coders`.
 
     Args:
-        data: the data.
+        data: batches and sizes.
         tying: as in `Coders`.
         seed: of weights and batches.
         setting: learning rate and weight of the loss for dead features.

@@ -1,4 +1,4 @@
-"""How algorithms of `clt bench baselines` are trained and measured: one loop, one function for the held-out numbers."""
+"""Training loop and held-out measures shared by all algorithms of `clt bench baselines`."""
 
 from __future__ import annotations
 
@@ -16,11 +16,11 @@ from benchmarks.baselines.data import WINDOW_STEPS, BaselineData, RawBatch
 
 @dataclass(frozen=True, kw_only=True)
 class Prediction:
-    """What a transcoder makes of B tokens.
+    """Output of a transcoder for B tokens.
 
     Attributes:
-        y_LBD: reconstructed MLP outputs in the model's own units.
-        active_LBF: bool, which features are not zero.
+        y_LBD: reconstructed MLP outputs in the units of the model.
+        active_LBF: bool, features that are not zero.
     """
 
     y_LBD: Tensor
@@ -37,17 +37,17 @@ class Learner(Protocol):
         """One step of the optimizer."""
 
     def predict(self, x_LBD: Tensor) -> Prediction:
-        """What the weights make of raw encoder inputs of all layers."""
+        """Output for raw encoder inputs of all layers."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class Setting:
-    """What is chosen per algorithm.
+    """Hyperparameters tuned per algorithm.
 
     Attributes:
         learning_rate: peak.
-        dead_penalty: weight of the loss for dead features, where the algorithm has such a weight.
-        bias_rate: learning rate of the encoders' biases as a multiple of the others', where the algorithm has it.
+        dead_penalty: weight of the loss for dead features, where the algorithm has one.
+        bias_rate: learning rate of the encoder biases as a multiple of the others', where the algorithm has one.
     """
 
     learning_rate: float
@@ -66,7 +66,7 @@ class Trained:
 
     Attributes:
         predict: its function.
-        tokens_per_s: of every window of steps but the first.
+        tokens_per_s: of every window of steps except the first.
     """
 
     predict: Predict
@@ -82,7 +82,7 @@ class HeldOut:
     """Measures on held-out tokens.
 
     Attributes:
-        fvu: squared error over squared deviation from the mean, pooled over channels, by layer, in the model's units.
+        fvu: squared error over squared deviation from the mean, summed over channels, by layer, in the model's units.
         l0: active features per token, by layer.
         dead_fraction: share of features never active, by layer.
     """
@@ -109,12 +109,12 @@ class HeldOut:
 
 @dataclass(frozen=True, kw_only=True)
 class SeedRun:
-    """One training and what came of it.
+    """Result of one training run.
 
     Attributes:
         seed: of weights and batches.
-        heldout: measures at the final weights.
-        tokens_per_s: of every window of steps but the first.
+        heldout: measures of the final weights.
+        tokens_per_s: of every window of steps except the first.
     """
 
     seed: int
@@ -169,5 +169,5 @@ def learn(learner: Learner, batches: Iterable[RawBatch]) -> Trained:
 
 
 def without_first(speeds: Sequence[float]) -> tuple[float, ...]:
-    """All but the first, if there are others."""
+    """All speeds except the first, unless it is the only one."""
     return tuple(speeds[1:] or speeds)

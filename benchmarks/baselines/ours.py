@@ -1,4 +1,4 @@
-"""This project's trainer among the algorithms of `clt bench baselines`: `clt train` in one process."""
+"""This project's training in `clt bench baselines`: `clt train` in one process."""
 
 from __future__ import annotations
 
@@ -23,12 +23,12 @@ CHOICES = (
 
 
 def train_ours(data: BaselineData, seed: int, setting: Setting) -> Trained:
-    """Trains a transcoder as users do, checkpoint and logs included.
+    """Trains a transcoder with `clt train`, checkpoint and logs included.
 
     Args:
-        data: the data.
+        data: batches and sizes.
         seed: of weights and batches.
-        setting: its learning rates.
+        setting: learning rates.
 
     Raises:
         CLTError: training failed.
@@ -41,18 +41,18 @@ def train_ours(data: BaselineData, seed: int, setting: Setting) -> Trained:
     )
     transcoder = CrossLayerTranscoder.from_pretrained(train(job, progress_bar=False))
     reports = read_metrics(job.output / METRICS_FILE)
-    # The last report may cover fewer steps than the others.
+    # The last report may cover fewer steps.
     speeds = [report["tokens_per_second"] for report in reports if report["step"] % job.log_every == 0]
     shutil.rmtree(job.output)
     return Trained(predict=lambda x_LBD: predict(transcoder, x_LBD), tokens_per_s=without_first(speeds))
 
 
 def predict(transcoder: CrossLayerTranscoder, x_LBD: Tensor) -> Prediction:
-    """What a whole transcoder makes of raw encoder inputs of all layers, [L,B,D]."""
+    """Output of a whole transcoder for raw encoder inputs [L,B,D] of all layers."""
     layers = transcoder.share.sources
     codes = transcoder.encode(transcoder.scaling.standardise_x(x_LBD, layers))
     active_LBF = torch.zeros(*codes.values.shape[:2], codes.n_features, dtype=torch.int8)
-    # Empty slots add nothing to feature 0.
+    # Empty slots add zero to feature 0.
     active_LBF.scatter_add_(2, codes.indices.long(), (codes.values > 0).to(torch.int8))
     return Prediction(
         y_LBD=transcoder.scaling.restore_y(transcoder.decode(codes), transcoder.share.targets),

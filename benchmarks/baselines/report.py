@@ -1,4 +1,4 @@
-"""What `clt bench baselines` reports, as JSON and as text."""
+"""Report of `clt bench baselines`, as JSON and as text."""
 
 from __future__ import annotations
 
@@ -14,19 +14,19 @@ from clt.launch.bench.common.report import Claim, claim, claims_text, markdown_t
 
 How = Literal["published", "published, also best", "tuned", "configured", "configured, also best"]
 
-#: What tables call this project's training.
+#: Name of this project's training in tables.
 OURS = "ours"
 
 
 @dataclass(frozen=True, kw_only=True)
 class Trial:
-    """One setting of a algorithm, tried to choose among several.
+    """Result of one setting of an algorithm on the validation tokens.
 
     Attributes:
         name: of the algorithm.
-        setting: what was tried.
-        fvu: mean over layers, on the held-out tokens for choosing.
-        dead_fraction: likewise.
+        setting: the setting.
+        fvu: mean over layers.
+        dead_fraction: mean over layers.
     """
 
     name: str
@@ -37,11 +37,11 @@ class Trial:
 
 @dataclass(frozen=True, kw_only=True)
 class AlgorithmRow:
-    """A algorithm with a setting.
+    """Results of an algorithm with one setting.
 
     Attributes:
         name: of the algorithm.
-        how: where the setting is from: its authors, the trials, or our configuration.
+        how: origin of the setting: its authors, the trials, or our configuration.
         setting: the setting.
         runs: one per seed.
     """
@@ -75,15 +75,15 @@ class AlgorithmRow:
 
 @dataclass(frozen=True, kw_only=True)
 class BaselineReport:
-    """Outcome of the data.
+    """Outcome of the comparison.
 
     Attributes:
-        machine: where and when.
-        setting: sizes, in words.
-        choices: how every algorithm was set up.
-        trials: settings that were tried.
+        machine: hardware, versions and date.
+        setting: sizes, as text.
+        choices: descriptions of the algorithms.
+        trials: all trials.
         rows: algorithms, ours first.
-        features: all features of a transcoder.
+        features: features of a transcoder over all layers.
     """
 
     machine: MachineInfo
@@ -95,14 +95,14 @@ class BaselineReport:
 
     @property
     def claims(self) -> tuple[Claim, ...]:
-        """What is promised: less error and no more dead features than every rival, ours with its best setting."""
+        """Claims: lower FVU and no more dead features than every other algorithm, ours with its best setting."""
         ours = [row for row in self.rows if row.name == OURS][-1]
-        rivals = [row for row in self.rows if row.name != OURS]
+        others = [row for row in self.rows if row.name != OURS]
         claims = []
-        for row in rivals:
+        for row in others:
             against = f"ours / {row.name}, {row.how}"
             claims.append(claim(f"held-out FVU, {against}", ours.fvu, row.fvu, "<=", 1))
-        for row in rivals:
+        for row in others:
             against = f"ours / {row.name}, {row.how}"
             mine, theirs = (1 + each.dead_fraction * self.features for each in (ours, row))
             claims.append(claim(f"1 + dead features, {against}", mine, theirs, "<=", 1))
@@ -167,5 +167,5 @@ def _trials(trials: Sequence[Trial]) -> str:
 
 
 def trial(name: str, setting: Setting, heldout: HeldOut) -> Trial:
-    """A trial from its measures."""
+    """A trial from its held-out measures."""
     return Trial(name=name, setting=setting, fvu=heldout.mean_fvu, dead_fraction=heldout.mean_dead)

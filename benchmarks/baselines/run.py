@@ -1,10 +1,9 @@
-"""Our training beside other projects' algorithms: same tokens, same steps, same number of active features.
+"""Comparison of our training with other projects' algorithms: same tokens, steps and number of active features.
 
-`clt bench baselines` prints it. The rivals are the algorithms of two public trainers of cross-layer transcoders, said
-again in plain PyTorch (`train_baselines_eleuther`, `train_baselines_crosslayer`), each with its own normalisation,
-initial weights, activation, loss, treatment of dead features and optimizer. Learning rates that were made for language
-models may not suit a toy, so everybody runs twice: with the published setting, ours with the one of its configuration,
-and with the best of several trials.
+`clt bench baselines` prints it. The algorithms of two public trainers of cross-layer transcoders are re-implemented in
+plain PyTorch (`eleuther`, `crosslayer`), each with its own normalisation, initial weights, activation, loss, treatment
+of dead features and optimizer. Learning rates for language models may not suit a toy, so every algorithm runs with its
+published setting, ours with the configured one, and with the best of several trials.
 """
 
 from __future__ import annotations
@@ -13,11 +12,8 @@ import logging
 import math
 import tempfile
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
-
-import torch
 
 from benchmarks.baselines import crosslayer, eleuther, ours
 from benchmarks.baselines.data import BaselineData, prepare_data
@@ -26,31 +22,32 @@ from benchmarks.baselines.report import OURS, AlgorithmRow, BaselineReport, How,
 from clt.config import load_config
 from clt.errors import ConfigError
 from clt.launch.bench.common.machine import this_machine
+from clt.launch.bench.common.timing import torch_threads
 from clt.launch.demo import DemoConfig
 
 log = logging.getLogger(__name__)
 
 _PACKAGES = ("torch", "deepspeed", "numpy")
-#: Multiples of the published learning rates that are tried; a toy bears larger ones than a language model.
+#: Trial multiples of the published learning rates; a toy trains with larger ones than a language model.
 ELEUTHER_RATES, CROSSLAYER_RATES = (4.0, 8.0, 16.0), (3.0, 10.0, 30.0)
-#: Multiples of the configured learning rate, and what the encoders' biases have of that.
+#: Trial multiples of the configured learning rate, and those of the encoder biases relative to that.
 OUR_RATES = ((0.5, 1.0), (2.0, 1.0), (4.0, 1.0), (4.0, 3.0), (4.0, 10.0), (6.4, 10.0))
-#: Of a loss that is summed over tokens and features: a thousand times a thousand.
+#: Trial weights of a loss summed over tokens and features, a thousand times a thousand.
 DEAD_PENALTIES = (1e-9, 1e-8, 1e-7)
 
 
 @dataclass(frozen=True, kw_only=True)
 class BaselineSettings:
-    """What is compared.
+    """Settings of the comparison.
 
     Attributes:
         config: YAML file of the demo: model, captures and our training.
-        folder: where the stores are kept, `store` and `heldout`; None: captured anew and removed.
-        steps: of every algorithm; None: those of the configuration.
-        seeds: of weights and read order; one run of every algorithm for each.
-        threads: of PyTorch, in this one process.
-        quick: a few steps of a tiny transcoder: shows that everything runs, and its numbers mean nothing.
-        only: names of the algorithms that run beside ours; empty: all.
+        folder: folder of the stores `store` and `heldout`; default: temporary, captured anew.
+        steps: training steps of every algorithm; default: as configured.
+        seeds: of weights and read order; one run per algorithm and seed.
+        threads: PyTorch threads.
+        quick: a few steps of a tiny transcoder: checks that everything runs; its numbers are meaningless.
+        only: names of the algorithms compared with ours; default: all.
     """
 
     config: Path
@@ -64,13 +61,13 @@ class BaselineSettings:
 
 @dataclass(frozen=True, kw_only=True)
 class Algorithm:
-    """An algorithm.
+    """A training algorithm.
 
     Attributes:
-        name: what tables call it.
-        train: trains it.
-        published: its authors' setting, of ours the configured one; None where they give none.
-        candidates: settings to be tried, beside the published one.
+        name: row of the tables.
+        train: trains a transcoder.
+        published: its authors' setting, the configured one for ours; None where they give none.
+        candidates: settings to be tried beside the published one.
     """
 
     name: str
@@ -80,15 +77,15 @@ class Algorithm:
 
     @property
     def trials(self) -> tuple[Setting, ...]:
-        """All settings among which the best is chosen."""
+        """All settings to be tried."""
         return (*(() if self.published is None else (self.published,)), *self.candidates)
 
 
 def all_algorithms(n_features: int, our_rate: float) -> tuple[Algorithm, ...]:
-    """Ours, then the algorithms we compare with.
+    """Our algorithm, then those of other projects.
 
     Args:
-        n_features: features per layer, by which one of them sets its learning rate.
+        n_features: features per layer, which set one of the published learning rates.
         our_rate: learning rate of our configuration.
     """
     automatic = eleuther.published_learning_rate(n_features)
@@ -126,10 +123,10 @@ def all_algorithms(n_features: int, our_rate: float) -> tuple[Algorithm, ...]:
 
 
 def bench_baselines(settings: BaselineSettings) -> BaselineReport:
-    """Runs the data in this process.
+    """Runs the comparison in this process.
 
     Args:
-        settings: what is compared.
+        settings: algorithms, data and steps.
 
     Returns:
         Held-out measures and speeds.
@@ -143,7 +140,7 @@ def bench_baselines(settings: BaselineSettings) -> BaselineReport:
     if settings.quick:
         config, seeds = _small(config), seeds[:1]
     steps = settings.steps or config.training.steps
-    with _threads(settings.threads), tempfile.TemporaryDirectory(prefix="clt-bench-") as scratch:
+    with torch_threads(settings.threads), tempfile.TemporaryDirectory(prefix="clt-bench-") as scratch:
         machine = this_machine(_PACKAGES, Path(scratch))
         data = prepare_data(config, steps, settings.folder or Path(scratch), Path(scratch) / "clt")
         algorithms = all_algorithms(data.architecture.n_features, data.job.optimizer.learning_rate)
@@ -163,7 +160,7 @@ def bench_baselines(settings: BaselineSettings) -> BaselineReport:
 
 
 def _check(only: Sequence[str]) -> None:
-    # Rates decide nothing about names.
+    # Names do not depend on these rates.
     names = [each.name for each in all_algorithms(1, 1.0)]
     for name in only:
         if name not in names:
@@ -172,7 +169,7 @@ def _check(only: Sequence[str]) -> None:
 
 @dataclass(frozen=True, kw_only=True)
 class _Setup:
-    """A row before its runs."""
+    """An algorithm with a setting, to be run with all seeds."""
 
     name: str
     how: How
@@ -185,53 +182,52 @@ def _try(data: BaselineData, algorithms: Sequence[Algorithm], seed: int) -> Iter
         for setting in algorithm.trials:
             trained = algorithm.train(data, seed, setting)
             found = trial(algorithm.name, setting, measure(trained.predict, data.validation))
-            log.info(
-                "bench: trial: %s, %s: FVU %.5f, dead %.4f", *(found.name, setting, found.fvu, found.dead_fraction)
-            )
+            values = found.name, setting, found.fvu, found.dead_fraction
+            log.info("bench trial: %s (%s) fvu=%.5f dead_fraction=%.4f", *values)
             yield found
 
 
 def best_trial(trials: Sequence[Trial], name: str) -> Setting:
-    """The setting of a algorithm with the least error; one whose error is not a number is never the best."""
+    """The setting of an algorithm with the lowest FVU; NaN is never the best."""
     own = [entry for entry in trials if entry.name == name]
     return min(own, key=lambda entry: math.inf if math.isnan(entry.fvu) else entry.fvu).setting
 
 
 def _setups(algorithms: Sequence[Algorithm], trials: Sequence[Trial]) -> list[_Setup]:
-    entries = []
+    setups = []
     for each in algorithms:
         tuned = best_trial(trials, each.name)
         if each.published is not None:
             given: How = "configured" if each.name == OURS else "published"
             also: How = "configured, also best" if each.name == OURS else "published, also best"
             how = also if tuned == each.published else given
-            entries.append(_Setup(name=each.name, how=how, train=each.train, setting=each.published))
+            setups.append(_Setup(name=each.name, how=how, train=each.train, setting=each.published))
         if tuned != each.published:
-            entries.append(_Setup(name=each.name, how="tuned", train=each.train, setting=tuned))
-    return entries
+            setups.append(_Setup(name=each.name, how="tuned", train=each.train, setting=tuned))
+    return setups
 
 
-def _compare(data: BaselineData, entries: Sequence[_Setup], seeds: Sequence[int]) -> tuple[AlgorithmRow, ...]:
-    """All algorithms with a seed before the next seed, so that a busy hour strikes all of them."""
-    runs: list[list[SeedRun]] = [[] for _ in entries]
+def _compare(data: BaselineData, setups: Sequence[_Setup], seeds: Sequence[int]) -> tuple[AlgorithmRow, ...]:
+    """Runs all algorithms with one seed before the next, so that other load affects all of them alike."""
+    runs: list[list[SeedRun]] = [[] for _ in setups]
     for seed in seeds:
-        for entry, own in zip(entries, runs, strict=True):
-            trained = entry.train(data, seed, entry.setting)
+        for setup, own in zip(setups, runs, strict=True):
+            trained = setup.train(data, seed, setup.setting)
             heldout = measure(trained.predict, data.test)
             own.append(SeedRun(seed=seed, heldout=heldout, tokens_per_s=trained.tokens_per_s))
-            _tell(entry, own[-1], heldout)
+            _log_run(setup, own[-1], heldout)
     return tuple(
-        AlgorithmRow(name=entry.name, how=entry.how, setting=entry.setting, runs=tuple(own))
-        for entry, own in zip(entries, runs, strict=True)
+        AlgorithmRow(name=setup.name, how=setup.how, setting=setup.setting, runs=tuple(own))
+        for setup, own in zip(setups, runs, strict=True)
     )
 
 
-def _tell(entry: _Setup, run: SeedRun, heldout: HeldOut) -> None:
+def _log_run(setup: _Setup, run: SeedRun, heldout: HeldOut) -> None:
     log.info(
-        "bench: seed %d: %s, %s: FVU %.5f, L0 %.2f, dead %.4f, %.0f tokens/s",
+        "bench seed %d: %s (%s) fvu=%.5f l0=%.2f dead_fraction=%.4f tokens_per_s=%.0f",
         run.seed,
-        entry.name,
-        entry.setting,
+        setup.name,
+        setup.setting,
         heldout.mean_fvu,
         heldout.total_l0,
         heldout.mean_dead,
@@ -258,20 +254,10 @@ def _words(data: BaselineData, seeds: Sequence[int], threads: int, quick: bool) 
     job, sizes = data.job, data.architecture
     validation, test = (sum(b.x_LBD.shape[1] for b in part) for part in (data.validation, data.test))
     return (
-        f"{'Quick: the numbers mean nothing. ' if quick else ''}{sizes.n_layers} layers of width {sizes.d_model}, "
+        f"{'Quick: the numbers are meaningless. ' if quick else ''}{sizes.n_layers} layers of width {sizes.d_model}, "
         f"{sizes.n_features} features and k = {sizes.k} per layer; "
         f"{data.train_tokens:,} tokens, {job.steps:,} steps of {job.data.batch_tokens:,}, the same batches for all; "
         f"{test:,} held-out tokens, and {validation:,} others for choosing settings; seeds "
         f"{', '.join(map(str, seeds))}; one process, {threads} thread{'s' if threads > 1 else ''} of PyTorch, float32. "
-        f"tokens/s: windows of {job.log_every} steps of these very runs, reading the store included."
+        f"tokens/s: windows of {job.log_every} steps of these runs, reading the store included."
     )
-
-
-@contextmanager
-def _threads(number: int) -> Iterator[None]:
-    before = torch.get_num_threads()
-    torch.set_num_threads(number)
-    try:
-        yield
-    finally:
-        torch.set_num_threads(before)

@@ -319,7 +319,7 @@ def test_mistakes_are_one_line_and_exit_code_2(tmp_path: Path) -> None:
     skipping.write_text(config.read_text().replace("k: 16", "k: 16\n    skip: true"))
     for words, message in (
         (("--config", tmp_path / "none.yaml"), "none.yaml: no such configuration file"),
-        (("--config", skipping), "training.clt.skip=True: the baselines are compared at False; remove the key"),
+        (("--config", skipping), "training.clt.skip=True: the comparison supports only False; remove the key"),
         (("--only", "nobody"), "--only 'nobody': the algorithms are ours, clt-training untied"),
         (("--json", "/proc/none/report.json"), "/proc/none/report.json: cannot be written"),
     ):
@@ -331,7 +331,7 @@ def test_mistakes_are_one_line_and_exit_code_2(tmp_path: Path) -> None:
 def test_command_trains_everyone_on_equal_terms_and_writes_the_report(tmp_path: Path) -> None:
     result = clt_command("--quick", "--json", tmp_path / "new" / "report.json")
     assert result.exit_code == 0, result.output
-    assert result.stdout.startswith("| claim |") and "Quick: the numbers mean nothing." in result.stdout
+    assert result.stdout.startswith("| claim |") and "Quick: the numbers are meaningless." in result.stdout
     tree = json.loads((tmp_path / "new" / "report.json").read_text())
     assert tree["machine"]["packages"] and tree["rows"][0]["name"] == "ours"
     assert {row["name"] for row in tree["rows"]} == {each.name for each in all_algorithms(64, 1e-3)}

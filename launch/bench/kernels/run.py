@@ -152,9 +152,9 @@ def _peers(settings: KernelBenchSettings, device: torch.device) -> list[Training
         if checkout is None:
             continue
         if not checkout.is_dir():
-            raise ConfigError(f"--{project} {checkout}: no such folder; name the folder of a checkout")
+            raise ConfigError(f"--{project} {checkout}: no such folder; give the folder of a checkout")
         if device.type != "cuda":
-            raise ConfigError(f"--{project} {checkout}: these kernels need a CUDA device; leave the option out here")
+            raise ConfigError(f"--{project} {checkout}: these kernels need a CUDA device; remove the option")
         methods.append(getattr(load_benchmarks("benchmarks.kernel_peers"), project)(checkout))
     return methods
 
