@@ -12,7 +12,7 @@ import sys
 from functools import partial
 
 from clt.capture.planning import CaptureConfig, plan_capture
-from clt.capture.run import capture
+from clt.capture.run import capture_store
 from clt.config import config_to_yaml
 from clt.launch.script import Job, run_job
 
@@ -28,7 +28,7 @@ JOB = Job(
     command="clt capture",
     summary="Captures the activations of a model into a store; prints the store's id.",
     settings=CaptureConfig,
-    run=lambda config: capture(config, progress=sys.stderr.isatty()) or UNITS_LEFT,
+    run=lambda config: capture_store(config, progress=sys.stderr.isatty()) or UNITS_LEFT,
     describe=describe,
     ranks_agree=False,
 )

@@ -30,7 +30,7 @@ from clt.attribution.features.steering import SteeringReport, SteeringSettings, 
 from clt.attribution.run import AttributeConfig, EvaluateConfig, EvaluationReport, Explanation, evaluate, explain
 from clt.capture.models.adapter import ModelAdapter
 from clt.capture.planning import CaptureConfig
-from clt.capture.run import capture
+from clt.capture.run import capture_store
 from clt.capture.sources.examples import SourceSettings, ToySource, open_source
 from clt.config import STRICT, config_to_yaml
 from clt.errors import CLTError
@@ -153,7 +153,7 @@ def _boards(n: int, seed: int) -> SourceSettings:
 
 def _capture(config: DemoConfig, n: int, seed: int, output: Path) -> None:
     job = CaptureConfig(model=str(config.model), output=str(output), source=_boards(n, seed), seed=config.seed)
-    capture(job, progress=sys.stderr.isatty())
+    capture_store(job, progress=sys.stderr.isatty())
 
 
 def _train(config: DemoConfig) -> None:
