@@ -1,4 +1,4 @@
-"""Sites: what is recorded is what the model computed, and an edit does downstream what it does by hand."""
+"""Sites: recorded tensors equal plain forward hooks, and edits act downstream as edits by hand."""
 
 from __future__ import annotations
 
