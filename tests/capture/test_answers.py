@@ -1,4 +1,4 @@
-"""Captures of what the model answers: prompt and answer as one pass over both would see them, whoever answered."""
+"""Captures with generated answers: activations equal a forward pass over prompt and answer."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What is promised before a capture is what it then writes; what is measured leaves nothing behind."""
+"""Capacity report: predicted sizes equal those of the store, and measuring leaves nothing on disk."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Capture as a whole: the store holds what the model computed, whatever happened on the way."""
+"""Capture end to end: the store equals the model's activations, also after interruptions."""
 
 from __future__ import annotations
 

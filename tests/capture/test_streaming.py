@@ -1,4 +1,4 @@
-"""Streaming: the same stream as a store would give, whatever is in the ring at the moment."""
+"""Streaming: batches equal those of a complete store, whichever units exist."""
 
 from __future__ import annotations
 
