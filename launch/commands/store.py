@@ -142,9 +142,7 @@ def status(path: Store, file: JsonFile = None) -> None:
 def gc(
     path: Store,
     dry_run: Annotated[bool, typer.Option("--dry-run", help="Only print the files, delete nothing.")] = False,
-    quarantine: Annotated[
-        bool, typer.Option("--quarantine", help="Also delete files that a repair moved to quarantine.")
-    ] = False,
+    quarantine: Annotated[bool, typer.Option("--quarantine", help="Also delete the files in quarantine.")] = False,
     file: JsonFile = None,
 ) -> None:
     """Deletes partial files, files of uncommitted units, and leases."""

@@ -138,7 +138,7 @@ def _space_lines(report: Capacity) -> str:
     if not report.fits:
         assert report.free_bytes is not None
         missing = size_text(report.needed_bytes - report.free_bytes)
-        text += f"\nwarning: {missing} too little disk space; free some, choose another output, or store int8 or fewer samples"
+        text += f"\nwarning: {missing} too little disk space; free some, change output, or store int8 or fewer samples"
     return text
 
 

@@ -95,7 +95,7 @@ def test_plan_warns_when_the_disk_is_too_small(tmp_path: Path) -> None:
     report = capacity(plan_capture(job), job.output, measure=False)
     assert "warning" not in capacity_text(report)
     text = capacity_text(replace(report, free_bytes=report.needed_bytes - 1024))
-    assert "warning: 1.00 KiB too little disk space; free some, choose another output" in text
+    assert "warning: 1.00 KiB too little disk space; free some, change output" in text
 
 
 def test_status_tells_a_complete_store_from_an_unfinished_one(tmp_path: Path) -> None:
