@@ -1,1 +1,1 @@
-"""What a feature is and does: steering and, later, statistics and ranking."""
+"""Experiments on features: ranking by influence, steering, and confidence intervals of what they measure."""

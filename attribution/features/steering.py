@@ -1,18 +1,12 @@
-"""The steering experiment: do the features a graph calls influential carry the answer?
+"""The steering experiment: does ablating the features that graphs call influential change the model's answer?
 
-For every held-out prompt that the model answers correctly, the (layer, feature) pairs with the largest influence on the
-first answer token's logit, summed over positions, are ablated: set to 0 at all positions, attention and norms live. The
-control ablates as many active features of the same prompt that match the chosen ones in layer and in what they write,
-decoder norm times activation. If graphs are right, the answer flips far more often under the first than under the
-second (Ameisen et al. 2025, "Circuit Tracing", section "Evaluating mechanistic faithfulness").
+For every held-out prompt that the model answers correctly, the top n features by influence on the first answer token's
+logit are ablated: set to 0 at all positions, attention and norms live. The control ablates n other active features of
+the same layers with similar output norm (decoder norm times activation). If graphs are right, answers change far more
+often under the ablation than under the control (Ameisen et al. 2025, "Circuit Tracing", section "Evaluating mechanistic
+faithfulness"). Each ablation is done in the model itself and in the replacement model; docs/demo.md tells them apart.
 
-Every ablation is done twice, each time from the model's own logits. `mlps="original"` acts on the model itself, whose
-answer is what the claim is about: its MLPs may repair what was removed, and may also remove it once more, for a
-cross-layer decoder already holds part of what later MLPs answer to the feature. `mlps="replaced"` acts on the
-replacement model with the prompt's error terms, where nothing is counted twice, but only the transcoder's features
-respond. Chosen pairs and control share whichever bias there is; a claim should hold under both.
-
-Nothing here is random: the same transcoder and examples give the same report.
+The experiment has no random part: the same transcoder and examples give the same report.
 """
 
 from __future__ import annotations
@@ -26,8 +20,8 @@ from pydantic import Field, PositiveInt
 from pydantic.dataclasses import dataclass as settings_dataclass
 from torch import Tensor
 
-from clt.attribution.features.intervals import Proportion, wilson_interval
-from clt.attribution.features.pairs import match_controls, rank_pairs
+from clt.attribution.features.confidence import Proportion, wilson_interval
+from clt.attribution.features.ranking import match_controls, rank_features
 from clt.attribution.graphs.attribute import AttributionSettings, attribute
 from clt.attribution.graphs.targets import LogitTargets
 from clt.attribution.replacement.replacement_model import Intervention, MlpOutputs, RecordedErrors, ReplacementModel
@@ -40,31 +34,31 @@ from clt.transcoder.model import CrossLayerTranscoder
 
 @settings_dataclass(frozen=True, kw_only=True, config=STRICT)
 class SteeringSettings:
-    """What a user chooses about the experiment."""
+    """Prompts and sizes of the steering experiment."""
 
     num_prompts: int = Field(default=200, gt=0)
-    """Correctly answered prompts to steer; low rates need many to be told from a control."""
+    """Correctly answered prompts to use; a low rate needs many to be distinguished from its control."""
     sizes: tuple[PositiveInt, ...] = (1, 5, 10, 20)
-    """Numbers of pairs to ablate."""
+    """Numbers n of features to ablate."""
     mlps: tuple[MlpOutputs, ...] = ("original", "replaced")
     """Ablate in the model itself, in the replacement model with error terms, or in both."""
     max_feature_nodes: int | None = Field(default=128, gt=0)
-    """Rows of each prompt's graph; absent: all. A feature without a row counts where it acts on one that has a row."""
+    """Features of each prompt's graph whose inputs are computed; default: 128; null: all."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class SteeringResult:
-    """Flips when n pairs are ablated.
+    """Answers that change when n features are ablated.
 
     Attributes:
-        mlps: what the ablation acted on.
-        n: pairs ablated.
-        ablated: prompts whose first answer token flips when the most influential pairs are ablated.
-        control: prompts whose first answer token flips when the matched pairs are ablated.
-        ablated_margin: mean share that the ablation leaves of the answer's margin: the logit of its first token minus
-            the largest other one, 1 without ablation, negative where the answer flips.
+        mlps: the model in which they were ablated.
+        n: features ablated.
+        ablated: prompts whose first answer token changes when the top n features are ablated.
+        control: prompts whose first answer token changes when the n matched features are ablated.
+        ablated_margin: mean fraction of the answer's logit margin that the ablation leaves. The margin is the logit of
+            the first answer token minus the largest other one: 1 without ablation, negative where the answer changes.
         control_margin: the same under the control.
-        strength_ratio: what the control pairs write over what the chosen pairs write, summed over prompts; 1 is a
+        strength_ratio: output norm of the control features over that of the top features, summed over prompts; 1 is a
             perfect match.
     """
 
@@ -79,11 +73,11 @@ class SteeringResult:
 
 @dataclass(frozen=True, kw_only=True)
 class SteeringReport:
-    """The experiment's outcome.
+    """Results of the steering experiment.
 
     Attributes:
-        num_prompts: correctly answered prompts that were steered.
-        num_examples: examples looked at to find them.
+        num_prompts: correctly answered prompts that were used.
+        num_examples: examples read to find them.
         results: one per size for each of the settings' `mlps`.
     """
 
@@ -104,11 +98,11 @@ def steer(
         adapter: the model.
         transcoder: a transcoder trained on it.
         examples: held-out examples with answers.
-        settings: sizes and limits; the defaults when absent.
+        settings: sizes and limits. Default: those of `SteeringSettings`.
 
     Returns:
-        Flip rates with 95 % intervals. A prompt that has too few features for a control at some size counts for
-        neither side of that size.
+        Shares of answers that change, with 95 % CI. A prompt with too few features for a control of some size is left
+        out of both sides of that size.
 
     Raises:
         InputError: an example has no answer, or too few are answered correctly.
@@ -116,26 +110,26 @@ def steer(
     """
     settings = settings or SteeringSettings()
     model = ReplacementModel(adapter, transcoder)
-    trials: list[_Trial] = []
+    ablations: list[_Ablation] = []
     num_prompts = num_examples = 0
     for example in examples:
         num_examples += 1
         question = _question(adapter, example)
         if question is None:
             continue
-        trials += _steer_prompt(model, question, settings)
+        ablations += _steer_prompt(model, question, settings)
         num_prompts += 1
         if num_prompts == settings.num_prompts:
             break
     else:
         raise InputError(
-            f"{num_prompts} of {num_examples} examples are answered correctly, {settings.num_prompts} are needed; "
-            "give more examples"
+            f"num_prompts={settings.num_prompts}: {num_prompts} of {num_examples} examples are answered correctly; "
+            "give more examples or lower num_prompts"
         )
     return SteeringReport(
         num_prompts=num_prompts,
         num_examples=num_examples,
-        results=tuple(_summarise(mlps, n, trials) for mlps in settings.mlps for n in settings.sizes),
+        results=tuple(_summarise(mlps, n, ablations) for mlps in settings.mlps for n in settings.sizes),
     )
 
 
@@ -149,15 +143,15 @@ class _Question:
 
 
 @dataclass(frozen=True, kw_only=True)
-class _Trial:
-    """One prompt, one size, one side: margin left of 1, and what the ablated pairs write."""
+class _Ablation:
+    """One prompt, size and side: fraction of the margin left, and output norm of the ablated features."""
 
     mlps: MlpOutputs
     n: int
     is_control: bool
-    flipped: bool
+    changed: bool
     margin: float
-    strength: float
+    output_norm: float
 
 
 def _question(adapter: ModelAdapter, example: Example) -> _Question | None:
@@ -183,42 +177,43 @@ def _margin(logits_NV: Tensor, token: int) -> Tensor:
     return logits_NV[:, token] - others_NV.max(1).values
 
 
-def _steer_prompt(model: ReplacementModel, question: _Question, settings: SteeringSettings) -> list[_Trial]:
-    """Ablates the most influential and the matched pairs, every size and side a row of one batch."""
+def _steer_prompt(model: ReplacementModel, question: _Question, settings: SteeringSettings) -> list[_Ablation]:
+    """Ablates the top and the matched features, every size and side a row of one batch."""
     attribution = AttributionSettings(
         targets=(LogitTargets(tokens=(question.token,)),), max_feature_nodes=settings.max_feature_nodes
     )
-    pairs = rank_pairs(attribute(model.adapter, model.transcoder, question.inputs, attribution), model.transcoder)
+    graph = attribute(model.adapter, model.transcoder, question.inputs, attribution)
+    features = rank_features(graph, model.transcoder)
     rows: list[tuple[int, bool, Tensor]] = []
     for n in settings.sizes:
-        control = match_controls(pairs, n) if n <= len(pairs.layer) else None
+        control = match_controls(features, n) if n <= len(features) else None
         if control is not None:
             rows += [(n, False, torch.arange(n)), (n, True, control)]
     if not rows:
         return []
     batch = model.adapter.collate([question.inputs] * len(rows))
     interventions = [
-        Intervention(layer=int(pairs.layer[i]), feature=int(pairs.feature[i]), value=0.0, prompt=row)
+        Intervention(layer=int(features.layer[i]), feature=int(features.feature[i]), value=0.0, prompt=row)
         for row, (_, _, ablated) in enumerate(rows)
         for i in ablated
     ]
-    trials = []
+    ablations = []
     for mlps in settings.mlps:
         errors = _repeated(model.record_errors(question.inputs), len(rows)) if mlps == "replaced" else None
         logits_NSV = model.forward(batch, interventions, errors, mlps=mlps)
         margins = _margin(logits_NSV[:, -1], question.token).tolist()
-        flipped = (logits_NSV[:, -1].argmax(-1) != question.token).tolist()
+        changed = (logits_NSV[:, -1].argmax(-1) != question.token).tolist()
         for row, (n, is_control, ablated) in enumerate(rows):
-            trial = _Trial(
+            ablation = _Ablation(
                 mlps=mlps,
                 n=n,
                 is_control=is_control,
-                flipped=flipped[row],
+                changed=changed[row],
                 margin=margins[row] / question.margin,
-                strength=float(pairs.strength[ablated].sum()),
+                output_norm=float(features.output_norm[ablated].sum()),
             )
-            trials.append(trial)
-    return trials
+            ablations.append(ablation)
+    return ablations
 
 
 def _repeated(errors: RecordedErrors, times: int) -> RecordedErrors:
@@ -226,12 +221,12 @@ def _repeated(errors: RecordedErrors, times: int) -> RecordedErrors:
     return RecordedErrors(by_target={layer: e.expand(times, -1, -1) for layer, e in errors.by_target.items()})
 
 
-def _summarise(mlps: MlpOutputs, n: int, trials: list[_Trial]) -> SteeringResult:
-    trials = [trial for trial in trials if (trial.mlps, trial.n) == (mlps, n)]
-    sides = [[trial for trial in trials if trial.is_control == is_control] for is_control in (False, True)]
-    rates = [wilson_interval(sum(trial.flipped for trial in side), len(side)) for side in sides]
-    margins = [sum(trial.margin for trial in side) / len(side) if side else math.nan for side in sides]
-    strengths = [sum(trial.strength for trial in side) for side in sides]
+def _summarise(mlps: MlpOutputs, n: int, ablations: list[_Ablation]) -> SteeringResult:
+    ablations = [ablation for ablation in ablations if (ablation.mlps, ablation.n) == (mlps, n)]
+    sides = [[ablation for ablation in ablations if ablation.is_control == is_control] for is_control in (False, True)]
+    rates = [wilson_interval(sum(ablation.changed for ablation in side), len(side)) for side in sides]
+    margins = [sum(ablation.margin for ablation in side) / len(side) if side else math.nan for side in sides]
+    norms = [sum(ablation.output_norm for ablation in side) for side in sides]
     return SteeringResult(
         mlps=mlps,
         n=n,
@@ -239,5 +234,5 @@ def _summarise(mlps: MlpOutputs, n: int, trials: list[_Trial]) -> SteeringResult
         control=rates[1],
         ablated_margin=margins[0],
         control_margin=margins[1],
-        strength_ratio=strengths[1] / strengths[0] if strengths[0] else math.nan,
+        strength_ratio=norms[1] / norms[0] if norms[0] else math.nan,
     )

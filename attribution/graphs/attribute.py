@@ -9,7 +9,6 @@ iteratively as in circuit-tracer; every feature stays a column (Ameisen et al. 2
 
 from __future__ import annotations
 
-import hashlib
 import logging
 import time
 from collections.abc import Sequence
@@ -20,16 +19,16 @@ from pydantic.dataclasses import dataclass
 from torch import Tensor
 
 from clt.attribution.graphs.graph import Graph
-from clt.attribution.graphs.linearize import FrozenModel, record
 from clt.attribution.graphs.nodes import graph_images, node_table
 from clt.attribution.graphs.scores import spread
 from clt.attribution.graphs.sources import Readouts, Sources
 from clt.attribution.graphs.targets import LogitTargets, ResolvedTarget, TargetSettings, resolve_targets
+from clt.attribution.replacement.frozen_model import record
+from clt.attribution.replacement.linear_model import LinearModel
 from clt.attribution.replacement.replacement_model import ReplacementModel
 from clt.capture.models.adapter import ModelAdapter, PromptInputs
 from clt.config import STRICT
 from clt.errors import ConfigError
-from clt.transcoder.lazy_decoder import MappedDecoder
 from clt.transcoder.model import CrossLayerTranscoder
 
 log = logging.getLogger(__name__)
@@ -74,14 +73,21 @@ def attribute(
         GraphError: a target does not exist, or there is more than one prompt.
         ModelError: the model's architecture cannot be linearised.
     """
+    return attribute_model(ReplacementModel(adapter, transcoder), inputs, settings)
+
+
+@torch.no_grad()
+def attribute_model(
+    model: ReplacementModel, inputs: PromptInputs, settings: AttributionSettings | None = None
+) -> Graph:
+    """As `attribute`, of a replacement model that is made already."""
     settings = settings or AttributionSettings()
     started = time.perf_counter()
-    # Checks that the two fit, and folds.
-    folded = ReplacementModel(adapter, transcoder).transcoder
+    adapter, folded = model.adapter, model.transcoder
     if folded.config.layer_norm:
         raise ConfigError("clt.layer_norm: encoders that normalise each token are not linear; train without it")
-    frozen = FrozenModel(adapter, record(adapter, inputs, transcoder.config.read_site))
-    sources = Sources(frozen, folded.to(frozen.dtype), inputs.tokens.select(0))
+    linear = LinearModel(adapter, record(adapter, inputs, folded.config.read_site))
+    sources = Sources(linear, folded.to(linear.dtype), inputs.tokens.select(0))
     targets = resolve_targets(adapter, inputs, sources, settings.targets)
     n_features = len(sources.features)
     if settings.max_feature_nodes is None or settings.max_feature_nodes >= n_features:
@@ -104,22 +110,9 @@ def attribute(
         prompt=inputs.prompts[0],
         images=graph_images(adapter, inputs),
         model=adapter.identity,
-        architecture=transcoder.config,
-        clt_fingerprint=fingerprint(transcoder),
+        architecture=model.config,
+        clt_fingerprint=model.fingerprint,
     )
-
-
-def fingerprint(transcoder: CrossLayerTranscoder) -> str:
-    """Hex digest of a strided sample of every weight of a transcoder and of its scaling."""
-    digest = hashlib.sha256()
-    # Decoders that stay in their files are in no state dict.
-    decoders = {f"W_dec.{name}": W_SFD for name, W_SFD in transcoder.W_dec.items()}
-    for name, tensor in sorted({**transcoder.state_dict(), **decoders, **transcoder.scaling.tensors()}.items()):
-        step = max(1, tensor.shape.numel() // 4096)
-        flat = tensor.every(step) if isinstance(tensor, MappedDecoder) else tensor.detach().reshape(-1)[::step]
-        sample = flat.to("cpu", torch.float32).contiguous()
-        digest.update(f"{name} {tuple(tensor.shape)}".encode() + sample.numpy().tobytes())
-    return digest.hexdigest()
 
 
 class _Buffer:
@@ -127,7 +120,7 @@ class _Buffer:
 
     def __init__(self, sources: Sources, n_rows: int, n_targets: int) -> None:
         self.sources = sources
-        dtype = sources.frozen.dtype
+        dtype = sources.linear.dtype
         self.edges = torch.zeros(n_rows + n_targets, sources.n_columns + 1 + n_targets, dtype=dtype)
         self.values = torch.zeros(n_rows + n_targets, dtype=dtype)
 
@@ -176,7 +169,7 @@ def _influential_rows(
         weights = torch.zeros(filled, dtype=torch.float64)
         weights[:T] = torch.tensor([item.target.weight for item in targets], dtype=torch.float64)
         nodes = torch.cat([torch.arange(N - T, N), chosen])
-        flow = spread(buffer.edges[:filled], nodes, weights, counted, everything, sources.frozen.n_layers)[:n]
+        flow = spread(buffer.edges[:filled], nodes, weights, counted, everything, sources.linear.n_layers)[:n]
         flow[chosen] = -1.0
         count = min(_BATCHES_PER_RANKING * batch_size, n_rows - len(chosen))
         best = flow.argsort(descending=True, stable=True)[:count].sort().values

@@ -4,7 +4,7 @@ The intervention: the source is added once more (a feature set to twice its valu
 added again) while attention patterns, norm denominators and all other MLP outputs stay at the prompt's values. The
 measured effect is what that adds to the target's value (Ameisen et al. 2025, "Circuit Tracing", validate graphs by
 perturbing the model; the local replacement model is linear, so here the agreement must be exact up to rounding).
-`clt.attribution.graphs.measuring_model` runs the interventions and shares no code with what computes the edges.
+`clt.attribution.graphs.edge_measurement` runs the interventions and shares no code with what computes the edges.
 
 Shapes: R rows, N nodes, E edges.
 """
@@ -16,8 +16,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from clt.attribution.graphs.edge_measurement import EdgeMeasurement
 from clt.attribution.graphs.graph import Graph, NodeKind
-from clt.attribution.graphs.measuring_model import MeasuringModel
 from clt.capture.models.adapter import ModelAdapter, PromptInputs
 from clt.errors import GraphError
 from clt.transcoder.model import CrossLayerTranscoder
@@ -97,11 +97,11 @@ def check_edges(
         GraphError: the graph is not of this model, transcoder and prompt.
     """
     _require_same(adapter, inputs, graph)
-    measuring = MeasuringModel(adapter, transcoder, inputs, graph)
+    measurement = EdgeMeasurement(adapter, transcoder, inputs, graph)
     largest = graph.edges.abs().amax(1).double()
     drawn = _draw(graph, n_edges, per_kind, seed)
     rows, sources = drawn // len(graph.nodes), drawn % len(graph.nodes)
-    measured, worst_column = _measure(measuring, graph, rows, sources, largest)
+    measured, worst_column = _measure(measurement, graph, rows, sources, largest)
     predicted = graph.edges[rows, sources].double()
     error = (predicted - measured).abs() / largest[rows]
     kinds = graph.nodes.kind[sources]
@@ -124,12 +124,12 @@ def check_edges(
 
 
 def _measure(
-    measuring: MeasuringModel, graph: Graph, rows: Tensor, sources: Tensor, largest: Tensor
+    measurement: EdgeMeasurement, graph: Graph, rows: Tensor, sources: Tensor, largest: Tensor
 ) -> tuple[Tensor, float]:
     """Effect of each drawn edge's source on its row, and the largest error of any row of these sources."""
     measured, worst = torch.empty(len(rows), dtype=torch.float64), 0.0
     for source in sources.unique().tolist():
-        effect = measuring.effect(source)
+        effect = measurement.effect(source)
         difference = (effect - graph.edges[:, source].double()).abs()
         worst = max(worst, float((difference / largest.clamp_min(1e-300)).max()))
         measured[sources == source] = effect[rows[sources == source]]

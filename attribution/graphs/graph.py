@@ -13,7 +13,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from enum import IntEnum
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
@@ -137,7 +137,7 @@ class GraphImage:
     box: tuple[float, float, float, float]
 
 
-@dataclass(frozen=True, kw_only=True)
+@dataclass(frozen=True, kw_only=True, repr=False)
 class Graph:
     """The unpruned attribution graph of one prompt.
 
@@ -153,7 +153,7 @@ class Graph:
         prompt: the prompt as given.
         images: the images of the prompt.
         model: the model that ran.
-        transcoder: architecture of the transcoder.
+        architecture: architecture of the transcoder.
         clt_fingerprint: hex digest of the transcoder's weights.
     """
 
@@ -169,6 +169,14 @@ class Graph:
     model: ModelIdentity
     architecture: CLTConfig
     clt_fingerprint: str
+
+    def __repr__(self) -> str:
+        prompt = self.prompt if len(self.prompt) <= 60 else f"{self.prompt[:59]}\u2026"
+        n_errors = int(self.nodes.is_kind(NodeKind.ERROR).sum())
+        return (
+            f"Graph(prompt={prompt!r}, model={self.model.name!r}, n_features={self.n_features}, n_errors={n_errors}, "
+            f"n_tokens={self.n_positions}, n_targets={len(self.targets)}, n_rows={len(self.rows_to_node)})"
+        )
 
     @property
     def n_features(self) -> int:
@@ -230,3 +238,21 @@ class Graph:
         from clt.attribution.graphs.graph_file import read_graph
 
         return read_graph(Path(path))
+
+    def show(self, folder: Path | str | None = None, **options: Any) -> Path:
+        """Writes the page of this graph and opens it in the notebook or the browser.
+
+        Args:
+            folder: where to write it. Default: a new temporary folder.
+            **options: keyword arguments of `clt.attribution.viewer.show.show`, such as `max_nodes`.
+
+        Returns:
+            Path of the page.
+
+        Raises:
+            GraphError: an option is out of range, or the folder cannot be written.
+        """
+        # The viewer imports this module; see the list of exceptions in tests/test_layering.py.
+        from clt.attribution.viewer.show import show
+
+        return show(self, folder, **options)

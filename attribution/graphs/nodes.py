@@ -33,7 +33,7 @@ def node_table(sources: Sources, targets: Sequence[ResolvedTarget], inputs: Prom
     Returns:
         One node per column of `Sources.rows`, then the targets' own bias, then the targets.
     """
-    features, S, L = sources.features, sources.frozen.n_positions, sources.frozen.n_layers
+    features, S, L = sources.features, sources.linear.n_positions, sources.linear.n_layers
     tokens = inputs.tokens.select(0)
     is_image = (tokens.modality == Modality.IMAGE) | (tokens.modality == Modality.IMAGE_SPECIAL)
     found = [item.target for item in targets]
@@ -58,7 +58,7 @@ def node_table(sources: Sources, targets: Sequence[ResolvedTarget], inputs: Prom
             kind=torch.where(is_image, int(NodeKind.IMAGE), int(NodeKind.TEXT)),
             position=torch.arange(S),
             feature=tokens.token_id,
-            activation=sources.frozen.recording.embed.norm(dim=-1),
+            activation=sources.linear.recording.embed.norm(dim=-1),
             image=tokens.image,
             patch_row=tokens.patch_row,
             patch_col=tokens.patch_col,

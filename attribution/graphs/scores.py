@@ -28,7 +28,7 @@ _CHUNK = 256
 
 
 @dataclass(frozen=True, kw_only=True)
-class Scores:
+class GraphScores:
     """How much of a graph its features explain.
 
     Attributes:
@@ -95,7 +95,7 @@ def completeness_score(graph: Graph, keep: Tensor | None = None) -> float:
     return score(graph, keep).completeness
 
 
-def score(graph: Graph, keep: Tensor | None = None) -> Scores:
+def score(graph: Graph, keep: Tensor | None = None) -> GraphScores:
     """Replacement and completeness score.
 
     Args:
@@ -127,7 +127,7 @@ def score(graph: Graph, keep: Tensor | None = None) -> Scores:
         share = 1 - missing[has_inputs] / sums[has_inputs]
         explained += float(weights[rows][has_inputs] @ share)
         total += float(weights[rows][has_inputs].sum())
-    return Scores(
+    return GraphScores(
         replacement=float(flow[tokens].sum() / ends),
         completeness=explained / total,
         uncomputed=float(flow[graph.without_row].sum() / ends),

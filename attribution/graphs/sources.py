@@ -4,7 +4,7 @@ In the local replacement model every MLP output is a sum of active features' dec
 and an error, so that it equals the model's own output on this prompt (Ameisen et al. 2025, "Circuit Tracing", section
 "The local replacement model"). Layers without a source, and positions the transcoder never saw, are error as a whole.
 `Sources.rows` gives the direct effect of every column on a batch of targets: cotangents are walked back layer by layer
-through `FrozenModel`, and at each MLP output they meet that layer's vectors in one product per position, so nothing of
+through `LinearModel`, and at each MLP output they meet that layer's vectors in one product per position, so nothing of
 size batch x features x D ever exists.
 
 Columns: features by (layer, position, number) | errors, layer-major | tokens | decoder biases | attention biases. The
@@ -21,8 +21,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from clt.attribution.graphs.linearize import FrozenModel
-from clt.records import Modality, TokenTable
+from clt.attribution.replacement.linear_model import LinearModel
+from clt.records import TokenTable
 from clt.transcoder.architecture import ReadSite
 from clt.transcoder.layers import source_layers, target_layers
 from clt.transcoder.model import CrossLayerTranscoder
@@ -84,27 +84,25 @@ class Sources:
     """All columns of a prompt.
 
     Args:
-        frozen: the linear model of the prompt.
-        transcoder: folded transcoder, in the dtype and on the device of `frozen`.
+        linear: the linear model of the prompt.
+        transcoder: folded transcoder, in the dtype and on the device of `linear`.
         tokens: [S] the prompt's tokens.
     """
 
-    def __init__(self, frozen: FrozenModel, transcoder: CrossLayerTranscoder, tokens: TokenTable) -> None:
+    def __init__(self, linear: LinearModel, transcoder: CrossLayerTranscoder, tokens: TokenTable) -> None:
         reads_itself = transcoder.config.first_offset == 0 or transcoder.config.skip
         assert not (transcoder.config.read_site == "resid_post" and reads_itself), (
             "ReplacementModel refuses this transcoder"
         )
-        self.frozen = frozen
+        self.linear = linear
         self.transcoder = transcoder
-        self.seen = torch.ones_like(tokens.modality, dtype=torch.bool)
-        if transcoder.config.drop_bos:
-            self.seen = tokens.modality != Modality.BOS
+        self.seen = tokens.encoded(transcoder.config.drop_bos)
         self.targets = target_layers(transcoder.config)
         self.features = self._active_features()
         self._order_by_position()
         self.errors = self._errors()
-        self.biased = [layer for layer in range(frozen.n_layers) if frozen.attention_biases(layer) != (None, None)]
-        n, S, L = len(self.features), frozen.n_positions, frozen.n_layers
+        self.biased = [layer for layer in range(linear.n_layers) if linear.attention_biases(layer) != (None, None)]
+        n, S, L = len(self.features), linear.n_positions, linear.n_layers
         self.first_error, self.first_token = n, n + L * S
         self.first_bias = self.first_token + S
         self.n_columns = self.first_bias + len(self.targets) + len(self.biased)
@@ -117,20 +115,20 @@ class Sources:
             position: [B] int64.
             number: [B] int64, feature numbers.
         """
-        name, site = str(layer), self.transcoder.config.read_site
-        W_BD, b_B = self.transcoder.W_enc[name][number], self.transcoder.b_enc[name][number]
-        value_B = (self.frozen.recording.read[layer][position] * W_BD).sum(1) + b_B
+        site = self.transcoder.config.read_site
+        W_BD, b_B = self.transcoder.encoder_matrix(layer)[number], self.transcoder.encoder_bias(layer)[number]
+        value_B = (self.linear.recording.read[layer][position] * W_BD).sum(1) + b_B
         if site == "mlp_in":
-            W_BD, site = W_BD * self.frozen.mlp_scale[layer][position], "resid_mid"
+            W_BD, site = W_BD * self.linear.mlp_scale[layer][position], "resid_mid"
         return Readouts(layer=layer, site=site, position=position, vector=W_BD, constant=b_B, value=value_B)
 
     def bias_norms(self) -> list[float]:
         """Lengths of the bias columns' vectors over all positions at which they act."""
         n_seen, norms = float(self.seen.sum()), []
         for layer in self.targets:
-            norms.append(float(self.transcoder.b_dec[str(layer)].norm()) * n_seen**0.5)
+            norms.append(float(self.transcoder.decoder_bias(layer).norm()) * n_seen**0.5)
         for layer in self.biased:
-            norms.append(float(self.frozen.attention_bias(layer).norm()) * self.frozen.n_positions**0.5)
+            norms.append(float(self.linear.attention_bias(layer).norm()) * self.linear.n_positions**0.5)
         return norms
 
     def rows(self, readouts: Readouts) -> Tensor:
@@ -142,7 +140,7 @@ class Sources:
         Returns:
             [B,n_columns]; with the targets' own constants each row sums to the target's value.
         """
-        frozen, B, R = self.frozen, len(readouts.position), self.frozen.reach(readouts.position)
+        B, R = len(readouts.position), self.linear.reach(readouts.position)
         out_BN = readouts.vector.new_zeros(B, self.n_columns)
         by_position_Bn = readouts.vector.new_zeros(B, len(self.features))
         G_BRD = readouts.vector.new_zeros(B, R, readouts.vector.shape[1])
@@ -160,20 +158,20 @@ class Sources:
             if skip_BRD is not None:
                 G_BRD = G_BRD + skip_BRD
         tokens = slice(self.first_token, self.first_token + R)
-        out_BN[:, tokens] = torch.einsum("brd,rd->br", G_BRD, frozen.recording.embed[:R])
+        out_BN[:, tokens] = torch.einsum("brd,rd->br", G_BRD, self.linear.recording.embed[:R])
         out_BN[:, : len(self.features)] = by_position_Bn[:, self._rank]
         return out_BN
 
     def _meet_mlp(self, layer: int, G_BRD: Tensor, out_BN: Tensor, by_position_Bn: Tensor) -> None:
         """Adds to the columns what the layer's MLP output contributes."""
         R = G_BRD.shape[1]
-        start = self.first_error + layer * self.frozen.n_positions
+        start = self.first_error + layer * self.linear.n_positions
         out_BN[:, start : start + R] = torch.einsum("brd,rd->br", G_BRD, self.errors[layer, :R])
         if layer not in self.targets:
             return
         bias = self.first_bias + self.targets.index(layer)
-        out_BN[:, bias] = G_BRD[:, self.seen[:R]].sum(1) @ self.transcoder.b_dec[str(layer)]
-        W_dec_SFD, sources = self.transcoder.W_dec[str(layer)], self.transcoder.sources_of(layer)
+        out_BN[:, bias] = G_BRD[:, self.seen[:R]].sum(1) @ self.transcoder.decoder_bias(layer)
+        W_dec_SFD, sources = self.transcoder.decoder_matrix(layer), self.transcoder.sources_of(layer)
         for position in range(R):
             # Sorted by position, then layer: the sources of one target are neighbours.
             begin, end = self._span[position][sources.start], self._span[position][sources.stop]
@@ -187,14 +185,14 @@ class Sources:
         if not self.transcoder.config.skip or layer not in self.targets:
             return None
         R = G_BRD.shape[1]
-        skip_BRD = (G_BRD @ self.transcoder.W_skip[str(layer)]) * self.seen[:R, None]
-        return skip_BRD * self.frozen.mlp_scale[layer][:R] if self.transcoder.config.read_site == "mlp_in" else skip_BRD
+        skip_BRD = (G_BRD @ self.transcoder.skip_matrix(layer)) * self.seen[:R, None]
+        return skip_BRD * self.linear.mlp_scale[layer][:R] if self.transcoder.config.read_site == "mlp_in" else skip_BRD
 
     def _meet_attention(self, layer: int, G_BRD: Tensor, out_BN: Tensor) -> Tensor:
         """Adds what the layer's attention biases contribute; returns the cotangents before the attention."""
-        before_BRD, v_BRX = self.frozen.pull_attention(layer, G_BRD)
+        before_BRD, v_BRX = self.linear.pull_attention(layer, G_BRD)
         if layer in self.biased:
-            v_bias, o_bias = self.frozen.attention_biases(layer)
+            v_bias, o_bias = self.linear.attention_biases(layer)
             column = self.first_bias + len(self.targets) + self.biased.index(layer)
             if v_bias is not None:
                 out_BN[:, column] += v_BRX.sum(1) @ v_bias
@@ -205,7 +203,7 @@ class Sources:
     def _active_features(self) -> ActiveFeatures:
         parts = []
         for layer in source_layers(self.transcoder.config):
-            values_SK, indices_SK = self.transcoder.encode_layer(layer, self.frozen.recording.read[layer])
+            values_SK, indices_SK = self.transcoder.encode_layer(layer, self.linear.recording.read[layer])
             position, slot = ((values_SK > 0) & self.seen[:, None]).nonzero(as_tuple=True)
             number = indices_SK[position, slot].long()
             # Slots are ascending in feature number, so this order is (position, number).
@@ -215,7 +213,7 @@ class Sources:
 
     def _order_by_position(self) -> None:
         """Indexes the features by (position, layer): `_span[p, l]` is the first one at p in layer l or later."""
-        S, L, f = self.frozen.n_positions, self.frozen.n_layers, self.features
+        S, L, f = self.linear.n_positions, self.linear.n_layers, self.features
         key = f.position * (L + 1) + f.layer
         order = key.argsort(stable=True)
         self._rank = torch.empty_like(order)
@@ -229,17 +227,17 @@ class Sources:
         if not self.transcoder.config.feature_offset:
             return self._activation[begin:end]
         source_n = self._source[begin:end] - self.transcoder.sources_of(target).start
-        return self._activation[begin:end] + self.transcoder.offset[str(target)][source_n, self._number[begin:end]]
+        return self._activation[begin:end] + self.transcoder.feature_offsets(target)[source_n, self._number[begin:end]]
 
     def _errors(self) -> Tensor:
         """[L,S,D] MLP outputs minus what the transcoder gives."""
-        found = self.frozen.recording
+        found = self.linear.recording
         errors_LSD = found.mlp_out.clone()
         for layer in self.targets:
-            y_SD = self.transcoder.b_dec[str(layer)].expand(len(self.seen), -1).clone()
+            y_SD = self.transcoder.decoder_bias(layer).expand(len(self.seen), -1).clone()
             if self.transcoder.config.skip:
-                y_SD += found.read[layer] @ self.transcoder.W_skip[str(layer)].T
-            W_dec_SFD, sources = self.transcoder.W_dec[str(layer)], self.transcoder.sources_of(layer)
+                y_SD += found.read[layer] @ self.transcoder.skip_matrix(layer).T
+            W_dec_SFD, sources = self.transcoder.decoder_matrix(layer), self.transcoder.sources_of(layer)
             for position in range(len(self.seen)):
                 begin, end = self._span[position][sources.start], self._span[position][sources.stop]
                 decoder_nD = W_dec_SFD[self._source[begin:end] - sources.start, self._number[begin:end]]

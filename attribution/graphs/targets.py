@@ -120,7 +120,7 @@ class _Resolver:
             return [self._feature(setting, position)]
         if isinstance(setting, LogitDifference):
             return [self._difference(self._token(setting.token), self._token(setting.minus), position)]
-        probabilities = self.sources.frozen.recording.logits[position].double().softmax(0)
+        probabilities = self.sources.linear.recording.logits[position].double().softmax(0)
         tokens = [self._token(token) for token in setting.tokens]
         if not tokens:
             likeliest = probabilities.topk(min(setting.max_targets, len(probabilities)))
@@ -129,7 +129,7 @@ class _Resolver:
         return [self._logit(token, position, float(probabilities[token])) for token in tokens]
 
     def _position(self, position: int | None) -> int:
-        length = self.sources.frozen.n_positions
+        length = self.sources.linear.n_positions
         index = int(self.inputs.answer_start[0]) - 1 if position is None else position
         if not -length <= index < length:
             raise GraphError(f"target position {index}: the prompt has {length} tokens")
@@ -150,9 +150,9 @@ class _Resolver:
         return str(self.adapter.tokenizer.decode([token]))
 
     def _logit(self, token: int, position: int, probability: float) -> ResolvedTarget:
-        frozen = self.sources.frozen
-        weight_VD, bias_V = frozen.weight(self.adapter.lm_head), frozen.bias(self.adapter.lm_head)
-        logits_V = frozen.recording.logits[position]
+        linear = self.sources.linear
+        weight_VD, bias_V = linear.weight(self.adapter.lm_head), linear.bias(self.adapter.lm_head)
+        logits_V = linear.recording.logits[position]
         readout = self._at_end(
             position,
             vector=weight_VD[token] - weight_VD.mean(0),
@@ -164,7 +164,7 @@ class _Resolver:
             label=self._text(token),
             position=position,
             token_id=token,
-            layer=frozen.n_layers,
+            layer=linear.n_layers,
             probability=probability,
             weight=probability,
         )
@@ -173,9 +173,9 @@ class _Resolver:
     def _difference(self, token: int, minus: int, position: int) -> ResolvedTarget:
         if token == minus:
             raise GraphError(f"target difference of token {token} with itself is always 0; name two tokens")
-        frozen = self.sources.frozen
-        weight_VD, bias_V = frozen.weight(self.adapter.lm_head), frozen.bias(self.adapter.lm_head)
-        logits_V = frozen.recording.logits[position]
+        linear = self.sources.linear
+        weight_VD, bias_V = linear.weight(self.adapter.lm_head), linear.bias(self.adapter.lm_head)
+        logits_V = linear.recording.logits[position]
         readout = self._at_end(
             position,
             vector=weight_VD[token] - weight_VD[minus],
@@ -188,18 +188,18 @@ class _Resolver:
             position=position,
             token_id=token,
             minus_token_id=minus,
-            layer=frozen.n_layers,
+            layer=linear.n_layers,
             weight=1.0,
         )
         return ResolvedTarget(target=target, readout=readout)
 
     def _at_end(self, position: int, vector: Tensor, constant: Tensor, value: Tensor) -> Readouts:
-        frozen = self.sources.frozen
+        linear = self.sources.linear
         return Readouts(
-            layer=frozen.n_layers - 1,
+            layer=linear.n_layers - 1,
             site="resid_post",
             position=torch.tensor([position], device=vector.device),
-            vector=(vector * frozen.final_scale[position])[None],
+            vector=(vector * linear.final_scale[position])[None],
             constant=constant[None],
             value=value[None],
         )

@@ -1,1 +1,1 @@
-"""The model with its MLPs replaced by a transcoder, and interventions on the transcoder's features."""
+"""The replacement model with its interventions, and the frozen and the linear model of one prompt."""

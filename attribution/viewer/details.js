@@ -1,4 +1,4 @@
-// The panel of the selected node: what it is, where its input comes from, its edges.
+// The panel of the selected node: its properties, the origin of its input, its edges.
 
 const LIST_LENGTH = 40;
 
@@ -7,14 +7,15 @@ const KIND_NAMES = {
 };
 
 const ORIGIN_NAMES = {
-  image: "image", text: "text", error: "errors", feature: "features without inputs here", pruned: "pruned away",
+  image: "image", text: "text", error: "errors", feature: "features whose inputs are not shown", pruned: "pruned",
 };
 
 const HELP = [
-  "An edge is the exact amount that its source adds to its target, with attention patterns and norms held at this "
-    + "prompt\u2019s values.",
-  "Select a node to see its edges, and on the picture the patches that feed it. Select a patch to see what it feeds.",
-  "Keys: arrows move, Enter selects, P pins, Escape clears.",
+  "An edge is the amount that its source adds to its target\u2019s value, with attention patterns and norm "
+    + "denominators frozen at their values on this prompt.",
+  "Select a node to see its inputs and outputs; picture and prompt then show the patches and tokens that contribute to "
+    + "it. Select a patch or a token to see its outputs.",
+  "Keys: arrows move, Enter selects, P pins, Escape clears the selection.",
 ];
 
 function drawDetails(model, node, pinned) {
@@ -73,7 +74,7 @@ function describeOrigins(model, node) {
     bar.append(part);
     words.append(element("li", { class: `origin-${kind}` }, `${ORIGIN_NAMES[kind]} ${percent(origins[kind])}`));
   }
-  return [element("h3", {}, "Where its input comes from, over all paths"), bar, words];
+  return [element("h3", {}, "Origin of its input, over all paths"), bar, words];
 }
 
 function describeInputs(model, node) {
@@ -85,13 +86,14 @@ function describeInputs(model, node) {
 function describeOutputs(model, node) {
   if (node.kind === "logit") return [];
   if (node.outputs.length > 0) return describeLinks(model, "Outputs", node.outputs, (link) => link.to, "");
-  return [element("h3", {}, "Outputs"), element("p", {}, "No edge that leaves it is strong enough for this page.")];
+  const why = "All of its outgoing edges are pruned, or lead to nodes that are not on this page.";
+  return [element("h3", {}, "Outputs"), element("p", {}, why)];
 }
 
 function whyNoInputs(node) {
-  if (node.kind !== "feature" && node.kind !== "logit") return "A source: nothing in the graph feeds it.";
-  if (node.has_row) return "No edge into it is strong enough for this page.";
-  return "Its inputs were not computed: the graph was made with a cap on feature rows.";
+  if (node.kind !== "feature" && node.kind !== "logit") return "Tokens, patches, errors and biases have no inputs.";
+  if (node.has_row) return "All of its incoming edges are pruned, or come from nodes that are not on this page.";
+  return "Its inputs were not computed (setting max_feature_nodes).";
 }
 
 function describeLinks(model, title, links, other, remark) {
@@ -114,7 +116,7 @@ function describeLinks(model, title, links, other, remark) {
   return parts;
 }
 
-// A line of a list that leads to a node: its name, a value, and a bar under both.
+// A line of a list: a button that selects a node, with its name, a value, and a bar under both.
 function nodeButton(model, node, { value, length, tone, title = "" }) {
   const bar = element("span", { class: `bar ${tone}`, "aria-hidden": "true" });
   bar.style.width = `${(100 * length).toFixed(1)}%`;

@@ -181,7 +181,7 @@ def _score_entries(graph: Graph, shown: Tensor) -> tuple[ScoreEntry, ...]:
     uncomputed = ""
     if whole.uncomputed > 0:
         uncomputed = (
-            f" Counts {whole.uncomputed:.1%} of the paths, at features whose inputs were not computed, as error."
+            f" {whole.uncomputed:.1%} of the paths end at features whose inputs were not computed and count as errors."
         )
     return (
         ScoreEntry(
@@ -189,42 +189,42 @@ def _score_entries(graph: Graph, shown: Tensor) -> tuple[ScoreEntry, ...]:
             name="Replacement score",
             value=short(whole.replacement),
             unit="share",
-            reading="of the paths end at tokens and patches, not at errors; 100 % is best",
-            definition="Share of the paths from the targets, weighted by edges, that run through features to tokens "
-            f"and patches, in the unpruned graph.{uncomputed}",
+            reading="influence-weighted fraction of paths that lead back to tokens and patches, not error nodes",
+            definition="Influence-weighted fraction of the paths from the targets that lead back to tokens and patches, "
+            f"not error nodes, in the unpruned graph.{uncomputed}",
         ),
         ScoreEntry(
             key="completeness_score",
-            name="Completeness",
+            name="Completeness score",
             value=short(whole.completeness),
             unit="share",
-            reading="of the inputs of what matters are explained, not errors; 100 % is best",
-            definition="Share of the inputs of features and targets, weighted by influence, that are not error nodes, "
-            f"in the unpruned graph.{uncomputed}",
+            reading="influence-weighted fraction of each node's input that does not come from error nodes",
+            definition="Fraction of the input of features and targets, weighted by their influence, that does not come "
+            f"from error nodes, in the unpruned graph.{uncomputed}",
         ),
         ScoreEntry(
             key="page_replacement_score",
-            name="Replacement score, this page",
+            name="Replacement score of this page",
             value=short(page.replacement),
             unit="share",
-            reading="the same with every node that is not on this page counted as error",
-            definition="Replacement score with pruned nodes as errors: how much of the targets this page explains.",
+            reading="the same, with nodes that are not on this page counted as errors",
+            definition="Replacement score in which pruned nodes count as error nodes.",
         ),
     )
 
 
 def _edge_check_entry(check: EdgeReport | None) -> ScoreEntry:
-    reading = "no edge of this graph was compared with an intervention"
+    reading = "no edge of this graph was measured by intervention"
     if check is not None:
-        reading = f"over {len(check.error)} edges measured by intervention; below 1e-5 is rounding"
+        reading = f"relative to the row's largest edge, over {len(check.error)} edges; rounding is below 1e-5"
     return ScoreEntry(
         key="edge_max_rel_error",
         name="Largest edge error",
         value=None if check is None else short(check.max_rel_error),
         unit="error",
         reading=reading,
-        definition="Largest |predicted - measured| over the largest entry of the edge's row: the source is added once "
-        "more with attention patterns, norm denominators and all other MLP outputs held.",
+        definition="Largest |predicted - measured| over the largest absolute edge of the row. Intervention: the source is "
+        "added once more, with attention patterns, norm denominators and all MLP outputs frozen.",
     )
 
 

@@ -1,4 +1,4 @@
-// Draws the graph: rows and columns, nodes, and edges as they are asked for.
+// Draws the graph: rows, columns, nodes and edges.
 
 const NEGATIVE_DASH = "5 3";
 const MOST_EDGES_OF_A_NODE = 300;
@@ -125,7 +125,7 @@ function targetLabel(node) {
   ];
 }
 
-// White to purple: influence has no sign, so it does not use the two colours of signs.
+// White to purple: influence has no sign, so it uses neither of the two colours of signed edges.
 function shadeOf(strength) {
   const [light, dark] = [[247, 244, 251], [74, 20, 134]];
   return `rgb(${light.map((from, i) => Math.round(from + (dark[i] - from) * strength)).join(" ")})`;
@@ -149,7 +149,7 @@ function drawEdges(group, layout, links, weightOf) {
   return drawn.length;
 }
 
-// Edges of one node over the strongest edges of all; linked nodes get an outline in the colour of the sign.
+// Draws the edges of one node over the background of strongest edges; linked nodes are outlined in the sign's colour.
 function showNode(view, node, selected, pinned) {
   document.getElementById("drawing").classList.toggle("focused", Boolean(node));
   const inputs = node ? node.inputs.slice(0, MOST_EDGES_OF_A_NODE) : [];
@@ -169,7 +169,7 @@ function showNode(view, node, selected, pinned) {
   }
 }
 
-// The node an arrow key leads to: along the row, or the nearest one in the next row that has any.
+// The node that an arrow key moves to: the nearest one in its direction.
 function neighbourOf(view, node, key) {
   const at = view.layout.positions;
   const here = at.get(node);

@@ -1,17 +1,17 @@
-// What stands around the graph: the headline with its scores, and the legend.
+// The headline with the scores, and the legend.
 
 function drawHeader(model) {
   const { metadata } = model;
   const [first, ...others] = metadata.targets;
   const probability = first.probability === null ? "" : `probability ${percent(first.probability)}`;
   document.getElementById("title").replaceChildren(
-    "Why ", element("strong", {}, `\u201c${tokenText(first.label)}\u201d`), "? ", element("small", {}, probability),
+    "Target ", element("strong", {}, `\u201c${tokenText(first.label)}\u201d`), " ", element("small", {}, probability),
   );
-  const kind = first.kind === "logit" ? "token" : first.kind;
-  const more = others.length ? `, and ${others.length} more target${others.length > 1 ? "s" : ""}` : "";
+  const kind = { logit: "Next-token logit", difference: "Logit difference", feature: "Feature" }[first.kind];
+  const more = others.length ? ` and ${others.length} more target${others.length > 1 ? "s" : ""}` : "";
   const name = metadata.scan.split("/").slice(-2).join("/");
   document.getElementById("subtitle").textContent =
-    `Target ${kind}${more}. Model ${name}, ${metadata.n_layers} layers; `
+    `${kind}${more}. Model ${name}, ${metadata.n_layers} layers; `
     + `transcoder ${metadata.transcoder.slice(0, 12)}.`;
   document.getElementById("scores").replaceChildren(...metadata.scores.map(drawScore));
 }
@@ -32,7 +32,8 @@ function scoreText(score) {
 
 function drawLegend(model) {
   const symbols = Object.entries({
-    feature: "feature", error: "error (what the transcoder misses)", bias: "bias", text: "token", image: "patch",
+    feature: "feature", error: "error (MLP output minus transcoder output)", bias: "bias", text: "token",
+    image: "patch",
   }).map(([kind, name]) => key(symbolOf(kind), name));
   const edges = ["positive", "negative"].map((sign) => key(edgeSample(sign), `${sign} edge`));
   const ramp = key(element("span", { class: "ramp" }), `influence 0 to ${percent(model.top)} (square-root scale)`);
@@ -60,10 +61,10 @@ function describeScope(counts) {
   const nodes = `${grouped(counts.nodes_shown)} of ${grouped(counts.nodes_total)} nodes`;
   const links = `${grouped(counts.links_shown)} of ${grouped(counts.links_total)} edges`;
   const left = grouped(counts.inner_left_out);
-  const cap = ` Capped: ${left} more features, errors and biases that pruning kept are not on this page.`;
+  const cap = ` max_nodes reached: ${left} more features, errors and biases that pruning kept are not on this page.`;
   return element(
     "p", {},
-    `${nodes} and ${links} are on this page, the most influential ones. Edge width: share of its target\u2019s input.`,
+    `This page shows the most influential ${nodes} and ${links}. Edge width: share of its target\u2019s input.`,
     counts.inner_left_out > 0 ? element("strong", {}, cap) : null,
   );
 }

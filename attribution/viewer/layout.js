@@ -1,4 +1,4 @@
-// Where every node goes: columns are tokens (an image is one column), rows are layers, inputs at the bottom.
+// Places the nodes: columns are tokens (an image is one column), rows are layers, inputs at the bottom.
 
 const PITCH = 16;
 const AXIS_WIDTH = 62;
@@ -60,7 +60,7 @@ function slots(column) {
   return Math.max(1, Math.floor((column.width - 6) / PITCH));
 }
 
-// Gives the free width, a node's pitch at a time, to the fullest cell of the tallest row; the rest to all alike.
+// Gives the free width, one node pitch at a time, to the cell with the most lines; the rest is shared equally.
 function widenColumns(columns, rows, available) {
   let free = available - columns.reduce((sum, column) => sum + column.width, 0);
   for (;;) {
@@ -138,7 +138,7 @@ function placePatches(model, column, centre, bottom, positions) {
   }
 }
 
-// Targets stand over their token; several are spread so that their labels do not touch.
+// Targets are above their token; several are spread so that their labels do not overlap.
 function placeTargets(model, ofPosition, rows, right, positions) {
   const top = rows[rows.length - 1];
   const targets = model.nodes.filter((node) => node.kind === "logit");

@@ -10,7 +10,7 @@ function buildModel(source) {
   const byId = new Map(nodes.map((node) => [node.node_id, node]));
   const links = source.links.map((link) => ({ ...link, from: byId.get(link.source), to: byId.get(link.target) }));
   for (const link of links) {
-    // How much of the targets' influence flows over this edge: what ranks edges that belong to different rows.
+    // Share of the targets' influence that flows over this edge: comparable between rows, so edges are ranked by it.
     link.score = link.share * (link.to.kind === "logit" ? link.to.target_weight : link.to.path_share);
     link.to.inputs.push(link);
     link.from.outputs.push(link);
@@ -67,14 +67,13 @@ function sharesInto(model, node) {
   return share;
 }
 
-// What the picture and the prompt show for a node: one value per node that enters the model.
+// Values of patches and tokens that the picture and the prompt show for a node.
 function valuesInto(model, node, mode) {
   if (mode === "direct") return new Map(node.inputs.map((link) => [link.from, link.weight]));
   return sharesInto(model, node);
 }
 
-// Where a node's input comes from in the end, as shares that sum to 1 with what was pruned away. Biases take no part:
-// shares are of the input without them.
+// Origin of a node's input over all paths, as shares of the input without biases; they sum to 1 with the pruned part.
 function originsOf(model, node) {
   const sums = { image: 0, text: 0, feature: 0, error: 0 };
   if (node.inputs.length === 0) return null;
@@ -119,7 +118,7 @@ function shortName(model, node) {
   }
 }
 
-// For lists, where a line must do.
+// A name for lists, short enough for one line.
 function listName(model, node) {
   if (node.kind !== "feature" && node.kind !== "error") return shortName(model, node);
   const at = model.metadata.positions[node.ctx_idx];

@@ -1,4 +1,4 @@
-// The pictures with their patches, and the prompt's tokens, lit by what reaches the node in focus.
+// The pictures with their patches, and the prompt's tokens, highlighted by their contribution to the node in focus.
 
 const VEIL = 0.66;
 
@@ -24,12 +24,12 @@ function drawPicture(model, image, number) {
   return element("figure", {}, picture, element("figcaption", {}, caption));
 }
 
-// What the model's image processor cut away: outside of the patch grid.
+// The part outside of the patch grid, which the image processor crops.
 function drawUnseen(image) {
   const [left, top, right, bottom] = image.region;
   if (left <= 0 && top <= 0 && right >= image.width && bottom >= image.height) return [];
   const d = `M0 0 H${image.width} V${image.height} H0 Z M${left} ${top} V${bottom} H${right} V${top} Z`;
-  const title = titleOf("cut off: the model does not see this part");
+  const title = titleOf("cropped: not part of the model\u2019s input");
   return [svg("path", { d, class: "unseen", "fill-rule": "evenodd" }, title)];
 }
 
@@ -65,34 +65,36 @@ function drawPrompt(model) {
   host.replaceChildren(...chips);
 }
 
-// Lights what reaches `node`. Direct edges have a sign and are scaled to the largest; so are shares, without a sign.
-function lightInputs(model, node, mode) {
+// Highlights patches and tokens by what they contribute to `node`: a signed edge, or a share without a sign. Patches
+// and tokens have separate scales: a patch is one of many, and its share would be invisible beside that of a token.
+function highlightInputs(model, node, mode) {
   const values = node && node.inputs.length ? valuesInto(model, node, mode) : new Map();
-  const origins = model.nodes.filter((other) => other.kind === "image" || other.kind === "text");
-  const largest = Math.max(0, ...origins.map((origin) => Math.abs(values.get(origin) ?? 0)));
-  const lit = largest > 0;
   const direct = mode === "direct";
   const own = node ? ownPatch(model, node) : null;
+  const sizeOf = (origin) => Math.abs(values.get(origin) ?? 0);
+  const largestOf = (kind) => Math.max(0, ...model.nodes.filter((one) => one.kind === kind).map(sizeOf));
+  const largest = { image: largestOf("image"), text: largestOf("text") };
+  const any = Math.max(largest.image, largest.text) > 0;
+  const strengthOf = (origin) => (sizeOf(origin) > 0 ? sizeOf(origin) / largest[origin.kind] : 0);
   for (const group of document.querySelectorAll(".patch")) {
     const origin = model.byId.get(group.dataset.id);
     const value = values.get(origin) ?? 0;
-    const strength = lit ? Math.abs(value) / largest : 0;
     const [title, veil, rim] = group.children;
-    veil.setAttribute("fill-opacity", lit ? (VEIL * (1 - strength)).toFixed(3) : 0);
+    veil.setAttribute("fill-opacity", largest.image > 0 ? (VEIL * (1 - strengthOf(origin))).toFixed(3) : 0);
     rim.setAttribute("class", `rim ${toneOf(value, direct)}`);
-    rim.setAttribute("stroke-opacity", strength.toFixed(3));
+    rim.setAttribute("stroke-opacity", strengthOf(origin).toFixed(3));
     group.classList.toggle("own", origin !== undefined && origin === own);
-    title.textContent = describe(`patch row ${group.dataset.row}, column ${group.dataset.col}`, value, lit, direct);
+    title.textContent = describe(`patch row ${group.dataset.row}, column ${group.dataset.col}`, value, any, direct);
   }
   for (const chip of document.querySelectorAll(".token")) {
     const origin = model.byId.get(chip.dataset.id);
     const value = values.get(origin) ?? 0;
     chip.className = `token ${toneOf(value, direct)}`;
-    chip.style.setProperty("--strength", lit ? (Math.abs(value) / largest).toFixed(3) : 0);
+    chip.style.setProperty("--strength", strengthOf(origin).toFixed(3));
     chip.classList.toggle("own", origin === own);
-    chip.title = describe(`position ${origin.ctx_idx}`, value, lit, direct);
+    chip.title = describe(`position ${origin.ctx_idx}`, value, any, direct);
   }
-  document.getElementById("origin").textContent = explainLight(model, node, lit, largest, direct);
+  document.getElementById("origin").textContent = explainHighlights(model, node, largest, direct);
 }
 
 function toneOf(value, direct) {
@@ -100,8 +102,8 @@ function toneOf(value, direct) {
   return value < 0 ? "negative" : "positive";
 }
 
-function describe(place, value, lit, direct) {
-  if (!lit) return place;
+function describe(place, value, any, direct) {
+  if (!any) return place;
   return direct ? `${place}: edge ${signed(value)}` : `${place}: ${percent(value)} of the input`;
 }
 
@@ -113,14 +115,17 @@ function ownPatch(model, node) {
   return model.patches[at.image].get(patchKey(at.patch_row, at.patch_col));
 }
 
-function explainLight(model, node, lit, largest, direct) {
-  if (!node) return "Select a node to see which patches and tokens feed it.";
+function explainHighlights(model, node, largest, direct) {
+  if (!node) return "Select a node to see which patches and tokens contribute to it.";
   const name = shortName(model, node);
-  if (node.inputs.length === 0) return `${name} has no inputs on this page; the graph shows what it feeds.`;
-  if (!lit && direct) return `No patch or token has a direct edge into ${name} on this page; try all paths.`;
-  if (!lit) return `No path on this page leads from a patch or token to ${name}.`;
-  if (direct) return `Direct edges into ${name}; brightest: ${signed(largest).slice(1)} in absolute value.`;
-  return `Share of the input of ${name} over all paths on this page; brightest: ${percent(largest)}.`;
+  if (node.inputs.length === 0) return `${name} has no inputs on this page; the graph shows its outputs.`;
+  const textOf = (value) => (direct ? signed(value).slice(1) : percent(value));
+  const found = [["patch", largest.image], ["token", largest.text]].filter(([, value]) => value > 0);
+  if (found.length === 0 && direct) return `No patch or token has a direct edge into ${name} on this page.`;
+  if (found.length === 0) return `No path on this page leads from a patch or token to ${name}.`;
+  const brightest = found.map(([kind, value]) => `brightest ${kind} ${textOf(value)}`).join(", ");
+  if (direct) return `Direct edges into ${name}: ${brightest} in absolute value.`;
+  return `Share of the input of ${name}: ${brightest}.`;
 }
 
 function patchBeside(group, key) {

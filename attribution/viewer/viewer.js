@@ -1,11 +1,11 @@
-// The page's state and its events: which node is selected, hovered and pinned, and how much is shown.
+// The page's state and events: the selected, hovered and pinned nodes, and how many nodes and edges are shown.
 
 const STARTING_NODES = 150;
 const STARTING_EDGES = 120;
 const MOST_EDGES = 2000;
 const SCROLLBAR = 18;
 
-window.addEventListener("error", (event) => report(`This page failed: ${event.message}`, true));
+window.addEventListener("error", (event) => report(`Error in this page: ${event.message}`, true));
 
 function report(message, isError = false) {
   const notice = document.getElementById("notice");
@@ -28,6 +28,7 @@ function start() {
   listen();
   readAddress();
   redraw();
+  showSelected();
   document.body.dataset.nodes = state.view.groups.size;
   document.body.dataset.ready = "true";
 }
@@ -39,13 +40,15 @@ function setUpSlider(id, most, startingValue, onChange) {
   slider.addEventListener("input", onChange);
 }
 
-// Lays out and draws everything that depends on which nodes are visible.
+// Lays out and draws everything that depends on the set of visible nodes.
 function redraw() {
   const shown = Number(control("node-slider").value);
   const kept = new Set(model.inner.slice(0, shown));
   for (const node of [state.selected, ...state.pinned]) if (node && isInner(node)) kept.add(node);
   const canvas = control("canvas");
   const focused = canvas.contains(document.activeElement) ? nodeUnder({ target: document.activeElement }) : null;
+  // Where the canvas grows with the drawing (narrow windows), its own least height is measured.
+  control("drawing").setAttribute("height", 0);
   const layout = layOut(model, [...kept], canvas.offsetWidth - SCROLLBAR, canvas.offsetHeight - 4);
   state.view = drawGraph(model, layout);
   control("node-count").textContent = `${kept.size} of ${model.inner.length}`;
@@ -57,21 +60,28 @@ function redraw() {
   drawDetails(model, state.selected, state.pinned);
 }
 
+// Scrolls sideways until the selected node is in view.
+function showSelected() {
+  const canvas = control("canvas");
+  const at = state.view.layout.positions.get(state.selected);
+  if (at) canvas.scrollLeft = at.x - canvas.clientWidth + 45;
+}
+
 function showOverall() {
   const wanted = Number(control("edge-slider").value);
   const strongest = model.links.slice(0, wanted).reverse();
   const drawn = drawEdges(state.view.background, state.view.layout, strongest, (link) => link.score);
-  const hidden = drawn < wanted ? `, ${wanted - drawn} at hidden nodes` : "";
+  const hidden = drawn < wanted ? `, ${wanted - drawn} of them at hidden nodes` : "";
   control("edge-count").textContent = `${wanted} of ${model.links.length}${hidden}`;
 }
 
-// Hovering over a patch or token shows its edges but leaves the light on what feeds the selected node.
+// Hovering over a patch or token shows its edges but keeps the highlights of the selected node.
 function showFocus() {
   const node = state.hovered ?? state.selected;
   showNode(state.view, node, state.selected, state.pinned);
-  lightInputs(model, state.hovered?.inputs.length ? state.hovered : state.selected, state.mode);
+  highlightInputs(model, state.hovered?.inputs.length ? state.hovered : state.selected, state.mode);
   control("status").textContent = node
-    ? `${fullName(model, node)}: ${node.inputs.length} inputs, ${node.outputs.length} outputs` : "Nothing selected.";
+    ? `${fullName(model, node)}: ${node.inputs.length} inputs, ${node.outputs.length} outputs` : "No node selected.";
 }
 
 function select(node) {

@@ -13,12 +13,13 @@ import json
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, cast
 
 import torch
 from torch import Tensor
 
 from clt.capture.capacity import GIB, free_bytes
+from clt.capture.models.sites import SiteKind, decoder_sites
 from clt.capture.reading.activation_store import ActivationStore, SampleView
 from clt.capture.storage.base import PARTIAL_SUFFIX, Storage
 from clt.capture.storage.open_storage import open_storage
@@ -108,7 +109,7 @@ def export_activations(
     def names(number: int) -> list[str]:
         return [f"L{layer}/batch_{number}_{part}.pt" for layer in goals for part in "xy"]
 
-    sites = [f"lm.{layer}.{site}" for layer in goals] + [f"lm.{layer}.mlp_out" for layer in layers[1:]]
+    sites = decoder_sites(goals, site) + decoder_sites(layers[1:], "mlp_out")
     for number, views in _batches(store, sites, batch_samples, lambda number: export.has(names(number))):
         tensors_BTD, mask_BT = _padded(views, kind)
         x_files = {"mask": mask_BT, "sample_ids": [view.example_id for view in views]}
@@ -164,7 +165,7 @@ def export_samples(
         {"layout": "samples", "dtype": str(kind), **origin},
         needed=2 * n_samples * len(layers) * width * kind.itemsize,
     )
-    sites = [f"lm.{layer}.{site}" for layer in layers]
+    sites = decoder_sites(layers, site)
     for number, (view,) in _batches(store, sites, 1, lambda number: export.has([_sample_file(number)])):
         x_LBD = view.acts[:, view.tokens.modality != Modality.BOS].float()
         pooled = _pool(x_LBD) if features is None else features.pool(x_LBD)
@@ -301,13 +302,13 @@ def _cast(values: Tensor, kind: torch.dtype, view: SampleView) -> Tensor:
     return result
 
 
-def _read_site(store: ActivationStore, chosen: str | None) -> str:
+def _read_site(store: ActivationStore, chosen: str | None) -> SiteKind:
     stored = sorted({site.rpartition(".")[2] for site in store.sites if site.startswith("lm.")} - {"mlp_out"})
     if chosen is None and len(stored) != 1:
         raise StoreError(f"{store.location}: holds the sites {', '.join(stored)}; set read_site to one of them")
     if chosen is not None and chosen not in stored:
         raise StoreError(f"{store.location}: site '{chosen}' is not stored; it holds {', '.join(stored)}")
-    return chosen or stored[0]
+    return cast(SiteKind, chosen or stored[0])
 
 
 def _dtype(store: ActivationStore, chosen: PtDtype | None) -> torch.dtype:

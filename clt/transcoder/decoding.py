@@ -14,7 +14,7 @@ Shape letters: S sources of one target, T targets of one source, B tokens, D d_m
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Protocol
 
 import torch
 from torch import Tensor
@@ -24,11 +24,18 @@ from clt.transcoder.encoding import sum_by_feature
 from clt.transcoder.lazy_decoder import MappedDecoder
 
 if TYPE_CHECKING:
-    from clt.distributed.shared_decoders import SharedDecoders
     from clt.transcoder.model import CrossLayerTranscoder
 
 #: What the kernels decode: values [S,B,K], indices [S,B,K], decoders [S,F,D_own] and the grouping of the codes.
 Slots = tuple[Tensor, Tensor, Tensor, ops.FeatureCSR | None]
+
+
+class SourceDecoders(Protocol):
+    """Decoders that belong to sources (`tied_decoders: source`), those of other ranks included."""
+
+    def into(self, target: int) -> tuple[Tensor, Tensor]:
+        """Decoders [S,F,D_own] and scales [S,F] of a target's sources."""
+        ...
 
 
 def decode(
@@ -37,7 +44,7 @@ def decode(
     values_SBK: Tensor,
     indices_SBK: Tensor,
     skip_BD: Tensor | None,
-    shared: SharedDecoders | None,
+    shared: SourceDecoders | None,
 ) -> Tensor:
     """Reconstruction of a target layer; sources trained independently are combined as the settings say.
 
@@ -53,7 +60,7 @@ def decode(
         [B,D_own] standardised MLP output, the columns owned here.
     """
     values_SBK, indices_SBK, W_SFD, csr = _slots(transcoder, layer, values_SBK, indices_SBK, None, shared)
-    b_dec = transcoder.b_dec[str(layer)]
+    b_dec = transcoder.decoder_bias(layer)
     if transcoder.config.independent is None:
         values_SBK, indices_SBK, W_SFD, csr = _in_memory(values_SBK, indices_SBK, W_SFD, csr)
         return ops.decode(values_SBK, indices_SBK, W_SFD, b_dec, skip_BD, csr)
@@ -69,7 +76,7 @@ def decode(
 def combination(transcoder: CrossLayerTranscoder, layer: int) -> Tensor:
     """[S]: how much of each source's own reconstruction of a target the transcoder takes."""
     n_sources = len(transcoder.sources_of(layer))
-    ones_S = transcoder.b_dec[str(layer)].new_ones(n_sources)
+    ones_S = transcoder.decoder_bias(layer).new_ones(n_sources)
     match transcoder.config.independent:
         case "mean":
             return ones_S / n_sources
@@ -88,7 +95,7 @@ def squared_error(
     weights_B: Tensor | None,
     skip_BD: Tensor | None,
     csr: ops.FeatureCSR | None,
-    shared: SharedDecoders | None,
+    shared: SourceDecoders | None,
 ) -> tuple[Tensor, Tensor]:
     """Squared error of a reconstruction, or its mean over those of independent sources.
 
@@ -127,14 +134,14 @@ def pair_decoder(transcoder: CrossLayerTranscoder, source: int, target: int) -> 
     """[F,D_own]: what each feature of a source adds to the reconstruction of a target per unit of activation."""
     if transcoder.config.independent is not None:
         row = transcoder.sources_of(target).index(source)
-        return combination(transcoder, target)[row] * transcoder.W_dec[str(target)][row]
+        return combination(transcoder, target)[row] * transcoder.decoder_matrix(target)[row]
     match transcoder.config.tied_decoders:
         case "target":
-            return transcoder.W_dec[str(target)][0]
+            return transcoder.decoder_matrix(target)[0]
         case "source":
-            scale_F = transcoder.target_scale[str(source)][transcoder.targets_of(source).index(target)]
-            return scale_F[:, None] * transcoder.W_shared[str(source)]
-    return transcoder.W_dec[str(target)][transcoder.sources_of(target).index(source)]
+            scale_F = transcoder.target_scales(source)[transcoder.targets_of(source).index(target)]
+            return scale_F[:, None] * transcoder.shared_decoder(source)
+    return transcoder.decoder_matrix(target)[transcoder.sources_of(target).index(source)]
 
 
 def _slots(
@@ -143,24 +150,24 @@ def _slots(
     values_SBK: Tensor,
     indices_SBK: Tensor,
     csr: ops.FeatureCSR | None,
-    shared: SharedDecoders | None,
+    shared: SourceDecoders | None,
 ) -> Slots:
     match transcoder.config.tied_decoders:
         case "target":
             merged = (tensor.transpose(0, 1).flatten(1)[None] for tensor in (values_SBK, indices_SBK))
-            return *merged, transcoder.W_dec[str(layer)], None
+            return *merged, transcoder.decoder_matrix(layer), None
         case "source":
             W_SFD, scale_SF = _own_shared(transcoder, layer) if shared is None else shared.into(layer)
             scaled_SBK: Tensor = _Scaled.apply(values_SBK, scale_SF, indices_SBK)
             return scaled_SBK, indices_SBK, W_SFD, csr
-    return written(transcoder, layer, values_SBK, indices_SBK), indices_SBK, transcoder.W_dec[str(layer)], csr
+    return written(transcoder, layer, values_SBK, indices_SBK), indices_SBK, transcoder.decoder_matrix(layer), csr
 
 
 def written(transcoder: CrossLayerTranscoder, target: int, values_SBK: Tensor, indices_SBK: Tensor) -> Tensor:
     """[S,B,K]: factors of the decoder vectors of a target, the activations and, where there are some, offsets."""
     if not transcoder.config.feature_offset:
         return values_SBK
-    offset_SBK = _of_slots(transcoder.offset[str(target)], indices_SBK)
+    offset_SBK = _of_slots(transcoder.feature_offsets(target), indices_SBK)
     # An empty slot writes nothing.
     return torch.where(values_SBK == 0, 0, values_SBK + offset_SBK)
 
@@ -175,8 +182,8 @@ def _in_memory(values_SBK: Tensor, indices_SBK: Tensor, W_SFD: Tensor, csr: ops.
 def _own_shared(transcoder: CrossLayerTranscoder, target: int) -> tuple[Tensor, Tensor]:
     """Copies of the decoders [S,F,D] and scales [S,F] of a target's sources, all of them owned here."""
     sources = transcoder.sources_of(target)
-    scales = [transcoder.target_scale[str(source)][transcoder.targets_of(source).index(target)] for source in sources]
-    return torch.stack([transcoder.W_shared[str(source)] for source in sources]), torch.stack(scales)
+    scales = [transcoder.target_scales(source)[transcoder.targets_of(source).index(target)] for source in sources]
+    return torch.stack([transcoder.shared_decoder(source) for source in sources]), torch.stack(scales)
 
 
 class _Scaled(torch.autograd.Function):

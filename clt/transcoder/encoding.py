@@ -100,10 +100,21 @@ def decoder_squares(transcoder: CrossLayerTranscoder, peers: Peers) -> Tensor:
         squares_SF = _RowSquares.apply(W_SFD).expand(rows.stop - rows.start, -1)
         squares_LF = squares_LF + _placed(squares_SF, rows.start, transcoder.n_sources)
     for name, W_FD in transcoder.W_shared.items():
-        squares_F = transcoder.target_scale[name].double().square().sum(dim=0) * _RowSquares.apply(W_FD)
+        squares_F = transcoder.target_scales(int(name)).double().square().sum(dim=0) * _RowSquares.apply(W_FD)
         squares_LF = squares_LF + _placed(squares_F[None], transcoder.source_row(int(name)), transcoder.n_sources)
     summed: Tensor = _SumOverPeers.apply(squares_LF, peers)
     return summed
+
+
+def decoder_norms(transcoder: CrossLayerTranscoder, source: int) -> Tensor:
+    """Norm of every feature's decoder vectors over all targets of one source, [F] float64 on the CPU, detached.
+
+    Unlike `decoder_squares` it reads decoders that stay in their files, and combines independent sources.
+    """
+    squares_F = torch.zeros(transcoder.config.n_features, dtype=torch.float64)
+    for target in transcoder.targets_of(source):
+        squares_F += transcoder.decoder(source, target).detach().double().square().sum(1).cpu()
+    return squares_F.sqrt()
 
 
 def _placed(squares_SF: Tensor, start: int, n_rows: int) -> Tensor:
@@ -172,9 +183,9 @@ def _activate(
     values = []
     for layer, x_BD, picked_BK, indices_BK in zip(layers, x_LBD, picked, selected.indices_LBK, strict=True):
         values_BK = ops.encode_selected(x_BD, *transcoder.encoder(layer), picked_BK, indices_BK)
-        if str(layer) in transcoder.log_threshold:
+        if transcoder.config.sparsity.kind == "jumprelu":
             bandwidth = transcoder.config.sparsity.bandwidth
-            values_BK = jump(values_BK, transcoder.log_threshold[str(layer)], indices_BK, bandwidth)
+            values_BK = jump(values_BK, transcoder.log_thresholds(layer), indices_BK, bandwidth)
         values.append(values_BK)
     values_LBK = torch.stack(values) if values else selected.scores_LBK
     codes = SparseCodes(values=values_LBK, indices=selected.indices_LBK, n_features=transcoder.config.n_features)
@@ -186,8 +197,8 @@ def _eligible(transcoder: CrossLayerTranscoder, layer: int, pre_BF: Tensor, fire
     scores_BF = scores_of(transcoder, layer, pre_BF)
     if transcoder.config.sparsity.kind != "topk":
         scores_BF = _one_nan(scores_BF)
-    if str(layer) in transcoder.log_threshold:
-        return scores_BF.masked_fill(scores_BF <= transcoder.log_threshold[str(layer)].exp(), 0)
+    if transcoder.config.sparsity.kind == "jumprelu":
+        return scores_BF.masked_fill(scores_BF <= transcoder.log_thresholds(layer).exp(), 0)
     if fires_above:
         threshold = transcoder.threshold[layer]
         if bool(threshold.isnan()):

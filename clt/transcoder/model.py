@@ -16,7 +16,7 @@ import math
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Self
+from typing import Self
 
 import torch
 from torch import Tensor, nn
@@ -26,14 +26,12 @@ from clt.kernels import ops
 from clt.records import ModelIdentity, SparseCodes, TrainingFacts
 from clt.transcoder import decoding, encoding
 from clt.transcoder.architecture import CLTConfig
+from clt.transcoder.decoding import SourceDecoders
 from clt.transcoder.initial_weights import LayerBuffers, initial_decoder, initial_encoder, initial_shared_decoder
 from clt.transcoder.layers import LayerShare, source_layers, sources_of, targets_of
 from clt.transcoder.lazy_decoder import MappedDecoder
 from clt.transcoder.scaling import Scaling
 from clt.transcoder.sparsity import Peers
-
-if TYPE_CHECKING:
-    from clt.distributed.shared_decoders import SharedDecoders
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -91,6 +89,22 @@ class CrossLayerTranscoder(nn.Module):
         for layer in self.share.targets:
             self._add_target(layer, seed)
 
+    def __repr__(self) -> str:
+        config, model = self.config, self.provenance.model
+        facts = {
+            "layers": config.n_layers,
+            "d_model": config.d_model,
+            "features": config.n_features,
+            "k": config.k,
+            "targets": config.n_targets or "all",
+            "sparsity": config.sparsity.kind,
+            "dtype": str(self.dtype).removeprefix("torch."),
+            "model": None if model is None else model.name,
+        }
+        if self.share != LayerShare.everything(config):
+            facts |= {"own_sources": self.share.sources, "own_targets": self.share.targets}
+        return f"CrossLayerTranscoder({', '.join(f'{name}={value}' for name, value in facts.items())})"
+
     def _add_target(self, layer: int, seed: int) -> None:
         """What is owned with a target layer."""
         config, sources = self.config, self.sources_of(layer)
@@ -117,7 +131,7 @@ class CrossLayerTranscoder(nn.Module):
             self.threshold[layer] = torch.tensor(torch.nan)
 
     def sources_of(self, target: int) -> range:
-        """Source layers of a target; free, W_dec[str(target)][i] belongs to sources_of(target)[i]."""
+        """Source layers of a target; free, decoder_matrix(target)[i] belongs to sources_of(target)[i]."""
         return sources_of(self.config, target)
 
     def targets_of(self, source: int) -> range:
@@ -150,11 +164,47 @@ class CrossLayerTranscoder(nn.Module):
 
     def encoder(self, layer: int) -> tuple[Tensor, Tensor]:
         """W_enc [F,D] and b_enc [F] of a source layer owned here."""
-        return self.W_enc[str(layer)], self.b_enc[str(layer)]
+        return self.encoder_matrix(layer), self.encoder_bias(layer)
+
+    def encoder_matrix(self, layer: int) -> Tensor:
+        """W_enc [F,D] of a source layer owned here."""
+        return self.W_enc[str(layer)]
+
+    def encoder_bias(self, layer: int) -> Tensor:
+        """b_enc [F] of a source layer owned here."""
+        return self.b_enc[str(layer)]
 
     def decoder(self, source: int, target: int) -> Tensor:
         """[F,D_own]: decoder vectors of a source into a target, whatever form the decoders have."""
         return decoding.pair_decoder(self, source, target)
+
+    def decoder_matrix(self, target: int) -> Tensor:
+        """W_dec [S,F,D_own] of a target ([1,F,D_own] tied by target); a `MappedDecoder` when loaded lazily."""
+        return self.W_dec[str(target)]
+
+    def decoder_bias(self, target: int) -> Tensor:
+        """b_dec [D_own] of a target; [S,D_own] of independent sources."""
+        return self.b_dec[str(target)]
+
+    def skip_matrix(self, target: int) -> Tensor:
+        """W_skip [D_own,D] of a target; the config has a skip connection."""
+        return self.W_skip[str(target)]
+
+    def feature_offsets(self, target: int) -> Tensor:
+        """Offsets [S,F] of the active features of a target's sources; the config has `feature_offset`."""
+        return self.offset[str(target)]
+
+    def shared_decoder(self, source: int) -> Tensor:
+        """W_shared [F,D] of a source whose targets share it (`tied_decoders: source`)."""
+        return self.W_shared[str(source)]
+
+    def target_scales(self, source: int) -> Tensor:
+        """Scales [T,F] of a shared decoder, a row for each of `targets_of(source)`."""
+        return self.target_scale[str(source)]
+
+    def log_thresholds(self, layer: int) -> Tensor:
+        """Log thresholds [F] of a source layer; the rule is jumprelu."""
+        return self.log_threshold[str(layer)]
 
     def encode_layer(self, layer: int, x_BD: Tensor, k: int | None = None) -> tuple[Tensor, Tensor]:
         """Codes of one source layer by itself; rules that compare layers or tokens use their inference thresholds.
@@ -181,7 +231,7 @@ class CrossLayerTranscoder(nn.Module):
         values_SBK: Tensor,
         indices_SBK: Tensor,
         x_BD: Tensor | None = None,
-        shared: SharedDecoders | None = None,
+        shared: SourceDecoders | None = None,
     ) -> Tensor:
         """Reconstruction of one target layer.
 
@@ -202,7 +252,7 @@ class CrossLayerTranscoder(nn.Module):
         if not self.config.skip:
             return None
         assert x_BD is not None, "a transcoder with skip connection decodes from its input too"
-        return x_BD @ self.W_skip[str(layer)].T
+        return x_BD @ self.skip_matrix(layer).T
 
     def encode(self, x_LBD: Tensor, k: int | None = None, peers: Peers | None = None) -> SparseCodes:
         """Codes of the source layers owned here.
@@ -256,7 +306,7 @@ class CrossLayerTranscoder(nn.Module):
         x_BD: Tensor | None = None,
         csr: ops.FeatureCSR | None = None,
         weights_B: Tensor | None = None,
-        shared: SharedDecoders | None = None,
+        shared: SourceDecoders | None = None,
     ) -> tuple[Tensor, Tensor]:
         """Squared error of one target layer, without storing its reconstruction.
 
@@ -275,7 +325,7 @@ class CrossLayerTranscoder(nn.Module):
             are owned here, and the residual [B,D_own], reconstruction - y, detached. Of independent sources the mean of
             their errors, and [S,B,D_own].
         """
-        bias, skip_BD = self.b_dec[str(layer)], self._skip(layer, x_BD)
+        bias, skip_BD = self.decoder_bias(layer), self._skip(layer, x_BD)
         error, residual = decoding.squared_error(
             self, layer, values_SBK, indices_SBK, bias, y_BD, weights_B, skip_BD, csr, shared
         )
@@ -345,21 +395,21 @@ class CrossLayerTranscoder(nn.Module):
             folder: new, empty, or with a transcoder that is replaced when the new one is complete.
 
         Raises:
-            CheckpointError: the folder holds other files, or cannot be written; it stays as it was.
+            CheckpointError: the folder holds other files or cannot be written; it is left unchanged.
         """
-        from clt.checkpoint.weights import save_transcoder
+        from clt.hub import pretrained
 
-        save_transcoder(self, Path(folder))
+        pretrained.save_pretrained(self, folder)
 
     def push_to_hub(
         self, name: str, *, private: bool = True, revision: str | None = None, message: str | None = None
     ) -> str:
-        """Sends what `save_pretrained` writes to a model repository; `clt push` sends a folder without a copy of it.
+        """Uploads what `save_pretrained` writes to a model repository; `clt push` uploads an existing folder.
 
         Args:
-            name: OWNER/NAME; the repository is made if it is missing.
-            private: visibility of a repository that is made.
-            revision: branch, made if it is missing; absent: main.
+            name: OWNER/NAME; the repository is created if it is missing.
+            private: visibility of a repository that is created.
+            revision: branch, created if it is missing; default: main.
             message: summary of the commits.
 
         Returns:
@@ -367,11 +417,11 @@ class CrossLayerTranscoder(nn.Module):
 
         Raises:
             HubError: access is refused, the repository holds another transcoder, or the transfer failed.
-            CheckpointError: there is no room for the files on this side.
+            CheckpointError: the local disk has no space for the files.
         """
-        from clt.hub.pretrained import push_transcoder
+        from clt.hub import pretrained
 
-        return push_transcoder(self, name, private=private, revision=revision, message=message)
+        return pretrained.push_transcoder(self, name, private=private, revision=revision, message=message)
 
     @classmethod
     def from_pretrained(
@@ -385,26 +435,26 @@ class CrossLayerTranscoder(nn.Module):
         revision: str | None = None,
         averaged: bool = False,
     ) -> CrossLayerTranscoder:
-        """Reads a folder written by `save_pretrained` or by training, or a model repository of the hub.
+        """Loads a folder written by `save_pretrained` or by training, or a model repository of the hub.
 
         Args:
-            name: a folder; or, if there is none of that name, OWNER/NAME or OWNER/NAME@REVISION on the hub.
-            layers: the share to fetch and read: encoders of these source layers, decoders into these target layers.
-            device: place of the weights.
-            dtype: their type, whatever that of the files is; absent: float32.
+            name: a folder; or, if no such folder exists, OWNER/NAME or OWNER/NAME@REVISION on the hub.
+            layers: the share to download and load: encoders of these source layers, decoders into these target layers.
+            device: device of the weights.
+            dtype: dtype of the weights, whatever that of the files is; default: float32.
             lazy: decoders stay in their files, memory-mapped, and are read where they are used; they cannot be trained.
             revision: branch, tag or commit of the repository.
-            averaged: read the running mean of the weights, of a job with optimizer.ema_decay.
+            averaged: load the EMA weights, of a job with optimizer.ema_decay.
 
         Returns:
             The transcoder, without gradients.
 
         Raises:
             CheckpointError: a file is missing, damaged or of the wrong shape; names the file and key.
-            ConfigError: there are no such layers, or a revision of a folder is asked for.
-            HubError: the repository is missing, unfinished or refuses access, or the transfer failed.
+            ConfigError: a layer does not exist, or a revision of a folder is requested.
+            HubError: the repository is missing, incomplete or refuses access, or the transfer failed.
         """
-        from clt.hub.pretrained import open_pretrained
+        from clt.hub import pretrained
 
         dtype = dtype or torch.float32
-        return open_pretrained(name, layers, revision, averaged, device=device, dtype=dtype, lazy=lazy)
+        return pretrained.open_pretrained(name, layers, revision, averaged, device=device, dtype=dtype, lazy=lazy)

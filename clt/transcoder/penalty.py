@@ -59,9 +59,9 @@ def sparsity_loss(
         norm_F = squares_F.clamp(min=_LEAST_SQUARE).sqrt().to(values_BK.dtype)
         tanh_BK: Tensor = _TanhPenalty.apply(values_BK, norm_F, indices_BK, settings.penalty_scale)
         penalty = penalty + tanh_BK.sum(dim=1) @ weights_B / transcoder.n_sources_of_model
-        if str(layer) not in transcoder.log_threshold:
+        if settings.kind != "jumprelu":
             continue
-        log_threshold_F = transcoder.log_threshold[str(layer)]
+        log_threshold_F = transcoder.log_thresholds(layer)
         owed_F = _owed(transcoder, codes, row, squares_F.detach(), weight, weights_B)
         assert owed_F.shape == (F,)
         # A threshold of infinity, of a feature that never fires, has no gradient.
@@ -79,7 +79,7 @@ def _owed(
     settings, layer = transcoder.config.sparsity, transcoder.share.sources[row]
     values_BK, indices_BK = codes.values[row].detach(), codes.indices[row]
     chosen = indices_BK.long()
-    t_BK = transcoder.log_threshold[str(layer)].detach().exp()[chosen]
+    t_BK = transcoder.log_thresholds(layer).detach().exp()[chosen]
     squares_BK = squares_F.to(values_BK.dtype)[chosen]
     c_BK = settings.penalty_scale * squares_BK.clamp(min=_LEAST_SQUARE).sqrt()
     half_curvature_BK = squares_BK * (error_weight(transcoder.config) / transcoder.config.d_model)

@@ -18,7 +18,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING, Literal
+from typing import Literal, Protocol
 
 import torch
 import torch.distributed as dist
@@ -26,8 +26,19 @@ from torch import Tensor
 
 from clt.kernels import ops
 
-if TYPE_CHECKING:
-    from clt.distributed.mesh import Mesh
+
+class MeshLike(Protocol):
+    """What rules use of `clt.distributed.mesh.Mesh`: the place on the data axis and reductions over an axis."""
+
+    @property
+    def data_rank(self) -> int: ...
+
+    @property
+    def data_size(self) -> int: ...
+
+    def all_reduce(
+        self, tensor: Tensor, axis: Literal["model", "world"], op: dist.ReduceOp.RedOpType = dist.ReduceOp.SUM
+    ) -> Tensor: ...
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -38,7 +49,7 @@ class Peers:
         mesh: all of them; None for a process that is alone.
     """
 
-    mesh: Mesh | None = None
+    mesh: MeshLike | None = None
 
     @property
     def data_rank(self) -> int:

@@ -15,10 +15,10 @@ from PIL import Image
 from clt.attribution.graphs.attribute import AttributionSettings, attribute
 from clt.attribution.graphs.faithfulness import row_sum_error
 from clt.attribution.graphs.graph import BiasKind, NodeKind
-from clt.attribution.graphs.linearize import record
 from clt.attribution.graphs.nodes import seen_box
 from clt.attribution.graphs.scores import influence, score
 from clt.attribution.graphs.targets import FeatureTarget, LogitDifference, LogitTargets
+from clt.attribution.replacement.frozen_model import record
 from clt.capture.models.adapter import ModelAdapter
 from clt.config import parse_config
 from clt.errors import CheckpointError, ConfigError, GraphError
@@ -269,7 +269,7 @@ def test_encoders_with_a_norm_of_their_own_are_refused(adapter, inputs, make_ran
 
 
 def test_two_prompts_are_refused(adapter, inputs, make_random_clt):
-    with pytest.raises(GraphError, match="2 prompts"):
+    with pytest.raises(GraphError, match="prompts=2"):
         attribute(adapter, make_random_clt(adapter), adapter.collate([inputs, inputs]))
 
 

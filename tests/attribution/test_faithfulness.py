@@ -6,9 +6,9 @@ import pytest
 import torch
 
 from clt.attribution.graphs.attribute import AttributionSettings, attribute
+from clt.attribution.graphs.edge_measurement import EdgeMeasurement
 from clt.attribution.graphs.faithfulness import check_edges, row_sum_error
 from clt.attribution.graphs.graph import BiasKind, NodeKind
-from clt.attribution.graphs.measuring_model import MeasuringModel
 from clt.attribution.graphs.targets import FeatureTarget, LogitDifference, LogitTargets
 from clt.capture.sources.toy import toy_examples
 from clt.errors import GraphError
@@ -51,8 +51,8 @@ def test_every_column_equals_its_intervention_in_float64(make_tiny_llama, make_r
     transcoder = make_random_clt(adapter, **settings)
     inputs = adapter.prepare("s i x t h")
     graph = attribute(adapter, transcoder, inputs, AttributionSettings(targets=TARGETS))
-    measuring = MeasuringModel(adapter, transcoder, inputs, graph)
-    measured = torch.stack([measuring.effect(source) for source in range(len(graph.nodes))], dim=1)
+    measurement = EdgeMeasurement(adapter, transcoder, inputs, graph)
+    measured = torch.stack([measurement.effect(source) for source in range(len(graph.nodes))], dim=1)
     kinds = set(graph.nodes.kind[(measured != 0).any(0)].tolist())
     assert kinds == {NodeKind.FEATURE, NodeKind.ERROR, NodeKind.TEXT, NodeKind.BIAS}
     largest = graph.edges.abs().amax(1, keepdim=True)

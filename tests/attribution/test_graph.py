@@ -34,7 +34,7 @@ def test_save_and_load_give_back_the_same_graph(graph, tmp_path):
         same(getattr(loaded.nodes, field.name), getattr(graph.nodes, field.name))
     for name in ("rows_to_node", "edges", "row_values", "token_ids"):
         same(getattr(loaded, name), getattr(graph, name))
-    for name in ("token_strings", "prompt", "model", "clt", "clt_fingerprint"):
+    for name in ("token_strings", "prompt", "model", "architecture", "clt_fingerprint"):
         assert getattr(loaded, name) == getattr(graph, name)
     assert repr(loaded.targets) == repr(graph.targets)
     same(loaded.images[0].pixels, graph.images[0].pixels)

@@ -9,7 +9,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from pydantic import ValidationError
 
-from clt.attribution.features.pairs import FeaturePairs, decoder_norms, match_controls, rank_pairs
+from clt.attribution.features.ranking import RankedFeatures, match_controls, rank_features
 from clt.attribution.features.steering import SteeringSettings, steer
 from clt.attribution.graphs.attribute import AttributionSettings, attribute
 from clt.attribution.graphs.graph import NodeKind
@@ -19,6 +19,7 @@ from clt.attribution.replacement.replacement_model import Intervention, Replacem
 from clt.capture.sources.toy import toy_examples
 from clt.errors import InputError
 from clt.transcoder.architecture import CLTConfig
+from clt.transcoder.encoding import decoder_norms
 from clt.transcoder.model import CrossLayerTranscoder
 from clt.transcoder.scaling import Scaling
 
@@ -52,23 +53,23 @@ def correct_examples(adapter, count, answer=None):
     raise AssertionError("the toy model answers too few prompts")
 
 
-def pairs_of(layers, strengths):
+def features_of(layers, norms):
     count = len(layers)
-    return FeaturePairs(
+    return RankedFeatures(
         layer=torch.tensor(layers),
         feature=torch.arange(count),
         influence=torch.arange(count, 0, -1).double(),
-        strength=torch.tensor(strengths, dtype=torch.float64),
+        output_norm=torch.tensor(norms, dtype=torch.float64),
     )
 
 
-def test_pairs_sum_influence_and_strength_over_positions(toy_adapter):
+def test_influence_and_output_norm_are_summed_over_positions(toy_adapter):
     transcoder = make_clt(toy_adapter, n_targets=2).folded()
     [example] = correct_examples(toy_adapter, 1)
     inputs = toy_adapter.prepare(example.prompt, example.images)
     graph = attribute(toy_adapter, transcoder, inputs, AttributionSettings(max_feature_nodes=100))
     flow, nodes = influence(graph), graph.nodes
-    total, strength = defaultdict(float), defaultdict(float)
+    total, norms = defaultdict(float), defaultdict(float)
     for node in nodes.is_kind(NodeKind.FEATURE).nonzero()[:, 0].tolist():
         layer, feature = int(nodes.layer[node]), int(nodes.feature[node])
         vectors = [
@@ -76,15 +77,15 @@ def test_pairs_sum_influence_and_strength_over_positions(toy_adapter):
             for t in transcoder.targets_of(layer)
         ]
         total[layer, feature] += float(flow[node])
-        strength[layer, feature] += float(nodes.activation[node]) * float(torch.cat(vectors).norm())
-    pairs = rank_pairs(graph, transcoder)
-    keys = list(zip(pairs.layer.tolist(), pairs.feature.tolist(), strict=True))
+        norms[layer, feature] += float(nodes.activation[node]) * float(torch.cat(vectors).norm())
+    features = rank_features(graph, transcoder)
+    keys = list(zip(features.layer.tolist(), features.feature.tolist(), strict=True))
     assert sorted(keys) == sorted(total)
     assert keys == sorted(total, key=lambda key: (-total[key], key))
     for i, key in enumerate(keys):
-        assert float(pairs.influence[i]) == pytest.approx(total[key], rel=1e-9)
+        assert float(features.influence[i]) == pytest.approx(total[key], rel=1e-9)
         # The reference sums norms in float32.
-        assert float(pairs.strength[i]) == pytest.approx(strength[key], rel=1e-5)
+        assert float(features.output_norm[i]) == pytest.approx(norms[key], rel=1e-5)
 
 
 def test_decoder_norms_span_all_targets_of_a_layer(toy_adapter):
@@ -97,38 +98,38 @@ def test_decoder_norms_span_all_targets_of_a_layer(toy_adapter):
     assert float(decoder_norms(transcoder, 1).sum()) == 5.0
 
 
-def test_controls_are_the_nearest_free_pairs_of_the_same_layer():
+def test_controls_are_the_nearest_free_features_of_the_same_layer():
     #                 chosen            others
     layers = [0, 0, 1, 0, 0, 1, 1, 0]
-    strengths = [8.0, 6.0, 5.0, 7.0, 1.0, 50.0, 4.0, 3.0]
-    # Pair 0 is the strongest and takes 7 (pair 3); pair 1 is left with 3 (pair 7); layer 1 has 4 (pair 6).
-    assert match_controls(pairs_of(layers, strengths), 3).tolist() == [3, 7, 6]
+    norms = [8.0, 6.0, 5.0, 7.0, 1.0, 50.0, 4.0, 3.0]
+    # Feature 0 has the largest norm and takes 7 (feature 3); feature 1 is left with 3 (feature 7); layer 1 has 4 (6).
+    assert match_controls(features_of(layers, norms), 3).tolist() == [3, 7, 6]
 
 
 def test_controls_are_near_by_ratio():
     # 6 to 10 is a factor 1.67, 6 to 3 a factor 2, though 3 is nearer on the number line.
-    assert match_controls(pairs_of([0, 0, 0], [6.0, 3.0, 10.0]), 1).tolist() == [2]
+    assert match_controls(features_of([0, 0, 0], [6.0, 3.0, 10.0]), 1).tolist() == [2]
 
 
-def test_controls_are_refused_when_a_layer_has_too_few_other_pairs():
-    assert match_controls(pairs_of([0, 1, 1], [1.0, 1.0, 1.0]), 1) is None
-    assert match_controls(pairs_of([0, 0, 0], [1.0, 1.0, 1.0]), 2) is None
+def test_controls_are_refused_when_a_layer_has_too_few_other_features():
+    assert match_controls(features_of([0, 1, 1], [1.0, 1.0, 1.0]), 1) is None
+    assert match_controls(features_of([0, 0, 0], [1.0, 1.0, 1.0]), 2) is None
 
 
 @given(st.lists(st.tuples(st.integers(0, 2), st.floats(0.01, 100.0)), min_size=2, max_size=30), st.data())
 def test_controls_are_distinct_unchosen_and_of_the_same_layer(listed, data):
-    pairs = pairs_of([layer for layer, _ in listed], [strength for _, strength in listed])
+    features = features_of([layer for layer, _ in listed], [norm for _, norm in listed])
     n = data.draw(st.integers(1, len(listed)))
-    controls = match_controls(pairs, n)
-    too_few = any(int((pairs.layer[:n] == layer).sum() > (pairs.layer[n:] == layer).sum()) for layer in range(3))
+    controls = match_controls(features, n)
+    too_few = any(int((features.layer[:n] == layer).sum() > (features.layer[n:] == layer).sum()) for layer in range(3))
     assert (controls is None) == too_few
     if controls is not None:
         assert int(controls.min()) >= n
         assert len(set(controls.tolist())) == n
-        assert torch.equal(pairs.layer[controls], pairs.layer[:n])
+        assert torch.equal(features.layer[controls], features.layer[:n])
 
 
-def test_ablating_the_feature_that_holds_the_answer_flips_it_and_the_control_does_not(toy_adapter):
+def test_ablating_the_feature_that_holds_the_answer_changes_it_and_the_control_does_not(toy_adapter):
     examples = correct_examples(toy_adapter, 3, answer="Yes")
     [token] = toy_adapter.tokenizer("Yes", add_special_tokens=False)["input_ids"]
     transcoder, last = make_clt(toy_adapter, size=1e-4), str(toy_adapter.n_layers - 1)
@@ -160,7 +161,7 @@ def test_report_equals_ablations_run_one_by_one(toy_adapter):
     examples = correct_examples(toy_adapter, 4)
     settings = SteeringSettings(num_prompts=4, sizes=(1, 4), max_feature_nodes=40)
     model = ReplacementModel(toy_adapter, transcoder)
-    flips, margins = defaultdict(list), defaultdict(list)
+    changed, margins = defaultdict(list), defaultdict(list)
 
     def margin_of(logits, token):
         return float(logits[token] - max(value for i, value in enumerate(logits.tolist()) if i != token))
@@ -175,26 +176,27 @@ def test_report_equals_ablations_run_one_by_one(toy_adapter):
             inputs,
             AttributionSettings(targets=(LogitTargets(tokens=(token,)),), max_feature_nodes=40),
         )
-        pairs = rank_pairs(graph, model.transcoder)
+        features = rank_features(graph, model.transcoder)
         for n in (1, 4):
-            for side, rows in (("ablated", range(n)), ("control", match_controls(pairs, n).tolist())):
+            for side, rows in (("ablated", range(n)), ("control", match_controls(features, n).tolist())):
                 changes = [
-                    Intervention(layer=int(pairs.layer[i]), feature=int(pairs.feature[i]), value=0.0) for i in rows
+                    Intervention(layer=int(features.layer[i]), feature=int(features.feature[i]), value=0.0)
+                    for i in rows
                 ]
                 for mlps in ("original", "replaced"):
                     errors = model.record_errors(inputs) if mlps == "replaced" else None
                     logits = model.forward(inputs, changes, errors, mlps=mlps)
-                    flips[mlps, n, side].append(int(logits[0, -1].argmax()) != token)
+                    changed[mlps, n, side].append(int(logits[0, -1].argmax()) != token)
                     margins[mlps, n, side].append(margin_of(logits[0, -1], token) / margin_of(plain, token))
     report = steer(toy_adapter, transcoder, examples, settings)
     assert len(report.results) == 4
     for result in report.results:
-        assert result.ablated.successes == sum(flips[result.mlps, result.n, "ablated"])
-        assert result.control.successes == sum(flips[result.mlps, result.n, "control"])
+        assert result.ablated.successes == sum(changed[result.mlps, result.n, "ablated"])
+        assert result.control.successes == sum(changed[result.mlps, result.n, "control"])
         for side, found in (("ablated", result.ablated_margin), ("control", result.control_margin)):
             # Batching changes float32 logits in their last digits.
             assert found == pytest.approx(sum(margins[result.mlps, result.n, side]) / 4, rel=1e-3, abs=1e-3)
-    assert any(any(flipped) for flipped in flips.values())
+    assert any(any(found) for found in changed.values())
     assert steer(toy_adapter, transcoder, examples, settings) == report
 
 
@@ -206,7 +208,7 @@ def test_wrong_answers_are_passed_over_and_too_few_right_ones_are_an_error(toy_a
         toy_adapter, transcoder, [wrong, *right], SteeringSettings(num_prompts=2, sizes=(1,), max_feature_nodes=8)
     )
     assert (report.num_prompts, report.num_examples) == (2, 3)
-    with pytest.raises(InputError, match="2 of 3 examples are answered correctly, 5 are needed"):
+    with pytest.raises(InputError, match="num_prompts=5: 2 of 3 examples are answered correctly"):
         steer(
             toy_adapter, transcoder, [wrong, *right], SteeringSettings(num_prompts=5, sizes=(1,), max_feature_nodes=8)
         )

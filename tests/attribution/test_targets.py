@@ -7,9 +7,10 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from clt.attribution.graphs.linearize import FrozenModel, record
 from clt.attribution.graphs.sources import Sources
 from clt.attribution.graphs.targets import FeatureTarget, LogitDifference, LogitTargets, resolve_targets
+from clt.attribution.replacement.frozen_model import record
+from clt.attribution.replacement.linear_model import LinearModel
 from clt.errors import GraphError
 
 PROMPT = "w h i c h t o k e n"
@@ -25,12 +26,12 @@ def resolve(adapter, make_random_clt):
     """A function from settings to targets of one prompt, and the logits of that prompt."""
     inputs = adapter.prepare(PROMPT, answer="x y")
     transcoder = make_random_clt(adapter, drop_bos=True, first_offset=1).folded()
-    sources = Sources(FrozenModel(adapter, record(adapter, inputs, "resid_mid")), transcoder, inputs.tokens.select(0))
+    sources = Sources(LinearModel(adapter, record(adapter, inputs, "resid_mid")), transcoder, inputs.tokens.select(0))
 
     def run(*settings):
         return resolve_targets(adapter, inputs, sources, settings)
 
-    run.logits = sources.frozen.recording.logits
+    run.logits = sources.linear.recording.logits
     run.sources = sources
     return run
 
@@ -75,14 +76,14 @@ def test_logit_readout_is_relative_to_the_mean_and_its_value_is_the_models(resol
     readout = resolve(LogitTargets(tokens=("q",), position=4))[0].readout
     expected = resolve.logits[4, 18] - resolve.logits[4].mean()
     torch.testing.assert_close(readout.value[0], expected)
-    final = resolve.sources.frozen.recording.final[4]
+    final = resolve.sources.linear.recording.final[4]
     torch.testing.assert_close(readout.vector[0] @ final + readout.constant[0], expected)
 
 
 def test_difference_readout_is_the_difference_of_two_logits(resolve):
     item = resolve(LogitDifference(token="q", minus="r", position=4))[0]
     torch.testing.assert_close(item.readout.value[0], resolve.logits[4, 18] - resolve.logits[4, 19])
-    final = resolve.sources.frozen.recording.final[4]
+    final = resolve.sources.linear.recording.final[4]
     torch.testing.assert_close(item.readout.vector[0] @ final + item.readout.constant[0], item.readout.value[0])
     assert (item.target.label, item.target.token_id, item.target.minus_token_id) == ("q - r", 18, 19)
 
@@ -90,7 +91,7 @@ def test_difference_readout_is_the_difference_of_two_logits(resolve):
 def test_feature_readout_is_the_pre_activation_of_the_scaled_transcoder(resolve, adapter, make_random_clt):
     item = resolve(FeatureTarget(layer=1, feature=7, position=5))[0]
     transcoder = make_random_clt(adapter, drop_bos=True, first_offset=1)
-    x_SD = transcoder.scaling.standardise_x(resolve.sources.frozen.recording.read[1][None], (1,))[0]
+    x_SD = transcoder.scaling.standardise_x(resolve.sources.linear.recording.read[1][None], (1,))[0]
     expected = x_SD[5] @ transcoder.W_enc["1"][7] + transcoder.b_enc["1"][7]
     torch.testing.assert_close(item.readout.value[0], expected)
     assert (item.target.label, item.target.layer, item.target.feature) == ("feature 1.7", 1, 7)

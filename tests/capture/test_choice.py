@@ -56,7 +56,7 @@ def test_a_missing_package_is_one_line_with_the_remedy(
     [
         ({"quantization": "3bit"}, "quantization: "),
         ({"device_map": "everywhere"}, "device_map: "),
-        ({"device_map": "auto", "device": "cuda:1"}, "device_map chooses the devices itself; remove it, or device"),
+        ({"device_map": "auto", "device": "cuda:1"}, "device=cuda:1 and device_map=auto exclude each other"),
     ],
 )
 def test_wrong_settings_name_the_key(settings: dict[str, Any], message: str) -> None:

@@ -281,7 +281,7 @@ def test_entry_point_prints_the_id_or_one_line_about_the_error(
         f"model: {llama_folder}\noutput: {config.output}\nsource: {{jsonl: {{file: {tmp_path}/texts.jsonl}}}}"
     )
     assert launch_capture.main([str(yaml), "--dry-run"]) == 0
-    assert "24 samples, " in capsys.readouterr().out
+    assert "samples=24 " in capsys.readouterr().out
     assert not Path(config.output).exists()
     assert launch_capture.main([str(yaml)]) == 0
     assert capsys.readouterr().out.strip() == open_store(config.output).id

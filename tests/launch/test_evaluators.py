@@ -24,7 +24,7 @@ from clt.capture.run import capture
 from clt.capture.sources.examples import SourceSettings, ToySource, open_source
 from clt.checkpoint.weights import read_tensors
 from clt.config import config_to_yaml, load_config
-from clt.evaluation.store_evaluation import evaluate_store
+from clt.evaluation.evaluator import evaluate_store
 from clt.launch.train import main, train
 from clt.training.metrics import read_metrics
 from clt.training.settings import TrainConfig
@@ -141,7 +141,7 @@ def test_evaluation_may_change_when_a_job_is_resumed(trained: Path, job: Path) -
 @pytest.mark.parametrize(
     ("overrides", "words"),
     [
-        (["evaluation.store={folder}/store"], ["evaluation.store", "holds what the job trains on"]),
+        (["evaluation.store={folder}/store"], ["evaluation.store", "is the store that the job trains on"]),
         (["evaluation.store={folder}/nowhere"], ["nowhere"]),
         (["evaluation.replacement.model={folder}/store"], ["/store"]),
         (["evaluation.replacement.capture={folder}/none.yaml"], ["none.yaml: no such"]),

@@ -98,7 +98,7 @@ def test_plan_prints_every_part(job: Path) -> None:
 
 def test_a_job_that_does_not_fit_is_told_so() -> None:
     text = planned(TRAIN / "llava_7b.yaml", "--model", "layers=32,width=4096", "--set", "mesh.layer=1")
-    assert re.search(r"IT DOES NOT FIT: \d\.\d\d times", text)
+    assert re.search(r"IT DOES NOT FIT: \d\.\d\d times the usable memory", text)
     assert "fits on no mesh of 1 h200" in text
 
 

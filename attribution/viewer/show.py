@@ -1,0 +1,84 @@
+"""Shows a graph to the person who runs a script or a notebook."""
+
+from __future__ import annotations
+
+import html
+import logging
+import os
+import sys
+import tempfile
+import webbrowser
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from clt.attribution.graphs.graph import Graph
+from clt.attribution.graphs.scores import prune
+from clt.attribution.viewer.export import graph_document, write_export
+
+if TYPE_CHECKING:
+    from clt.attribution.graphs.faithfulness import EdgeReport
+
+log = logging.getLogger(__name__)
+
+#: Height in pixels of the page inside a notebook.
+_FRAME_HEIGHT = 820
+
+
+def show(
+    graph: Graph,
+    folder: Path | str | None = None,
+    *,
+    node_threshold: float = 0.8,
+    edge_threshold: float = 0.98,
+    max_nodes: int = 500,
+    edge_check: EdgeReport | None = None,
+) -> Path:
+    """Writes the page of a graph and opens it: inside a notebook, else in a browser where there is one.
+
+    Args:
+        graph: an unpruned graph.
+        folder: where to write `index.html` and `graph.json`. Default: a new temporary folder, which is kept.
+        node_threshold: fraction of the nodes' influence to keep; see `clt.attribution.graphs.scores.prune`.
+        edge_threshold: fraction of the edges' influence to keep.
+        max_nodes: features, errors and biases to show at most, the most influential first.
+        edge_check: result of `clt.attribution.graphs.faithfulness.check_edges`, for the page's header.
+
+    Returns:
+        Path of the page.
+
+    Raises:
+        GraphError: a threshold is out of range, or the folder cannot be written.
+    """
+    pruned = prune(graph, node_threshold, edge_threshold)
+    document = graph_document(graph, pruned, edge_check=edge_check, max_nodes=max_nodes)
+    page = write_export(document, tempfile.mkdtemp(prefix="clt-graph-") if folder is None else folder).resolve()
+    if _in_notebook():
+        _display(page)
+    elif _has_screen() and webbrowser.open(page.as_uri()):
+        log.info("page=%s opened in the browser", page)
+    else:
+        log.warning("page=%s; no browser here: open the file elsewhere, or serve it with `clt view %s`", page, page)
+    return page
+
+
+def _in_notebook() -> bool:
+    """Whether a Jupyter kernel runs this code."""
+    ipython = sys.modules.get("IPython")
+    shell = None if ipython is None else ipython.get_ipython()
+    return getattr(shell, "kernel", None) is not None
+
+
+def _display(page: Path) -> None:
+    """Shows the page in the notebook, from its text: a notebook server serves no file outside of its own folder."""
+    from IPython.display import HTML, display
+
+    source = html.escape(page.read_text(encoding="ascii"))
+    style = f"width:100%;height:{_FRAME_HEIGHT}px;border:1px solid #d5dbe3"
+    display(HTML(f'<iframe srcdoc="{source}" style="{style}" title="Attribution graph"></iframe>'))
+
+
+def _has_screen() -> bool:
+    """Whether a browser can have a window: without one Python would start a text browser in the terminal."""
+    return sys.platform in ("darwin", "win32") or any(
+        os.environ.get(name) for name in ("DISPLAY", "WAYLAND_DISPLAY", "BROWSER")
+    )
