@@ -68,7 +68,7 @@ def toy_plan(tmp_path: Path, *overrides: str) -> list[str]:
     pairs = [f"model={ROOT / 'examples' / 'toy_vlm' / 'checkpoints' / 'base'}", "source.toy.n=4"]
     pairs += [f"output={tmp_path / 'store'}", "batch_size=2", *overrides]
     config = ROOT / "configs" / "capture" / "toy.yaml"
-    return ["plan", "--config", str(config), *(word for pair in pairs for word in ("--set", pair))]
+    return ["plan", str(config), *pairs]
 
 
 def test_plan_says_how_much_and_how_long_and_writes_only_its_report(tmp_path: Path) -> None:
@@ -83,7 +83,9 @@ def test_plan_says_how_much_and_how_long_and_writes_only_its_report(tmp_path: Pa
 
 
 def test_plan_without_measuring_reads_no_example(tmp_path: Path) -> None:
-    result = clt_command(*toy_plan(tmp_path), "--no-measure")
+    verb, config, *pairs = toy_plan(tmp_path)
+    options = [word for pair in pairs for word in ("--set", pair)]
+    result = clt_command(verb, "--config", config, *options, "--no-measure")
     assert result.exit_code == 0, result.output
     assert "total size" in result.stdout and "measured" not in result.stdout
     refused(clt_command(*toy_plan(tmp_path, "sedd=1")), "unknown key 'sedd'")
@@ -91,7 +93,7 @@ def test_plan_without_measuring_reads_no_example(tmp_path: Path) -> None:
 
 def test_plan_warns_when_the_disk_is_too_small(tmp_path: Path) -> None:
     words = toy_plan(tmp_path)
-    job = load_config(CaptureConfig, words[2], words[4::2])
+    job = load_config(CaptureConfig, words[1], words[2:])
     report = capacity(plan_capture(job), job.output, measure=False)
     assert "warning" not in capacity_text(report)
     text = capacity_text(replace(report, free_bytes=report.needed_bytes - 1024))
