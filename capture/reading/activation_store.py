@@ -166,7 +166,17 @@ class ActivationStore:
                 begin = end
 
     def read_scales_into(self, unit: int, block: int, group: str, out: NDArray[Any]) -> None:
-        """Reads the scales [C, S] float32 of a block of an int8 store; raises StoreError as `read_block_into` does."""
+        """Reads the scales of a block of an int8 store.
+
+        Args:
+            unit: number of the unit.
+            block: as for `read_block_into`.
+            group: name of the site group.
+            out: [C, S] float32, written.
+
+        Raises:
+            StoreError: the shard is missing, truncated or damaged.
+        """
         self._reader(self._arrays.scales(self._group(group)), unit).read_into(block, [out])
 
     def standardiser(self, group: str) -> Standardiser:

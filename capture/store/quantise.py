@@ -60,7 +60,16 @@ class Standardiser:
         return (values.float() - self.mean).div_(self.std)
 
     def restore(self, quantised: Tensor, scales: Tensor, sites: list[int] | slice = slice(None)) -> Tensor:
-        """Values [tokens, s, D] float32 of some of the sites from int8 [tokens, s, D] and their scales [tokens, s]."""
+        """Restores float32 values.
+
+        Args:
+            quantised: [tokens, s, D] int8.
+            scales: [tokens, s] float32.
+            sites: the s positions on the site axis; default: all.
+
+        Returns:
+            [tokens, s, D] float32.
+        """
         return quantised * scales[..., None] * self.std[sites] + self.mean[sites]
 
 

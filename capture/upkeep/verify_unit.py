@@ -65,7 +65,16 @@ def check_presence(inventory: Inventory, record: FileRecord) -> None:
 
 
 def check_record(storage: Storage, record: FileRecord, recorded: FileRecord) -> None:
-    """Raises StoreError if a shard with intact chunks is not the one that was recorded."""
+    """Compares a shard with its record.
+
+    Args:
+        storage: the store's files.
+        record: size and checksum of the existing file.
+        recorded: size and checksum at commit.
+
+    Raises:
+        StoreError: they differ.
+    """
     if record != recorded:
         raise StoreError(f"{storage.name(record.path)}: differs from the file that was committed; {REPAIR}")
 

@@ -105,7 +105,7 @@ class StoreWriter:
             data: its tokens in natural order; they are stored in the order of `unit_permutation`.
 
         Returns:
-            False if another worker has committed the unit meanwhile; that worker's unit stands.
+            False if another worker has committed the unit meanwhile; that worker's files are kept.
 
         Raises:
             StoreError: an existing file of this unit belongs to another capture.
