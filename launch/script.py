@@ -1,4 +1,4 @@
-"""Jobs with a settings class, started by `clt VERB` and by the scripts of this folder alike.
+"""Command line of jobs with a settings class, the same for `clt VERB` and for the scripts of this folder.
 
     clt train [CONFIG] [key=value ...] [--key value ...] [--dry-run] [--help]
 
@@ -42,20 +42,20 @@ def resolved(config: Any) -> str:
 
 
 @dataclass(frozen=True, kw_only=True)
-class Job(Generic[T]):
-    """A kind of job.
+class JobCommand(Generic[T]):
+    """A command that runs one kind of job.
 
     Attributes:
-        command: what starts it, for the help text.
-        summary: what it does, one sentence.
+        name: the command, for the help text.
+        summary: one sentence.
         settings: settings class of its configuration.
-        run: does it; the first rank prints what it returns.
+        run: runs a job; rank 0 prints what it returns.
         describe: text of `--dry-run`.
         default_config: file that is read if the command line names none; None: no file.
         ranks_agree: see `guarded`.
     """
 
-    command: str
+    name: str
     summary: str
     settings: type[T]
     run: Callable[[T], Any]
@@ -66,30 +66,30 @@ class Job(Generic[T]):
     def help_text(self) -> str:
         """The text of `--help`: usage and all keys."""
         default = f"; default: {self.default_config}" if self.default_config else ""
-        return _HELP.format(command=self.command, summary=self.summary, default=default, keys=keys_text(self.settings))
+        return _HELP.format(command=self.name, summary=self.summary, default=default, keys=keys_text(self.settings))
 
 
-def run_job(job: Job[Any], words: Sequence[str]) -> int:
-    """Reads the command line of a job and does it.
+def run_job(command: JobCommand[Any], words: Sequence[str]) -> int:
+    """Reads the command line of a job and runs it.
 
     Args:
-        job: its kind.
-        words: the command line without the command.
+        command: the kind of job.
+        words: the command line after the command.
 
     Returns:
         The exit code.
     """
     if {"--help", "-h"} & set(words):
-        print(job.help_text())
+        print(command.help_text())
         return 0
     set_up_logging()
 
     def work() -> Any:
         path, overrides = read_words([word for word in words if word != "--dry-run"])
-        config = load_config(job.settings, path or job.default_config, overrides)
-        return job.describe(config) if "--dry-run" in words else job.run(config)
+        config = load_config(command.settings, path or command.default_config, overrides)
+        return command.describe(config) if "--dry-run" in words else command.run(config)
 
-    return guarded(work, job.ranks_agree)
+    return guarded(work, command.ranks_agree)
 
 
 def read_words(words: Sequence[str]) -> tuple[Path | None, list[str]]:

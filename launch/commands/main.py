@@ -49,25 +49,25 @@ Words = Annotated[list[str] | None, typer.Argument(metavar="[CONFIG] [key=value 
 @app.command(**_JOB, add_help_option=False)
 def demo(words: Words = None) -> None:
     """Captures, trains, evaluates, attributes and steers on the toy model; prints the measures."""
-    from clt.launch.demo import JOB
+    from clt.launch.demo import COMMAND
 
-    raise typer.Exit(run_job(JOB, words or ()))
+    raise typer.Exit(run_job(COMMAND, words or ()))
 
 
 @app.command(**_JOB, add_help_option=False)
 def capture(words: Words = None) -> None:
     """Captures the activations of a model into a store; prints the store's id."""
-    from clt.launch.capture import JOB
+    from clt.launch.capture import COMMAND
 
-    raise typer.Exit(run_job(JOB, words or ()))
+    raise typer.Exit(run_job(COMMAND, words or ()))
 
 
 @app.command(**_JOB, add_help_option=False)
 def train(words: Words = None) -> None:
     """Trains a transcoder in one process; prints the folder of its last checkpoint."""
-    from clt.launch.train import JOB
+    from clt.launch.train import COMMAND
 
-    raise typer.Exit(run_job(JOB, words or ()))
+    raise typer.Exit(run_job(COMMAND, words or ()))
 
 
 @app.command(**_JOB, add_help_option=False)
