@@ -28,9 +28,10 @@ usage: {command} [CONFIG] [key=value ...] [--dry-run]
   CONFIG        YAML file of the job{default}
   key=value     sets a key, or replaces its value of the file; `--key value` and `--key=value` mean the same.
                 Text and paths are taken as they are, lists are YAML or items separated by commas, other values YAML.
-  --config FILE, --set KEY=VALUE, --out FOLDER    other forms of CONFIG, KEY=VALUE and output=FOLDER
-  --dry-run     print the resolved configuration and exit
-  --help        print this text and exit
+  --dry-run     prints the resolved configuration and exits
+  --help        prints this text and exits
+
+`--config FILE`, `--set KEY=VALUE` and `--out FOLDER` are other forms of CONFIG, key=value and output=FOLDER.
 
 keys:
 {keys}"""

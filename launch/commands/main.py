@@ -48,7 +48,7 @@ Words = Annotated[list[str] | None, typer.Argument(metavar="[CONFIG] [key=value 
 
 @app.command(**_JOB, add_help_option=False)
 def demo(words: Words = None) -> None:
-    """Captures, trains, evaluates, attributes and steers on the toy model; prints the measures."""
+    """Runs all stages on the toy model and prints the measures."""
     from clt.launch.demo import COMMAND
 
     raise typer.Exit(run_job(COMMAND, words or ()))
@@ -56,7 +56,7 @@ def demo(words: Words = None) -> None:
 
 @app.command(**_JOB, add_help_option=False)
 def capture(words: Words = None) -> None:
-    """Captures the activations of a model into a store; prints the store's id."""
+    """Captures activations of a model into a store."""
     from clt.launch.capture import COMMAND
 
     raise typer.Exit(run_job(COMMAND, words or ()))
@@ -64,7 +64,7 @@ def capture(words: Words = None) -> None:
 
 @app.command(**_JOB, add_help_option=False)
 def train(words: Words = None) -> None:
-    """Trains a transcoder in one process; prints the folder of its last checkpoint."""
+    """Trains a transcoder in one process."""
     from clt.launch.train import COMMAND
 
     raise typer.Exit(run_job(COMMAND, words or ()))
@@ -72,7 +72,7 @@ def train(words: Words = None) -> None:
 
 @app.command(**_JOB, add_help_option=False)
 def evaluate(words: Words = None) -> None:
-    """Measures a transcoder on held-out activations and prompts; prints the report's file."""
+    """Measures a transcoder on held-out activations and prompts."""
     from clt.launch.commands.jobs import EVALUATE
 
     raise typer.Exit(run_job(EVALUATE, words or ()))
@@ -80,7 +80,7 @@ def evaluate(words: Words = None) -> None:
 
 @app.command(**_JOB, add_help_option=False)
 def attribute(words: Words = None) -> None:
-    """Computes and checks the attribution graph of a prompt; prints the page to open."""
+    """Computes and checks the attribution graph of a prompt."""
     from clt.launch.commands.jobs import ATTRIBUTE
 
     raise typer.Exit(run_job(ATTRIBUTE, words or ()))
@@ -103,9 +103,9 @@ def plan(
     ] = None,
     file: Annotated[Path | None, typer.Option("--json", metavar="FILE", help="Also write the report as JSON.")] = None,
 ) -> None:
-    """Counts memory, traffic and arithmetic of a training job, projects its speed, and tells on which meshes it fits.
+    """Computes memory, traffic and speed of a training job.
 
-    CONFIG and its keys are those of `clt train`.
+    Also lists the meshes on which the job fits. CONFIG and its keys are those of `clt train`.
     """
     from clt.launch.commands.plan import PlanRequest, make_plan
 
@@ -124,7 +124,7 @@ def plan(
 
 @app.command()
 def settings() -> None:
-    """Prints the reference of the keys of all jobs as Markdown, docs/settings.md."""
+    """Prints the keys of all jobs as Markdown, docs/settings.md."""
     from clt.launch.commands.jobs import settings_page
 
     run_and_exit(settings_page)
@@ -137,7 +137,10 @@ def join(
         list[Path], typer.Argument(help="Output folders of jobs with `clt.source`, one per source layer.")
     ],
 ) -> None:
-    """Joins source layers, each trained independently by its own job, into one transcoder; prints its folder."""
+    """Joins independently trained source layers into a transcoder.
+
+    Each layer is the output of its own training job. Prints the new folder.
+    """
     from clt.checkpoint.join import join_folders
 
     run_and_exit(lambda: join_folders(folders, out))
@@ -167,7 +170,10 @@ def convert(
         Combination | None, typer.Option(help="vlm_clt_training: combination of a target's sources. [default: sum]")
     ] = None,
 ) -> None:
-    """Converts a transcoder from or to the format of another project (docs/formats.md); prints the new folder."""
+    """Converts a transcoder from or to another project's format.
+
+    docs/formats.md describes the formats. Prints the new folder.
+    """
     from clt.launch.commands.convert import ConvertRequest, format_name, run
 
     def work() -> Path:
@@ -197,7 +203,7 @@ def push(
     revision: Annotated[str | None, typer.Option(help="Branch. [default: main]")] = None,
     message: Annotated[str | None, typer.Option(help="Summary of the commits.")] = None,
 ) -> None:
-    """Uploads a transcoder with a model card to the Hugging Face hub; prints the commit."""
+    """Uploads a transcoder with its model card to the hub."""
     from clt.hub.pretrained import push_pretrained
 
     def work() -> str:
@@ -212,7 +218,7 @@ def view(
     graph: Annotated[Path, typer.Argument(help="Folder or page that `clt attribute` wrote.")],
     port: Annotated[int, typer.Option(help="Port on 127.0.0.1; 0: a free one.")] = 0,
 ) -> None:
-    """Serves the page of a graph to a browser on this machine until interrupted."""
+    """Serves the page of a graph to a browser on this machine."""
     from clt.attribution.viewer.server import find_page, page_server
 
     def work() -> None:

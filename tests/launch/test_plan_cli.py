@@ -148,6 +148,21 @@ def test_mistakes_are_one_line(job: Path, words: tuple[str, ...], parts: tuple[s
         assert part in lines[0]
 
 
+def test_a_job_needs_no_file() -> None:
+    text = planned(
+        "--model",
+        "layers=4,width=32",
+        "--gpus=2",
+        "store=s",
+        "output=o",
+        "--steps",
+        "3",
+        "clt.n_features=64",
+        "clt.k=2",
+    )
+    assert "4 layers of 32; 64 features each, topk k=2" in text and "= 2 x h200" in text
+
+
 def test_a_streaming_job_needs_the_size_of_its_model() -> None:
     result = clt_command(TRAIN / "toy_streaming.yaml")
     assert result.exit_code == 2 and "streams" in result.stderr
