@@ -38,13 +38,15 @@ class ConfigKey:
         name: dotted path; `[]` stands for an item of a list.
         owner: the class that has the field.
         field: type, limits and default, as pydantic knows them.
-        default: value without one given; `PydanticUndefined` where one must be given.
+        default: value if none is given; None where one must be.
+        required: whether a value must be given.
     """
 
     name: str
     owner: type[Any]
     field: FieldInfo
     default: Any
+    required: bool
 
     @property
     def annotation(self) -> Any:
@@ -84,8 +86,9 @@ def own_keys(cls: type[Any], prefix: str = "", defaults: Any = None) -> Iterator
         The keys in the order of the source, inherited ones first.
     """
     for name, field in cls.__pydantic_fields__.items():
-        default = field.get_default() if defaults is None else getattr(defaults, name)
-        yield ConfigKey(name=prefix + name, owner=cls, field=field, default=default)
+        required = defaults is None and field.is_required()
+        default = getattr(defaults, name, None if required else field.get_default())
+        yield ConfigKey(name=prefix + name, owner=cls, field=field, default=default, required=required)
 
 
 def keys_of(cls: type[Any], prefix: str = "", defaults: Any = None) -> Iterator[ConfigKey]:

@@ -8,7 +8,8 @@ A `CLTError` is printed as one line and ends with code 2; any other exception is
 from __future__ import annotations
 
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Generic, NoReturn, TypeVar
@@ -160,19 +161,14 @@ def run_and_exit(work: Callable[[], Any]) -> NoReturn:
 
 
 def check_writable(file: Path | None) -> None:
-    """Finds out before long work whether its report can be written; None: nothing is to be written.
+    """Checks before long work that its report can be written; None: nothing is to be written.
 
     Raises:
         CLTError: it cannot.
     """
-    if file is None:
-        return
-    try:
-        file.parent.mkdir(parents=True, exist_ok=True)
-        with file.open("a", encoding="utf-8"):
+    if file is not None:
+        with _parent_made(file), file.open("a", encoding="utf-8"):
             pass
-    except OSError as error:
-        raise _not_writable(file, error) from None
 
 
 def write_text(file: Path | None, text: str) -> None:
@@ -181,14 +177,16 @@ def write_text(file: Path | None, text: str) -> None:
     Raises:
         CLTError: it cannot be written there.
     """
-    if file is None:
-        return
+    if file is not None:
+        with _parent_made(file):
+            file.write_text(text.rstrip("\n") + "\n", encoding="utf-8")
+
+
+@contextmanager
+def _parent_made(file: Path) -> Iterator[None]:
+    """Makes the folder of a file that is about to be written; OSErrors become CLTErrors."""
     try:
         file.parent.mkdir(parents=True, exist_ok=True)
-        file.write_text(text.rstrip("\n") + "\n", encoding="utf-8")
+        yield
     except OSError as error:
-        raise _not_writable(file, error) from None
-
-
-def _not_writable(file: Path, error: OSError) -> CLTError:
-    return CLTError(f"{file}: cannot be written ({error.strerror}); choose another file")
+        raise CLTError(f"{file}: cannot be written ({error.strerror}); choose another file") from None

@@ -9,7 +9,6 @@ from collections.abc import Iterator, Sequence
 from typing import Annotated, Any, Literal, get_args, get_origin
 
 from pydantic import TypeAdapter
-from pydantic_core import PydanticUndefined
 
 from clt.config_keys import ConfigKey, ConfigSection, alternatives, item_type, keys_of, own_keys, sections
 
@@ -48,7 +47,7 @@ def type_text(key: ConfigKey) -> str:
 
 def default_text(key: ConfigKey) -> str | None:
     """Default of a key as one would write it; None where a value must be given or its own keys have the defaults."""
-    if key.default is PydanticUndefined or isinstance(key.default, sections(key.annotation)):
+    if key.required or isinstance(key.default, sections(key.annotation)):
         return None
     plain = TypeAdapter(key.annotation).dump_python(key.default, mode="json")
     return plain if isinstance(plain, str) else json.dumps(plain)
@@ -58,7 +57,7 @@ def _default_suffix(key: ConfigKey) -> str:
     default = default_text(key)
     if default is not None:
         return f", default: {default}"
-    return ", required" if key.default is PydanticUndefined else ""
+    return ", required" if key.required else ""
 
 
 def _tables(title: str, heading: str, section: ConfigSection, seen: dict[type[Any], str]) -> Iterator[str]:
@@ -78,7 +77,7 @@ def _tables(title: str, heading: str, section: ConfigSection, seen: dict[type[An
         cells = (
             f"`{key.name}`",
             type_text(key),
-            ("required" if key.default is PydanticUndefined else "") if default is None else f"`{default}`",
+            ("required" if key.required else "") if default is None else f"`{default}`",
             key.description + (f" Keys: {', '.join(links)}." if links else ""),
         )
         yield f"| {' | '.join(cell.replace('|', chr(92) + '|') for cell in cells)} |"
