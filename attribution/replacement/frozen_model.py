@@ -44,7 +44,8 @@ class PromptRecording:
         final: [S,D] residual stream entering the final norm.
         pattern: [L,H,S,S] attention probabilities, query before key.
         norm_factor: [2 * L + 1,S] float64, by which each norm multiplied its weight times its input: 1 / denominator.
-            The norms before attention and MLP of layer 0, of layer 1 and so on, then the final norm.
+            The norms before attention and MLP of layer 0, of layer 1 and so on, then the final norm. None where a norm
+            is not an RMSNorm with a weight.
         logits: [S,V].
     """
 
@@ -56,7 +57,7 @@ class PromptRecording:
     mlp_out: Tensor
     final: Tensor
     pattern: Tensor
-    norm_factor: Tensor
+    norm_factor: Tensor | None
     logits: Tensor
 
 
@@ -74,13 +75,12 @@ def record(adapter: ModelAdapter, inputs: PromptInputs, read_site: ReadSite) -> 
 
     Raises:
         GraphError: there is more than one prompt, or padding.
-        ModelError: a norm of the decoder is not an RMSNorm with a weight.
     """
     if len(inputs.prompts) != 1 or not bool(inputs.real_mask.all()):
         raise GraphError(f"prompts={len(inputs.prompts)}: record one prompt at a time, without padding")
     kinds = dict.fromkeys(("resid_pre", "resid_mid", "mlp_out", "pattern", read_site))
     sites = [site for kind in kinds for site in decoder_sites(range(adapter.n_layers), kind)]
-    factors: list[Tensor] = []
+    factors: list[Tensor | None] = []
     with ExitStack() as stack:
         found = stack.enter_context(attach(adapter, read=["lm.embed", *sites, "lm.final"]))
         for norm in norm_modules(adapter):
@@ -101,7 +101,7 @@ def record(adapter: ModelAdapter, inputs: PromptInputs, read_site: ReadSite) -> 
         mlp_out=layers("mlp_out"),
         final=found["lm.final"][0].to(wide),
         pattern=layers("pattern"),
-        norm_factor=torch.stack(factors),
+        norm_factor=None if None in factors else torch.stack(cast(list[Tensor], factors)),
         logits=logits[0].to(wide),
     )
 
@@ -134,17 +134,16 @@ def unsupported_norm(adapter: ModelAdapter, norm: nn.Module) -> ModelError:
 
 
 def _keep_factor(
-    adapter: ModelAdapter, factors: list[Tensor], norm: nn.Module, args: tuple[Any, ...], output: Tensor
+    adapter: ModelAdapter, factors: list[Tensor | None], norm: nn.Module, args: tuple[Any, ...], output: Tensor
 ) -> None:
-    """Appends [S] float64, the least-squares factor of weight * input in the norm's output."""
+    """Appends [S] float64, the least-squares factor of weight * input in the norm's output; None where it is none."""
     weight = cast(Tensor | None, getattr(norm, "weight", None))
     if weight is None:
-        raise unsupported_norm(adapter, norm)
+        factors.append(None)
+        return
     weighted_SD, output_SD = args[0][0].double() * weight.double(), output[0].double()
     factor_S = (output_SD * weighted_SD).sum(-1) / weighted_SD.square().sum(-1).clamp_min(1e-300)
-    if not same_values(adapter, output_SD, weighted_SD * factor_S[:, None]):
-        raise unsupported_norm(adapter, norm)
-    factors.append(factor_S)
+    factors.append(factor_S if same_values(adapter, output_SD, weighted_SD * factor_S[:, None]) else None)
 
 
 class FrozenModel:
@@ -162,6 +161,7 @@ class FrozenModel:
 
     Raises:
         GraphError: a part is unknown.
+        ModelError: norms are to be frozen, and one is not an RMSNorm with a weight.
     """
 
     def __init__(
@@ -174,6 +174,8 @@ class FrozenModel:
         unknown = set(freeze) - set(get_args(FrozenPart))
         if unknown:
             raise GraphError(f"freeze={sorted(unknown)}: unknown; choose among {', '.join(get_args(FrozenPart))}")
+        if "norms" in freeze and recording.norm_factor is None:
+            raise unsupported_norm(adapter, adapter.final_norm)
         self.dtype = dtype or adapter.dtype
         self.adapter, self.inputs, self.recording = adapter, recording.inputs, recording
         if self.dtype != adapter.dtype:
@@ -214,7 +216,8 @@ class FrozenModel:
         with ExitStack() as stack:
             stack.enter_context(attach(self.adapter, edit=edits))
             if self._freezes_norms:
-                for norm, factor_S in zip(norm_modules(self.adapter), self.recording.norm_factor, strict=True):
+                factors = cast(Tensor, self.recording.norm_factor)
+                for norm, factor_S in zip(norm_modules(self.adapter), factors, strict=True):
                     stack.callback(norm.register_forward_hook(self._frozen_norm(factor_S)).remove)
             yield
 
