@@ -182,11 +182,10 @@ class Leases:
         else:
             del self._held[lease.unit]
             log.warning(
-                "another worker took over a unit whose lease was not renewed in time; both continue: "
-                "store=%s unit=%d ttl_seconds=%g",
-                self._storage.url,
+                "another worker took over unit=%d, not renewed within ttl_seconds=%g; both continue: store=%s",
                 lease.unit,
                 lease.ttl,
+                self._storage.url,
             )
 
     def _stands(self, lease: Lease) -> bool:

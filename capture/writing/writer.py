@@ -147,7 +147,7 @@ class StoreWriter:
         if self.storage.size(MANIFEST) is None:
             if pending := self.pending():
                 raise StoreError(
-                    f"{self.storage.url}: {len(pending)} units are not captured, first {pending[0]}; run the capture again"
+                    f"{self.storage.url}: {len(pending)} units are not captured, first {pending[0]}; run the capture"
                 )
             manifest = build_manifest(self.storage, self.arrays, self.plan, self.digest)
             self.storage.put(MANIFEST, sealed(manifest)[1])
