@@ -19,13 +19,14 @@ keys. An error of the user is one line on standard error and exit code 2. Traini
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Annotated, Any, get_args
+from typing import Annotated, get_args
 
 import typer
 
 from clt.convert import Combination, Format
 from clt.launch.commands.bench import bench_app
 from clt.launch.commands.store import store_app
+from clt.launch.commands.words import TAKES_WORDS, Words
 from clt.launch.script import check_writable, read_words, run_and_exit, run_job, write_text
 from clt.transcoder.architecture import ReadSite
 
@@ -40,13 +41,10 @@ app = typer.Typer(
 app.add_typer(store_app, name="store")
 app.add_typer(bench_app, name="bench")
 
-#: Options that typer does not know are words of the job too, for `read_words`.
-_JOB: dict[str, Any] = {"context_settings": {"ignore_unknown_options": True}}
 _FORMATS = "|".join(get_args(Format))
-Words = Annotated[list[str] | None, typer.Argument(metavar="[CONFIG] [key=value ...]", show_default=False)]
 
 
-@app.command(**_JOB, add_help_option=False)
+@app.command(**TAKES_WORDS, add_help_option=False)
 def demo(words: Words = None) -> None:
     """Runs all stages on the toy model and prints the measures."""
     from clt.launch.demo import COMMAND
@@ -54,7 +52,7 @@ def demo(words: Words = None) -> None:
     raise typer.Exit(run_job(COMMAND, words or ()))
 
 
-@app.command(**_JOB, add_help_option=False)
+@app.command(**TAKES_WORDS, add_help_option=False)
 def capture(words: Words = None) -> None:
     """Captures activations of a model into a store."""
     from clt.launch.capture import COMMAND
@@ -62,7 +60,7 @@ def capture(words: Words = None) -> None:
     raise typer.Exit(run_job(COMMAND, words or ()))
 
 
-@app.command(**_JOB, add_help_option=False)
+@app.command(**TAKES_WORDS, add_help_option=False)
 def train(words: Words = None) -> None:
     """Trains a transcoder in one process."""
     from clt.launch.train import COMMAND
@@ -70,7 +68,7 @@ def train(words: Words = None) -> None:
     raise typer.Exit(run_job(COMMAND, words or ()))
 
 
-@app.command(**_JOB, add_help_option=False)
+@app.command(**TAKES_WORDS, add_help_option=False)
 def evaluate(words: Words = None) -> None:
     """Measures a transcoder on held-out activations and prompts."""
     from clt.launch.commands.jobs import EVALUATE
@@ -78,7 +76,7 @@ def evaluate(words: Words = None) -> None:
     raise typer.Exit(run_job(EVALUATE, words or ()))
 
 
-@app.command(**_JOB, add_help_option=False)
+@app.command(**TAKES_WORDS, add_help_option=False)
 def attribute(words: Words = None) -> None:
     """Computes and checks the attribution graph of a prompt."""
     from clt.launch.commands.jobs import ATTRIBUTE
@@ -86,7 +84,7 @@ def attribute(words: Words = None) -> None:
     raise typer.Exit(run_job(ATTRIBUTE, words or ()))
 
 
-@app.command(**_JOB)
+@app.command(**TAKES_WORDS)
 def plan(
     words: Words = None,
     model: Annotated[

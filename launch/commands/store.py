@@ -21,8 +21,8 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 import typer
 
 from clt.errors import ConfigError, StoreError
-from clt.launch.logs import set_up_logging
-from clt.launch.script import check_writable, guarded, write_text
+from clt.launch.commands.words import TAKES_WORDS, Words
+from clt.launch.script import check_writable, read_words, run_and_exit, write_text
 
 if TYPE_CHECKING:
     from clt.capture.upkeep.verify_store import VerifyReport
@@ -31,10 +31,6 @@ store_app = typer.Typer(
     no_args_is_help=True, help="Size estimates, checks, maintenance, transfer and export of activation stores."
 )
 
-Config = Annotated[Path, typer.Option(help="YAML file of the capture job.")]
-Overrides = Annotated[
-    list[str] | None, typer.Option("--set", metavar="KEY=VALUE", help="Set a key of the job, repeatable.")
-]
 Store = Annotated[str, typer.Argument(metavar="PATH", help="Folder or URL of the store.")]
 JsonFile = Annotated[Path | None, typer.Option("--json", metavar="FILE", help="Also write the report as JSON.")]
 LevelOption = Annotated[
@@ -50,11 +46,6 @@ _JOBS = min(8, os.cpu_count() or 1)
 _NOT_TRANSFERRED = ("units/leases/*", "quarantine/*", "*.partial", "README.md")
 
 
-def _run(work: Callable[[], Any]) -> None:
-    set_up_logging()
-    raise typer.Exit(guarded(work))
-
-
 def _report(file: Path | None, make: Callable[[], Any], text: Callable[[Any], str]) -> None:
     """Makes a report (a dataclass or several), writes it as JSON if asked to and prints it as text."""
 
@@ -64,24 +55,26 @@ def _report(file: Path | None, make: Callable[[], Any], text: Callable[[Any], st
         write_text(file, json.dumps(tree, indent=1))
         return text(report)
 
-    _run(work)
+    run_and_exit(work)
 
 
-@store_app.command()
+@store_app.command(**TAKES_WORDS)
 def plan(
-    config: Config,
-    overrides: Overrides = None,
+    words: Words = None,
     measure: Annotated[bool, typer.Option(help="Time two batches of the model and the disk.")] = True,
     file: JsonFile = None,
 ) -> None:
-    """Estimates size and duration of a capture on this machine, and the reading speed of the store."""
+    """Estimates size and duration of a capture, and the reading speed.
+
+    CONFIG and its keys are those of `clt capture`.
+    """
     from clt.capture.capacity import Capacity, capacity
     from clt.capture.planning import CaptureConfig, plan_capture
     from clt.config import load_config
     from clt.launch.commands.store_text import capacity_text
 
     def make() -> Capacity:
-        job = load_config(CaptureConfig, config, overrides or ())
+        job = load_config(CaptureConfig, *read_words(words or ()))
         return capacity(plan_capture(job, longest_answers=True), job.output, measure=measure)
 
     _report(file, make, capacity_text)
@@ -112,7 +105,7 @@ def verify(
             raise StoreError(f"{path}: {_problems(report)}, moved to quarantine; see the lines above")
         return verified_text(report)
 
-    _run(work)
+    run_and_exit(work)
 
 
 @store_app.command()
@@ -180,7 +173,7 @@ def bench(
         write_text(file, report.to_json())
         return report.to_text()
 
-    _run(work)
+    run_and_exit(work)
 
 
 @store_app.command()
@@ -216,7 +209,7 @@ def push(
         )
         return f"{repo}: store {store.id} is commit {commit}"
 
-    _run(work)
+    run_and_exit(work)
 
 
 @store_app.command()
@@ -237,7 +230,7 @@ def pull(
         _refuse_damaged(report)
         return verified_text(report)
 
-    _run(work)
+    run_and_exit(work)
 
 
 @store_app.command("export-pt")
@@ -280,7 +273,7 @@ def export_pt(
             export_samples(open_store(path), out, transcoder=transcoder, dtype=dtype, read_site=read_site), out
         )
 
-    _run(work)
+    run_and_exit(work)
 
 
 def _refuse_damaged(report: VerifyReport) -> None:
