@@ -21,6 +21,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 import typer
 
 from clt.errors import ConfigError, StoreError
+from clt.launch.commands.words import TAKES_WORDS, Words
 from clt.launch.script import check_writable, read_words, run_and_exit, write_text
 
 if TYPE_CHECKING:
@@ -30,7 +31,6 @@ store_app = typer.Typer(
     no_args_is_help=True, help="Size estimates, checks, maintenance, transfer and export of activation stores."
 )
 
-Words = Annotated[list[str] | None, typer.Argument(metavar="[CONFIG] [key=value ...]", show_default=False)]
 Store = Annotated[str, typer.Argument(metavar="PATH", help="Folder or URL of the store.")]
 JsonFile = Annotated[Path | None, typer.Option("--json", metavar="FILE", help="Also write the report as JSON.")]
 LevelOption = Annotated[
@@ -58,13 +58,13 @@ def _report(file: Path | None, make: Callable[[], Any], text: Callable[[Any], st
     run_and_exit(work)
 
 
-@store_app.command(context_settings={"ignore_unknown_options": True})
+@store_app.command(**TAKES_WORDS)
 def plan(
     words: Words = None,
     measure: Annotated[bool, typer.Option(help="Time two batches of the model and the disk.")] = True,
     file: JsonFile = None,
 ) -> None:
-    """Estimates size and duration of a capture on this machine, and the reading speed of the store.
+    """Estimates size and duration of a capture, and the reading speed.
 
     CONFIG and its keys are those of `clt capture`.
     """
