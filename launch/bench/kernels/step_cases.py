@@ -34,7 +34,13 @@ FORWARD_BACKWARD, STEP = "forward_backward", "step"
 
 
 def forward_backward_case(inputs: KernelInputs, reference: Reference, peers: Sequence[TrainingMethod]) -> Case:
-    """Forward and backward with stored gradients, no optimizer."""
+    """Forward and backward with stored gradients, no optimizer.
+
+    Args:
+        inputs: tensors of the operation.
+        reference: expected results.
+        peers: kernels of other projects.
+    """
     return Case(
         op=FORWARD_BACKWARD,
         title=f"{_words(inputs)}, forward and backward, gradients stored.",
@@ -48,7 +54,13 @@ def forward_backward_case(inputs: KernelInputs, reference: Reference, peers: Seq
 
 
 def step_case(inputs: KernelInputs, reference: Reference, peers: Sequence[TrainingMethod]) -> Case:
-    """Forward, backward and Adam."""
+    """Forward, backward and Adam.
+
+    Args:
+        inputs: tensors of the operation.
+        reference: expected results.
+        peers: kernels of other projects.
+    """
     state_dtype, *others = state_dtypes(inputs.dtype)
     ours = StepReference(reference, ops.encode_topk)
     graph = (
