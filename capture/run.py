@@ -1,6 +1,6 @@
 """Runs a model over examples and writes the inputs and outputs of its MLPs to a store.
 
-`clt capture` and `launch/capture.py` call `capture`. The samples of a unit (`clt.capture.planning`) are run in batches
+`clt capture` and `launch/capture.py` call `capture_store`. The samples of a unit (`clt.capture.planning`) are run in batches
 of similar length, padded on the left; padding is not stored. A restarted capture resumes with the units that are not
 committed. Any number of workers may run on the same store: each takes the next free unit, and the first that finds all
 of them committed completes the store.
@@ -32,7 +32,7 @@ log = logging.getLogger(__name__)
 _CALIBRATION_TOKENS = 8192
 
 
-def capture(config: CaptureConfig, *, adapter: ModelAdapter | None = None, progress: bool = False) -> str | None:
+def capture_store(config: CaptureConfig, *, adapter: ModelAdapter | None = None, progress: bool = False) -> str | None:
     """Runs a capture, alone or together with other workers; resumes earlier runs of the same job.
 
     Args:

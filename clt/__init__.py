@@ -34,14 +34,14 @@ if TYPE_CHECKING:
     from clt.capture.models.adapter import ModelAdapter as ModelAdapter
     from clt.capture.planning import CaptureConfig as CaptureConfig
     from clt.capture.reading.open_store import open_store as open_store
-    from clt.capture.run import capture as capture_store
+    from clt.capture.run import capture_store as capture_store
     from clt.config import load_config as load_config
     from clt.errors import CLTError as CLTError
     from clt.launch.train import train as train
     from clt.training.settings import TrainConfig as TrainConfig
     from clt.transcoder.model import CrossLayerTranscoder as CrossLayerTranscoder
 
-#: Public name -> module that defines it, and its name there where that differs.
+#: Public name -> module that defines it.
 _PUBLIC = {
     "AttributeConfig": "clt.attribution.run",
     "AttributionSettings": "clt.attribution.graphs.attribute",
@@ -59,7 +59,7 @@ _PUBLIC = {
     "ReplacementModel": "clt.attribution.replacement.replacement_model",
     "TrainConfig": "clt.training.settings",
     "attribute": "clt.attribution.graphs.attribute",
-    "capture_store": "clt.capture.run:capture",
+    "capture_store": "clt.capture.run",
     "check_edges": "clt.attribution.graphs.faithfulness",
     "evaluate": "clt.attribution.run",
     "load_config": "clt.config",
@@ -81,8 +81,7 @@ if (_root / "pyproject.toml").is_file():
 def __getattr__(name: str) -> Any:
     if name not in _PUBLIC:
         raise AttributeError(f"module 'clt' has no attribute '{name}'")
-    module, _, defined = _PUBLIC[name].partition(":")
-    value = getattr(import_module(module), defined or name)
+    value = getattr(import_module(_PUBLIC[name]), name)
     globals()[name] = value
     return value
 

@@ -16,7 +16,7 @@ from pydantic.fields import FieldInfo
 
 
 @dataclass(frozen=True, kw_only=True)
-class Section:
+class ConfigSection:
     """A settings class nested in a key.
 
     Attributes:
@@ -31,20 +31,22 @@ class Section:
 
 
 @dataclass(frozen=True, kw_only=True)
-class Key:
+class ConfigKey:
     """One field of a settings class, reached from the class of a job.
 
     Attributes:
         name: dotted path; `[]` stands for an item of a list.
         owner: the class that has the field.
         field: type, limits and default, as pydantic knows them.
-        default: value without one given; `PydanticUndefined` where one must be given.
+        default: value if none is given; None where one must be.
+        required: whether a value must be given.
     """
 
     name: str
     owner: type[Any]
     field: FieldInfo
     default: Any
+    required: bool
 
     @property
     def annotation(self) -> Any:
@@ -58,18 +60,21 @@ class Key:
         return descriptions.get(self.name.rpartition(".")[2], "")
 
     @property
-    def nested(self) -> tuple[Section, ...]:
+    def nested(self) -> tuple[ConfigSection, ...]:
         """Settings classes that the value may be, or its items if it is a list."""
         name, default = self.name, self.default
         values = sections(self.annotation)
         items = sections(item_type(self.annotation))
         return tuple(
-            [Section(prefix=f"{name}.", cls=c, defaults=default if isinstance(default, c) else None) for c in values]
-            + [Section(prefix=f"{name}[].", cls=c, defaults=None) for c in items]
+            [
+                ConfigSection(prefix=f"{name}.", cls=c, defaults=default if isinstance(default, c) else None)
+                for c in values
+            ]
+            + [ConfigSection(prefix=f"{name}[].", cls=c, defaults=None) for c in items]
         )
 
 
-def own_keys(cls: type[Any], prefix: str = "", defaults: Any = None) -> Iterator[Key]:
+def own_keys(cls: type[Any], prefix: str = "", defaults: Any = None) -> Iterator[ConfigKey]:
     """The fields of a settings class, without those of nested classes.
 
     Args:
@@ -81,11 +86,12 @@ def own_keys(cls: type[Any], prefix: str = "", defaults: Any = None) -> Iterator
         The keys in the order of the source, inherited ones first.
     """
     for name, field in cls.__pydantic_fields__.items():
-        default = field.get_default() if defaults is None else getattr(defaults, name)
-        yield Key(name=prefix + name, owner=cls, field=field, default=default)
+        required = defaults is None and field.is_required()
+        default = getattr(defaults, name, None if required else field.get_default())
+        yield ConfigKey(name=prefix + name, owner=cls, field=field, default=default, required=required)
 
 
-def keys_of(cls: type[Any], prefix: str = "", defaults: Any = None) -> Iterator[Key]:
+def keys_of(cls: type[Any], prefix: str = "", defaults: Any = None) -> Iterator[ConfigKey]:
     """All keys of a settings class, each followed by those nested in it; for the arguments see `own_keys`."""
     for key in own_keys(cls, prefix, defaults):
         yield key
@@ -93,7 +99,7 @@ def keys_of(cls: type[Any], prefix: str = "", defaults: Any = None) -> Iterator[
             yield from keys_of(section.cls, section.prefix, section.defaults)
 
 
-def find_key(cls: type[Any], name: str) -> Key | None:
+def find_key(cls: type[Any], name: str) -> ConfigKey | None:
     """The key of that dotted name, None if there is none."""
     return next((key for key in keys_of(cls) if key.name == name), None)
 

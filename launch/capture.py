@@ -12,9 +12,9 @@ import sys
 from functools import partial
 
 from clt.capture.planning import CaptureConfig, plan_capture
-from clt.capture.run import capture
+from clt.capture.run import capture_store
 from clt.config import config_to_yaml
-from clt.launch.script import Job, run_job
+from clt.launch.script import JobCommand, run_job
 
 UNITS_LEFT = "this worker is done; other workers capture the remaining units, and the last one completes the store"
 
@@ -24,16 +24,16 @@ def describe(config: CaptureConfig) -> str:
     return f"{config_to_yaml(config)}# {plan_capture(config, longest_answers=True).summary()}"
 
 
-JOB = Job(
-    command="clt capture",
+COMMAND = JobCommand(
+    name="clt capture",
     summary="Captures the activations of a model into a store; prints the store's id.",
     settings=CaptureConfig,
-    run=lambda config: capture(config, progress=sys.stderr.isatty()) or UNITS_LEFT,
+    run=lambda config: capture_store(config, progress=sys.stderr.isatty()) or UNITS_LEFT,
     describe=describe,
     ranks_agree=False,
 )
 
-main = partial(run_job, JOB)
+main = partial(run_job, COMMAND)
 
 
 if __name__ == "__main__":

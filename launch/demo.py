@@ -1,6 +1,6 @@
 """Demo on the toy model: capture, train, evaluate, attribute, check the graph and steer.
 
-    python launch/demo.py [key=value ...]
+    python launch/demo.py [CONFIG] [key=value ...]
 
 Every stage is the one users run: the same stores, `torchrun` with DeepSpeed, safetensors, TensorBoard. The results are
 a page with a graph and `summary.json` with the measures of its faithfulness (docs/demo.md). The same job as `clt demo`.
@@ -30,11 +30,11 @@ from clt.attribution.features.steering import SteeringReport, SteeringSettings, 
 from clt.attribution.run import AttributeConfig, EvaluateConfig, EvaluationReport, Explanation, evaluate, explain
 from clt.capture.models.adapter import ModelAdapter
 from clt.capture.planning import CaptureConfig
-from clt.capture.run import capture
+from clt.capture.run import capture_store
 from clt.capture.sources.examples import SourceSettings, ToySource, open_source
 from clt.config import STRICT, config_to_yaml
 from clt.errors import CLTError
-from clt.launch.script import Job, run_job
+from clt.launch.script import JobCommand, run_job
 from clt.training.settings import AuxKSettings, DataSettings, OptimizerSettings, TrainConfig
 from clt.transcoder.architecture import TranscoderSettings
 from clt.transcoder.model import CrossLayerTranscoder
@@ -153,7 +153,7 @@ def _boards(n: int, seed: int) -> SourceSettings:
 
 def _capture(config: DemoConfig, n: int, seed: int, output: Path) -> None:
     job = CaptureConfig(model=str(config.model), output=str(output), source=_boards(n, seed), seed=config.seed)
-    capture(job, progress=sys.stderr.isatty())
+    capture_store(job, progress=sys.stderr.isatty())
 
 
 def _train(config: DemoConfig) -> None:
@@ -258,15 +258,15 @@ def describe(summary: dict[str, Any]) -> str:
     return "\n".join([*lines, f"{'seconds':20} {seconds}", "", f"Open {summary['page']} in a browser."])
 
 
-JOB = Job(
-    command="clt demo",
+COMMAND = JobCommand(
+    name="clt demo",
     summary="Captures, trains, evaluates, attributes and steers on the toy model; prints the measures.",
     settings=DemoConfig,
     run=lambda config: describe(demo(config)),
     default_config=Path(__file__).resolve().parents[1] / "configs" / "demo" / "toy.yaml",
 )
 
-main = partial(run_job, JOB)
+main = partial(run_job, COMMAND)
 
 
 if __name__ == "__main__":

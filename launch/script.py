@@ -1,4 +1,4 @@
-"""Jobs with a settings class, started by `clt VERB` and by the scripts of this folder alike.
+"""Command line of jobs with a settings class, the same for `clt VERB` and for the scripts of this folder.
 
     clt train [CONFIG] [key=value ...] [--key value ...] [--dry-run] [--help]
 
@@ -8,7 +8,8 @@ A `CLTError` is printed as one line and ends with code 2; any other exception is
 from __future__ import annotations
 
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Generic, NoReturn, TypeVar
@@ -28,9 +29,10 @@ usage: {command} [CONFIG] [key=value ...] [--dry-run]
   CONFIG        YAML file of the job{default}
   key=value     sets a key, or replaces its value of the file; `--key value` and `--key=value` mean the same.
                 Text and paths are taken as they are, lists are YAML or items separated by commas, other values YAML.
-  --config FILE, --set KEY=VALUE, --out FOLDER    other forms of CONFIG, KEY=VALUE and output=FOLDER
-  --dry-run     print the resolved configuration and exit
-  --help        print this text and exit
+  --dry-run     prints the resolved configuration and exits
+  --help        prints this text and exits
+
+`--config FILE`, `--set KEY=VALUE` and `--out FOLDER` are other forms of CONFIG, key=value and output=FOLDER.
 
 keys:
 {keys}"""
@@ -42,20 +44,20 @@ def resolved(config: Any) -> str:
 
 
 @dataclass(frozen=True, kw_only=True)
-class Job(Generic[T]):
-    """A kind of job.
+class JobCommand(Generic[T]):
+    """A command that runs one kind of job.
 
     Attributes:
-        command: what starts it, for the help text.
-        summary: what it does, one sentence.
+        name: the command, for the help text.
+        summary: one sentence.
         settings: settings class of its configuration.
-        run: does it; the first rank prints what it returns.
+        run: runs a job; rank 0 prints what it returns.
         describe: text of `--dry-run`.
         default_config: file that is read if the command line names none; None: no file.
         ranks_agree: see `guarded`.
     """
 
-    command: str
+    name: str
     summary: str
     settings: type[T]
     run: Callable[[T], Any]
@@ -66,30 +68,30 @@ class Job(Generic[T]):
     def help_text(self) -> str:
         """The text of `--help`: usage and all keys."""
         default = f"; default: {self.default_config}" if self.default_config else ""
-        return _HELP.format(command=self.command, summary=self.summary, default=default, keys=keys_text(self.settings))
+        return _HELP.format(command=self.name, summary=self.summary, default=default, keys=keys_text(self.settings))
 
 
-def run_job(job: Job[Any], words: Sequence[str]) -> int:
-    """Reads the command line of a job and does it.
+def run_job(command: JobCommand[Any], words: Sequence[str]) -> int:
+    """Reads the command line of a job and runs it.
 
     Args:
-        job: its kind.
-        words: the command line without the command.
+        command: the kind of job.
+        words: the command line after the command.
 
     Returns:
         The exit code.
     """
     if {"--help", "-h"} & set(words):
-        print(job.help_text())
+        print(command.help_text())
         return 0
     set_up_logging()
 
     def work() -> Any:
         path, overrides = read_words([word for word in words if word != "--dry-run"])
-        config = load_config(job.settings, path or job.default_config, overrides)
-        return job.describe(config) if "--dry-run" in words else job.run(config)
+        config = load_config(command.settings, path or command.default_config, overrides)
+        return command.describe(config) if "--dry-run" in words else command.run(config)
 
-    return guarded(work, job.ranks_agree)
+    return guarded(work, command.ranks_agree)
 
 
 def read_words(words: Sequence[str]) -> tuple[Path | None, list[str]]:
@@ -159,19 +161,14 @@ def run_and_exit(work: Callable[[], Any]) -> NoReturn:
 
 
 def check_writable(file: Path | None) -> None:
-    """Finds out before long work whether its report can be written; None: nothing is to be written.
+    """Checks before long work that its report can be written; None: nothing is to be written.
 
     Raises:
         CLTError: it cannot.
     """
-    if file is None:
-        return
-    try:
-        file.parent.mkdir(parents=True, exist_ok=True)
-        with file.open("a", encoding="utf-8"):
+    if file is not None:
+        with _parent_made(file), file.open("a", encoding="utf-8"):
             pass
-    except OSError as error:
-        raise _not_writable(file, error) from None
 
 
 def write_text(file: Path | None, text: str) -> None:
@@ -180,14 +177,16 @@ def write_text(file: Path | None, text: str) -> None:
     Raises:
         CLTError: it cannot be written there.
     """
-    if file is None:
-        return
+    if file is not None:
+        with _parent_made(file):
+            file.write_text(text.rstrip("\n") + "\n", encoding="utf-8")
+
+
+@contextmanager
+def _parent_made(file: Path) -> Iterator[None]:
+    """Makes the folder of a file that is about to be written; OSErrors become CLTErrors."""
     try:
         file.parent.mkdir(parents=True, exist_ok=True)
-        file.write_text(text.rstrip("\n") + "\n", encoding="utf-8")
+        yield
     except OSError as error:
-        raise _not_writable(file, error) from None
-
-
-def _not_writable(file: Path, error: OSError) -> CLTError:
-    return CLTError(f"{file}: cannot be written ({error.strerror}); choose another file")
+        raise CLTError(f"{file}: cannot be written ({error.strerror}); choose another file") from None

@@ -9,9 +9,8 @@ from collections.abc import Iterator, Sequence
 from typing import Annotated, Any, Literal, get_args, get_origin
 
 from pydantic import TypeAdapter
-from pydantic_core import PydanticUndefined
 
-from clt.config_keys import Key, Section, alternatives, item_type, keys_of, own_keys, sections
+from clt.config_keys import ConfigKey, ConfigSection, alternatives, item_type, keys_of, own_keys, sections
 
 _WIDTH = 100
 _NAMES = {int: "integer", float: "number", str: "text", bool: "true or false"}
@@ -38,34 +37,34 @@ def keys_markdown(title: str, settings: type[Any], seen: dict[type[Any], str]) -
     Returns:
         The section; a nested class that is listed elsewhere is a link.
     """
-    return "\n".join(_tables(title, title, Section(prefix="", cls=settings, defaults=None), seen))
+    return "\n".join(_tables(title, title, ConfigSection(prefix="", cls=settings, defaults=None), seen))
 
 
-def type_text(key: Key) -> str:
+def type_text(key: ConfigKey) -> str:
     """Type and limits of a key in words."""
     return _type_name(key.annotation, key.field.metadata)
 
 
-def default_text(key: Key) -> str | None:
+def default_text(key: ConfigKey) -> str | None:
     """Default of a key as one would write it; None where a value must be given or its own keys have the defaults."""
-    if key.default is PydanticUndefined or isinstance(key.default, sections(key.annotation)):
+    if key.required or isinstance(key.default, sections(key.annotation)):
         return None
     plain = TypeAdapter(key.annotation).dump_python(key.default, mode="json")
     return plain if isinstance(plain, str) else json.dumps(plain)
 
 
-def _default_suffix(key: Key) -> str:
+def _default_suffix(key: ConfigKey) -> str:
     default = default_text(key)
     if default is not None:
         return f", default: {default}"
-    return ", required" if key.default is PydanticUndefined else ""
+    return ", required" if key.required else ""
 
 
-def _tables(title: str, heading: str, section: Section, seen: dict[type[Any], str]) -> Iterator[str]:
+def _tables(title: str, heading: str, section: ConfigSection, seen: dict[type[Any], str]) -> Iterator[str]:
     """Heading and table of a section, then those of the sections in it that have none yet."""
     yield from (f"{'###' if section.prefix else '##'} {heading}", "", " ".join((section.cls.__doc__ or "").split()), "")
     yield from ("| Key | Type | Default | Meaning |", "| --- | --- | --- | --- |")
-    new: list[tuple[str, Section]] = []
+    new: list[tuple[str, ConfigSection]] = []
     for key in own_keys(section.cls, section.prefix, section.defaults):
         links = []
         for nested in key.nested:
@@ -78,7 +77,7 @@ def _tables(title: str, heading: str, section: Section, seen: dict[type[Any], st
         cells = (
             f"`{key.name}`",
             type_text(key),
-            ("required" if key.default is PydanticUndefined else "") if default is None else f"`{default}`",
+            ("required" if key.required else "") if default is None else f"`{default}`",
             key.description + (f" Keys: {', '.join(links)}." if links else ""),
         )
         yield f"| {' | '.join(cell.replace('|', chr(92) + '|') for cell in cells)} |"

@@ -9,7 +9,7 @@ from clt.capture.capacity import GIB
 
 
 def table(rows: Sequence[Sequence[str]], left: int = 1) -> str:
-    """Rows of cells as aligned text; the first `left` columns flush left, the others flush right."""
+    """Rows of cells as aligned text; the first `left` columns are left-aligned, the others right-aligned."""
     widths = [max(len(row[i]) for row in rows) for i in range(len(rows[0]))]
     lines = []
     for row in rows:
@@ -35,7 +35,7 @@ def count_text(value: float) -> str:
 
 
 def duration_text(seconds: float) -> str:
-    """Seconds, minutes, hours or days, whichever reads best."""
+    """A duration in seconds, minutes, hours or days, by its size."""
     for unit, name in ((172_800, "days"), (7200, "hours"), (120, "minutes")):
         if seconds >= unit:
             return f"{seconds / {'days': 86_400, 'hours': 3600, 'minutes': 60}[name]:.1f} {name}"

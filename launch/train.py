@@ -22,7 +22,7 @@ from clt.distributed.job_control import JobControl, stop_on_signals
 from clt.distributed.mesh import Mesh, check_world, deal_layers, input_layers
 from clt.launch.activations import open_activations
 from clt.launch.logs import job_rank, job_world
-from clt.launch.script import Job, run_job
+from clt.launch.script import JobCommand, run_job
 from clt.training.deepspeed_engine import joined_job
 from clt.training.loss import modality_weights
 from clt.training.settings import TrainConfig
@@ -92,14 +92,14 @@ def train_until_stopped(config: TrainConfig) -> Path:
         return train(config, control=control)
 
 
-JOB = Job(
-    command="clt train",
+COMMAND = JobCommand(
+    name="clt train",
     summary="Trains a transcoder; prints the folder of its last checkpoint.",
     settings=TrainConfig,
     run=train_until_stopped,
 )
 
-main = partial(run_job, JOB)
+main = partial(run_job, COMMAND)
 
 
 if __name__ == "__main__":

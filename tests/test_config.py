@@ -1,4 +1,4 @@
-"""Configuration files: every one loads, every error names its key, and no field goes unread."""
+"""Configuration files and overrides: every file loads, every error names its key, every field is read and described."""
 
 from __future__ import annotations
 
@@ -36,7 +36,7 @@ FILES = sorted((ROOT / "configs").rglob("*.yaml"))
 
 
 @dataclass(frozen=True, kw_only=True, config=STRICT)
-class Section:
+class Nested:
     """Keys inside a key."""
 
     n: int = 0
@@ -52,8 +52,8 @@ class ManyTypes:
     path: Path = Path()
     either: str | Path | None = None
     number_or_text: int | str = 0
-    folder_or_section: str | Section | None = None
-    section: Section | None = None
+    folder_or_section: str | Nested | None = None
+    section: Nested | None = None
     texts: tuple[str, ...] = ()
     numbers: tuple[int, ...] | None = None
     flag: bool = False
@@ -146,9 +146,9 @@ def test_overrides_reach_nested_keys_and_create_sections(train_file: Path) -> No
         ("number_or_text=12", 12),
         ("number_or_text=12: thirteen", "12: thirteen"),
         ("folder_or_section=runs/clt: a", "runs/clt: a"),
-        ("folder_or_section={n: 3}", Section(n=3)),
-        ("folder_or_section.n=3", Section(n=3)),
-        ("section.n=3", Section(n=3)),
+        ("folder_or_section={n: 3}", Nested(n=3)),
+        ("folder_or_section.n=3", Nested(n=3)),
+        ("section.n=3", Nested(n=3)),
         ("section=null", None),
         ("texts=a: b, c", ("a: b", "c")),
         ("texts=['a, b']", ("a, b",)),
@@ -167,7 +167,7 @@ def test_a_value_is_read_by_the_type_of_its_key(override: str, value: object) ->
 
 def test_sections_that_a_file_leaves_out_are_created(tmp_path: Path) -> None:
     (tmp_path / "job.yaml").write_text("section: null\nfolder_or_section: runs/clt\n")
-    assert load_config(ManyTypes, tmp_path / "job.yaml", ["section.n=2"]).section == Section(n=2)
+    assert load_config(ManyTypes, tmp_path / "job.yaml", ["section.n=2"]).section == Nested(n=2)
     with pytest.raises(ConfigError, match="'folder_or_section' has the value 'runs/clt' and no keys"):
         load_config(ManyTypes, tmp_path / "job.yaml", ["folder_or_section.n=2"])
 
@@ -232,8 +232,8 @@ def test_settings_round_trip_through_plain_values(
 
 def test_every_field_is_read_somewhere() -> None:
     read = set()
-    for room in ("kernels", "clt", "capture", "attribution", "launch"):
-        for path in (ROOT / room).rglob("*.py"):
+    for folder in ("kernels", "clt", "capture", "attribution", "launch"):
+        for path in (ROOT / folder).rglob("*.py"):
             tree = ast.parse(path.read_text())
             read |= {node.attr for node in ast.walk(tree) if isinstance(node, ast.Attribute)}
     keys = [key.name for kind in KINDS.values() for key in keys_of(kind)]

@@ -1,21 +1,13 @@
-"""How far the replacement model agrees with the model: top-1 agreement, KL, cross-entropy and FVU of the logits.
+"""Agreement of the replacement model with the model: top-1 agreement, KL, cross-entropy and FVU of the logits.
 
-Every MLP with a source is replaced, there are no error terms, attention and norms are live: the demanding reading of
-"the transcoder explains the model". Prompts carry their answers (teacher forcing). A position counts at its prediction:
+Every MLP with a source is replaced, without error terms; attention and norms are live. Prompts have answers (teacher
+forcing). Answer positions predict a token of the answer or its end; text positions are defined in `text_mask`.
 
-* answer positions predict the answer's tokens and the end of sequence;
-* text positions are all text tokens, of prompt and answer, that another token follows; the last token of a prompt
-  without answer counts too, and a beginning-of-sequence token does not.
-
-    top1_agreement  share of positions with the same most likely token
+    top1_agreement  fraction of positions with the same most likely token
     kl              mean over positions of KL(model || replacement), in nats
-    ce_gap          mean over answer positions of how much less likely the replacement model finds the answer's next
-                    token: cross-entropy of the replacement model minus that of the model, in nats
+    ce_gap          cross-entropy of the answer's tokens in the replacement model minus in the model, mean, in nats
     fvu_logits      sum |d - d'|^2 / sum |d - mean d|^2 over answer positions, d the logits minus their mean over the
-                    vocabulary (softmax does not see that mean), mean d over the positions
-
-Where the disagreement comes from, partial replacements say: only the MLPs of some layers, or only those at the tokens
-of some modality, are replaced, and the answer is compared as before.
+                    vocabulary (softmax is invariant to it), mean d over the positions
 """
 
 from __future__ import annotations
@@ -38,12 +30,12 @@ from clt.transcoder.model import CrossLayerTranscoder
 
 @dataclass(frozen=True, kw_only=True)
 class Part:
-    """A partial replacement.
+    """A partial replacement: only the MLPs of some layers, or only at the tokens of some modalities, are replaced.
 
     Attributes:
-        name: of the part.
+        name: key in the report.
         targets: layers whose MLPs are replaced; None for all.
-        modalities: tokens at which they are; None for all.
+        modalities: tokens at which they are replaced; None for all.
     """
 
     name: str
@@ -53,10 +45,10 @@ class Part:
 
 @dataclass(frozen=True, kw_only=True)
 class PartAgreement:
-    """Agreement of a partial replacement at answer positions; definitions in the module's text.
+    """Agreement of a partial replacement at answer positions; definitions in the module's docstring.
 
     Attributes:
-        top1_agreement: share of positions.
+        top1_agreement: fraction of positions.
         kl: nats.
         ce_gap: nats.
     """
@@ -68,11 +60,11 @@ class PartAgreement:
 
 @dataclass(frozen=True, kw_only=True)
 class AgreementReport:
-    """Agreement of the replacement model with the model; definitions in the module's text.
+    """Agreement of the replacement model with the model; definitions in the module's docstring.
 
     Attributes:
         num_prompts: prompts evaluated.
-        num_answer_positions: positions that predict an answer's token or its end.
+        num_answer_positions: positions that predict a token of an answer or its end.
         num_text_positions: text positions.
         top1_agreement: at answer positions.
         kl: at answer positions, nats.
@@ -104,7 +96,7 @@ def evaluate_replacement(
         adapter: the model.
         transcoder: a transcoder trained on it.
         inputs: prompts from `adapter.prepare(prompt, images, answer)`, held out from training.
-        batch_size: batches from `inputs` joined for one forward.
+        batch_size: prompts per forward.
 
     Returns:
         The report; sums are float64.
@@ -125,7 +117,7 @@ class Comparison:
 
     Args:
         replacement: the replacement model.
-        parts: partial replacements that are compared too, one more forward each.
+        parts: partial replacements to compare too, one more forward each.
     """
 
     def __init__(self, replacement: ReplacementModel, parts: Sequence[Part] = ()) -> None:
@@ -135,7 +127,7 @@ class Comparison:
 
     @torch.no_grad()
     def add(self, batch: PromptInputs) -> None:
-        """Counts a batch of prompts with answers.
+        """Adds a batch of prompts with answers.
 
         Raises:
             InputError: one has no answer.
@@ -144,7 +136,9 @@ class Comparison:
         at_answer, at_text = batch.answer_mask, text_mask(batch)
         unanswered = (~at_answer.any(1)).nonzero()
         if len(unanswered):
-            raise InputError(f"prompt {batch.prompts[int(unanswered[0])]!r} has no answer; prepare it with its answer")
+            raise InputError(
+                f"prompt {batch.prompts[int(unanswered[0])]!r} has no answer; pass its answer to adapter.prepare"
+            )
         next_NS = batch.tokens.token_id.long().roll(-1, dims=1)
         original_NSV, replaced_NSV = self._replacement.adapter.forward(batch), self._replacement.forward(batch)
         for agreement, mask_NS in ((self._answers, at_answer), (self._text, at_text)):
@@ -155,7 +149,7 @@ class Comparison:
         self._num_prompts += len(batch.prompts)
 
     def report(self) -> AgreementReport:
-        """The report of all batches; InputError when there was none."""
+        """The report of all batches; InputError if there was none."""
         if self._num_prompts == 0:
             raise InputError("no prompts to evaluate; give at least one with its answer")
         answers, text = self._answers, self._text
@@ -181,11 +175,11 @@ class Comparison:
 
 
 def partial_replacements(config: CLTConfig, layer_ranges: int, has_images: bool) -> tuple[Part, ...]:
-    """The parts that say where the replacement model fails: each range of layers alone, each modality alone.
+    """Partial replacements that locate disagreement: each range of layers alone, each modality alone.
 
     Args:
         config: architecture.
-        layer_ranges: ranges, as even as can be, into which the target layers are divided; one is no part.
+        layer_ranges: number of ranges of similar size into which the target layers are divided; 1 gives none.
         has_images: whether the prompts have image tokens.
 
     Returns:
@@ -204,7 +198,7 @@ def partial_replacements(config: CLTConfig, layer_ranges: int, has_images: bool)
 
 
 def text_mask(inputs: PromptInputs) -> Tensor:
-    """[N,S] bool: text tokens whose prediction is used, all but the end of an answer."""
+    """[N,S] bool: text tokens of prompt and answer that another token follows, and a prompt's last token; not BOS."""
     mask = inputs.tokens.modality == Modality.TEXT
     mask[:, -1] &= inputs.answer_start == mask.shape[1]
     return mask
@@ -244,7 +238,7 @@ class _Agreement:
     def add(self, original_PV: Tensor, replaced_PV: Tensor, next_P: Tensor) -> None:
         kl_P = kl_divergence(original_PV, replaced_PV)
         if not bool(kl_P.isfinite().all()):
-            raise NonFiniteError("logits of the model or of the replacement model are not finite")
+            raise NonFiniteError("logits of the model or of the replacement model are not finite (NaN or inf)")
         demeaned, other = (x.double() - x.double().mean(-1, keepdim=True) for x in (original_PV, replaced_PV))
         self.count += len(kl_P)
         self.top1 += int(same_top1(original_PV, replaced_PV).sum())
@@ -257,14 +251,14 @@ class _Agreement:
 
     def fvu(self) -> float:
         variation = self.squared - float(self.total_V.square().sum()) / self.count
-        # Below rounding of the two sums there is no variation to explain.
+        # Below the rounding of the two sums there is no variance to explain.
         if variation <= 1e-12 * self.squared:
             return float("nan")
         return self.squared_error / variation
 
 
 def batched_prompts(adapter: ModelAdapter, inputs: Iterable[PromptInputs], size: int) -> Iterator[PromptInputs]:
-    """Prompts joined into batches of at most `size` for one forward each."""
+    """Joins prompts into batches of at most `size`, one forward each."""
     source = iter(inputs)
     while batch := list(islice(source, size)):
         yield adapter.collate(batch)

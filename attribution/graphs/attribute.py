@@ -1,10 +1,10 @@
-"""From a prompt to its attribution graph: the one function that the `clt attribute` command and scripts call.
+"""Computes the attribution graph of a prompt.
 
-Records a forward of the prompt, freezes it (`linearize`), splits every MLP output into features, bias and error
-(`sources`), and computes one row of direct effects per active feature and per target (`targets`). The result is exact:
-every row sums to its target's value. With `max_feature_nodes` only the most influential features get a row, found
-iteratively as in circuit-tracer; every feature stays a column (Ameisen et al. 2025, "Circuit Tracing", section
-"Constructing an attribution graph").
+`attribute` records a forward of the prompt, makes it linear (`clt.attribution.replacement`), splits every MLP output
+into features, bias and error (`sources`), and computes one row of direct effects per active feature and per target
+(`targets`). The result is exact: every row sums to its target's value. With `max_feature_nodes` only the most
+influential features get a row, found iteratively as in circuit-tracer; every feature stays a column (Ameisen et al.
+2025, "Circuit Tracing", section "Constructing an attribution graph").
 """
 
 from __future__ import annotations
@@ -33,20 +33,20 @@ from clt.transcoder.model import CrossLayerTranscoder
 
 log = logging.getLogger(__name__)
 
-#: Batches of rows between two rankings of the features that have none yet.
+#: Batches of rows between two rankings of the features without a row.
 _BATCHES_PER_RANKING = 4
 
 
 @dataclass(frozen=True, kw_only=True, config=STRICT)
 class AttributionSettings:
-    """What a user chooses about a graph."""
+    """Targets of a graph, and limits of its computation."""
 
     targets: tuple[TargetSettings, ...] = (LogitTargets(),)
-    """What to explain: logits, differences of logits, features."""
+    """Targets: logits, differences of logits, features."""
     max_feature_nodes: int | None = Field(default=None, ge=0)
-    """Compute the inputs of the most influential features only; absent: of all."""
+    """Number of features, the most influential ones, whose inputs are computed; default: all."""
     batch_size: int = Field(default=128, gt=0)
-    """Rows computed at once; memory, not results, depends on it."""
+    """Rows computed at once; affects memory, not results."""
 
 
 @torch.no_grad()
@@ -62,16 +62,16 @@ def attribute(
         adapter: the model.
         transcoder: a transcoder of this model; scaled or folded.
         inputs: one prompt without padding, from `adapter.prepare`.
-        settings: targets and limits; the defaults when absent.
+        settings: targets and limits. Default: those of `AttributionSettings`.
 
     Returns:
-        The unpruned graph, on the CPU, edges in the model's dtype and in float32 at least.
+        The unpruned graph, on the CPU; edges in the model's dtype, float32 at least.
 
     Raises:
         CheckpointError: the transcoder belongs to another model, or its dimensions do not fit.
-        ConfigError: the transcoder's features read what they write themselves.
+        ConfigError: the transcoder's features read what they write, or its encoders normalise each token.
         GraphError: a target does not exist, or there is more than one prompt.
-        ModelError: the model's architecture cannot be linearised.
+        ModelError: attribution does not support the architecture.
     """
     return attribute_model(ReplacementModel(adapter, transcoder), inputs, settings)
 
@@ -85,7 +85,7 @@ def attribute_model(
     started = time.perf_counter()
     adapter, folded = model.adapter, model.transcoder
     if folded.config.layer_norm:
-        raise ConfigError("clt.layer_norm: encoders that normalise each token are not linear; train without it")
+        raise ConfigError("clt.layer_norm=true: attribution needs linear encoders; train with layer_norm: false")
     linear = LinearModel(adapter, record(adapter, inputs, folded.config.read_site))
     sources = Sources(linear, folded.to(linear.dtype), inputs.tokens.select(0))
     targets = resolve_targets(adapter, inputs, sources, settings.targets)
@@ -97,7 +97,7 @@ def attribute_model(
     first_target = sources.n_columns + 1
     rows_to_node = torch.cat([chosen, torch.arange(first_target, first_target + len(targets))])
     seconds = time.perf_counter() - started
-    log.debug("%d features, %d rows, %d columns in %.2f s", n_features, *edges.shape, seconds)
+    log.debug("features=%d rows=%d columns=%d seconds=%.2f", n_features, *edges.shape, seconds)
     token_ids = inputs.tokens.token_id[0].long().cpu()
     return Graph(
         nodes=node_table(sources, targets, inputs),
@@ -115,7 +115,7 @@ def attribute_model(
     )
 
 
-class _Buffer:
+class _RowBuffer:
     """Rows of a graph under construction."""
 
     def __init__(self, sources: Sources, n_rows: int, n_targets: int) -> None:
@@ -134,7 +134,7 @@ class _Buffer:
             self.fill(slice(number, number + 1), item.readout)
 
     def fill_features(self, first: int, chosen: Tensor, batch_size: int) -> None:
-        """Rows of features given in node order, in batches of one layer."""
+        """Computes rows of features, given in node order, in batches of one layer."""
         features = self.sources.features
         layers = features.layer.cpu()[chosen]
         for layer in layers.unique().tolist():
@@ -145,9 +145,9 @@ class _Buffer:
 
 
 def _all_rows(sources: Sources, targets: Sequence[ResolvedTarget], batch_size: int) -> tuple[Tensor, Tensor, Tensor]:
-    """All features, edges [R,N] and values [R]."""
+    """Numbers of all features, edges [R,N] and values [R]."""
     everything = torch.arange(len(sources.features))
-    buffer = _Buffer(sources, len(everything), len(targets))
+    buffer = _RowBuffer(sources, len(everything), len(targets))
     buffer.fill_features(0, everything, batch_size)
     buffer.fill_targets(len(everything), targets)
     return everything, buffer.edges, buffer.values
@@ -156,9 +156,9 @@ def _all_rows(sources: Sources, targets: Sequence[ResolvedTarget], batch_size: i
 def _influential_rows(
     sources: Sources, targets: Sequence[ResolvedTarget], batch_size: int, n_rows: int
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """The `n_rows` features found most influential while rows are added, edges [R,N] and values [R]."""
+    """Numbers of the `n_rows` features ranked highest while rows are added, edges [R,N] and values [R]."""
     T, n = len(targets), len(sources.features)
-    buffer = _Buffer(sources, n_rows, T)
+    buffer = _RowBuffer(sources, n_rows, T)
     buffer.fill_targets(0, targets)
     N = buffer.edges.shape[1]
     counted, everything = torch.zeros(N, dtype=torch.bool), torch.ones(N, dtype=torch.bool)

@@ -32,13 +32,13 @@ from clt.transcoder.model import CrossLayerTranscoder
 
 @dataclass(frozen=True, kw_only=True)
 class _Addition:
-    """What one intervention adds to the frozen forward.
+    """The addition that one intervention makes to the frozen forward.
 
     Attributes:
         embed: [S,D] to what enters block 0.
         mlp_out: layer -> [S,D].
-        attention_bias: layer whose attention biases count twice.
-        feature: (source layer, position, slot) that writes twice.
+        attention_bias: layer whose attention biases are added twice.
+        feature: (source layer, position, slot) of the feature whose output is added twice.
     """
 
     embed: Tensor | None = None
@@ -126,7 +126,7 @@ class EdgeMeasurement:
         expected = self.graph.row_values.double()
         scale = torch.maximum(expected.abs(), self.graph.edges.abs().amax(1).double())
         if not bool(((self.base - expected).abs() <= 1e-3 * scale).all()):
-            raise GraphError("the graph's values are not those of this model, transcoder and prompt; attribute again")
+            raise GraphError("the graph's values are not those of this model, transcoder and prompt; compute it again")
 
     def _edits(self, addition: _Addition, found: Mapping[str, Tensor]) -> dict[str, Edit]:
         """Edits of the frozen forward; `found` holds the read sites that it has computed so far."""
@@ -228,7 +228,7 @@ class EdgeMeasurement:
         indices_LSK = torch.zeros(shape, dtype=torch.int32)
         for row, layer in enumerate(self.sources):
             here = (layers == layer).nonzero()[:, 0]
-            # From the recorded input, not from the graph: its activations are among what is checked.
+            # From the recorded input: the graph's own activations are part of what is checked.
             x_SD = self.read[layer]
             activations = self._pre_activations(layer, x_SD, positions[here], numbers[here])
             values_LSK[row, positions[here], slots[here]] = activations.cpu()

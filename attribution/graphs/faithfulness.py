@@ -1,10 +1,10 @@
-"""Is each edge what an intervention measures? Edges drawn from an unpruned graph against forwards of the real model.
+"""Checks edges of an unpruned graph against interventions on the model.
 
-The intervention: the source is added once more (a feature set to twice its value; an error, an embedding or a bias
-added again) while attention patterns, norm denominators and all other MLP outputs stay at the prompt's values. The
-measured effect is what that adds to the target's value (Ameisen et al. 2025, "Circuit Tracing", validate graphs by
-perturbing the model; the local replacement model is linear, so here the agreement must be exact up to rounding).
-`clt.attribution.graphs.edge_measurement` runs the interventions and shares no code with what computes the edges.
+Intervention: the source is added once more (a feature set to twice its activation; an error, an embedding or a bias
+added again) with attention patterns, norm denominators and MLP outputs frozen at the prompt's values. The measured
+effect is the change of the target's value. Ameisen et al. 2025, "Circuit Tracing", validate graphs by perturbing the
+model; the local replacement model is linear, so here edge and effect must be equal up to rounding.
+`clt.attribution.graphs.edge_measurement` runs the interventions, independently of the code that computes edges.
 
 Shapes: R rows, N nodes, E edges.
 """
@@ -28,7 +28,7 @@ class KindError:
     """Drawn edges of one kind of source.
 
     Attributes:
-        kind: what the sources are.
+        kind: kind of the sources.
         n_edges: edges drawn.
         max_rel_error: largest error among them.
     """
@@ -51,7 +51,7 @@ class EdgeReport:
         error: [E] float64, |predicted - measured| / largest.
         max_rel_error: largest error of the drawn edges.
         column_max_rel_error: largest error over all rows of the drawn sources' columns, zeros included.
-        by_kind: the same by kind of source; a kind without edges is absent.
+        by_kind: the same by kind of source; kinds without edges are left out.
     """
 
     row: Tensor
@@ -76,10 +76,10 @@ def check_edges(
     per_kind: int = 40,
     seed: int = 0,
 ) -> EdgeReport:
-    """Measures edges of a graph by interventions.
+    """Compares edges of a graph with interventions.
 
-    Edges are the entries of the unpruned matrix that are not zero. `n_edges` are drawn uniformly from all, then each
-    kind of source is topped up, uniformly within the kind, to `per_kind` (or to all it has).
+    Edges are the nonzero entries of the unpruned matrix. `n_edges` are drawn uniformly from all; then more are drawn
+    of each kind of source, uniformly within the kind, until it has `per_kind` (or all there are).
 
     Args:
         adapter: the model the graph was made with.
@@ -88,7 +88,7 @@ def check_edges(
         graph: an unpruned graph.
         n_edges: edges drawn from all kinds together.
         per_kind: least number of edges of each kind of source.
-        seed: seed of the draw.
+        seed: random seed of the draw.
 
     Returns:
         Predicted and measured effects, with their largest difference.
@@ -146,18 +146,18 @@ def row_sum_error(graph: Graph) -> float:
 def _require_same(adapter: ModelAdapter, inputs: PromptInputs, graph: Graph) -> None:
     if graph.model.fingerprint != adapter.identity.fingerprint:
         raise GraphError(
-            f"the graph was made with {graph.model.name}, not with {adapter.identity.name}; attribute again"
+            f"the graph is of the model {graph.model.name}, not of {adapter.identity.name}; compute it again"
         )
     if not torch.equal(inputs.tokens.token_id[0].long().cpu(), graph.token_ids):
         raise GraphError(f"the graph is of the prompt {graph.prompt[:60]!r}, not of {inputs.prompts[0][:60]!r}")
 
 
 def _draw(graph: Graph, n_edges: int, per_kind: int, seed: int) -> Tensor:
-    """Flat indices of distinct entries of the matrix that are not zero."""
+    """Flat indices of distinct nonzero entries of the matrix."""
     generator = torch.Generator().manual_seed(seed)
     present = (graph.edges != 0).flatten().nonzero()[:, 0]
     if len(present) == 0:
-        raise GraphError("the graph has no edges to check")
+        raise GraphError("the graph has no edges to check; choose another target")
 
     def draw(candidates: Tensor, count: int) -> Tensor:
         return candidates[torch.randperm(len(candidates), generator=generator)[:count]]

@@ -1,9 +1,8 @@
-"""The attribution graph of one prompt: its nodes, its exact edges, and the file that holds them.
+"""The attribution graph of one prompt: nodes and exact edges.
 
-`attribute` fills a `Graph`; `clt.attribution.graphs.scores` ranks, prunes and scores it;
-`clt.attribution.viewer.export` draws it. Rows are targets (the nodes that have inputs), columns are sources, and every
-row sums to its target's value: the adjacency matrix of Ameisen et al. 2025, "Circuit Tracing", section "Constructing an
-attribution graph", completed by bias nodes.
+`attribute` computes a `Graph`; `clt.attribution.graphs.scores` prunes and scores it. Rows are targets (the nodes that
+have inputs), columns are sources, and every row sums to its target's value: the adjacency matrix of Ameisen et al.
+2025, "Circuit Tracing", section "Constructing an attribution graph", completed by bias nodes.
 
 Columns: features (by layer, position, feature number) | errors (layer-major) | prompt tokens | biases | targets.
 """
@@ -23,7 +22,7 @@ from clt.transcoder.architecture import CLTConfig
 
 
 class NodeKind(IntEnum):
-    """What a node is; stored as uint8."""
+    """Kind of a node; stored as uint8."""
 
     FEATURE = 0
     ERROR = 1
@@ -34,7 +33,7 @@ class NodeKind(IntEnum):
 
 
 class BiasKind(IntEnum):
-    """Which constant a bias node stands for; stored in `NodeTable.feature`."""
+    """Kind of a bias node; stored in `NodeTable.feature`."""
 
     DECODER = 0
     ATTENTION = 1
@@ -43,18 +42,18 @@ class BiasKind(IntEnum):
 
 @dataclass(frozen=True, kw_only=True)
 class NodeTable:
-    """What each of the N nodes is, in column order.
+    """The N nodes, in column order.
 
     Attributes:
-        kind: [N] uint8, a `NodeKind`. LOGIT is any target node, also a contrast of logits or a chosen feature.
+        kind: [N] uint8, a `NodeKind`. LOGIT is any target node, also a difference of logits or a chosen feature.
         layer: [N] int16; -1 for tokens and for the targets' own bias, the number of layers for logits.
         position: [N] int32, index in the prompt; -1 for biases, which act at all positions.
         feature: [N] int32; feature number, vocabulary id of tokens and logits, `BiasKind` of biases, -1 for errors.
         activation: [N] float32; a feature's activation, a target's value, the length of any other source's vector
             (for a bias that acts at S positions, of its [S,D] vectors together).
-        image: [N] int16, which image of the prompt; -1 where there is none.
-        patch_row: [N] int16, row of the image patch; -1 where there is none.
-        patch_col: [N] int16, column of the image patch; -1 where there is none.
+        image: [N] int16, number of the image in the prompt; -1 for nodes that are no image token.
+        patch_row: [N] int16, row of the image patch, else -1.
+        patch_col: [N] int16, column of the image patch, else -1.
     """
 
     kind: Tensor
@@ -96,19 +95,19 @@ class NodeTable:
 
 @dataclass(frozen=True, kw_only=True)
 class Target:
-    """What a target node measures.
+    """A target of the graph.
 
     Attributes:
         kind: "logit": a logit minus the mean over the vocabulary; "difference": one logit minus another;
             "feature": the pre-activation of a feature.
-        label: what to show: the token's text, "a - b", or the feature's name.
+        label: displayed text: the token, "a - b", or the feature's name.
         position: index in the prompt.
         token_id: vocabulary id; -1 for a feature.
         minus_token_id: vocabulary id of the logit that a difference subtracts; else -1.
         layer: the feature's layer; the number of layers for logits.
         feature: feature number; -1 for logits.
         probability: the model's probability of the token at the position; NaN unless kind is "logit".
-        weight: share of this target in influence; the weights of a graph sum to 1.
+        weight: share of this target in the influence; the weights of a graph sum to 1.
     """
 
     kind: Literal["logit", "difference", "feature"]
@@ -124,7 +123,7 @@ class Target:
 
 @dataclass(frozen=True, kw_only=True)
 class GraphImage:
-    """An image of the prompt, for drawing.
+    """An image of the prompt, as the viewer draws it.
 
     Attributes:
         pixels: [height,width,3] uint8; scaled down when the original is large.
@@ -210,10 +209,10 @@ class Graph:
         return mask
 
     def save(self, path: Path | str) -> None:
-        """Writes the graph to one safetensors file, whole or not at all.
+        """Writes the graph to one safetensors file, atomically.
 
         Args:
-            path: the file; its folder is made when it does not exist.
+            path: the file; its folder is created if needed.
 
         Raises:
             GraphError: the file cannot be written.
@@ -224,7 +223,7 @@ class Graph:
 
     @classmethod
     def load(cls, path: Path | str) -> Graph:
-        """Reads a graph that `save` wrote.
+        """Reads a graph written by `save`.
 
         Args:
             path: the file.

@@ -1,8 +1,8 @@
-"""Attribution graphs on disk: one safetensors file whose header holds JSON; nothing is ever unpickled.
+"""Reads and writes attribution graphs: one safetensors file with JSON in its header, no pickle.
 
 Tensors: nodes.<field>, rows_to_node, edges, row_values, token_ids, images.<number>. Header: `graph` (targets, prompt,
-identities, a CRC-32 of every tensor) and `graph_crc32` of that text, because safetensors itself would not notice a
-changed byte. A file appears whole or not at all. `Graph.save` and `Graph.load` are the doors.
+identities, a CRC-32 of every tensor) and `graph_crc32` of that text, because safetensors has no checksums. Files are
+written atomically. Users call `Graph.save` and `Graph.load`.
 """
 
 from __future__ import annotations
@@ -66,27 +66,27 @@ def write_graph(graph: Graph, path: Path) -> None:
 def read_graph(path: Path) -> Graph:
     """Reads a graph; see `Graph.load`."""
     if not path.is_file():
-        raise GraphError(f"{path}: no such graph file; write one with `clt attribute`")
+        raise GraphError(f"{path}: no such graph file; write one with Graph.save or `clt attribute`")
     try:
         with safe_open(path, framework="pt") as file:
             metadata = file.metadata() or {}
             text = metadata["graph"]
             tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 (not a mapping)
         if str(zlib.crc32(text.encode())) != metadata["graph_crc32"]:
-            raise ValueError("the header was changed")
+            raise ValueError("checksum mismatch in the header")
         header = json.loads(text)
         if header["schema"] != SCHEMA:
-            raise GraphError(f"{path}: graph layout {header['schema']}, expected {SCHEMA}; attribute the prompt again")
+            raise GraphError(f"{path}: graph layout {header['schema']}, expected {SCHEMA}; compute the graph again")
         for name, tensor in tensors.items():
             if _crc32(tensor) != header["crc32"][name]:
-                raise ValueError(f"{name} was changed")
+                raise ValueError(f"checksum mismatch in {name}")
         graph = _assemble(header, tensors, str(path))
         _check(graph)
     except GraphError:
         raise
     except (SafetensorError, OSError, KeyError, TypeError, ValueError, RuntimeError, CLTError) as error:
         reason = f"{type(error).__name__}: {' '.join(str(error).split())}"
-        raise GraphError(f"{path}: not a readable graph ({reason}); attribute the prompt again") from None
+        raise GraphError(f"{path}: not a readable graph ({reason}); compute the graph again") from None
     return graph
 
 
@@ -95,7 +95,7 @@ def _crc32(tensor: Tensor) -> int:
 
 
 def _without_nan(tree: dict[str, Any]) -> dict[str, Any]:
-    """JSON has no NaN."""
+    """None for NaN, which JSON does not have."""
     return {key: None if isinstance(value, float) and value != value else value for key, value in tree.items()}
 
 

@@ -1,4 +1,4 @@
-"""The nodes of a graph in the order of its columns, and the pictures on which image nodes are drawn."""
+"""The node table of a graph, and the pictures on which its image nodes are drawn."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from clt.attribution.graphs.targets import ResolvedTarget
 from clt.capture.models.adapter import ModelAdapter, PromptInputs
 from clt.records import Modality
 
-#: Longest side of a picture kept in a graph, in pixels.
+#: Longest side in pixels of a picture stored in a graph.
 _PICTURE_SIDE = 1024
 _DTYPES = {"kind": torch.uint8, "position": torch.int32, "feature": torch.int32, "activation": torch.float32}
 
@@ -27,7 +27,7 @@ def node_table(sources: Sources, targets: Sequence[ResolvedTarget], inputs: Prom
 
     Args:
         sources: features, errors, tokens and biases of the prompt.
-        targets: what the graph explains.
+        targets: targets of the graph.
         inputs: the prompt.
 
     Returns:
@@ -88,7 +88,7 @@ def _bias_part(sources: Sources) -> dict[str, Tensor]:
 
 
 def _part(n: int, **columns: Any) -> dict[str, Tensor]:
-    """Columns of n nodes; a single value holds for all, an absent column is -1."""
+    """Columns of n nodes; a single value is repeated, a missing column is -1."""
     part = {}
     for field in fields(NodeTable):
         values = torch.as_tensor(columns.get(field.name, -1)).cpu().to(_DTYPES.get(field.name, torch.int16))
@@ -97,17 +97,17 @@ def _part(n: int, **columns: Any) -> dict[str, Tensor]:
 
 
 def graph_images(adapter: ModelAdapter, inputs: PromptInputs) -> tuple[GraphImage, ...]:
-    """The pictures of a prompt, made small enough to draw, with the grid of patches that covers them.
+    """The pictures of a prompt, scaled down if large, with the grid of patches that covers them.
 
     Args:
-        adapter: the model, whose image processor may have cropped.
+        adapter: the model; its image processor decides how the picture is cropped.
         inputs: one prompt.
     """
     found = []
     for number, picture in enumerate(inputs.images[0]):
         small = picture.convert("RGB")
         small.thumbnail((_PICTURE_SIDE, _PICTURE_SIDE), Image.Resampling.LANCZOS)
-        # Models that follow a picture's shape see all of it, whatever crop their image processor names.
+        # Models whose patch grid follows the picture's shape do not crop, whatever crop size is configured.
         whole = (0.0, 0.0, float(small.width), float(small.height))
         box = whole if adapter.size_matters else seen_box(adapter.image_processor, *small.size)
         found.append(GraphImage(pixels=torch.from_numpy(np.array(small)), grid=inputs.grid(0, number), box=box))
@@ -115,7 +115,7 @@ def graph_images(adapter: ModelAdapter, inputs: PromptInputs) -> tuple[GraphImag
 
 
 def seen_box(image_processor: Any, width: int, height: int) -> tuple[float, float, float, float]:
-    """The part of a picture that the model sees: all of it, or what a centre crop leaves.
+    """The part of a picture that the model gets: all of it, or its centre crop.
 
     Args:
         image_processor: Hugging Face image processor.
@@ -123,7 +123,7 @@ def seen_box(image_processor: Any, width: int, height: int) -> tuple[float, floa
         height: of the picture, in pixels.
 
     Returns:
-        Left, top, right and bottom in pixels; outside the picture where the crop pads it.
+        Left, top, right and bottom in pixels; outside of the picture where the crop is padded.
     """
     edge = (getattr(image_processor, "size", None) or {}).get("shortest_edge")
     if not getattr(image_processor, "do_center_crop", False) or edge is None:

@@ -1,14 +1,12 @@
 """Influence, pruning and scores of an attribution graph.
 
-Definitions of Ameisen et al. 2025, "Circuit Tracing" (sections "Pruning", "Evaluating graphs"), on the exact edges of a
-`Graph`. Three points that the paper leaves open, settled the same way everywhere in this project:
+Ameisen et al. 2025, "Circuit Tracing", sections "Pruning" and "Evaluating graphs". Three conventions on top of it:
 
-* Biases are neither explained nor error. They take no part in the normalisation of a row, so the scores are those of
-  the paper, whose graphs have no bias nodes. A bias node gets an influence on the same scale and is kept by pruning
-  when it exceeds the cutoff that the other nodes set. (Counting them as explained would raise every score.)
+* Biases are neither explained nor error. They are left out of the normalisation of a row, so the scores are those of
+  the paper, whose graphs have no bias nodes. Pruning keeps a bias node above the cutoff that the other nodes set.
 * Completeness averages over rows that have inputs: features and targets. Errors and tokens have none.
-* A feature without a row (`max_feature_nodes`) is a column like any other, and an end point that counts as error. So a
-  cap can only lower the replacement score, by at most the share reported as `uncomputed`.
+* A path that ends at a feature without a row (`max_feature_nodes`) counts as error. So a cap can only lower the
+  replacement score, by at most the share reported as `uncomputed`.
 
 Shapes: R rows (nodes with inputs), N nodes.
 """
@@ -29,12 +27,12 @@ _CHUNK = 256
 
 @dataclass(frozen=True, kw_only=True)
 class GraphScores:
-    """How much of a graph its features explain.
+    """Replacement and completeness score of a graph.
 
     Attributes:
-        replacement: share of the paths from the targets that end at tokens and not at errors.
-        completeness: share of the inputs of features and targets, weighted by influence, that are not errors.
-        uncomputed: share of the paths that end at features without a row; both scores count it as error.
+        replacement: influence-weighted fraction of the paths from the targets that end at tokens and not at errors.
+        completeness: influence-weighted fraction of each node's input that does not come from error nodes.
+        uncomputed: fraction of the paths that end at features without a row; both scores count it as error.
     """
 
     replacement: float
@@ -44,7 +42,7 @@ class GraphScores:
 
 @dataclass(frozen=True, kw_only=True)
 class PrunedGraph:
-    """The part of a graph that carries most of the influence.
+    """The part of a graph that holds most of the influence.
 
     Attributes:
         graph: the unpruned graph.
@@ -67,10 +65,10 @@ class PrunedGraph:
 
 
 def influence(graph: Graph) -> Tensor:
-    """How much of the targets flows through each node: the targets' rows of (I - A)^-1 - I.
+    """Influence of each node on the targets: the targets' rows of (I - A)^-1 - I.
 
     A is the adjacency matrix in absolute value, each row divided by its sum without biases. A node has influence 1 when
-    every path from the targets passes it once; targets have none.
+    every path from the targets passes through it once; targets have none.
 
     Args:
         graph: an unpruned graph.
@@ -86,12 +84,12 @@ def influence(graph: Graph) -> Tensor:
 
 
 def replacement_score(graph: Graph, keep: Tensor | None = None) -> float:
-    """Share of the paths from the targets that end at tokens and not at errors; see `score`."""
+    """Influence-weighted fraction of the paths from the targets that end at tokens and not at errors; see `score`."""
     return score(graph, keep).replacement
 
 
 def completeness_score(graph: Graph, keep: Tensor | None = None) -> float:
-    """Share of the inputs of features and targets, weighted by influence, that are not errors; see `score`."""
+    """Influence-weighted fraction of each node's input that does not come from error nodes; see `score`."""
     return score(graph, keep).completeness
 
 
@@ -100,7 +98,7 @@ def score(graph: Graph, keep: Tensor | None = None) -> GraphScores:
 
     Args:
         graph: an unpruned graph.
-        keep: [N] bool, nodes of a pruned graph; the others count as errors. Absent: all.
+        keep: [N] bool, nodes of a pruned graph; the others count as errors. Default: all.
 
     Returns:
         The scores, each between 0 and 1.
@@ -118,7 +116,7 @@ def score(graph: Graph, keep: Tensor | None = None) -> GraphScores:
     flow = _influence(graph, everything, through=keep)
     ends = flow[tokens].sum() + flow[errors].sum()
     if ends == 0:
-        raise GraphError("no target of the graph has an input that is not a bias; choose another target")
+        raise GraphError("all inputs of the graph's targets are biases; choose another target")
     weights = graph.target_weights + torch.where(keep, flow, 0.0)[graph.rows_to_node]
     explained, total = 0.0, 0.0
     for rows in weights.nonzero()[:, 0].split(_CHUNK):
@@ -137,8 +135,8 @@ def score(graph: Graph, keep: Tensor | None = None) -> GraphScores:
 def prune(graph: Graph, node_threshold: float = 0.8, edge_threshold: float = 0.98) -> PrunedGraph:
     """The smallest set of nodes, then of edges, that holds the given shares of influence.
 
-    Tokens and targets are always kept. Edges are scored in the graph of the kept nodes, normalised anew; then features
-    and errors that no kept edge leaves, and features that none enters, are removed until nothing changes.
+    Tokens and targets are always kept. Edges are scored in the graph of the kept nodes, normalised anew. Then features
+    and errors without an outgoing edge, and features without an incoming one, are removed until nothing changes.
 
     Args:
         graph: an unpruned graph.
@@ -153,7 +151,7 @@ def prune(graph: Graph, node_threshold: float = 0.8, edge_threshold: float = 0.9
     """
     for name, threshold in (("node_threshold", node_threshold), ("edge_threshold", edge_threshold)):
         if not 0 < threshold <= 1:
-            raise GraphError(f"{name} is {threshold}; choose a share above 0 and at most 1")
+            raise GraphError(f"{name}={threshold}: must be above 0 and at most 1")
     nodes = graph.nodes
     biases = nodes.is_kind(NodeKind.BIAS)
     always = nodes.is_kind(NodeKind.TEXT, NodeKind.IMAGE, NodeKind.LOGIT)
@@ -189,7 +187,7 @@ def _without_loose_ends(
 
 
 def _influence(graph: Graph, columns: Tensor, *, through: Tensor) -> Tensor:
-    """Influence [N] in the graph restricted to `columns`; paths go on from the nodes in `through` only."""
+    """Influence [N] in the graph restricted to `columns`; paths continue from the nodes in `through` only."""
     counted = columns & ~graph.nodes.is_kind(NodeKind.BIAS)
     flow = spread(graph.edges, graph.rows_to_node, graph.target_weights, counted, through, graph.n_layers)
     return flow * columns
@@ -203,13 +201,13 @@ def spread(
     Args:
         edges: [R,N].
         rows_to_node: [R] int64, distinct.
-        weights: [R] float64, where paths start.
+        weights: [R] float64, weight of the paths that start at each row.
         counted: [N] bool, columns over which a row is normalised.
-        through: [N] bool, nodes from which paths go on.
-        n_layers: a path passes at most one feature per layer.
+        through: [N] bool, nodes from which paths continue.
+        n_layers: decoder layers; a path has at most one feature per layer.
 
     Returns:
-        [N] float64, also for columns that are not counted.
+        [N] float64, for columns that are not counted too.
 
     Raises:
         GraphError: paths are longer than the layers allow.
@@ -225,11 +223,11 @@ def spread(
             return total
         total += received
         weights = torch.where(through, received, 0.0)[rows_to_node]
-    raise GraphError("the edges of the graph form a cycle: it is damaged; attribute the prompt again")
+    raise GraphError("the edges of the graph form a cycle; compute the graph again")
 
 
 def _cutoff(scores: Tensor, threshold: float) -> Tensor:
-    """The score down to which the largest scores must be kept to hold the threshold's share of the sum."""
+    """The smallest of the largest scores that together hold the threshold's share of the sum."""
     ordered = scores.sort(descending=True).values
     if len(ordered) == 0:
         return torch.zeros((), dtype=scores.dtype)

@@ -1,14 +1,13 @@
-"""The columns of an attribution graph: everything a prompt's activations are sums of, and what each adds to a target.
+"""The columns of an attribution graph, and their direct effects on targets.
 
 In the local replacement model every MLP output is a sum of active features' decoder vectors, a bias, a linear skip path
 and an error, so that it equals the model's own output on this prompt (Ameisen et al. 2025, "Circuit Tracing", section
-"The local replacement model"). Layers without a source, and positions the transcoder never saw, are error as a whole.
-`Sources.rows` gives the direct effect of every column on a batch of targets: cotangents are walked back layer by layer
-through `LinearModel`, and at each MLP output they meet that layer's vectors in one product per position, so nothing of
-size batch x features x D ever exists.
+"The local replacement model"). Where the transcoder does not act, the whole output is error. `Sources.rows` pulls
+cotangents back through `LinearModel`; at each MLP output one product per position gives the effects of that layer's
+vectors, so nothing of size batch x features x D is stored.
 
-Columns: features by (layer, position, number) | errors, layer-major | tokens | decoder biases | attention biases. The
-target's own bias is no column here: `attribute` adds it.
+Columns: features by (layer, position, number) | errors, layer-major | tokens | decoder biases | attention biases.
+`attribute` adds the column of the target's own bias.
 
 Shapes: B targets in a batch, n active features, S prompt length, R <= S positions that a batch can reach, L layers,
 D d_model.
@@ -30,7 +29,7 @@ from clt.transcoder.model import CrossLayerTranscoder
 
 @dataclass(frozen=True, kw_only=True)
 class Readouts:
-    """B targets that read at the same place of the model: value = vector . residual stream at position + constant.
+    """B targets that read the same site: value = vector . residual stream at position + constant.
 
     Attributes:
         layer: layer of the site.
@@ -38,7 +37,7 @@ class Readouts:
         position: [B] int64.
         vector: [B,D], norms folded in.
         constant: [B], the target's own bias.
-        value: [B], what the forward gave.
+        value: [B], the value in the recorded forward.
     """
 
     layer: int
@@ -91,9 +90,7 @@ class Sources:
 
     def __init__(self, linear: LinearModel, transcoder: CrossLayerTranscoder, tokens: TokenTable) -> None:
         reads_itself = transcoder.config.first_offset == 0 or transcoder.config.skip
-        assert not (transcoder.config.read_site == "resid_post" and reads_itself), (
-            "ReplacementModel refuses this transcoder"
-        )
+        assert not (transcoder.config.read_site == "resid_post" and reads_itself), "rejected by ReplacementModel"
         self.linear = linear
         self.transcoder = transcoder
         self.seen = tokens.encoded(transcoder.config.drop_bos)
@@ -123,7 +120,7 @@ class Sources:
         return Readouts(layer=layer, site=site, position=position, vector=W_BD, constant=b_B, value=value_B)
 
     def bias_norms(self) -> list[float]:
-        """Lengths of the bias columns' vectors over all positions at which they act."""
+        """Norms of the bias columns' vectors over all positions at which they act."""
         n_seen, norms = float(self.seen.sum()), []
         for layer in self.targets:
             norms.append(float(self.transcoder.decoder_bias(layer).norm()) * n_seen**0.5)
@@ -149,12 +146,12 @@ class Sources:
             site = readouts.site if layer == readouts.layer else "resid_post"
             skip_BRD = None
             if site == "resid_post":
-                self._meet_mlp(layer, G_BRD, out_BN, by_position_Bn)
+                self._add_mlp_columns(layer, G_BRD, out_BN, by_position_Bn)
                 skip_BRD = self._pull_skip(layer, G_BRD)
             if skip_BRD is not None and self.transcoder.config.read_site != "resid_pre":
                 G_BRD, skip_BRD = G_BRD + skip_BRD, None
             if site != "resid_pre":
-                G_BRD = self._meet_attention(layer, G_BRD, out_BN)
+                G_BRD = self._add_attention_columns(layer, G_BRD, out_BN)
             if skip_BRD is not None:
                 G_BRD = G_BRD + skip_BRD
         tokens = slice(self.first_token, self.first_token + R)
@@ -162,8 +159,8 @@ class Sources:
         out_BN[:, : len(self.features)] = by_position_Bn[:, self._rank]
         return out_BN
 
-    def _meet_mlp(self, layer: int, G_BRD: Tensor, out_BN: Tensor, by_position_Bn: Tensor) -> None:
-        """Adds to the columns what the layer's MLP output contributes."""
+    def _add_mlp_columns(self, layer: int, G_BRD: Tensor, out_BN: Tensor, by_position_Bn: Tensor) -> None:
+        """Adds the effects of the columns that are part of the layer's MLP output."""
         R = G_BRD.shape[1]
         start = self.first_error + layer * self.linear.n_positions
         out_BN[:, start : start + R] = torch.einsum("brd,rd->br", G_BRD, self.errors[layer, :R])
@@ -173,7 +170,7 @@ class Sources:
         out_BN[:, bias] = G_BRD[:, self.seen[:R]].sum(1) @ self.transcoder.decoder_bias(layer)
         W_dec_SFD, sources = self.transcoder.decoder_matrix(layer), self.transcoder.sources_of(layer)
         for position in range(R):
-            # Sorted by position, then layer: the sources of one target are neighbours.
+            # Sorted by position, then layer: the sources of one target are contiguous.
             begin, end = self._span[position][sources.start], self._span[position][sources.stop]
             if begin < end:
                 decoder_nD = W_dec_SFD[self._source[begin:end] - sources.start, self._number[begin:end]]
@@ -188,8 +185,8 @@ class Sources:
         skip_BRD = (G_BRD @ self.transcoder.skip_matrix(layer)) * self.seen[:R, None]
         return skip_BRD * self.linear.mlp_scale[layer][:R] if self.transcoder.config.read_site == "mlp_in" else skip_BRD
 
-    def _meet_attention(self, layer: int, G_BRD: Tensor, out_BN: Tensor) -> Tensor:
-        """Adds what the layer's attention biases contribute; returns the cotangents before the attention."""
+    def _add_attention_columns(self, layer: int, G_BRD: Tensor, out_BN: Tensor) -> Tensor:
+        """Adds the effects of the layer's attention biases; returns the cotangents before the attention."""
         before_BRD, v_BRX = self.linear.pull_attention(layer, G_BRD)
         if layer in self.biased:
             v_bias, o_bias = self.linear.attention_biases(layer)
@@ -223,14 +220,14 @@ class Sources:
         self._span = bounds.view(S, L + 1).tolist()
 
     def _written(self, target: int, begin: int, end: int) -> Tensor:
-        """[n] what some features multiply their decoder vectors into a target by; their order is by position."""
+        """[n] factors of some features' decoder vectors into a target; features are ordered by position."""
         if not self.transcoder.config.feature_offset:
             return self._activation[begin:end]
         source_n = self._source[begin:end] - self.transcoder.sources_of(target).start
         return self._activation[begin:end] + self.transcoder.feature_offsets(target)[source_n, self._number[begin:end]]
 
     def _errors(self) -> Tensor:
-        """[L,S,D] MLP outputs minus what the transcoder gives."""
+        """[L,S,D] MLP outputs minus the transcoder's outputs."""
         found = self.linear.recording
         errors_LSD = found.mlp_out.clone()
         for layer in self.targets:

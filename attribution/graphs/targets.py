@@ -1,12 +1,11 @@
-"""What a graph explains: logits, differences of logits, or features, each at a position of the prompt.
+"""Targets of a graph: logits, differences of logits, or features, each at a position of the prompt.
 
-By default the likeliest next tokens at the end of the prompt, as many as hold 95 % of the probability, at most 10
-(Ameisen et al. 2025, "Circuit Tracing", section "Output nodes"). A logit is taken relative to the mean over the
-vocabulary: softmax does not see the mean, so neither should a graph.
+Default: the most likely next tokens at the end of the prompt that together have 95 % of the probability, at most 10
+(Ameisen et al. 2025, "Circuit Tracing", section "Output nodes"). A logit is relative to the mean over the vocabulary,
+because softmax is invariant to the mean.
 
-The weight of a target in influence is its probability; of a difference or a feature, 1. Weights are divided by their
-sum, so that influence is a share, whatever part of the probability the targets hold. Probabilities are reported as the
-model gives them, not renormalised.
+The weight of a target in the influence is its probability; of a difference or a feature, 1. Weights are divided by
+their sum, so that influence is a share. Probabilities are the model's, not renormalised.
 """
 
 from __future__ import annotations
@@ -31,13 +30,13 @@ class LogitTargets:
     """Logits at one position, each relative to the mean over the vocabulary."""
 
     tokens: tuple[int | str, ...] = ()
-    """Vocabulary ids, or texts of exactly one token; empty: the likeliest tokens."""
+    """Vocabulary ids, or texts of exactly one token; default: the most likely tokens."""
     probability: float = Field(default=0.95, gt=0, le=1)
-    """Take the likeliest tokens until they hold this much probability."""
+    """Take the most likely tokens until their probabilities sum to this."""
     max_targets: int = Field(default=10, gt=0)
-    """Take at most this many of the likeliest tokens."""
+    """Take at most this many of the most likely tokens."""
     position: int | None = None
-    """Index in the prompt, negative from its end; absent: the last token before the answer."""
+    """Index in the prompt, negative from its end; default: the last token before the answer."""
 
 
 @settings_dataclass(frozen=True, kw_only=True, config=STRICT)
@@ -49,7 +48,7 @@ class LogitDifference:
     minus: int | str
     """The token whose logit is subtracted."""
     position: int | None = None
-    """Index in the prompt, negative from its end; absent: the last token before the answer."""
+    """Index in the prompt, negative from its end; default: the last token before the answer."""
 
 
 @settings_dataclass(frozen=True, kw_only=True, config=STRICT)
@@ -61,7 +60,7 @@ class FeatureTarget:
     feature: int = Field(ge=0)
     """Feature number."""
     position: int | None = None
-    """Index in the prompt, negative from its end; absent: the last token before the answer."""
+    """Index in the prompt, negative from its end; default: the last token before the answer."""
 
 
 TargetSettings = LogitTargets | LogitDifference | FeatureTarget
@@ -69,10 +68,10 @@ TargetSettings = LogitTargets | LogitDifference | FeatureTarget
 
 @dataclass(frozen=True, kw_only=True)
 class ResolvedTarget:
-    """A target node and how it is read.
+    """A target node and its readout.
 
     Attributes:
-        target: what the graph file says of it; its weight is final.
+        target: as stored in the graph; its weight is final.
         readout: a batch of one.
     """
 
@@ -88,23 +87,25 @@ def resolve_targets(
     Args:
         adapter: the model.
         inputs: the prompt.
-        sources: its columns.
+        sources: columns of its graph.
         wanted: at least one setting; targets come in this order.
 
     Returns:
         The targets, their weights summing to 1.
 
     Raises:
-        GraphError: there is no target, one is named twice, or one does not exist in this model and prompt.
+        GraphError: there is no target, one occurs twice, or one does not exist in this model and prompt.
     """
     found = [target for setting in wanted for target in _Resolver(adapter, inputs, sources).resolve(setting)]
     keys = [replace(item.target, weight=0.0, probability=0.0, label="") for item in found]
     for item, key in zip(found, keys, strict=True):
         if keys.count(key) > 1:
-            raise GraphError(f"target '{item.target.label}' at position {item.target.position} is named twice")
+            raise GraphError(f"target '{item.target.label}' at position {item.target.position} occurs twice")
     total = sum(item.target.weight for item in found)
     if not total > 0:
-        raise GraphError("the targets are empty or have probability 0; name likelier tokens or a difference")
+        raise GraphError(
+            "targets: there are none, or their probabilities are 0; choose more likely tokens or a difference"
+        )
     return tuple(replace(item, target=replace(item.target, weight=item.target.weight / total)) for item in found)
 
 
@@ -132,7 +133,7 @@ class _Resolver:
         length = self.sources.linear.n_positions
         index = int(self.inputs.answer_start[0]) - 1 if position is None else position
         if not -length <= index < length:
-            raise GraphError(f"target position {index}: the prompt has {length} tokens")
+            raise GraphError(f"target position {index}: outside of the prompt, which has {length} tokens")
         return index % length
 
     def _token(self, token: int | str) -> int:
@@ -172,7 +173,7 @@ class _Resolver:
 
     def _difference(self, token: int, minus: int, position: int) -> ResolvedTarget:
         if token == minus:
-            raise GraphError(f"target difference of token {token} with itself is always 0; name two tokens")
+            raise GraphError(f"target difference of token {token} with itself is 0; name two different tokens")
         linear = self.sources.linear
         weight_VD, bias_V = linear.weight(self.adapter.lm_head), linear.bias(self.adapter.lm_head)
         logits_V = linear.recording.logits[position]
@@ -213,7 +214,7 @@ class _Resolver:
                 f"{layers[0]}..{layers[-1]}"
             )
         if not bool(self.sources.seen[position]):
-            raise GraphError(f"target {name}: the transcoder does not see position {position} (drop_bos)")
+            raise GraphError(f"target {name}: the transcoder does not act at position {position} (drop_bos)")
         device = self.sources.seen.device
         readout = self.sources.feature_readouts(
             setting.layer, torch.tensor([position], device=device), torch.tensor([setting.feature], device=device)

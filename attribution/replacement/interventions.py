@@ -1,10 +1,10 @@
-"""The edits of one forward pass or generation: transcoder features computed, changed and written while the model runs.
+"""Interventions on transcoder features, as edits of a running forward pass or generation.
 
-`clt.attribution.replacement.replacement_model.ReplacementModel` is the door to it. Codes travel from the read sites to
-the MLP outputs of the same forward; an intervention gives a feature another activation, and what the feature writes
-changes by the difference times its decoder vectors, at all of its target layers (Ameisen et al. 2025, "Circuit
-Tracing", section "Validating Attribution Graph Hypotheses with Interventions"). Columns are counted over the calls of a
-generation, so that a position means the same in the prefill and in the decoding steps.
+Users call `clt.attribution.replacement.replacement_model.ReplacementModel`. Features are encoded at the read sites and
+decoded at the MLP outputs of the same forward. An intervention sets a feature's activation; the MLP outputs at all of
+its target layers change by the difference times its decoder vectors (Ameisen et al. 2025, "Circuit Tracing", section
+"Validating Attribution Graph Hypotheses with Interventions"). Columns are counted over the calls of a generation, so
+that a position is the same in the prefill and in the decoding steps.
 
 Shape letters: N prompts, S prompt length, W columns of one call (S at prefill, 1 per token after), B = N * W, K slots,
 U features under intervention in a layer, D d_model.
@@ -29,16 +29,16 @@ from clt.transcoder.model import CrossLayerTranscoder
 
 @dataclass(frozen=True, kw_only=True)
 class Intervention:
-    """Another activation for one feature; of several on the same feature and position the last one holds.
+    """Sets or scales the activation of one feature; of several on one feature and position the last one applies.
 
     Attributes:
         layer: source layer of the feature.
         feature: feature number.
-        position: index in the prompt, padding not counted, continued by the new tokens; None acts at every position
-            the transcoder sees, new tokens included.
+        position: index in the sequence of prompt and new tokens, without padding; None: every position at which the
+            transcoder acts.
         value: the activation to set.
-        scale: factor for the activation that the running forward computes; exactly one of value and scale is given.
-        prompt: row of the batch; None acts in every prompt.
+        scale: factor for the activation of the running forward; give exactly one of value and scale.
+        prompt: row of the batch; None: every prompt.
     """
 
     layer: int
@@ -60,11 +60,10 @@ class Intervention:
 
 @dataclass(frozen=True, kw_only=True)
 class RecordedErrors:
-    """What the transcoder missed in a reference forward.
+    """Error terms of the transcoder in a forward of the model.
 
     Attributes:
-        by_target: target layer -> [N,S,D], the MLP's own output minus the reconstruction; zero where the replacement
-            model keeps the MLP's own output.
+        by_target: target layer -> [N,S,D], MLP output minus reconstruction; zero where the transcoder does not act.
     """
 
     by_target: Mapping[int, Tensor]
@@ -72,10 +71,10 @@ class RecordedErrors:
 
 @dataclass(frozen=True)
 class TokenColumns:
-    """The prompt's columns and those of tokens yet to come.
+    """Columns of a batch of prompts and of the tokens that a generation adds.
 
     Attributes:
-        replaced: [N,S + new] bool, where the transcoder acts: neither at padding nor, under `drop_bos`, at BOS.
+        replaced: [N,S + new] bool, where the transcoder acts: not at padding, with `drop_bos` not at BOS.
         positions: [N,S + new] int64, index in the sequence without padding; -1 at padding.
     """
 
@@ -84,12 +83,12 @@ class TokenColumns:
 
     @classmethod
     def of(cls, inputs: PromptInputs, drop_bos: bool, new_columns: int = 0) -> TokenColumns:
-        """The columns of a batch of prompts and of the tokens that a generation will feed back.
+        """Columns of a batch of prompts and of the new tokens of a generation.
 
         Args:
             inputs: the prompts.
-            drop_bos: whether the transcoder leaves the beginning-of-sequence token alone.
-            new_columns: tokens after each prompt.
+            drop_bos: whether the transcoder leaves out the beginning-of-sequence token.
+            new_columns: new tokens per prompt.
         """
         real = inputs.real_mask
         replaced = inputs.tokens.encoded(drop_bos)
@@ -107,11 +106,11 @@ LayerCodes = Mapping[int, tuple[Tensor, Tensor]]
 def plan_interventions(
     interventions: Iterable[Intervention], transcoder: CrossLayerTranscoder, columns: TokenColumns
 ) -> dict[int, list[Intervention]]:
-    """Groups interventions by layer, in the order given.
+    """Checks interventions and groups them by layer, in the order given.
 
     Args:
         interventions: activations to change.
-        transcoder: the transcoder they are meant for.
+        transcoder: the transcoder whose features they change.
         columns: where it acts.
 
     Returns:
@@ -135,7 +134,7 @@ def _check(intervention: Intervention, transcoder: CrossLayerTranscoder, columns
         raise GraphError(f"{intervention}: features are numbered 0..{transcoder.config.n_features - 1}")
     n_prompts = len(columns.positions)
     if intervention.prompt is not None and not 0 <= intervention.prompt < n_prompts:
-        raise GraphError(f"{intervention}: prompt {intervention.prompt} is not in 0..{n_prompts - 1}")
+        raise GraphError(f"{intervention}: prompt {intervention.prompt} is outside of 0..{n_prompts - 1}")
     if intervention.position is None:
         return
     for row in range(n_prompts) if intervention.prompt is None else [intervention.prompt]:
@@ -143,17 +142,17 @@ def _check(intervention: Intervention, transcoder: CrossLayerTranscoder, columns
         if not bool((seen == intervention.position).any()):
             last = int(columns.positions[row].max())
             raise GraphError(
-                f"{intervention}: prompt {row} has no such position for the transcoder; its last is {last}"
+                f"{intervention}: the transcoder does not act at this position of prompt {row}; its last is {last}"
             )
 
 
 @dataclass(frozen=True, kw_only=True)
 class _Change:
-    """What interventions do to U features of a layer at the positions of a call.
+    """Changes of U features of a layer at the positions of a call.
 
     Attributes:
-        activation_NWU: new minus running activation.
-        active_NWU: 1 where a feature becomes active by it, -1 where it ceases to be, else 0.
+        activation_NWU: new activation minus that of the running forward.
+        active_NWU: 1 where a feature becomes active, -1 where it becomes inactive, else 0.
     """
 
     activation_NWU: Tensor
@@ -161,7 +160,7 @@ class _Change:
 
 
 class LiveEdits:
-    """The edits of one forward or generation; codes travel from the read sites to the MLP outputs.
+    """Edits of one forward or generation: features are encoded at read sites and decoded at MLP outputs.
 
     Args:
         transcoder: a whole folded transcoder.
@@ -190,7 +189,7 @@ class LiveEdits:
         self._window = slice(0, 0)
 
     def edits(self) -> dict[str, Callable[[Tensor], Tensor]]:
-        """What to do at each site, for `clt.capture.models.hooks.attach`."""
+        """Edits by site, for `clt.capture.models.hooks.attach`."""
         layers = sorted(set(self.sources) | (set(self.targets) if self.transcoder.config.skip else set()))
         site = self.transcoder.config.read_site
         reads = {decoder_site(layer, site): self._reader(layer, first=layer == layers[0]) for layer in layers}
@@ -202,7 +201,7 @@ class LiveEdits:
         return any(bool(change.activation_NWU.any()) for change in self._changes.values())
 
     def write(self, target: int, own_NWD: Tensor) -> Tensor:
-        """What the MLP branch of a target adds, given what its own MLP computed."""
+        """[N,W,D] output of a target's MLP branch, given the output of its own MLP."""
         raise NotImplementedError
 
     def _reader(self, layer: int, first: bool) -> Callable[[Tensor], Tensor]:
@@ -226,7 +225,7 @@ class LiveEdits:
 
     def _advance(self, width: int) -> None:
         self._window = slice(self._window.stop, self._window.stop + width)
-        assert self._window.stop <= self.columns.positions.shape[1], "the model computed more columns than announced"
+        assert self._window.stop <= self.columns.positions.shape[1], "the model ran on more columns than planned"
 
     @property
     def _acting(self) -> Tensor:
@@ -234,7 +233,7 @@ class LiveEdits:
         return self.columns.replaced[:, self._window, None]
 
     def _change(self, layer: int) -> _Change:
-        """Of the layer's features under intervention."""
+        """Changes of the layer's features under intervention."""
         values_BK, indices_BK = self.codes[layer]
         numbers = torch.tensor(self._numbers[layer], dtype=indices_BK.dtype, device=indices_BK.device)
         # An empty slot has value 0, so its index 0 adds nothing to feature 0.
@@ -264,7 +263,7 @@ class LiveEdits:
         return y_BD.reshape(like_NWD.shape)
 
     def _add_changes(self, target: int, y_NWD: Tensor) -> Tensor:
-        """Adds what the interventions change in the transcoder's output."""
+        """Adds the change of the transcoder's output by the interventions."""
         sources = self.transcoder.sources_of(target)
         for source in (layer for layer in sources if layer in self.plan):
             row, change = source - sources.start, self._changes[source]
@@ -277,7 +276,7 @@ class LiveEdits:
 
 
 class ReplacedOutputs(LiveEdits):
-    """MLP outputs are the transcoder's, with recorded errors where there are some.
+    """Replaces MLP outputs by the transcoder's, plus recorded errors if given.
 
     Args:
         transcoder: a whole folded transcoder.
@@ -310,7 +309,7 @@ class ReplacedOutputs(LiveEdits):
             if tuple(error_NSD.shape[:2]) != expected:
                 found = tuple(error_NSD.shape[:2])
                 raise GraphError(
-                    f"errors of layer {target} are for prompts of shape {found}, not {expected}; record anew"
+                    f"errors of layer {target}: recorded for prompts of shape {found}, not {expected}; record anew"
                 )
 
     def write(self, target: int, own_NWD: Tensor) -> Tensor:
@@ -349,7 +348,7 @@ class SteeredOutputs(LiveEdits):
 
 
 class RecordedOutputs(LiveEdits):
-    """MLP outputs stay the model's own; what the transcoder misses is recorded in `errors`."""
+    """Keeps the model's own MLP outputs and records the transcoder's error terms in `errors`."""
 
     def __init__(self, transcoder: CrossLayerTranscoder, columns: TokenColumns) -> None:
         super().__init__(transcoder, columns, {})

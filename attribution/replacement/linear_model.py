@@ -55,7 +55,7 @@ class LinearModel:
         return len(self.recording.embed)
 
     def reach(self, positions: Tensor) -> int:
-        """How many leading positions can act on any of the given ones."""
+        """Number of leading positions that can affect any of the given ones."""
         return int(positions.max()) + 1 if self.is_causal else self.n_positions
 
     def weight(self, module: nn.Module) -> Tensor:
@@ -81,10 +81,10 @@ class LinearModel:
         return out_D
 
     def pull_attention(self, layer: int, cotangent_BRD: Tensor) -> tuple[Tensor, Tensor]:
-        """Takes cotangents from after a layer's attention to before it, along the branch and around it.
+        """Pulls cotangents back through a layer's attention branch and the residual stream around it.
 
         Args:
-            layer: which layer.
+            layer: decoder layer.
             cotangent_BRD: [B,R,D] with respect to resid_mid at the first R positions.
 
         Returns:
@@ -95,7 +95,7 @@ class LinearModel:
         z_BRHE = (cotangent_BRD @ self.weight(self.adapter.o_proj(layer))).view(B, R, H, E)
         z_HRX = z_BRHE.permute(2, 1, 0, 3).reshape(H, R, B * E)
         v_HRX = torch.bmm(self.recording.pattern[layer, :, :R, :R].transpose(1, 2), z_HRX)
-        # Query heads that share a key-value head are neighbours: the value's cotangent is their sum.
+        # Query heads that share a key-value head are contiguous: the value's cotangent is their sum.
         v_GRBE = v_HRX.view(G, H // G, R, B, E).sum(1)
         v_BRX = v_GRBE.permute(2, 1, 0, 3).reshape(B, R, G * E)
         branch_BRD = (v_BRX @ self.weight(self.adapter.v_proj(layer))).mul_(self.attn_scale[layer][:R])
@@ -141,6 +141,6 @@ class LinearModel:
 
     def _unsupported(self, what: str) -> ModelError:
         return ModelError(
-            f"{what} of {self.adapter.identity.name} ({self.adapter.identity.architecture}) is not what frozen "
-            "patterns and norms give; attribution does not support this architecture"
+            f"{what} of {self.adapter.identity.name} ({self.adapter.identity.architecture}): not reproduced with "
+            "frozen patterns and norms; attribution does not support this architecture"
         )

@@ -1,7 +1,7 @@
-"""The JSON document of a graph: what `clt.attribution.viewer.export` writes and the page reads.
+"""Schema of the JSON document of a graph, which `clt.attribution.viewer.export` writes and the page reads.
 
 Its skeleton (metadata, qParams, nodes, links) is the schema that circuit-tracer writes and Neuronpedia reads; the
-fields that a vision-language model needs come on top. Plain dataclasses, so that the schema is here and nowhere else.
+fields that a vision-language model needs are added. The schema is defined by these dataclasses alone.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ _JSON_NAMES = {
 
 @dataclass(frozen=True, kw_only=True)
 class NodeEntry:
-    """A node of the document; the fields up to `activation` are the common schema's.
+    """A node of the document; the fields up to `activation` are those of the common schema.
 
     Attributes:
         node_id: unique in the document.
@@ -99,7 +99,7 @@ class LinkEntry:
 
 @dataclass(frozen=True, kw_only=True)
 class PositionEntry:
-    """What stands at a position of the prompt; all None for text."""
+    """The image patch at a position of the prompt; all None for text."""
 
     image: int | None = None
     patch_row: int | None = None
@@ -116,7 +116,7 @@ class ImageEntry:
         height: its height.
         grid_rows: rows of patches.
         grid_cols: columns of patches.
-        region: left, top, right, bottom of what the model sees: the part that the patches cover.
+        region: left, top, right, bottom of the part that the patches cover, which is what the model gets.
     """
 
     data_uri: str
@@ -129,7 +129,7 @@ class ImageEntry:
 
 @dataclass(frozen=True, kw_only=True)
 class TargetEntry:
-    """A target, as the page's headline names it."""
+    """A target, for the page's headline."""
 
     node_id: str
     kind: str
@@ -140,15 +140,15 @@ class TargetEntry:
 
 @dataclass(frozen=True, kw_only=True)
 class ScoreEntry:
-    """A number that says whether to believe the graph.
+    """A score of the graph, or the largest error of its edges.
 
     Attributes:
-        key: name for programs.
-        name: name for people.
+        key: identifier.
+        name: displayed name.
         value: the number; None when it was not measured.
         unit: "share" of 1, or "error" relative to 1.
-        reading: how to read it, in a few words.
-        definition: what exactly it is.
+        reading: short explanation, displayed.
+        definition: exact definition, displayed on demand.
     """
 
     key: str
@@ -161,9 +161,9 @@ class ScoreEntry:
 
 @dataclass(frozen=True, kw_only=True)
 class CountEntry:
-    """How much of the graph the document holds.
+    """Numbers of nodes and edges of the graph and of the document.
 
-    `inner_left_out` counts the features, errors and biases that pruning kept and the cap `max_nodes` left out.
+    `inner_left_out` counts the features, errors and biases that pruning kept and `max_nodes` left out.
     """
 
     nodes_total: int
@@ -175,7 +175,7 @@ class CountEntry:
 
 @dataclass(frozen=True, kw_only=True)
 class Metadata:
-    """What the graph is of; the fields up to `info` are the common schema's."""
+    """Prompt, model, transcoder and scores; the fields up to `info` are those of the common schema."""
 
     slug: str
     scan: str
@@ -196,7 +196,7 @@ class Metadata:
 
 @dataclass(frozen=True, kw_only=True)
 class QueryParameters:
-    """State in which a front-end opens the graph."""
+    """Initial state of a front-end: pinned and selected nodes."""
 
     pinned_ids: tuple[str, ...] = ()
     supernodes: tuple[tuple[str, ...], ...] = ()
@@ -206,7 +206,7 @@ class QueryParameters:
 
 @dataclass(frozen=True, kw_only=True)
 class GraphDocument:
-    """A pruned graph, ready to be drawn."""
+    """A pruned graph as a document."""
 
     metadata: Metadata
     q_params: QueryParameters

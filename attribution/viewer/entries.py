@@ -1,7 +1,7 @@
 """Turns the columns and rows of a `Graph` into the entries of its JSON document.
 
-Node ids are those of circuit-tracer (`layer_feature_position`, `E_token_position`) where they are unique, and words of
-our own elsewhere: `error_layer_position`, `bias_kind_layer`, and `patch_image_row_column_position` for image tokens.
+Node ids are those of circuit-tracer (`layer_feature_position`, `E_token_position`) where these are unique. Others are
+`error_layer_position`, `bias_kind_layer`, and `patch_image_row_column_position` for image tokens.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ from clt.attribution.viewer.document import (
 #: Rows handled at once.
 _CHUNK = 256
 
-#: Kind of each node in our words and in the schema's.
+#: Kind of each node in the document, and in the common schema.
 _KINDS: dict[NodeKind, tuple[NodeKindName, str]] = {
     NodeKind.FEATURE: ("feature", "cross layer transcoder"),
     NodeKind.ERROR: ("error", "mlp reconstruction error"),
@@ -54,7 +54,7 @@ class _Node:
 
 
 def patch_box(image: ImageEntry, row: int, col: int) -> Box:
-    """Left, top, right, bottom of a patch in pixels; neighbours share their border exactly.
+    """Left, top, right, bottom of a patch in pixels; adjacent patches share their border exactly.
 
     Args:
         image: the image.
@@ -182,7 +182,7 @@ def link_entries(pruned: PrunedGraph, nodes: Mapping[int, NodeEntry]) -> tuple[L
 
 
 def position_entries(graph: Graph) -> tuple[PositionEntry, ...]:
-    """What stands at each position of the prompt.
+    """The image patch, if any, at each position of the prompt.
 
     Args:
         graph: the unpruned graph.
@@ -198,11 +198,11 @@ def position_entries(graph: Graph) -> tuple[PositionEntry, ...]:
 
 
 def target_entries(graph: Graph, nodes: Mapping[int, NodeEntry]) -> tuple[TargetEntry, ...]:
-    """The targets, heaviest first.
+    """The targets, largest weight first.
 
     Args:
         graph: the unpruned graph.
-        nodes: entries of the shown nodes by column, the targets among them.
+        nodes: entries of the shown nodes by column, including the targets.
     """
     first = len(graph.nodes) - len(graph.targets)
     entries = [
@@ -219,7 +219,7 @@ def target_entries(graph: Graph, nodes: Mapping[int, NodeEntry]) -> tuple[Target
 
 
 def short(value: float) -> float:
-    """The value to seven significant digits, what float32 holds; the graph file keeps all."""
+    """The value rounded to seven significant digits, the precision of float32; the graph file keeps all digits."""
     return float(f"{value:.7g}")
 
 
@@ -232,7 +232,7 @@ def _cantor(layer: int, feature: int) -> int:
 
 
 def _cumulative_share(graph: Graph, influence: Tensor) -> list[float]:
-    """Share of all influence held by the nodes down to each one; biases hold none of it, as in pruning."""
+    """Share of all influence held by the nodes down to each one; biases are left out, as in pruning."""
     counted = torch.where(graph.nodes.is_kind(NodeKind.BIAS), 0.0, influence)
     order = influence.argsort(descending=True, stable=True)
     shares = torch.zeros_like(influence)

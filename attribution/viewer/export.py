@@ -1,9 +1,8 @@
-"""From a pruned attribution graph to files that people open: a JSON document and one self-contained web page.
+"""Exports a pruned attribution graph as a JSON document and as one self-contained web page.
 
-The document follows the schema that circuit-tracer writes and Neuronpedia reads, with node ids made unique (there an
-error node of layer l bears the id of a feature of layer 0), and adds what a vision-language model needs: the patch that
-an image node stands for, its box in pixels, the images, and the numbers that say whether to believe the graph.
-`clt.attribution.viewer` holds the schema and the page.
+The document follows the schema that circuit-tracer writes and Neuronpedia reads, with unique node ids (there an error
+node of layer l has the id of a feature of layer 0). It adds what a vision-language model needs: the patch of an image
+node, its box in pixels, the images, and the scores and edge check of the graph.
 """
 
 from __future__ import annotations
@@ -40,7 +39,7 @@ from clt.errors import GraphError
 if TYPE_CHECKING:
     from clt.attribution.graphs.faithfulness import EdgeReport
 
-#: Longer side in pixels of an embedded picture.
+#: Longer side in pixels of a picture in the document.
 LARGEST_PICTURE = 1024
 
 
@@ -59,29 +58,29 @@ def graph_document(
     Args:
         graph: the unpruned graph.
         pruned: what to show of it; see `clt.attribution.graphs.scores.prune`.
-        images: the original images, to which pixel boxes then refer; absent: the graph's own copies.
+        images: the original images; pixel boxes then refer to them. Default: the graph's own copies.
         feature_labels: text by (layer, feature number).
-        edge_check: edges compared with interventions; absent: not measured.
+        edge_check: edges compared with interventions. Default: not measured.
         slug: short name of the graph.
         max_nodes: features, errors and biases to show at most, the most influential first. Tokens and targets are
-            always shown, and the document says what was left out.
+            always shown, and the document counts what was left out.
 
     Returns:
         The document.
 
     Raises:
-        GraphError: the pruned graph is of another graph, an image does not fit, or a target occurs twice.
+        GraphError: `pruned` is of another graph, an image does not fit, or a target occurs twice.
     """
     if pruned.graph is not graph:
-        raise GraphError("the pruned graph was made from another graph; prune this one")
+        raise GraphError("pruned: made from another graph; prune this one")
     if max_nodes < 1:
-        raise GraphError(f"max_nodes is {max_nodes}; choose at least 1")
+        raise GraphError(f"max_nodes={max_nodes}: must be at least 1")
     shown, left_out = _capped(pruned, max_nodes)
     pictures = _image_entries(graph, images)
     nodes = node_entries(graph, pruned.influence, shown, pictures, feature_labels or {})
     for node_id, count in Counter(node.node_id for node in nodes.values()).items():
         if count > 1:
-            raise GraphError(f"node {node_id} occurs {count} times; choose each target once")
+            raise GraphError(f"node {node_id} occurs {count} times; name each target once")
     links = link_entries(pruned, nodes)
     targets = target_entries(graph, nodes)
     metadata = Metadata(
@@ -123,12 +122,12 @@ def write_export(document: GraphDocument, folder: Path | str) -> Path:
         _write_whole(folder / DOCUMENT_NAME, document.to_json())
         _write_whole(folder / PAGE_NAME, render_page(document.to_tree()))
     except OSError as error:
-        raise GraphError(f"{folder}: cannot write the page there ({error.strerror}); choose another folder") from None
+        raise GraphError(f"{folder}: cannot write the page ({error.strerror}); choose another folder") from None
     return folder / PAGE_NAME
 
 
 def _capped(pruned: PrunedGraph, max_nodes: int) -> tuple[Tensor, int]:
-    """Mask of the shown nodes, and how many of those that pruning kept are left out."""
+    """[N] mask of the shown nodes, and the number of kept nodes that `max_nodes` leaves out."""
     inner = pruned.node_mask & pruned.graph.nodes.is_kind(NodeKind.FEATURE, NodeKind.ERROR, NodeKind.BIAS)
     candidates = inner.nonzero()[:, 0]
     by_influence = candidates[pruned.influence[candidates].argsort(descending=True, stable=True)]
@@ -139,7 +138,7 @@ def _capped(pruned: PrunedGraph, max_nodes: int) -> tuple[Tensor, int]:
 
 def _image_entries(graph: Graph, originals: Sequence[Image.Image]) -> tuple[ImageEntry, ...]:
     if originals and len(originals) != len(graph.images):
-        raise GraphError(f"{len(originals)} images given for a graph of {len(graph.images)}; pass those of the prompt")
+        raise GraphError(f"images={len(originals)}: the graph has {len(graph.images)}; pass the images of the prompt")
     pictures = originals or [Image.fromarray(image.pixels.numpy()) for image in graph.images]
     return tuple(_image_entry(image, picture) for image, picture in zip(graph.images, pictures, strict=True))
 
@@ -147,10 +146,10 @@ def _image_entries(graph: Graph, originals: Sequence[Image.Image]) -> tuple[Imag
 def _image_entry(image: GraphImage, picture: Image.Image) -> ImageEntry:
     height, width = image.pixels.shape[:2]
     scale_x, scale_y = picture.width / width, picture.height / height
-    # A copy that was scaled down to whole pixels may have another aspect ratio by this much.
+    # Rounding to whole pixels changes the aspect ratio of a scaled copy by at most this much.
     if abs(scale_x / scale_y - 1) > 1 / width + 1 / height:
         given = f"{picture.width}x{picture.height}"
-        raise GraphError(f"an image of {given} pixels was given for one of {width}x{height}; pass those of the prompt")
+        raise GraphError(f"image of {given} pixels: the graph's is {width}x{height}; pass the images of the prompt")
     left, top, right, bottom = image.box
     shown = picture.convert("RGB")
     shown.thumbnail((LARGEST_PICTURE, LARGEST_PICTURE))
@@ -190,8 +189,8 @@ def _score_entries(graph: Graph, shown: Tensor) -> tuple[ScoreEntry, ...]:
             value=short(whole.replacement),
             unit="share",
             reading="influence-weighted fraction of paths that lead back to tokens and patches, not error nodes",
-            definition="Influence-weighted fraction of the paths from the targets that lead back to tokens and patches, "
-            f"not error nodes, in the unpruned graph.{uncomputed}",
+            definition="Influence-weighted fraction of the paths from the targets that lead back to tokens and "
+            f"patches, not error nodes, in the unpruned graph.{uncomputed}",
         ),
         ScoreEntry(
             key="completeness_score",
@@ -223,8 +222,8 @@ def _edge_check_entry(check: EdgeReport | None) -> ScoreEntry:
         value=None if check is None else short(check.max_rel_error),
         unit="error",
         reading=reading,
-        definition="Largest |predicted - measured| over the largest absolute edge of the row. Intervention: the source is "
-        "added once more, with attention patterns, norm denominators and all MLP outputs frozen.",
+        definition="Largest |predicted - measured| over the largest absolute edge of the row. Intervention: the source "
+        "is added once more, with attention patterns, norm denominators and all MLP outputs frozen.",
     )
 
 
@@ -233,7 +232,7 @@ def _write_whole(path: Path, text: str) -> None:
     try:
         with os.fdopen(descriptor, "w", encoding="ascii") as file:
             file.write(text)
-        # mkstemp makes the file private; a page is as readable as any other result.
+        # mkstemp makes the file private; other results are readable by all.
         os.chmod(temporary, 0o644)
         os.replace(temporary, path)
     except BaseException:

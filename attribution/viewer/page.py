@@ -1,8 +1,8 @@
-"""Puts a graph document, the page's style and its scripts into one HTML file that needs no network.
+"""Renders a graph document, the page's style and its scripts as one HTML file that needs no network.
 
-The document travels in a script element of type application/json, which no browser executes, with every `<`, `>` and
-`&` written as a JSON escape, so that no text of a prompt can end the element. A content security policy names the hash
-of the one script and of the one style sheet: anything else that found its way into the page would not run.
+The document is in a script element of type application/json, which browsers do not execute, with every `<`, `>` and `&`
+written as a JSON escape, so that no text of a prompt can end the element. A content security policy allows only the one
+script and the one style sheet, by their hashes.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from typing import Any
 #: The two files of a graph that `clt.attribution.viewer.export` writes.
 DOCUMENT_NAME, PAGE_NAME = "graph.json", "index.html"
 
-#: In the order in which they use each other.
+#: In the order of their dependencies.
 SCRIPTS = ("model.js", "layout.js", "graph.js", "picture.js", "header.js", "details.js", "viewer.js")
 
 
@@ -45,7 +45,7 @@ def render_page(document: Mapping[str, Any]) -> str:
         "data": _inert_json(document),
         "script": script,
     }
-    # One pass over the template: what is put in is never searched for placeholders.
+    # One pass over the template: inserted text is not searched for placeholders.
     page = re.sub(r"\{\{(\w+)\}\}", lambda match: parts[match[1]], _asset("page.html"))
     return page.encode("ascii", "xmlcharrefreplace").decode("ascii")
 

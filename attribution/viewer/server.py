@@ -1,8 +1,7 @@
-"""Shows the page of a graph: finds the file, and serves it to a browser on this machine where opening it will not do.
+"""Serves the page of a graph on 127.0.0.1.
 
-The page is one self-contained file, so a browser can open it directly. On a remote machine it cannot: there
-`page_server` answers on 127.0.0.1 with that one page, to be reached through an ssh tunnel. It looks at no path but "/"
-and has no other file to give away.
+The page is one self-contained file that a browser can open directly. On a remote machine, `page_server` serves it
+through an ssh tunnel. It answers "/" with this one file and every other path with 404.
 """
 
 from __future__ import annotations
@@ -14,15 +13,15 @@ from pathlib import Path
 from clt.attribution.viewer.page import PAGE_NAME
 from clt.errors import GraphError
 
-#: Host names under which a browser on this machine may ask: another name means another site's page is asking.
+#: Accepted Host headers: another name means that a page of another site sends the request (DNS rebinding).
 _LOCAL_NAMES = ("127.0.0.1", "localhost")
 
 
 def find_page(path: Path | str) -> Path:
-    """The page that a path means.
+    """Finds the page of a path.
 
     Args:
-        path: the page, or the folder that holds it.
+        path: the page, or the folder that contains it.
 
     Returns:
         Absolute path of the page.
@@ -41,7 +40,7 @@ def page_server(page: Path, port: int = 0) -> ThreadingHTTPServer:
     """A server of one page, bound to 127.0.0.1; `serve_forever` runs it, `server_address` tells its port.
 
     Args:
-        page: the file to serve; read again at every request.
+        page: the file to serve, read anew at every request.
         port: 0 lets the system choose.
 
     Returns:
@@ -66,9 +65,9 @@ def page_server(page: Path, port: int = 0) -> ThreadingHTTPServer:
             self.wfile.write(body)
 
         def log_message(self, format: str, *args: object) -> None:
-            """Requests are not logged: the command says once where the page is."""
+            """Requests are not logged; the command prints the address once."""
 
     try:
         return ThreadingHTTPServer(("127.0.0.1", port), Handler)
     except (OSError, OverflowError) as error:
-        raise GraphError(f"port {port}: cannot listen on 127.0.0.1 ({error}); choose another port or 0") from None
+        raise GraphError(f"port={port}: cannot listen on 127.0.0.1 ({error}); choose another port or 0") from None

@@ -172,6 +172,12 @@ class CrosslayerLearner:
         return Prediction(y_LBD=self.transcoder.decode(codes_LBF), active_LBF=codes_LBF != 0)
 
 
-def train_batch_topk(data: BaselineData, seed: int, setting: Setting) -> Trained:
-    """Trains with BatchTopK."""
+def train(data: BaselineData, seed: int, setting: Setting) -> Trained:
+    """Trains `CrosslayerTranscoder` with BatchTopK.
+
+    Args:
+        data: batches and sizes.
+        seed: of weights and batches.
+        setting: hyperparameters.
+    """
     return learn(CrosslayerLearner(data, seed, setting), data.batches(seed))

@@ -21,7 +21,7 @@ from clt.capture.planning import CaptureConfig
 from clt.capture.reading.loader import iterate_store
 from clt.capture.reading.open_store import open_store
 from clt.capture.reading.token_filter import TokenFilter
-from clt.capture.run import capture
+from clt.capture.run import capture_store
 from clt.capture.sources.examples import SourceSettings, ToySource
 from clt.errors import ConfigError
 from clt.launch.activations import open_activations
@@ -118,7 +118,7 @@ def prepare_data(config: DemoConfig, steps: int, folder: Path, output: Path) -> 
     ):
         source = SourceSettings(toy=ToySource(n=prompts, seed=seed))
         store = CaptureConfig(model=str(config.model), output=str(folder / name), source=source, seed=config.seed)
-        capture(store, progress=sys.stderr.isatty())
+        capture_store(store, progress=sys.stderr.isatty())
         stores.append(open_store(str(folder / name)))
     model = stores[0].model
     architecture = CLTConfig.resolve(settings, model.n_layers, model.d_model)

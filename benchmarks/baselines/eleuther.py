@@ -212,11 +212,13 @@ class EleutherLearner:
         return Prediction(y_LBD=y_LBD, active_LBF=torch.stack(active))
 
 
-def train_untied(data: BaselineData, seed: int, setting: Setting) -> Trained:
-    """Trains with a decoder per pair of layers."""
-    return learn(EleutherLearner(data, "none", seed, setting), data.batches(seed))
+def train(data: BaselineData, seed: int, setting: Setting, tying: Tying) -> Trained:
+    """Trains `Coders`.
 
-
-def train_tied(data: BaselineData, seed: int, setting: Setting) -> Trained:
-    """Trains with a decoder per target."""
-    return learn(EleutherLearner(data, "target", seed, setting), data.batches(seed))
+    Args:
+        data: batches and sizes.
+        seed: of weights and batches.
+        setting: hyperparameters.
+        tying: a decoder per pair of layers, or one per target.
+    """
+    return learn(EleutherLearner(data, tying, seed, setting), data.batches(seed))

@@ -8,7 +8,7 @@ from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from typing import Literal
 
-from benchmarks.baselines.measure import HeldOut, SeedRun, Setting
+from benchmarks.baselines.measure import SeedRun, Setting
 from clt.launch.bench.common.machine import MachineInfo, describe
 from clt.launch.bench.common.report import Claim, claim, claims_text, markdown_table
 
@@ -164,8 +164,3 @@ def _trials(trials: Sequence[Trial]) -> str:
     cells = [(trial.name, str(trial.setting), f"{trial.fvu:.5f}", f"{trial.dead_fraction:.4f}") for trial in trials]
     table = markdown_table(("", "setting", "FVU", "dead"), cells)
     return f"**Trials: one run each, other seed, the quarter of the held-out tokens that is not reported**\n\n{table}"
-
-
-def trial(name: str, setting: Setting, heldout: HeldOut) -> Trial:
-    """A trial from its held-out measures."""
-    return Trial(name=name, setting=setting, fvu=heldout.mean_fvu, dead_fraction=heldout.mean_dead)

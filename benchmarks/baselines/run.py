@@ -13,12 +13,13 @@ import math
 import tempfile
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 
 from benchmarks.baselines import crosslayer, eleuther, ours
 from benchmarks.baselines.data import BaselineData, prepare_data
 from benchmarks.baselines.measure import HeldOut, SeedRun, Setting, Train, measure
-from benchmarks.baselines.report import OURS, AlgorithmRow, BaselineReport, How, Trial, trial
+from benchmarks.baselines.report import OURS, AlgorithmRow, BaselineReport, How, Trial
 from clt.config import load_config
 from clt.errors import ConfigError
 from clt.launch.bench.common.machine import this_machine
@@ -93,29 +94,16 @@ def all_algorithms(n_features: int, our_rate: float) -> tuple[Algorithm, ...]:
     rates = tuple(Setting(learning_rate=automatic * factor) for factor in ELEUTHER_RATES)
     own = tuple(Setting(learning_rate=our_rate * factor, bias_rate=biases) for factor, biases in OUR_RATES)
     penalised = tuple(replace(rate, dead_penalty=penalty) for rate in rates[:2] for penalty in DEAD_PENALTIES)
+    untied, tied = (partial(eleuther.train, tying=tying) for tying in ("none", "target"))
+    given = Setting(learning_rate=automatic)
     return (
         Algorithm(name=OURS, train=ours.train_ours, published=Setting(learning_rate=our_rate), candidates=own),
-        Algorithm(
-            name="clt-training untied",
-            train=eleuther.train_untied,
-            published=Setting(learning_rate=automatic),
-            candidates=rates,
-        ),
-        Algorithm(
-            name="clt-training tied",
-            train=eleuther.train_tied,
-            published=Setting(learning_rate=automatic),
-            candidates=rates,
-        ),
-        Algorithm(
-            name="clt-training untied, dead-latent loss",
-            train=eleuther.train_untied,
-            published=None,
-            candidates=penalised,
-        ),
+        Algorithm(name="clt-training untied", train=untied, published=given, candidates=rates),
+        Algorithm(name="clt-training tied", train=tied, published=given, candidates=rates),
+        Algorithm(name="clt-training untied, dead-latent loss", train=untied, published=None, candidates=penalised),
         Algorithm(
             name="crosslayer-coding BatchTopK",
-            train=crosslayer.train_batch_topk,
+            train=crosslayer.train,
             published=Setting(learning_rate=fixed),
             candidates=tuple(Setting(learning_rate=fixed * factor) for factor in CROSSLAYER_RATES),
         ),
@@ -181,10 +169,10 @@ def _try(data: BaselineData, algorithms: Sequence[Algorithm], seed: int) -> Iter
     for algorithm in algorithms:
         for setting in algorithm.trials:
             trained = algorithm.train(data, seed, setting)
-            found = trial(algorithm.name, setting, measure(trained.predict, data.validation))
-            values = found.name, setting, found.fvu, found.dead_fraction
-            log.info("bench trial: %s (%s) fvu=%.5f dead_fraction=%.4f", *values)
-            yield found
+            heldout = measure(trained.predict, data.validation)
+            fvu, dead = heldout.mean_fvu, heldout.mean_dead
+            log.info("bench trial: %s (%s) fvu=%.5f dead_fraction=%.4f", algorithm.name, setting, fvu, dead)
+            yield Trial(name=algorithm.name, setting=setting, fvu=fvu, dead_fraction=dead)
 
 
 def best_trial(trials: Sequence[Trial], name: str) -> Setting:

@@ -95,14 +95,39 @@ class PromptEncoder:
     _texts_of_sizes: dict[ImageSize, ImageText] = field(default_factory=dict, init=False, repr=False, compare=False)
 
     def count(self, prompt: str, images: int | Sequence[ImageSize], answer: str | Sequence[int] | None) -> int:
-        """Number of tokens that `encode` would give, without decoding images."""
+        """Number of tokens that `encode` would give, without decoding images.
+
+        Args:
+            prompt: formatted text with one placeholder per image.
+            images: sizes of the images; their number is enough if `size_matters` is false.
+            answer: text or token ids after the prompt.
+
+        Returns:
+            Number of tokens of prompt, images and answer.
+
+        Raises:
+            InputError: the placeholders do not match the images, or sizes are needed and not given.
+        """
         sizes: Sequence[ImageSize] = [_ANY_SIZE] * images if isinstance(images, int) else images
         if isinstance(images, int) and images and self.images is not None and self.images.size_matters:
             raise InputError(f"{self.model_name}: the number of tokens of an image depends on its size; give the sizes")
         return len(self._columns(prompt, [self._text_of_size(size) for size in sizes])) + len(self._answer_ids(answer))
 
     def encode(self, prompt: str, images: Sequence[Image.Image], answer: str | Sequence[int] | None) -> PromptInputs:
-        """A batch of one on the CPU, pixels in float32; see `ModelAdapter.prepare`."""
+        """Tokenizes a prompt; see `ModelAdapter.prepare`.
+
+        Args:
+            prompt: formatted text with one placeholder per image.
+            images: PIL images in the order of their placeholders.
+            answer: text or token ids after the prompt.
+
+        Returns:
+            A batch of one on the CPU, pixels in float32.
+
+        Raises:
+            InputError: the placeholders do not match the images.
+            ModelError: the image size of the image processor is not that of the vision tower.
+        """
         encoded = EncodedImages(model_inputs={}, texts=())
         if images:
             encoded = self.image_tokens(prompt, len(images)).encode([image.convert("RGB") for image in images])

@@ -1,11 +1,9 @@
-"""Pure functions behind capture and reading: packing samples into units, permutations, and the read order of a store.
+"""Shuffled read order of a store: a pure function of seed, epoch, step, rank and world size.
 
-Nothing here touches a disk, so every property that a training run relies on can be tested directly: each row exactly
-once in an epoch, the same global batch for every number of ranks, and random access to any step.
-
-Words: a *unit* is a run of samples written together; a *block* is a run of rows of one unit that is read together; a
-*stream* is one of V virtual readers, dealt to the ranks; a *window* is a run of blocks of a stream, shuffled in memory;
-a *visit* is what a stream takes of a window in one go.
+Each row is read once per epoch, the global batch is the same for any number of ranks, and any step is accessible
+directly. A *unit* is a run of samples written together, a *block* a run of rows of one unit that is read together, a
+*stream* one of V virtual readers assigned to the ranks, a *window* a run of blocks of a stream that is shuffled in
+memory, and a *visit* the consecutive rows that a stream takes from a window.
 """
 
 from __future__ import annotations
@@ -21,7 +19,7 @@ from numpy.typing import NDArray
 from clt.capture.store.row_order import permutation
 from clt.errors import ConfigError
 
-#: Most virtual streams, hence most data ranks.
+#: Largest number of virtual streams, and therefore of data ranks.
 MAX_STREAMS = 64
 
 _BLOCKS, _WINDOW = 1, 2  # name these uses among the permutations of a seed; 0 is that of `clt.capture.store.row_order`
@@ -32,7 +30,7 @@ class Window:
     """A run of blocks of a stream that is shuffled in memory.
 
     Attributes:
-        number: names it within the stream and the epoch; numbers ascend, but some may be missing.
+        number: number within the stream and the epoch; ascending, with possible gaps.
         start: its first row, counted from the start of the stream's part.
         stop: one past its last row.
     """
@@ -44,7 +42,7 @@ class Window:
 
 @dataclass(frozen=True)
 class Visit:
-    """Neighbouring rows of a shuffled window that a stream takes one after the other.
+    """Consecutive rows of a shuffled window that a stream takes.
 
     Attributes:
         stream: number of the stream.
@@ -62,31 +60,31 @@ class Visit:
 class ReadOrder:
     """Order in which the rows of a store are read in one epoch; a pure function of its arguments.
 
-    All blocks are permuted and laid end to end; V streams cut that line of N rows into V equal parts. A part is cut
-    into windows of whole blocks whose rows are shuffled: window k of stream v holds the blocks that begin at the rows
-    [k w - v w/V, (k+1) w - v w/V) of the part, so it has fewer than w rows and one block more. A stream goes through
-    its windows in order. One whose part begins with a whole block enters it v/V of its rows late and takes those rows
-    at the end of the epoch; so, even where all blocks are equal, streams come to new windows at different steps and
-    the disk is kept busy evenly.
+    All blocks are permuted and concatenated into a line of N rows, which is divided into V equal parts, one per stream.
+    A part is divided into windows of whole blocks whose rows are shuffled: window k of stream v holds the blocks that
+    begin at rows [k w - v w/V, (k+1) w - v w/V) of the part, that is fewer than w rows plus one block. A stream reads
+    its windows in order. A stream whose part begins with a whole block starts v/V of that block's rows late and reads
+    those rows at the end of the epoch, so that, even with equal blocks, streams reach new windows at different steps
+    and the disk load is even.
 
     Step t takes B/V rows of every stream, streams in order; rank r of W has the streams [r V/W, (r+1) V/W), so the
     ranks' batches joined in rank order are the batch of a single rank. V is the largest power of two up to 64 that
-    divides B. An epoch has floor(N/B) steps; the N mod B rows left over differ from epoch to epoch.
+    divides B. An epoch has floor(N/B) steps; the N mod B dropped rows differ from epoch to epoch.
 
     Args:
         block_rows: [blocks] rows of each block, >= 0.
-        seed: seed of the order.
+        seed: random seed of the order.
         epoch: number of the epoch.
         batch_rows: B, rows of a step over all ranks.
-        window_rows: most rows of the windows of all streams together, from which w follows; a block per window is
-            the least.
+        window_rows: largest number of rows of the windows of all streams together, which determines w; at least one
+            block per window.
 
     Attributes:
         num_rows: N.
         streams: V.
         share: B/V, rows of a step of one stream.
         steps: steps of the epoch.
-        window_rows: w; all blocks of a window but the last together have fewer rows.
+        window_rows: w; all blocks of a window except the last have fewer rows together.
 
     Raises:
         ConfigError: the store has fewer rows than a batch.
@@ -113,7 +111,7 @@ class ReadOrder:
 
     @property
     def dropped_rows(self) -> int:
-        """Rows that this epoch leaves out."""
+        """Rows that are not read in this epoch."""
         return self.num_rows - self.steps * self.batch_rows
 
     def streams_of(self, rank: int, world: int) -> range:
@@ -125,20 +123,20 @@ class ReadOrder:
         if self.streams % world:
             raise ConfigError(
                 f"batch_tokens={self.batch_rows} is read as {self.streams} streams, which {world} data ranks cannot "
-                f"share evenly; use a power of two of ranks and a batch_tokens that it divides"
+                f"share evenly; use a power of two of data ranks that divides batch_tokens"
             )
         share = self.streams // world
         return range(rank * share, (rank + 1) * share)
 
     def visits(self, streams: Iterable[int], step: int = 0) -> Iterator[Visit]:
-        """What is read from a step to the end of the epoch, in the order in which it is needed.
+        """Visits from a step to the end of the epoch, in the order in which they are needed.
 
         Args:
-            streams: numbers of the streams that are read.
+            streams: numbers of the streams to read.
             step: first step.
 
         Yields:
-            Visits in the order of a reader that goes step by step and, in a step, stream by stream.
+            Visits ordered by step and, within a step, by stream.
         """
         heap = [(step, stream, step * self.share) for stream in streams if step < self.steps]
         heapq.heapify(heap)
@@ -160,7 +158,7 @@ class ReadOrder:
         return Window(number, self._window_start(stream, number), self._window_start(stream, number + 1))
 
     def window_segments(self, stream: int, window: Window) -> list[tuple[int, int, int]]:
-        """Segments (block, first row, one past last row) that make up a window, in unshuffled order."""
+        """Segments (block, first row, one past the last row) of a window, in unshuffled order."""
         low, high = (stream * self._part_rows + row for row in (window.start, window.stop))
         run = slice(self._block_at(low), self._block_at(high - 1) + 1)
         blocks = zip(self._blocks[run].tolist(), self._starts[run].tolist(), self._ends[run].tolist(), strict=True)
@@ -171,7 +169,7 @@ class ReadOrder:
         return permutation(window.stop - window.start, self.seed, (_WINDOW, self.epoch, stream, window.number))
 
     def rows(self, step: int, rank: int = 0, world: int = 1) -> NDArray[np.int64]:
-        """The (block, row within block) pairs of a rank's batch, in order; for tests and audits.
+        """The (block, row within block) pairs of a rank's batch, in order; for tests.
 
         Args:
             step: step within the epoch.
@@ -205,7 +203,7 @@ class ReadOrder:
         return min(int(self._ends[block]) - base, self._part_rows) * stream // self.streams
 
     def _visit(self, stream: int, taken: int) -> Visit:
-        """What a stream takes after so many rows, to the end of the window, the part or the epoch."""
+        """Next visit of a stream that has taken `taken` rows, up to the end of the window, the part or the epoch."""
         row = (self._entries[stream] + taken) % self._part_rows
         window = self.window_at(stream, row)
         stop = min(window.stop, row + self.steps * self.share - taken)
@@ -221,5 +219,5 @@ class ReadOrder:
         return min(line_row - base, self._part_rows)
 
     def _block_at(self, row: int) -> int:
-        """Position, in the permuted line, of the block that holds a row; empty blocks are passed over."""
+        """Position in the permuted line of the block that holds a row; skips empty blocks."""
         return int(self._ends.searchsorted(row, side="right"))

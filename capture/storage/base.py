@@ -158,7 +158,13 @@ def missing(name: str) -> StoreError:
 
 
 def too_short(name: str, size: int, needed: int) -> StoreError:
-    """Error for a file that ends before the requested bytes."""
+    """Error for a file that ends before the requested bytes.
+
+    Args:
+        name: full path or URL.
+        size: bytes of the file.
+        needed: bytes requested, from its start.
+    """
     return StoreError(f"{name}: has {size} bytes, at least {needed} expected; restore it or capture again")
 
 

@@ -1,9 +1,9 @@
 """Shape, type and Zarr v3 metadata of one array of a store.
 
-Every array is split along its first axis, the tokens: unit u owns rows [u R, (u+1) R), stored in one shard file. A shard
-holds chunks of C rows in lexicographic order, each followed by its crc32c, then the index (`sharding_indexed`).
-Metadata is written here and not by zarr-python, so that a store has the same bytes with every release. bfloat16 values
-are stored as uint16 bits with an attribute, because not every Zarr reader has the type.
+Every array is split along its first axis, the tokens: unit u owns rows [u R, (u+1) R), stored in one shard file with
+chunks of C rows in lexicographic order, each followed by its crc32c, then the index (`sharding_indexed`). Metadata is
+written here and not by zarr-python, so that a store has the same bytes with every release. bfloat16 values are stored
+as uint16 bits with an attribute, because not every Zarr reader has the type.
 """
 
 from __future__ import annotations

@@ -77,7 +77,19 @@ def unit_moments(storage: Storage, record: UnitRecord | UnitEntry, groups: tuple
 
 
 def merged_moments(storage: Storage, units: Sequence[UnitEntry], groups: tuple[SiteGroup, ...]) -> dict[str, Moments]:
-    """Merges the moments of units in the given order; arguments and errors as `unit_moments`."""
+    """Merges the moments of units, in the given order.
+
+    Args:
+        storage: the store's files.
+        units: manifest entries of the units.
+        groups: site groups of the store.
+
+    Returns:
+        Moments by name of the group.
+
+    Raises:
+        StoreError: a file is missing or damaged.
+    """
     total = {group.name: Moments.zeros(len(group.sites), group.width) for group in groups}
     for unit in units:
         for name, moments in unit_moments(storage, unit, groups).items():

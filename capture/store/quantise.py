@@ -1,7 +1,7 @@
 """int8 activations: channels standardised by fixed moments, with one scale per token and site.
 
 value = q * scale * std + mean. Dividing by the standard deviation preserves small channels beside outlier channels, the
-scale follows the token's norm, and no value is clipped. The moments are taken once, from the first samples of the store.
+scale follows the token's norm, and no value is clipped. The moments come from the first samples of the store.
 """
 
 from __future__ import annotations
@@ -34,7 +34,7 @@ class Standardiser:
 
     @classmethod
     def of(cls, values: Tensor) -> Standardiser:
-        """Moments of values [tokens, S, D]; std is at least 1e-4 of the site's, so that constant channels have a scale."""
+        """Moments of values [tokens, S, D]; std is at least 1e-4 of the site's, for channels that do not vary."""
         mean, std = torch.empty(values.shape[1:]), torch.empty(values.shape[1:])
         for site in range(values.shape[1]):
             wide = values[:, site].double()
@@ -60,7 +60,16 @@ class Standardiser:
         return (values.float() - self.mean).div_(self.std)
 
     def restore(self, quantised: Tensor, scales: Tensor, sites: list[int] | slice = slice(None)) -> Tensor:
-        """Values [tokens, s, D] float32 of some of the sites from int8 [tokens, s, D] and their scales [tokens, s]."""
+        """Restores float32 values.
+
+        Args:
+            quantised: [tokens, s, D] int8.
+            scales: [tokens, s] float32.
+            sites: the s positions on the site axis; default: all.
+
+        Returns:
+            [tokens, s, D] float32.
+        """
         return quantised * scales[..., None] * self.std[sites] + self.mean[sites]
 
 

@@ -35,7 +35,16 @@ def permutation(n: int, seed: int, stream: tuple[int, int, int, int]) -> NDArray
 
 
 def unit_permutation(n_rows: int, seed: int, unit: int) -> NDArray[np.int64]:
-    """Order in which a unit's rows are stored: stored row i is row `result[i]` of its samples laid end to end."""
+    """Order in which a unit's rows are stored.
+
+    Args:
+        n_rows: rows of the unit.
+        seed: seed of the store.
+        unit: number of the unit.
+
+    Returns:
+        [n_rows] int64: stored row i is row `result[i]` of the unit's samples laid end to end.
+    """
     return permutation(n_rows, seed, (_UNIT_ROWS, unit, 0, 0))
 
 

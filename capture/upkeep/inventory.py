@@ -1,7 +1,7 @@
-"""What a store says that it consists of, and which files are there.
+"""Inventory of a store: its description and the files that exist.
 
-A store without a manifest is unfinished: its plan and its commit records say what exists. Every name that the store may
-ever give to a file follows from its spec and its plan, so that what is not ours is told from what is left over.
+A store without a manifest is unfinished and described by its plan and commit records. All file names that a store can
+have follow from its spec and plan, which distinguishes foreign files from garbage of interrupted workers.
 """
 
 from __future__ import annotations
@@ -29,12 +29,12 @@ QUARANTINE = "quarantine/"
 
 @dataclass(frozen=True, kw_only=True)
 class StoreProblem:
-    """Something wrong with a store.
+    """A fault in a store.
 
     Attributes:
         path: key of the file.
-        unit: whose file it is; None if it belongs to no unit.
-        message: one line that names the file, what is wrong, and the remedy.
+        unit: unit of the file; None if it belongs to no unit.
+        message: one line with the file, the fault and the remedy.
     """
 
     path: str
@@ -44,15 +44,15 @@ class StoreProblem:
 
 @dataclass(frozen=True, kw_only=True)
 class Inventory:
-    """What a store is made of.
+    """Description of a store and its existing files.
 
     Attributes:
         storage: its files.
-        store_id: hash of its contents; None while there is no readable manifest.
-        manifest: None while there is no readable one.
-        spec: what it holds.
-        plan: which samples each unit holds.
-        entries: every file that is there, by key.
+        store_id: hash of its contents; None without a readable manifest.
+        manifest: None without a readable one.
+        spec: contents of the store.
+        plan: assignment of samples to units.
+        entries: every existing file, by key.
     """
 
     storage: Storage
@@ -64,22 +64,22 @@ class Inventory:
 
     @cached_property
     def arrays(self) -> StoreArrays:
-        """Its arrays."""
+        """Zarr arrays of the store."""
         return StoreArrays(self.spec, self.plan.n_units)
 
     @cached_property
     def digest(self) -> str:
-        """What its commit records carry."""
+        """`store_digest` that its commit records carry."""
         return store_digest(self.spec, self.plan)
 
     @cached_property
     def committed(self) -> tuple[int, ...]:
-        """Units that have a commit record, in order."""
+        """Units with a commit record, in order."""
         return tuple(unit for unit in range(self.plan.n_units) if commit_path(unit) in self.entries)
 
     @cached_property
     def recorded(self) -> dict[str, FileRecord]:
-        """Every file that the manifest lists, by key; empty for an unfinished store."""
+        """Every file in the manifest, by key; empty for an unfinished store."""
         if self.manifest is None:
             return {}
         units = (unit.files for unit in self.manifest.units)
@@ -87,7 +87,7 @@ class Inventory:
 
     @cached_property
     def unit_of(self) -> dict[str, int]:
-        """Unit by key, of every file that the plan's units may have."""
+        """Unit of every file that the plan's units can have, by key."""
         return {key: unit for unit in range(self.plan.n_units) for key in self.unit_keys(unit)}
 
     def unit_keys(self, unit: int) -> tuple[str, ...]:
@@ -97,7 +97,7 @@ class Inventory:
 
     @cached_property
     def stats_keys(self) -> tuple[str, ...]:
-        """Keys of the merged statistics, which follow from those of the units."""
+        """Keys of the merged moments, which follow from those of the units."""
         arrays = [array for group in self.spec.groups for array in stats_arrays(group).values()]
         return tuple(key for array in arrays for key in (f"{array.key}/zarr.json", array.shard(0)))
 
@@ -108,13 +108,13 @@ class Inventory:
         return frozenset((SPEC, PLAN, MANIFEST, *quantisation, *self.arrays.metadata_files(), *self.stats_keys))
 
     def foreign(self) -> Iterator[str]:
-        """Keys of files that this store would never write."""
+        """Keys of files that this store never writes."""
         for key in self.entries:
             if key not in self.unit_of and key not in self.common_keys and not is_scratch(key):
                 yield key
 
     def leftovers(self) -> Iterator[StoredFile]:
-        """What workers left that no record speaks of: partial files, and files of units that were never committed."""
+        """Unrecorded files of interrupted workers: partial files, and files of uncommitted units."""
         committed = set(self.committed)
         for key, entry in self.entries.items():
             if key.startswith(QUARANTINE):
@@ -126,21 +126,21 @@ class Inventory:
 
 
 def is_scratch(key: str) -> bool:
-    """Whether a file is none of the store's data: a partial file, a lease, or one that was moved to quarantine."""
+    """Whether a file is not part of the data: a partial file, a lease, or a file in quarantine."""
     return key.endswith(PARTIAL_SUFFIX) or key.startswith((LEASES, QUARANTINE))
 
 
 def take_inventory(storage: Storage) -> tuple[Inventory | None, list[StoreProblem]]:
-    """Finds out what a store consists of, from its manifest or, where that is missing or damaged, from its plan.
+    """Takes the inventory from the manifest or, if that is missing or damaged, from spec and plan.
 
     Args:
         storage: the store's files.
 
     Returns:
-        The inventory, None if neither says what the store is; and what is wrong with those files.
+        The inventory, None if both are unreadable; and the faults of these files.
 
     Raises:
-        StoreError: there is no store, or it is one of another major version.
+        StoreError: there is no store, or it has another major schema version.
     """
     entries = {entry.key: entry for entry in storage.list("")}
     if not entries.keys() & {SPEC, MANIFEST}:
@@ -162,7 +162,7 @@ def take_inventory(storage: Storage) -> tuple[Inventory | None, list[StoreProble
     if found_spec is None or found_plan is None:
         return None, problems
     if not _plausible(found_spec, found_plan):
-        message = f"{storage.name(PLAN)}: does not fit {SPEC}, one of them is damaged; restore both"
+        message = f"{storage.name(PLAN)}: does not match {SPEC}, one of them is damaged; restore both"
         return None, [*problems, StoreProblem(path=PLAN, unit=None, message=message)]
     return Inventory(
         storage=storage, store_id=None, manifest=None, spec=found_spec, plan=found_plan, entries=entries
@@ -182,7 +182,7 @@ def sound_inventory(location: str | Path | Storage) -> Inventory:
 
 
 def plan_of(manifest: Manifest) -> CapturePlan:
-    """The plan of a complete store, from its units."""
+    """Plan of a complete store, from its units."""
     starts = (0, *(unit.sample_start + unit.n_samples for unit in manifest.units))
     return CapturePlan(sample_starts=starts, unit_tokens=tuple(unit.n_tokens for unit in manifest.units))
 
@@ -196,7 +196,7 @@ def _read(storage: Storage, key: str, cls: type[T], problems: list[StoreProblem]
 
 
 def _plausible(spec: StoreSpec, plan: CapturePlan) -> bool:
-    """Whether a plan can be one for a spec; nothing protects the two files of an unfinished store but what they say."""
+    """Whether a plan is consistent with a spec; in an unfinished store no checksum protects the two files."""
     starts, rows, chunk = plan.sample_starts, spec.rows_per_unit, spec.chunk_tokens
     return (
         0 < chunk <= rows
@@ -209,7 +209,7 @@ def _plausible(spec: StoreSpec, plan: CapturePlan) -> bool:
 
 
 def _require_version(storage: Storage, keys: list[str]) -> None:
-    """A store of another major version is not a damaged one; a single file that claims so is."""
+    """Raises StoreError if all the files have another major version; a single such file is damage."""
     errors: list[StoreError] = []
     for key in keys:
         try:

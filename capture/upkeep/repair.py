@@ -1,9 +1,9 @@
-"""How far a store is, what in it is garbage, and how a damaged one is brought back without losing anything.
+"""Repair and garbage collection of a store.
 
-Repair never deletes: files that are wrong move to `quarantine/`, the manifest first, so that a store is unfinished
-until it is whole again, and a unit's commit record last, so that a repair that is cut short leaves damage that can be
-seen. The next capture run then captures exactly the units that are gone. Both repair and garbage collection hold leases
-of the units they touch, so that no worker that starts meanwhile works on them.
+Repair deletes nothing: damaged files move to `quarantine/`, the manifest first, so that the store counts as unfinished
+until it is complete again, and each unit's commit record last, so that an interrupted repair leaves visible damage.
+The next run of the capture captures the missing units. Repair and garbage collection hold leases on the units they
+change, so that no worker starts on them meanwhile.
 """
 
 from __future__ import annotations
@@ -29,16 +29,16 @@ from clt.errors import StoreError
 
 @dataclass(frozen=True, kw_only=True)
 class RepairReport:
-    """What a repair did.
+    """Result of a repair.
 
     Attributes:
         location: folder or URL of the store.
-        problems: what was wrong.
-        moved: files that were moved aside: their key, and their key now.
-        rebuilt: files that were made again from the rest.
-        recapture: units that the next run of the same capture captures again.
-        previous_id: hash of the store's contents before; None if there was no readable manifest.
-        store_id: hash of the store's contents now; None if units must be captured first.
+        problems: faults that were found.
+        moved: (old key, new key) of the files moved to quarantine.
+        rebuilt: files rebuilt from the rest of the store.
+        recapture: units that the next run of the capture captures again.
+        previous_id: id of the store before; None without a readable manifest.
+        store_id: id of the store now; None if units must be captured first.
     """
 
     location: str
@@ -52,12 +52,12 @@ class RepairReport:
 
 @dataclass(frozen=True, kw_only=True)
 class GcReport:
-    """What was deleted.
+    """Result of a garbage collection.
 
     Attributes:
         location: folder or URL of the store.
-        dry_run: nothing was deleted; `files` says what would be.
-        files: the files.
+        dry_run: nothing was deleted; `files` are those that would be.
+        files: the deleted files.
     """
 
     location: str
@@ -66,23 +66,23 @@ class GcReport:
 
     @property
     def bytes(self) -> int:
-        """Bytes of the files."""
+        """Total size of the files."""
         return sum(entry.bytes for entry in self.files)
 
 
 def collect_garbage(location: str | Path | Storage, *, dry_run: bool = False, quarantine: bool = False) -> GcReport:
-    """Deletes partial files, files of units that were never committed, and leases; what is recorded stays.
+    """Deletes partial files, files of uncommitted units, and leases.
 
     Args:
-        location: folder or URL of the store, or its files.
-        dry_run: only says what would be deleted.
-        quarantine: also deletes what `repair_store` moved aside.
+        location: folder or URL of the store, or its storage.
+        dry_run: delete nothing, only list the files.
+        quarantine: also delete the files that `repair_store` moved to quarantine.
 
     Returns:
-        What was deleted.
+        The files.
 
     Raises:
-        StoreError: there is no store, what describes it is damaged, or someone is capturing.
+        StoreError: there is no store, its description is damaged, or a capture is running.
     """
     inventory = sound_inventory(location)
     storage = inventory.storage
@@ -92,30 +92,30 @@ def collect_garbage(location: str | Path | Storage, *, dry_run: bool = False, qu
     garbage += [entry for key, entry in inventory.entries.items() if quarantine and key.startswith(QUARANTINE)]
     if not dry_run:
         units = sorted({inventory.unit_of[entry.key] for entry in garbage if entry.key in inventory.unit_of})
-        # What follows from other files goes before them: killed here, none may stay for the next owner to find.
+        # Files derived from others are deleted first: if killed here, the next worker must not find them alone.
         place = {key: i for unit in units for i, key in enumerate(inventory.unit_keys(unit))}
         with _held(storage, units):
             for entry in sorted(garbage, key=lambda entry: -place.get(entry.key, len(place))):
                 unit = inventory.unit_of.get(entry.key)
-                # A worker may have committed the unit after the listing and before its lease was taken here.
+                # A worker may have committed the unit between the listing and the lease taken here.
                 if unit is None or inventory.manifest or storage.size(commit_path(unit)) is None:
                     storage.delete(entry.key)
     return GcReport(location=storage.url, dry_run=dry_run, files=tuple(garbage))
 
 
 def repair_store(location: str | Path | Storage, *, level: Level = "chunk", jobs: int = 1) -> RepairReport:
-    """Moves what is damaged to quarantine and makes again what follows from the rest.
+    """Moves damaged files to quarantine and rebuilds the files that follow from the rest.
 
     Args:
-        location: folder or URL of the store, or its files.
-        level: how much is compared to find the damage, see `verify_store`.
-        jobs: threads that compare.
+        location: folder or URL of the store, or its storage.
+        level: level of the search for damage, see `verify_store`.
+        jobs: number of threads.
 
     Returns:
-        What was wrong and what was done; if nothing was, nothing changed.
+        The faults and what was done; an undamaged store is not changed.
 
     Raises:
-        StoreError: there is no store, someone is capturing, or a file is damaged that nothing else can replace.
+        StoreError: there is no store, a capture is running, or a damaged file cannot be rebuilt.
     """
     storage = open_storage(location)
     _refuse_while_captured(storage)
@@ -126,8 +126,8 @@ def repair_store(location: str | Path | Storage, *, level: Level = "chunk", jobs
     descriptions = _descriptions(inventory) if inventory else {}
     if inventory is None or set(lost) - descriptions.keys():
         raise StoreError(
-            f"{storage.url}: {' and '.join(lost)} cannot be made from the rest; restore from a copy, or capture into "
-            f"another folder"
+            f"{storage.url}: {' and '.join(lost)} cannot be rebuilt from the rest; restore from a copy, or capture "
+            f"into another folder"
         )
     units = sorted({problem.unit for problem in problems if problem.unit is not None})
     quarantine = _Quarantine(inventory)
@@ -158,7 +158,7 @@ def repair_store(location: str | Path | Storage, *, level: Level = "chunk", jobs
 
 
 class _Quarantine:
-    """A new folder for files that are wrong."""
+    """A new quarantine folder for damaged files."""
 
     def __init__(self, inventory: Inventory) -> None:
         self._storage = inventory.storage
@@ -168,7 +168,7 @@ class _Quarantine:
         self.moved: list[tuple[str, str]] = []
 
     def take(self, key: str) -> None:
-        """Moves a file there, if it is there to be moved."""
+        """Moves a file into the folder if it exists."""
         if self._storage.size(key) is not None:
             to = f"{self._folder}/{key}"
             self._storage.move(key, to)
@@ -176,13 +176,13 @@ class _Quarantine:
 
 
 def _descriptions(inventory: Inventory) -> dict[str, bytes]:
-    """What store.json and plan.json of a complete store must have been, where its manifest is enough to tell."""
+    """Contents of store.json and plan.json of a complete store, where its manifest determines them."""
     contents = {SPEC: to_json(inventory.spec), PLAN: to_json(inventory.plan)}
     return {key: text for key, text in contents.items() if inventory.recorded.get(key) == record_of(key, text)}
 
 
 def _finalize(inventory: Inventory) -> str | None:
-    """Makes again what follows from the units, if all of them are committed; gives the store's id."""
+    """Rebuilds the files that follow from the units, if all are committed; returns the store's id."""
     storage = inventory.storage
     if any(storage.size(commit_path(unit)) is None for unit in range(inventory.plan.n_units)):
         return None
@@ -199,7 +199,7 @@ def _refuse_while_captured(storage: Storage) -> None:
 
 @contextmanager
 def _held(storage: Storage, units: Sequence[int]) -> Iterator[None]:
-    """Keeps workers that start now away from units."""
+    """Holds leases on units, so that workers that start now skip them."""
     with Leases(storage) as leases:
         for unit in units:
             if not leases.take(unit):

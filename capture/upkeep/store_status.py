@@ -12,21 +12,21 @@ from clt.capture.writing.leases import Lease, Leases
 
 @dataclass(frozen=True, kw_only=True)
 class StoreStatus:
-    """How far a store is.
+    """Progress of a store.
 
     Attributes:
         location: folder or URL of the store.
-        store_id: hash of its contents; None while it is unfinished.
-        units: units of the plan.
-        committed: units that are captured.
-        pending: units that nobody has captured or is capturing.
-        leases: who is capturing what.
+        store_id: hash of its contents; None if it is unfinished.
+        units: number of units of the plan.
+        committed: number of committed units.
+        pending: number of units neither committed nor leased.
+        leases: leases on uncommitted units.
         planned_tokens: tokens of all units.
-        tokens: tokens of the captured units.
-        bytes: of the files of captured units and of those that all units share.
-        garbage_files: files that no record speaks of and that `collect_garbage` deletes.
-        garbage_bytes: of them.
-        quarantine_bytes: of the files that `repair_store` moved aside.
+        tokens: tokens of the committed units.
+        bytes: size of the files of committed units and of those common to all units.
+        garbage_files: number of unrecorded files that `collect_garbage` deletes.
+        garbage_bytes: their size.
+        quarantine_bytes: size of the files in quarantine.
     """
 
     location: str
@@ -44,21 +44,21 @@ class StoreStatus:
 
     @property
     def complete(self) -> bool:
-        """Whether the store can be read."""
+        """Whether the store has a manifest and can be opened."""
         return self.store_id is not None
 
 
 def store_status(location: str | Path | Storage) -> StoreStatus:
-    """How far a store is, from a listing and the leases.
+    """Progress of a store, from a listing of its files and its leases.
 
     Args:
-        location: folder or URL of the store, or its files.
+        location: folder or URL of the store, or its storage.
 
     Returns:
         The status.
 
     Raises:
-        StoreError: there is no store, or what describes it is damaged.
+        StoreError: there is no store, or its description is damaged.
     """
     inventory = sound_inventory(location)
     committed, plan = set(inventory.committed), inventory.plan

@@ -1,7 +1,7 @@
-"""What a unit's bytes must mean: finite values where they belong, tokens as planned, statistics of these very values.
+"""Verification of a unit's values: finite activations, tokens as planned, and moments of these values.
 
-Every fault names the file that says something else than the others do. Sums are compared with a tolerance, because
-another processor adds in another order; everything else must be equal.
+Every fault names the file that disagrees with the others. Sums are compared with a tolerance, because the order of
+summation depends on the processor; everything else must be equal.
 """
 
 from __future__ import annotations
@@ -25,25 +25,25 @@ from clt.capture.store.shard import ShardReader
 from clt.capture.store.shard_rows import read_rows, values_of
 from clt.records import Modality
 
-#: Relative difference that two orders of adding 1e6 float64 numbers stay far below.
+#: Relative tolerance of sums: far above the difference between two orders of adding 1e6 float64 numbers.
 _SUMS = 1e-9
-#: The same for sums of squares that cancel: relative to what is left before they do.
+#: The same for sums of squares that cancel, relative to their size before cancellation.
 _SQUARES = 1e-12
-#: Relative difference of two float32 roundings of the same float64 number.
+#: Relative tolerance of two float32 roundings of the same float64 number.
 _ROUNDED = 2.0**-22
 
 
 @dataclass(frozen=True, kw_only=True)
 class UnitContents:
-    """A committed unit whose bytes are known to be those that were written.
+    """A committed unit whose bytes are verified.
 
     Attributes:
         storage: the store's files.
-        arrays: its arrays.
+        arrays: its Zarr arrays.
         record: the unit's commit record.
-        sizes: bytes of its files, by key.
-        moments: what its statistics file says, by group.
-        standardisers: int8 stores: how channels are standardised, by group.
+        sizes: size of its files in bytes, by key.
+        moments: recorded moments, by group.
+        standardisers: moments that standardise the channels of an int8 store, by group.
     """
 
     storage: Storage
@@ -58,11 +58,11 @@ class UnitContents:
         return ShardReader(self.storage, array, self.record.unit, self.sizes[array.shard(self.record.unit)])
 
     def rows(self, array: ArraySpec) -> NDArray[np.generic]:
-        """All rows of the unit in an array, in the order of storage."""
+        """All rows of the unit in an array, in the stored order."""
         return read_rows(self.reader(array), array, self.record.n_tokens)
 
     def faults(self) -> Iterator[tuple[str, str]]:
-        """What is wrong: the file, and what it says that it should not."""
+        """Yields (key of the file, fault)."""
         columns = {name: self.rows(self.arrays.token(name)) for name in TOKEN_DTYPES}
         order = unit_permutation(self.record.n_tokens, self.arrays.spec.seed, self.record.unit)
         for name, fault in _token_faults(columns, order, self.record):
@@ -80,7 +80,7 @@ class UnitContents:
             array = self.arrays.scales(group)
             scales = _natural(torch.from_numpy(self.rows(array)), order)
             if bad := int((~(scales.isfinite() & (scales > 0))).sum()):
-                yield array.shard(unit), f"{bad} scales are not positive numbers"
+                yield array.shard(unit), f"{bad} scales are not positive finite numbers"
         reader = self.reader(acts)
         illegal = not_finite = 0
         current: tuple[int, Tensor] | None = None
@@ -105,16 +105,16 @@ class UnitContents:
             return
         stored = _natural(torch.from_numpy(self.rows(norms)), order)
         if not torch.allclose(stored, lengths, rtol=_ROUNDED, atol=0):
-            yield norms.shard(unit), f"norms are not those of the stored activations of group '{group.name}'"
+            yield norms.shard(unit), f"norms do not match the stored activations of group '{group.name}'"
         recorded = self.moments[group.name]
-        # What was rounded is gone, so its error can be no more than possible.
+        # The values before rounding are gone, so the recorded error is only checked to be a possible one.
         possible = bool((recorded.error.isfinite() & (recorded.error >= 0)).all())
         fault = moments_fault(replace(recorded, error=found.error), found) if possible else "error"
         if fault:
-            yield stats_path(unit), f"{fault} of group '{group.name}' is not that of the stored activations"
+            yield stats_path(unit), f"{fault} of group '{group.name}' does not match the stored activations"
 
     def _site(self, reader: ShardReader, array: ArraySpec, site: int) -> Tensor:
-        """Stored values [n, width] of one site, in the order of storage."""
+        """Stored values [n, width] of one site, in the stored order."""
         rows = np.empty((self.record.n_tokens, array.shape[1]), array.dtype)
         chunk = np.empty(array.chunk, array.dtype)
         for start in range(0, len(rows), array.chunk_rows):
@@ -125,7 +125,7 @@ class UnitContents:
 
 
 def moments_fault(recorded: Moments, found: Moments) -> str | None:
-    """Name of the first field in which recorded moments differ from those found by adding in some other order."""
+    """Name of the first field in which recorded and recomputed moments differ by more than rounding; else None."""
     scale = found.absmax.double()
     exact = torch.zeros(1)
     tolerances = {
@@ -145,7 +145,7 @@ def moments_fault(recorded: Moments, found: Moments) -> str | None:
 
 
 def _natural(stored: Tensor, order: NDArray[np.int64]) -> Tensor:
-    """Rows in natural order from rows in the order of storage."""
+    """Rows in natural order from rows in the stored order."""
     natural = torch.empty_like(stored)
     natural[torch.from_numpy(order)] = stored
     return natural
@@ -154,17 +154,17 @@ def _natural(stored: Tensor, order: NDArray[np.int64]) -> Tensor:
 def _token_faults(
     columns: Mapping[str, NDArray[np.generic]], order: NDArray[np.int64], record: UnitRecord
 ) -> Iterator[tuple[str, str]]:
-    """Faults of the token columns, by name; together they say that each token of each sample is there once."""
+    """Yields (column, fault); without faults, each token of each sample is stored exactly once."""
     lengths = np.array(record.sample_tokens, np.int64)
     samples = np.repeat(np.arange(record.sample_start, record.sample_start + len(lengths)), lengths)
     positions = np.arange(len(samples)) - np.repeat(np.cumsum(lengths) - lengths, lengths)
     expected = {"natural_index": order, "sample": samples[order], "position": positions[order]}
     for name, column in expected.items():
         if wrong := int((columns[name] != column).sum()):
-            yield name, f"{wrong} rows have another {name} than the plan gives them"
+            yield name, f"{wrong} rows have a {name} that differs from the plan"
     modality = columns["modality"]
     if illegal := int(np.greater_equal(modality, Modality.PAD).sum()):
-        yield "modality", f"{illegal} rows are of no class of tokens"
+        yield "modality", f"{illegal} rows have no valid token class"
     for name in ("patch_row", "patch_col", "image"):
         placed = np.greater_equal(columns[name], 0)
         if wrong := int(((modality == Modality.IMAGE) & ~placed).sum()):

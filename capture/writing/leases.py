@@ -133,7 +133,7 @@ class Leases:
         """Releases a unit; a no-op if another worker has taken it over."""
         with self._lock:
             lease = self._held.pop(unit, None)
-            if lease is not None and self._stands(lease):
+            if lease is not None and self._is_current(lease):
                 self._storage.delete(_path(unit, lease.generation))
 
     def claimed(self) -> set[int]:
@@ -176,20 +176,19 @@ class Leases:
                     self._failure = error
 
     def _renew(self, lease: Lease) -> None:
-        if self._stands(lease):
+        if self._is_current(lease):
             renewed = self._held[lease.unit] = replace(lease, renewed_at=time.time())
             self._storage.replace(_path(lease.unit, lease.generation), to_json(renewed))
         else:
             del self._held[lease.unit]
             log.warning(
-                "another worker took over a unit whose lease was not renewed in time; both continue: "
-                "store=%s unit=%d ttl_seconds=%g",
-                self._storage.url,
+                "another worker took over unit=%d, not renewed within ttl_seconds=%g; both continue: store=%s",
                 lease.unit,
                 lease.ttl,
+                self._storage.url,
             )
 
-    def _stands(self, lease: Lease) -> bool:
+    def _is_current(self, lease: Lease) -> bool:
         found = self._read(lease.unit, lease.generation)
         return found is not None and found.owner == self.owner
 

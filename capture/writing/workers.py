@@ -36,7 +36,7 @@ class Schedule:
     world: int = Field(default=1, gt=0)
     """Number of workers among which the units are shared."""
     ttl_seconds: float = Field(default=600.0, gt=0, le=86_400)
-    """Seconds without lease renewal after which a worker on another host counts as dead and its unit is captured again."""
+    """Seconds without lease renewal after which a worker on another host counts as dead and its unit is free again."""
 
     @model_validator(mode="after")
     def _rank_fits(self) -> Schedule:
@@ -88,9 +88,7 @@ def assigned_units(queue: UnitQueue, schedule: Schedule, among: Collection[int] 
             # Its last owner may have committed it after the listing; owners commit before they release.
             if queue.storage.size(commit_path(unit)) is None:
                 yield unit
-                assert queue.storage.size(commit_path(unit)) is not None, (
-                    "a unit must be committed before the next is requested"
-                )
+                assert queue.storage.size(commit_path(unit)) is not None, "committed before the next is requested"
             leases.release(unit)
         leases.sweep()
 

@@ -105,7 +105,7 @@ class StoreWriter:
             data: its tokens in natural order; they are stored in the order of `unit_permutation`.
 
         Returns:
-            False if another worker has committed the unit meanwhile; that worker's unit stands.
+            False if another worker has committed the unit meanwhile; that worker's files are kept.
 
         Raises:
             StoreError: an existing file of this unit belongs to another capture.
@@ -147,7 +147,7 @@ class StoreWriter:
         if self.storage.size(MANIFEST) is None:
             if pending := self.pending():
                 raise StoreError(
-                    f"{self.storage.url}: {len(pending)} units are not captured, first {pending[0]}; run the capture again"
+                    f"{self.storage.url}: {len(pending)} units are not captured, first {pending[0]}; run the capture"
                 )
             manifest = build_manifest(self.storage, self.arrays, self.plan, self.digest)
             self.storage.put(MANIFEST, sealed(manifest)[1])

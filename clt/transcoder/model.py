@@ -1,13 +1,12 @@
-"""The cross-layer transcoder: every source layer's features write to its own and later MLP outputs.
+"""The cross-layer transcoder: features of every source layer write to MLP outputs of this and later layers.
 
     z_l    = TopK(ReLU(W_enc[l] x_l + b_enc[l]), k)
     yhat_t = sum over sources l of t of z_l W_dec[t][l] + b_dec[t] (+ W_skip[t] x_t)
 
-with source l writing to targets l + first_offset .. l + first_offset + n_targets - 1 (Ameisen et al. 2025, "Circuit
-Tracing", section 2). `encode` and `decode` work in standardised units, `forward` in the model's own. Weights are
-target-major: one tensor W_dec[t] [S_t,F,D] per target; other forms of decoders are in `clt.transcoder.decoding`, and
-`untied` turns them into this one. A rank may own a share of the layers; the codes it lacks come from
-`clt.distributed.code_exchange`.
+Source l writes to targets l + first_offset .. l + first_offset + n_targets - 1 (Ameisen et al. 2025, "Circuit
+Tracing", section 2). `encode` and `decode` use standardised units, `forward` raw ones. Weights are target-major: one
+tensor W_dec[t] [S_t,F,D] per target; `clt.transcoder.decoding` has other forms of decoders, which `untied` converts to
+this one. A rank may own a share of the layers; `clt.distributed.code_exchange` brings the codes of the others.
 """
 
 from __future__ import annotations
@@ -36,12 +35,12 @@ from clt.transcoder.sparsity import Peers
 
 @dataclass(frozen=True, kw_only=True)
 class Provenance:
-    """Where a transcoder comes from.
+    """Model, store and training of a transcoder.
 
     Attributes:
         model: the model whose activations it was trained on, or None for one made by hand.
         store_id: id of the activation store, or None.
-        training: how far and how well it was trained, or None where nobody has read it.
+        training: steps and measures of its training, or None if unknown.
     """
 
     model: ModelIdentity | None = None
@@ -55,9 +54,9 @@ class CrossLayerTranscoder(nn.Module):
     Args:
         config: architecture.
         scaling: raw to standardised activations.
-        share: layers this process owns; all by default.
-        seed: seed of the initial weights, which depend on it and on the layer only, not on the share.
-        provenance: model and store it belongs to.
+        share: layers this process owns; default: all.
+        seed: random seed of the initial weights, which do not depend on the share.
+        provenance: its model, store and training.
     """
 
     def __init__(
@@ -106,7 +105,7 @@ class CrossLayerTranscoder(nn.Module):
         return f"CrossLayerTranscoder({', '.join(f'{name}={value}' for name, value in facts.items())})"
 
     def _add_target(self, layer: int, seed: int) -> None:
-        """What is owned with a target layer."""
+        """Creates the parameters of a target layer."""
         config, sources = self.config, self.sources_of(layer)
         D_own = len(range(config.d_model)[self.columns])
         if config.tied_decoders != "source":
@@ -119,19 +118,19 @@ class CrossLayerTranscoder(nn.Module):
             self.offset[str(layer)] = nn.Parameter(torch.zeros(len(sources), config.n_features))
 
     def _add_sparsity(self, layer: int) -> None:
-        """What the rule of `config.sparsity` keeps for a source layer besides its encoder."""
+        """Creates the parameters and buffers that the selection rule needs for a source layer."""
         sparsity, F = self.config.sparsity, self.config.n_features
         if sparsity.kind == "jumprelu":
             self.log_threshold[str(layer)] = nn.Parameter(torch.full((F,), math.log(sparsity.threshold)))
         if sparsity.uses_decoder_norm:
-            # Of the decoders before the last step; 1, and no weight, before `encoding.update_decoder_norms`.
+            # Of the decoders before the last step; 1 until `encoding.update_decoder_norms` is called.
             self.decoder_norm[layer] = torch.ones(F)
         if sparsity.kind in ("joint_topk", "batch_topk"):
-            # Least score at which a layer fires by itself; NaN while there is none.
+            # Inference threshold of the score; NaN until one is known.
             self.threshold[layer] = torch.tensor(torch.nan)
 
     def sources_of(self, target: int) -> range:
-        """Source layers of a target; free, decoder_matrix(target)[i] belongs to sources_of(target)[i]."""
+        """Source layers of a target, in the order of `decoder_matrix(target)` (free decoders)."""
         return sources_of(self.config, target)
 
     def targets_of(self, source: int) -> range:
@@ -140,25 +139,25 @@ class CrossLayerTranscoder(nn.Module):
 
     @property
     def dtype(self) -> torch.dtype:
-        """Of the weights."""
+        """Dtype of the weights."""
         return next(self.parameters()).dtype
 
     @property
     def n_sources(self) -> int:
-        """Source layers of the whole transcoder."""
+        """Number of source layers of the whole transcoder."""
         return len(source_layers(self.config))
 
     @property
     def n_sources_of_model(self) -> int:
-        """Source layers over which terms of the loss have their mean, also when one of them is trained alone."""
+        """Number of source layers over which loss terms are averaged, also when one of them is trained alone."""
         return len(source_layers(replace(self.config, source=None)))
 
     def source_row(self, layer: int) -> int:
-        """Where a source layer stands in codes of all source layers."""
+        """Row of a source layer in codes of all source layers."""
         return layer - source_layers(self.config)[0]
 
     def source_rows(self, target: int) -> slice:
-        """Where a target's sources stand in codes of all source layers."""
+        """Rows of a target's sources in codes of all source layers."""
         sources = self.sources_of(target)
         return slice(self.source_row(sources.start), self.source_row(sources.start) + len(sources))
 
@@ -175,7 +174,7 @@ class CrossLayerTranscoder(nn.Module):
         return self.b_enc[str(layer)]
 
     def decoder(self, source: int, target: int) -> Tensor:
-        """[F,D_own]: decoder vectors of a source into a target, whatever form the decoders have."""
+        """[F,D_own]: decoder vectors of a source into a target, for every form of decoders."""
         return decoding.pair_decoder(self, source, target)
 
     def decoder_matrix(self, target: int) -> Tensor:
@@ -207,12 +206,12 @@ class CrossLayerTranscoder(nn.Module):
         return self.log_threshold[str(layer)]
 
     def encode_layer(self, layer: int, x_BD: Tensor, k: int | None = None) -> tuple[Tensor, Tensor]:
-        """Codes of one source layer by itself; rules that compare layers or tokens use their inference thresholds.
+        """Codes of one source layer alone; rules that compare layers or tokens use their inference thresholds.
 
         Args:
             layer: source layer owned here.
             x_BD: [B,D] standardised encoder input.
-            k: active features per token, the config's by default.
+            k: active features per token; default: the config's.
 
         Returns:
             values [B,K] and indices [B,K] int32 (see `clt.kernels.ops.encode_topk`); K is k for the kind topk, else
@@ -240,7 +239,7 @@ class CrossLayerTranscoder(nn.Module):
             values_SBK: [S,B,K] activations of this target's sources, in the order of `sources_of`.
             indices_SBK: [S,B,K] int32 feature numbers.
             x_BD: [B,D] standardised encoder input of this layer; needed when the config has a skip connection.
-            shared: decoders that belong to sources, if there are any that are not owned here.
+            shared: decoders that belong to sources, if some are owned by other ranks.
 
         Returns:
             [B,D_own] standardised MLP output, the columns owned here.
@@ -248,10 +247,10 @@ class CrossLayerTranscoder(nn.Module):
         return decoding.decode(self, layer, values_SBK, indices_SBK, self._skip(layer, x_BD), shared)
 
     def _skip(self, layer: int, x_BD: Tensor | None) -> Tensor | None:
-        """[B,D_own] what the skip connection adds to a target layer; None without."""
+        """[B,D_own] output of the skip connection of a target layer; None without one."""
         if not self.config.skip:
             return None
-        assert x_BD is not None, "a transcoder with skip connection decodes from its input too"
+        assert x_BD is not None, "a transcoder with skip connection needs x_BD to decode"
         return x_BD @ self.skip_matrix(layer).T
 
     def encode(self, x_LBD: Tensor, k: int | None = None, peers: Peers | None = None) -> SparseCodes:
@@ -259,9 +258,9 @@ class CrossLayerTranscoder(nn.Module):
 
         Args:
             x_LBD: [L_own,B,D] standardised encoder inputs, in the order of `share.sources`.
-            k: active features per token and layer, the config's by default.
-            peers: the processes to agree with, in a step of training or for a share (see
-            `clt.transcoder.encoding.encode`).
+            k: active features per token and layer; default: the config's.
+            peers: processes whose activations are compared with these, in a training step or for a share (see
+                `clt.transcoder.encoding.encode`).
 
         Returns:
             Codes [L_own,B,K].
@@ -277,7 +276,7 @@ class CrossLayerTranscoder(nn.Module):
 
     @property
     def encodes_layers_alone(self) -> bool:
-        """Whether the fused encoder of the kernels does the selection."""
+        """Whether selection is done by the fused encode kernel."""
         return self.config.sparsity.kind == "topk" and not self.config.sparsity.decoder_norm
 
     def decode(self, codes: SparseCodes, x_MBD: Tensor | None = None) -> Tensor:
@@ -316,14 +315,14 @@ class CrossLayerTranscoder(nn.Module):
             indices_SBK: [S,B,K] int32 feature numbers.
             y_BD: [B,D_own] standardised MLP output, the columns owned here.
             x_BD: [B,D] standardised encoder input of this layer; needed when the config has a skip connection.
-            csr: grouping of these S layers, which the backward pass else builds itself.
+            csr: grouping of these S layers; default: built in the backward pass.
             weights_B: [B] weight of each token; None for 1/B.
-            shared: decoders that belong to sources, if there are any that are not owned here.
+            shared: decoders that belong to sources, if some are owned by other ranks.
 
         Returns:
-            error [], weighted sum over tokens of the mean over all D channels of the squared residual as far as columns
-            are owned here, and the residual [B,D_own], reconstruction - y, detached. Of independent sources the mean of
-            their errors, and [S,B,D_own].
+            error [], weighted sum over tokens of the mean over D channels of the squared residual (the part of the
+            columns owned here), and the residual [B,D_own], reconstruction - y, detached. For independent sources the
+            mean of their errors, and [S,B,D_own].
         """
         bias, skip_BD = self.decoder_bias(layer), self._skip(layer, x_BD)
         error, residual = decoding.squared_error(
@@ -333,17 +332,17 @@ class CrossLayerTranscoder(nn.Module):
 
     @property
     def columns(self) -> slice:
-        """Channels of the targets that are owned here."""
+        """Channels of the targets owned here."""
         own = self.share.columns
         return slice(None) if own is None else slice(own.start, own.stop)
 
     def column_part(self, mean: Tensor) -> Tensor:
-        """What a mean over the channels owned here adds to the mean over all D of them."""
+        """Contribution of a mean over the channels owned here to the mean over all D channels."""
         own = self.share.columns
         return mean if own is None else mean * (len(own) / self.config.d_model)
 
     def forward(self, x_LBD: Tensor) -> Tensor:
-        """MLP outputs from raw encoder inputs, for a process that owns every layer.
+        """MLP outputs from raw encoder inputs; needs all layers.
 
         Args:
             x_LBD: [n_layers,B,D] raw encoder inputs of all layers.
@@ -352,7 +351,7 @@ class CrossLayerTranscoder(nn.Module):
             [M,B,D] raw MLP outputs of the target layers.
         """
         everything = LayerShare.everything(self.config)
-        assert self.share == everything, "a share of a transcoder has no forward of its own"
+        assert self.share == everything, "forward needs all layers, this is a share"
         x_std = self.scaling.standardise_x(x_LBD[list(everything.sources)], everything.sources)
         x_skip = None
         if self.config.skip:
@@ -362,34 +361,33 @@ class CrossLayerTranscoder(nn.Module):
 
     @property
     def has_variants(self) -> bool:
-        """Whether decoders are of another form than one for every source and target, summed."""
+        """Whether decoders are tied or independent, not one per source and target, summed."""
         return self.config.tied_decoders is not None or self.config.independent is not None
 
     def untied(self) -> CrossLayerTranscoder:
-        """The same function with a decoder of its own for every source and target, whose sum it is: no variants.
+        """The same function with one decoder per source and target, summed.
 
         Raises:
-            ConfigError: only one source layer was trained.
+            ConfigError: the transcoder has one trained source layer only.
         """
         from clt.transcoder.folding import untied
 
         return untied(self)
 
     def folded(self) -> CrossLayerTranscoder:
-        """The same function with the scaling moved into the weights, and decoders untied: raw inputs in, raw outputs
-        out."""
+        """The same function on raw inputs and outputs: scaling folded into the weights, decoders untied."""
         from clt.transcoder.folding import folded
 
         return folded(self)
 
     def requires_grad_(self, requires_grad: bool = True) -> Self:
-        """As of any module; ConfigError where decoders are in their files and cannot be trained."""
+        """As for any module; ConfigError for lazily loaded decoders, which cannot be trained."""
         if requires_grad and any(isinstance(W_SFD, MappedDecoder) for W_SFD in self.W_dec.values()):
-            raise ConfigError("lazy=True: decoders that stay in their files cannot be trained; load with lazy=False")
+            raise ConfigError("lazy=True: lazily loaded decoders cannot be trained; load with lazy=False")
         return super().requires_grad_(requires_grad)
 
     def save_pretrained(self, folder: Path | str) -> None:
-        """Writes a safetensors file per layer, the scaling, `transcoder.json` and a model card: all or nothing.
+        """Writes a safetensors file per layer, the scaling, `transcoder.json` and a model card, atomically.
 
         Args:
             folder: new, empty, or with a transcoder that is replaced when the new one is complete.

@@ -93,7 +93,18 @@ def held_out_sets(recipe: Recipe, n: int, seed: int) -> dict[str, list[ToySample
 def measure_all(
     model: LlavaForConditionalGeneration, processor: LlavaProcessor, recipe: Recipe, n: int, seed: int
 ) -> dict[str, Score]:
-    """Scores on every set of `held_out_sets`."""
+    """Scores on every set of `held_out_sets`.
+
+    Args:
+        model: the model.
+        processor: its processor.
+        recipe: the variant.
+        n: samples per set.
+        seed: seed of the boards.
+
+    Returns:
+        Name of the set -> scores.
+    """
     return {name: measure(model, processor, samples) for name, samples in held_out_sets(recipe, n, seed).items()}
 
 
@@ -138,7 +149,14 @@ def train(
 
 
 def save(out: Path, model: LlavaForConditionalGeneration, processor: LlavaProcessor, record: dict[str, Any]) -> None:
-    """Writes weights, configuration, processor, tokenizer and `train_log.json`."""
+    """Writes a checkpoint.
+
+    Args:
+        out: folder of weights, configuration, processor, tokenizer and `train_log.json`.
+        model: the model.
+        processor: its processor.
+        record: contents of `train_log.json`.
+    """
     model.save_pretrained(out)
     processor.save_pretrained(out)
     (out / "train_log.json").write_text(json.dumps(record, indent=1) + "\n", encoding="utf-8")

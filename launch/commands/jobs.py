@@ -6,7 +6,7 @@ from typing import Any
 
 from clt.attribution.run import AttributeConfig, EvaluateConfig, evaluate, explain
 from clt.launch import capture, demo, train
-from clt.launch.script import Job
+from clt.launch.script import JobCommand
 from clt.launch.settings_reference import keys_markdown
 
 _INTRODUCTION = """\
@@ -30,24 +30,24 @@ def _evaluate(config: EvaluateConfig) -> object:
     return config.output
 
 
-EVALUATE = Job(
-    command="clt evaluate",
+EVALUATE = JobCommand(
+    name="clt evaluate",
     summary="Measures a transcoder on held-out activations and prompts; prints the report's file.",
     settings=EvaluateConfig,
     run=_evaluate,
 )
 
-ATTRIBUTE = Job(
-    command="clt attribute",
+ATTRIBUTE = JobCommand(
+    name="clt attribute",
     summary="Computes and checks the attribution graph of a prompt; prints the page to open.",
     settings=AttributeConfig,
     run=lambda config: explain(config).page,
 )
 
-JOBS: tuple[Job[Any], ...] = (capture.JOB, train.JOB, EVALUATE, ATTRIBUTE, demo.JOB)
+COMMANDS: tuple[JobCommand[Any], ...] = (capture.COMMAND, train.COMMAND, EVALUATE, ATTRIBUTE, demo.COMMAND)
 
 
 def settings_page() -> str:
     """The reference of all settings as Markdown, docs/settings.md."""
     seen: dict[type[Any], str] = {}
-    return "\n".join([_INTRODUCTION, *(keys_markdown(job.command, job.settings, seen) for job in JOBS)])
+    return "\n".join([_INTRODUCTION, *(keys_markdown(command.name, command.settings, seen) for command in COMMANDS)])

@@ -19,13 +19,14 @@ keys. An error of the user is one line on standard error and exit code 2. Traini
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Annotated, Any, get_args
+from typing import Annotated, get_args
 
 import typer
 
 from clt.convert import Combination, Format
 from clt.launch.commands.bench import bench_app
 from clt.launch.commands.store import store_app
+from clt.launch.commands.words import TAKES_WORDS, Words
 from clt.launch.script import check_writable, read_words, run_and_exit, run_job, write_text
 from clt.transcoder.architecture import ReadSite
 
@@ -40,53 +41,50 @@ app = typer.Typer(
 app.add_typer(store_app, name="store")
 app.add_typer(bench_app, name="bench")
 
-#: Options that typer does not know are words of the job too, for `read_words`.
-_JOB: dict[str, Any] = {"context_settings": {"ignore_unknown_options": True}}
 _FORMATS = "|".join(get_args(Format))
-Words = Annotated[list[str] | None, typer.Argument(metavar="[CONFIG] [key=value ...]", show_default=False)]
 
 
-@app.command(**_JOB, add_help_option=False)
+@app.command(**TAKES_WORDS, add_help_option=False)
 def demo(words: Words = None) -> None:
-    """Captures, trains, evaluates, attributes and steers on the toy model; prints the measures."""
-    from clt.launch.demo import JOB
+    """Runs all stages on the toy model and prints the measures."""
+    from clt.launch.demo import COMMAND
 
-    raise typer.Exit(run_job(JOB, words or ()))
+    raise typer.Exit(run_job(COMMAND, words or ()))
 
 
-@app.command(**_JOB, add_help_option=False)
+@app.command(**TAKES_WORDS, add_help_option=False)
 def capture(words: Words = None) -> None:
-    """Captures the activations of a model into a store; prints the store's id."""
-    from clt.launch.capture import JOB
+    """Captures activations of a model into a store."""
+    from clt.launch.capture import COMMAND
 
-    raise typer.Exit(run_job(JOB, words or ()))
+    raise typer.Exit(run_job(COMMAND, words or ()))
 
 
-@app.command(**_JOB, add_help_option=False)
+@app.command(**TAKES_WORDS, add_help_option=False)
 def train(words: Words = None) -> None:
-    """Trains a transcoder in one process; prints the folder of its last checkpoint."""
-    from clt.launch.train import JOB
+    """Trains a transcoder in one process."""
+    from clt.launch.train import COMMAND
 
-    raise typer.Exit(run_job(JOB, words or ()))
+    raise typer.Exit(run_job(COMMAND, words or ()))
 
 
-@app.command(**_JOB, add_help_option=False)
+@app.command(**TAKES_WORDS, add_help_option=False)
 def evaluate(words: Words = None) -> None:
-    """Measures a transcoder on held-out activations and prompts; prints the report's file."""
+    """Measures a transcoder on held-out activations and prompts."""
     from clt.launch.commands.jobs import EVALUATE
 
     raise typer.Exit(run_job(EVALUATE, words or ()))
 
 
-@app.command(**_JOB, add_help_option=False)
+@app.command(**TAKES_WORDS, add_help_option=False)
 def attribute(words: Words = None) -> None:
-    """Computes and checks the attribution graph of a prompt; prints the page to open."""
+    """Computes and checks the attribution graph of a prompt."""
     from clt.launch.commands.jobs import ATTRIBUTE
 
     raise typer.Exit(run_job(ATTRIBUTE, words or ()))
 
 
-@app.command(**_JOB)
+@app.command(**TAKES_WORDS)
 def plan(
     words: Words = None,
     model: Annotated[
@@ -103,9 +101,9 @@ def plan(
     ] = None,
     file: Annotated[Path | None, typer.Option("--json", metavar="FILE", help="Also write the report as JSON.")] = None,
 ) -> None:
-    """Counts memory, traffic and arithmetic of a training job, projects its speed, and tells on which meshes it fits.
+    """Computes memory, traffic and speed of a training job.
 
-    CONFIG and its keys are those of `clt train`.
+    Also lists the meshes on which the job fits. CONFIG and its keys are those of `clt train`.
     """
     from clt.launch.commands.plan import PlanRequest, make_plan
 
@@ -124,7 +122,7 @@ def plan(
 
 @app.command()
 def settings() -> None:
-    """Prints the reference of the keys of all jobs as Markdown, docs/settings.md."""
+    """Prints the keys of all jobs as Markdown, docs/settings.md."""
     from clt.launch.commands.jobs import settings_page
 
     run_and_exit(settings_page)
@@ -137,7 +135,10 @@ def join(
         list[Path], typer.Argument(help="Output folders of jobs with `clt.source`, one per source layer.")
     ],
 ) -> None:
-    """Joins source layers, each trained independently by its own job, into one transcoder; prints its folder."""
+    """Joins independently trained source layers into a transcoder.
+
+    Each layer is the output of its own training job. Prints the new folder.
+    """
     from clt.checkpoint.join import join_folders
 
     run_and_exit(lambda: join_folders(folders, out))
@@ -167,7 +168,10 @@ def convert(
         Combination | None, typer.Option(help="vlm_clt_training: combination of a target's sources. [default: sum]")
     ] = None,
 ) -> None:
-    """Converts a transcoder from or to the format of another project (docs/formats.md); prints the new folder."""
+    """Converts a transcoder from or to another project's format.
+
+    docs/formats.md describes the formats. Prints the new folder.
+    """
     from clt.launch.commands.convert import ConvertRequest, format_name, run
 
     def work() -> Path:
@@ -197,7 +201,7 @@ def push(
     revision: Annotated[str | None, typer.Option(help="Branch. [default: main]")] = None,
     message: Annotated[str | None, typer.Option(help="Summary of the commits.")] = None,
 ) -> None:
-    """Uploads a transcoder with a model card to the Hugging Face hub; prints the commit."""
+    """Uploads a transcoder with its model card to the hub."""
     from clt.hub.pretrained import push_pretrained
 
     def work() -> str:
@@ -212,7 +216,7 @@ def view(
     graph: Annotated[Path, typer.Argument(help="Folder or page that `clt attribute` wrote.")],
     port: Annotated[int, typer.Option(help="Port on 127.0.0.1; 0: a free one.")] = 0,
 ) -> None:
-    """Serves the page of a graph to a browser on this machine until interrupted."""
+    """Serves the page of a graph to a browser on this machine."""
     from clt.attribution.viewer.server import find_page, page_server
 
     def work() -> None:

@@ -174,10 +174,10 @@ def _size_text(p: Plan) -> str:
 
 
 def _memory_text(p: Plan) -> str:
-    room = p.machine.memory * p.machine.usable
+    usable = p.machine.memory * p.machine.usable
     rows = [("memory of a rank", ""), *_rows(p.memory, "B")]
-    rows += [("total", _si(p.memory.total, "B")), (f"usable on one {p.machine.name}", _si(room, "B"))]
-    verdict = "it fits" if p.fits else f"IT DOES NOT FIT: {p.memory.total / room:.2f} times the usable memory"
+    rows += [("total", _si(p.memory.total, "B")), (f"usable on one {p.machine.name}", _si(usable, "B"))]
+    verdict = "it fits" if p.fits else f"IT DOES NOT FIT: {p.memory.total / usable:.2f} times the usable memory"
     return f"{table(rows)}\n{verdict}"
 
 

@@ -1,4 +1,4 @@
-"""Text of the `clt store` commands: reports of other rooms as tables for people."""
+"""Text output of the `clt store` commands."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ _MOST_PROBLEMS = 20
 
 
 def capacity_text(report: Capacity) -> str:
-    """What `clt store plan` prints."""
+    """Output of `clt store plan`."""
     blocks = [_size_lines(report.size, report.output), _space_lines(report)]
     if report.speeds is not None:
         blocks.append(_capture_lines(report))
@@ -26,7 +26,7 @@ def capacity_text(report: Capacity) -> str:
 
 
 def stats_text(rows: Sequence[ClassStats]) -> str:
-    """What `clt store stats` prints."""
+    """Output of `clt store stats`."""
     head = ("site", "tokens of class", "tokens", "mean norm", "rms", "absmax", "fvu", "fvu p99")
     body = [
         (
@@ -45,7 +45,7 @@ def stats_text(rows: Sequence[ClassStats]) -> str:
 
 
 def status_text(report: StoreStatus) -> str:
-    """What `clt store status` prints."""
+    """Output of `clt store status`."""
     share = f"{report.committed:,} of {report.units:,}"
     rows = [
         ("store", report.location),
@@ -58,38 +58,37 @@ def status_text(report: StoreStatus) -> str:
         rows.append((f"unit {lease.unit}", f"captured by process {lease.process} on {lease.host.split()[0]}"))
     if report.garbage_files:
         garbage = f"{report.garbage_files:,} files, {size_text(report.garbage_bytes)}"
-        rows.append(("garbage", f"{garbage}; 'clt store gc' deletes them when nobody is capturing"))
+        rows.append(("garbage", f"{garbage}; 'clt store gc' deletes them when no capture is running"))
     if report.quarantine_bytes:
-        aside = f"{size_text(report.quarantine_bytes)} moved aside by a repair"
-        rows.append(("quarantine", f"{aside}; 'clt store gc --quarantine' deletes them"))
+        moved = f"{size_text(report.quarantine_bytes)} of damaged files moved by a repair"
+        rows.append(("quarantine", f"{moved}; 'clt store gc --quarantine' deletes them"))
     return table(rows, left=2)
 
 
 def verified_text(report: VerifyReport) -> str:
-    """What `clt store verify` prints of a store without a problem."""
+    """Output of `clt store verify` for a store without problems."""
     state = f"store {report.store_id}" if report.complete else f"unfinished store, {report.committed} units committed"
     looked = f"{report.checked} of {report.units} units, {report.files:,} files, {size_text(report.bytes)}"
     return (
-        f"{report.location}: {state}\n"
-        f"nothing wrong at level {report.level}: {looked} compared in {report.seconds:.1f} s"
+        f"{report.location}: {state}\nno problems at level {report.level}: {looked} compared in {report.seconds:.1f} s"
     )
 
 
 def problems_text(report: VerifyReport) -> str:
-    """What `clt store verify` prints of a damaged store, a line per problem."""
+    """Output of `clt store verify` for a damaged store, one line per problem."""
     lines = [problem.message for problem in report.problems[:_MOST_PROBLEMS]]
     if len(report.problems) > _MOST_PROBLEMS:
-        lines.append(f"... and {len(report.problems) - _MOST_PROBLEMS:,} more; --json FILE holds all")
+        lines.append(f"... and {len(report.problems) - _MOST_PROBLEMS:,} more; --json FILE lists all")
     return "\n".join(lines)
 
 
 def repair_text(report: RepairReport) -> str:
-    """What `clt store repair` prints."""
+    """Output of `clt store repair`."""
     if not report.problems and report.previous_id == report.store_id:
         return f"{report.location}: nothing to repair"
     folders = sorted({"/".join(to.split("/")[:2]) for _, to in report.moved})
     lines = [f"moved {len(report.moved):,} files to {folder}" for folder in folders]
-    lines += [f"made again: {key}" for key in report.rebuilt]
+    lines += [f"rebuilt: {key}" for key in report.rebuilt]
     if report.store_id is not None:
         same = "as before" if report.store_id == report.previous_id else f"before {report.previous_id}"
         return "\n".join([*lines, f"{report.location}: complete, id {report.store_id} ({same})"])
@@ -98,14 +97,14 @@ def repair_text(report: RepairReport) -> str:
 
 
 def gc_text(report: GcReport) -> str:
-    """What `clt store gc` prints."""
+    """Output of `clt store gc`."""
     lines = [f"{entry.key}  {size_text(entry.bytes)}" for entry in report.files if report.dry_run]
     verb = "would be deleted" if report.dry_run else "deleted"
     return "\n".join([*lines, f"{report.location}: {len(report.files):,} files, {size_text(report.bytes)} {verb}"])
 
 
 def export_text(report: ExportReport, out: str) -> str:
-    """What `clt store export-pt` prints."""
+    """Output of `clt store export-pt`."""
     files = f"{report.files:,} files ({report.written:,} of them new)"
     return f"{out}: {report.samples:,} samples in {files}, {size_text(report.bytes)}"
 
@@ -129,17 +128,17 @@ def _size_lines(size: StoreSize, output: str) -> str:
 def _space_lines(report: Capacity) -> str:
     rows = []
     if report.committed_tokens:
-        done = f"{report.committed_tokens:,} tokens, {size_text(report.needed_bytes)} to go"
-        rows.append(("committed already", done))
+        done = f"{report.committed_tokens:,} tokens, {size_text(report.needed_bytes)} left"
+        rows.append(("already committed", done))
     if report.free_bytes is None:
-        rows.append(("free space", "not known: an object store"))
+        rows.append(("free space", "unknown (object store)"))
     else:
         rows.append(("free space", size_text(report.free_bytes)))
     text = table(rows, left=2)
     if not report.fits:
         assert report.free_bytes is not None
         missing = size_text(report.needed_bytes - report.free_bytes)
-        text += f"\nwarning: {missing} too little; free some, choose another output, or store int8 or fewer samples"
+        text += f"\nwarning: {missing} too little disk space; free some, change output, or store int8 or fewer samples"
     return text
 
 

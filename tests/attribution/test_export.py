@@ -169,7 +169,7 @@ def test_boxes_are_in_pixels_of_the_original_when_it_is_given(graph: Graph) -> N
 
 
 @pytest.mark.parametrize(
-    ("originals", "complaint"), [([(64, 128)], "64x128 pixels"), ([(64, 64), (64, 64)], "2 images given")]
+    ("originals", "complaint"), [([(64, 128)], "64x128 pixels"), ([(64, 64), (64, 64)], "images=2: the graph has 1")]
 )
 def test_images_of_another_prompt_are_refused(graph: Graph, originals: list[tuple[int, int]], complaint: str) -> None:
     with pytest.raises(GraphError, match=complaint):
@@ -249,7 +249,7 @@ def test_targets_that_are_no_token_have_no_probability(graph: Graph) -> None:
 
 def test_a_target_given_twice_is_refused(graph: Graph) -> None:
     doubled = replace(graph, targets=(graph.targets[0], graph.targets[0]))
-    with pytest.raises(GraphError, match="choose each target once"):
+    with pytest.raises(GraphError, match="name each target once"):
         graph_document(doubled, prune(doubled))
 
 
@@ -267,6 +267,6 @@ def test_export_writes_both_files_and_nothing_else(document: GraphDocument, tmp_
 def test_export_into_a_file_is_one_line_that_names_it(document: GraphDocument, tmp_path: Path) -> None:
     taken = tmp_path / "taken"
     taken.write_text("")
-    with pytest.raises(GraphError, match="taken: cannot write the page there") as caught:
+    with pytest.raises(GraphError, match="taken: cannot write the page") as caught:
         write_export(document, taken)
     assert "\n" not in str(caught.value)

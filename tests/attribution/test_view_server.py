@@ -56,7 +56,7 @@ def test_server_refuses_a_browser_that_was_sent_by_another_name(server: Threadin
 
 def test_taken_port_is_one_line_that_names_it(server: ThreadingHTTPServer, tmp_path: Path) -> None:
     port = server.server_address[1]
-    with pytest.raises(GraphError, match=f"port {port}: cannot listen") as caught:
+    with pytest.raises(GraphError, match=f"port={port}: cannot listen") as caught:
         page_server(tmp_path / "index.html", port)
     assert "\n" not in str(caught.value)
 

@@ -1,4 +1,4 @@
-"""Tiny random models with real tokenizers and processors, and small stores whose values say where they come from."""
+"""Tiny random models with real tokenizers and processors, and small stores whose values encode their position."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The adapter: prompts and images to tensors, parts by name, generation, and errors one can act on."""
+"""ModelAdapter: prompts and images to tensors, parts by name, generation, and error messages."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Questions become prompts: by chat template as transformers renders it, plainly without one, or as they are given."""
+"""Prompt formats: chat templates equal those rendered by transformers; plain notation; prompts given as formatted."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Which model a job runs: the type it computes in, where its weights lie, and what is missing for that."""
+"""Model settings: dtype, devices, quantisation, and errors for missing packages."""
 
 from __future__ import annotations
 

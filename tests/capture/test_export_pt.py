@@ -216,7 +216,7 @@ def test_a_transcoder_of_another_model_is_refused(
     transcoder = CrossLayerTranscoder.from_pretrained(transcoder_folder)
     transcoder.provenance = Provenance(model=identity(n_layers=4, fingerprint="e" * 64))
     transcoder.save_pretrained(tmp_path / "foreign")
-    with pytest.raises(CheckpointError, match=r"foreign: trained on random .*take a transcoder of that model"):
+    with pytest.raises(CheckpointError, match=r"foreign: trained on random .*use a transcoder of that model"):
         export_samples(store, tmp_path / "pt", transcoder=tmp_path / "foreign")
     with pytest.raises(ConfigError, match="reads resid_mid"):
         export_samples(store, tmp_path / "pt", transcoder=transcoder_folder, read_site="mlp_in")

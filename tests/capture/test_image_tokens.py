@@ -1,4 +1,4 @@
-"""What images become in prompts: rows and columns of the picture, and the tokens that official processors give."""
+"""Image tokens: rows and columns match the image, and token ids match the processors of transformers."""
 
 from __future__ import annotations
 

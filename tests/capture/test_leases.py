@@ -181,7 +181,7 @@ def test_an_owner_that_lost_its_lease_says_so_and_leaves_the_other_its_own(
         # What the next owner does, when this one has been paused.
         storage.delete(f"{LEASES}000003.0001.json")
         put(storage, foreign(generation=2))
-        while "unit=3" not in caplog.text:
+        while "another worker took over unit=3" not in caplog.text:
             time.sleep(0.01)
         one.release(3)
     assert names(storage) == ["000003.0002.json"]

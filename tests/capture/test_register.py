@@ -1,4 +1,4 @@
-"""`register_adapter`: the examples of docs/models.md work, and a model without a plain residual stream is refused."""
+"""`register_adapter`: the examples of docs/models.md work, and models without a plain residual stream are an error."""
 
 from __future__ import annotations
 

@@ -192,14 +192,14 @@ def test_irreplaceable_files_must_come_from_a_copy(tmp_path: Path, store: Activa
     flip(root / "manifest.json", 100)
     flip(root / "store.json", 10)
     before = tree(root)
-    with pytest.raises(StoreError, match=r"store\.json cannot be made from the rest; restore from a copy"):
+    with pytest.raises(StoreError, match=r"store\.json cannot be rebuilt from the rest; restore from a copy"):
         repair_store(root)
     assert tree(root) == before
     int8 = tmp_path / "int8"
     make_store(int8, LENGTHS, store_dtype="int8")
     flip(int8 / "quantisation.safetensors", -1)
     before = tree(int8)
-    with pytest.raises(StoreError, match=r"quantisation\.safetensors cannot be made from the rest"):
+    with pytest.raises(StoreError, match=r"quantisation\.safetensors cannot be rebuilt from the rest"):
         repair_store(int8)
     assert tree(int8) == before
 

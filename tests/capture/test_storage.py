@@ -379,7 +379,7 @@ def test_failed_write_leaves_no_file_and_names_the_remedy(tmp_path: Path) -> Non
 def test_file_in_place_of_a_folder_is_named(tmp_path: Path) -> None:
     storage = LocalStorage(tmp_path)
     storage.put("a", b"")
-    with pytest.raises(StoreError, match=rf"{tmp_path}/a/b: .*a file stands where a folder is needed"):
+    with pytest.raises(StoreError, match=rf"{tmp_path}/a/b: .*a file has the name of a needed folder"):
         storage.put("a/b", b"")
     assert storage.size("a/b") is None and storage.list("a/") == []
 

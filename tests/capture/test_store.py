@@ -40,6 +40,13 @@ def expected_rows(store: ActivationStore, unit: int, group: str = "lm") -> Tenso
     return data.acts[group][store.natural_index(unit)]
 
 
+def test_repr_names_what_a_store_holds(store: ActivationStore) -> None:
+    assert repr(store) == (
+        f"ActivationStore(id={store.id[:12]}, model={store.model.name!r}, tokens=132, sites={len(store.sites)}, "
+        f"dtype=float32, location={store.location!r})"
+    )
+
+
 def test_rows_come_back_in_stored_order_with_their_tokens(store: ActivationStore) -> None:
     assert [u.n_tokens for u in store.units] == [63, 64, 5]
     assert store.num_tokens == sum(LENGTHS)

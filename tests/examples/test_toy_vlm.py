@@ -1,4 +1,4 @@
-"""The committed toy checkpoints: what their card says is true, and the training script makes them again."""
+"""Committed toy checkpoints: they match their README, and the training script reproduces them."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The baselines' benchmark: every formula of the rivals on tensors that can be computed by hand, and one quick run."""
+"""Comparison with other projects: every formula of their algorithms on hand-computed tensors, and one quick run."""
 
 from __future__ import annotations
 
@@ -284,7 +284,7 @@ def test_best_trial_is_the_one_with_least_error_that_is_a_number() -> None:
     assert best_trial([*trials, Trial(name="b", setting=settings[0], fvu=0.1, dead_fraction=0)], "a") == settings[1]
 
 
-def test_claims_compare_means_over_seeds_with_every_rival() -> None:
+def test_claims_compare_means_over_seeds_with_every_other_algorithm() -> None:
     def row(name: str, fvus: tuple[float, ...], dead: float) -> AlgorithmRow:
         runs = (
             SeedRun(
@@ -313,7 +313,7 @@ def test_claims_compare_means_over_seeds_with_every_rival() -> None:
     ]
 
 
-def test_mistakes_are_one_line_and_exit_code_2(tmp_path: Path) -> None:
+def test_user_errors_are_one_line_and_exit_code_2(tmp_path: Path) -> None:
     config = Path(__file__).resolve().parents[2] / "configs" / "demo" / "toy.yaml"
     skipping = tmp_path / "skip.yaml"
     skipping.write_text(config.read_text().replace("k: 16", "k: 16\n    skip: true"))
@@ -328,7 +328,7 @@ def test_mistakes_are_one_line_and_exit_code_2(tmp_path: Path) -> None:
         assert result.stderr.count("\n") == 1 and message in result.stderr, result.stderr
 
 
-def test_command_trains_everyone_on_equal_terms_and_writes_the_report(tmp_path: Path) -> None:
+def test_command_trains_all_algorithms_on_the_same_data_and_writes_the_report(tmp_path: Path) -> None:
     result = clt_command("--quick", "--json", tmp_path / "new" / "report.json")
     assert result.exit_code == 0, result.output
     assert result.stdout.startswith("| claim |") and "Quick: the numbers are meaningless." in result.stdout
@@ -344,7 +344,7 @@ def test_command_trains_everyone_on_equal_terms_and_writes_the_report(tmp_path: 
         assert all(math.isfinite(value) for value in run["heldout"]["fvu"])
 
 
-def test_wheel_without_benchmarks_is_told_that_it_needs_a_checkout(
+def test_wheel_without_benchmarks_raises_an_error_that_names_the_checkout(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.delitem(sys.modules, "benchmarks")

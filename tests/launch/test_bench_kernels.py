@@ -1,6 +1,6 @@
-"""The kernels' benchmark: it counts the work as one would by hand, checks everyone, times only what is right.
+"""Kernel benchmark: work counted by hand, all results checked, only right ones timed. Speed is not tested here.
 
-How fast anything is, is not tested here; benchmarks/kernels.md shows it.
+Measured speeds are in benchmarks/kernels.md.
 """
 
 from __future__ import annotations
@@ -70,7 +70,7 @@ def test_work_of_every_operation_is_what_one_counts_by_hand() -> None:
     assert SMALL.adam(4) == Workload(once_bytes=7 * 4 * (6 + 8))
 
 
-def test_budgets_of_the_large_sizes_are_those_of_the_brief() -> None:
+def test_work_of_the_large_sizes_is_as_expected() -> None:
     def shape(name: str) -> Shape:
         size = SIZES[name]
         numbers = {key: value for key, value in vars(size).items() if key != "name"}
@@ -112,7 +112,7 @@ def test_codes_are_canonical_and_fire_as_often_as_they_should(distribution: str)
     count = inputs.csr.bounds[0].diff()
     wanted = firing_rates(200, 6, distribution, torch.Generator().manual_seed(0))  # type: ignore[arg-type]
     found, wanted = (count / 4000).sort(descending=True).values, wanted.sort(descending=True).values
-    # TopK keeps exactly k where the rates promise k on average, which evens them out a little.
+    # TopK keeps exactly k per token and the rates give k on average, which evens them out a little.
     assert torch.allclose(found.double(), wanted, rtol=0.35, atol=0.01)
     # The encoder, whose bias is made for these rates, chooses as the codes do.
     pre_BF = torch.addmm(inputs.b_enc_F, inputs.x_BD, inputs.W_enc_FD.T)
@@ -144,7 +144,7 @@ def test_report_is_json_and_every_claim_has_a_verdict_or_was_not_measured(report
     assert len(tree["tables"]) == 2 * len(OPS) and tree["machine"]["packages"]
     assert {entry["bound"] for entry in tree["claims"]} == {1.6, 1.15, 1, 2, 1.5, 3}
     for entry in tree["claims"]:
-        # The toy size is not one that anything is promised of.
+        # There are no claims for the toy size.
         assert entry["measured"] is None and entry["ok"] is None
         assert f"| {entry['text']} | >= {entry['bound']:g} | not measured | - |" in text
     for table in report.tables:
@@ -225,7 +225,7 @@ def test_wrong_results_and_failures_of_others_are_reported_and_not_timed() -> No
         measure(_case(replace(theirs, may_fail=False)), CPU, 1, 0.1)
 
 
-def test_runs_that_differ_in_one_bit_are_told_apart() -> None:
+def test_runs_that_differ_in_one_bit_do_not_repeat() -> None:
     outcomes = [torch.ones(3), torch.ones(3), torch.ones(3)]
     outcomes[1][2] += 1e-7
     take = iter(outcomes)
@@ -238,7 +238,7 @@ def test_runs_that_differ_in_one_bit_are_told_apart() -> None:
     assert sample.repeats is True
 
 
-def test_mistakes_on_the_command_line_are_one_line_and_exit_code_2(tmp_path: Path) -> None:
+def test_user_errors_are_one_line_and_exit_code_2(tmp_path: Path) -> None:
     cases = [
         (("--size", "C"), "--size C: unknown size; choose from A, A32k, B, few, many, cpu, toy"),
         (("--quick", "--eleuther", tmp_path / "none"), "no such folder"),

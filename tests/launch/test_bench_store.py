@@ -1,6 +1,6 @@
-"""The store's benchmark: it times everyone alike, refuses wrong bytes, and hides nothing.
+"""Store benchmark: all readers and writers timed alike, wrong bytes refused. Speed is not tested here.
 
-How fast anything is, is not tested here; benchmarks/store.md shows it.
+Measured speeds are in benchmarks/store.md.
 """
 
 from __future__ import annotations
@@ -41,7 +41,7 @@ def report(tmp_path_factory: pytest.TempPathFactory) -> StoreReport:
 
 
 class _Clock:
-    """A clock that only moves when it is told to."""
+    """A clock that is set by the test."""
 
     def __init__(self) -> None:
         self.now = 0.0
@@ -50,7 +50,7 @@ class _Clock:
         return self.now
 
 
-def test_rivals_take_turns_and_best_and_median_are_of_their_own_rounds() -> None:
+def test_runs_take_turns_and_keep_their_own_best_and_median() -> None:
     wall, cpu, log = _Clock(), _Clock(), []
     durations = {"a": iter([3.0, 1.0, 2.0]), "b": iter([10.0, 30.0, 50.0])}
 
@@ -64,8 +64,8 @@ def test_rivals_take_turns_and_best_and_median_are_of_their_own_rounds() -> None
         log.append("before")
         wall.now += 100
 
-    rivals = [TimedRun(name="a", run=lambda: run("a")), TimedRun(name="b", run=lambda: run("b"), before=prepare)]
-    timings = interleave(rivals, 3, wall=wall, cpu=cpu)
+    runs = [TimedRun(name="a", run=lambda: run("a")), TimedRun(name="b", run=lambda: run("b"), before=prepare)]
+    timings = interleave(runs, 3, wall=wall, cpu=cpu)
     assert log == ["a", "before", "b", "before", "b", "a", "a", "before", "b"]
     assert timings["a"].wall_s == (3, 1, 2) and timings["b"].cpu_s == (20, 60, 100)
     assert (timings["a"].best_s, timings["a"].median_s) == (1, 2)
@@ -86,7 +86,7 @@ def test_claim_is_judged_by_its_ratio(ours: float | None, theirs: float | None, 
     assert claim("cost", theirs, ours, "<=", 0.2).ok is ok
 
 
-def test_every_rival_has_a_row_with_positive_numbers_in_every_table(report: StoreReport) -> None:
+def test_every_peer_has_a_row_with_positive_numbers_in_every_table(report: StoreReport) -> None:
     keys = {table.key for table in report.tables}
     kinds = ("write", "write+fsync", "read", "cold")
     assert keys == {f"{shape}/{kind}" for shape in ("blocks", "chunks") for kind in kinds} | {
@@ -140,7 +140,7 @@ def test_store_of_the_benchmark_holds_the_random_bits_in_another_order(tmp_path:
         assert sorted(map(bytes, written[unit])) == sorted(map(bytes, stored[unit]))
 
 
-def test_rival_that_reads_one_wrong_bit_is_not_timed(tmp_path: Path) -> None:
+def test_peer_that_reads_one_wrong_bit_is_not_timed(tmp_path: Path) -> None:
     store = BenchStore.make(tmp_path / "store", SMALL)
     good = _peer(MEMMAP)
 

@@ -1,6 +1,6 @@
-"""The training benchmark: what it trains is the real thing, what it counts adds up, and its mistakes are one line.
+"""Training benchmark: it runs the real trainer, its counts agree, user errors are one line. Speed is not tested here.
 
-How fast anything is, is not tested here; benchmarks/train.md shows it.
+Measured speeds are in benchmarks/train.md.
 """
 
 from __future__ import annotations
@@ -85,7 +85,7 @@ def test_variants_without_auxk_differ_in_nothing_else(tmp_path: Path) -> None:
         assert (default.optimizer, default.clt, default.data) == (plain.optimizer, plain.clt, plain.data)
 
 
-def test_naive_way_has_the_loss_of_the_real_one() -> None:
+def test_dense_baseline_has_the_loss_of_the_transcoder() -> None:
     torch.manual_seed(0)
     made = transcoder(TOY.architecture)
     x_LBD, y_LBD = torch.randn(2, TOY.n_layers, 16, TOY.d_model)
@@ -147,7 +147,7 @@ def test_clock_counts_what_runs_inside_another_phase_once() -> None:
     assert 0.06 <= sum(step.values()) <= elapsed + 1e-3
 
 
-def test_phases_are_reported_to_an_observer_and_to_nobody_after_it() -> None:
+def test_phases_are_reported_to_an_observer_while_it_is_installed() -> None:
     clock = PhaseClock(CPU)
 
     @phase("decode")
@@ -169,7 +169,7 @@ def test_peak_memory_is_what_was_there_at_once() -> None:
     torch.ones(2**24)
     peak = memory.peak()
     if peak is None:
-        pytest.skip("the system does not tell")
+        pytest.skip("the system does not report it")
     # 64 MiB twice, one after the other; what else the process holds comes and goes.
     assert 0.9 * 2**26 <= peak < 1.5 * 2**26
 
@@ -245,7 +245,7 @@ def test_loopback_carries_what_is_counted_and_headers() -> None:
         (("--json", "/proc/report.json"), "/proc/report.json: cannot be written"),
     ],
 )
-def test_mistakes_are_one_line(words: tuple[str, ...], message: str) -> None:
+def test_user_errors_are_one_line(words: tuple[str, ...], message: str) -> None:
     result = clt_command("--quick", *words)
     assert result.exit_code == 2
     assert result.stderr.startswith(f"error: {message}") and result.stderr.count("\n") == 1

@@ -20,7 +20,7 @@ from clt.capture.planning import CaptureConfig
 from clt.capture.reading.loader import iterate_store
 from clt.capture.reading.open_store import open_store
 from clt.capture.reading.token_filter import TokenFilter
-from clt.capture.run import capture
+from clt.capture.run import capture_store
 from clt.capture.sources.examples import SourceSettings, ToySource, open_source
 from clt.checkpoint.weights import read_tensors
 from clt.config import config_to_yaml, load_config
@@ -43,7 +43,7 @@ def job(tmp_path_factory: pytest.TempPathFactory) -> Path:
         source = SourceSettings(toy=ToySource(n=n, seed=seed))
         config = CaptureConfig(model=str(TOY), output=str(folder / name), source=source)
         (folder / f"{name}.yaml").write_text(config_to_yaml(config))
-        capture(config)
+        capture_store(config)
     tree = {
         "store": str(folder / "store"),
         "output": str(folder / "out"),

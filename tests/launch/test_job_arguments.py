@@ -11,9 +11,9 @@ from typer.testing import CliRunner
 
 from clt.config_keys import keys_of
 from clt.errors import ConfigError
-from clt.launch.commands.jobs import JOBS
+from clt.launch.commands.jobs import COMMANDS
 from clt.launch.commands.main import app
-from clt.launch.script import Job, read_words
+from clt.launch.script import JobCommand, read_words
 
 ROOT = Path(__file__).resolve().parent.parent.parent
 TOY = str(ROOT / "configs" / "train" / "toy.yaml")
@@ -79,13 +79,13 @@ def test_scripts_read_the_words_of_their_verb(script: str) -> None:
     assert result.stdout == verb.stdout
 
 
-@pytest.mark.parametrize("job", JOBS, ids=lambda job: job.command)
-def test_help_lists_every_key_with_type_default_and_meaning(job: Job[object]) -> None:
-    verb = job.command.removeprefix("clt ")
+@pytest.mark.parametrize("command", COMMANDS, ids=lambda command: command.name)
+def test_help_lists_every_key_with_type_default_and_meaning(command: JobCommand[object]) -> None:
+    verb = command.name.removeprefix("clt ")
     result = CliRunner().invoke(app, [verb, "--help"])
-    assert result.exit_code == 0 and job.summary in result.stdout
+    assert result.exit_code == 0 and command.summary in result.stdout
     text = " ".join(result.stdout.split())
-    for key in keys_of(job.settings):
+    for key in keys_of(command.settings):
         assert f" {key.name} (" in text and key.description in text, key.name
     assert verb in CliRunner().invoke(app, ["--help"]).stdout
 

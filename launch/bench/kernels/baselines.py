@@ -36,18 +36,40 @@ class TrainingMethod:
 
 
 def scatter(values_BK: Tensor, indices_BK: Tensor, n_features: int) -> Tensor:
-    """Codes as a matrix [N,F]."""
+    """Codes as a matrix [N,F].
+
+    Args:
+        values_BK: [N,k] activations.
+        indices_BK: [N,k] feature numbers.
+        n_features: F.
+    """
     return values_BK.new_zeros(len(values_BK), n_features).scatter(1, indices_BK.long(), values_BK)
 
 
 def product_topk(x_BD: Tensor, W_enc_FD: Tensor, b_enc_F: Tensor, k: int) -> tuple[Tensor, Tensor]:
-    """TopK(ReLU(x W^T + b)) by a library product and torch.topk: values [N,k] and indices [N,k]."""
+    """TopK(ReLU(x W^T + b)) by a library product and torch.topk.
+
+    Args:
+        x_BD: [N,D] encoder inputs.
+        W_enc_FD: [F,D] encoder.
+        b_enc_F: [F] its bias.
+        k: slots per token.
+
+    Returns:
+        Values [N,k] and indices [N,k], unsorted.
+    """
     values_BK, indices_BK = torch.addmm(b_enc_F, x_BD, W_enc_FD.T).relu_().topk(k, dim=1, sorted=False)
     return values_BK, indices_BK
 
 
 def bag(values_BK: Tensor, indices_BK: Tensor, W_dec_FD: Tensor) -> Tensor:
-    """Weighted sum of the rows of a code, by PyTorch's embedding bag."""
+    """Decodes by PyTorch's embedding bag.
+
+    Args:
+        values_BK: [N,k] activations.
+        indices_BK: [N,k] feature numbers.
+        W_dec_FD: [F,D] decoder.
+    """
     return functional.embedding_bag(indices_BK, W_dec_FD, per_sample_weights=values_BK, mode="sum")
 
 
@@ -81,7 +103,13 @@ def _dense_encode(x_BD: Tensor, W_enc_FD: Tensor, b_enc_F: Tensor, k: int) -> Te
 
 
 def sparse_leaf(values_BK: Tensor, indices_BK: Tensor, n_features: int) -> tuple[Tensor, Tensor]:
-    """A given code as values that require a gradient, and indices."""
+    """A given code as values that require a gradient, and int64 indices.
+
+    Args:
+        values_BK: [N,k] activations.
+        indices_BK: [N,k] feature numbers.
+        n_features: unused; dense codes need it.
+    """
     return values_BK.detach().requires_grad_(), indices_BK.long()
 
 

@@ -78,7 +78,13 @@ def threshold_case(inputs: KernelInputs) -> Case:
 
 
 def decode_case(inputs: KernelInputs, reference: Reference, peers: Sequence[TrainingMethod]) -> Case:
-    """Reconstruction of one target."""
+    """Reconstruction of one target.
+
+    Args:
+        inputs: tensors of the operation.
+        reference: expected results.
+        peers: kernels of other projects.
+    """
     codes = inputs.values_SBK, inputs.indices_SBK, inputs.W_dec_SFD, inputs.b_dec_D
     return Case(
         op="decode",
@@ -151,7 +157,13 @@ TWO_PASSES, TWO_PASSES_BAG = "clt dz, then clt dW", "embedding_bag dz, then clt 
 
 
 def decoder_case(inputs: KernelInputs, reference: Reference, peers: Sequence[TrainingMethod]) -> Case:
-    """Both gradients of the reconstruction."""
+    """Both gradients of the reconstruction.
+
+    Args:
+        inputs: tensors of the operation.
+        reference: expected results.
+        peers: kernels of other projects.
+    """
     codes = inputs.values_SBK, inputs.indices_SBK, inputs.W_dec_SFD
     return Case(
         op="decoder_grad",

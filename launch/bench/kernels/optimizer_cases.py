@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from functools import partial
 
 import torch
@@ -18,32 +19,30 @@ TORCH_ADAM = "torch.optim.Adam(fused)"
 SETTINGS = ops.RowAdam(learning_rate=LEARNING_RATE)
 
 
-def state_dtypes(dtype: torch.dtype) -> tuple[torch.dtype, ...]:
-    """Dtypes of Adam's moments that are compared, first that of the weights, which PyTorch's Adam uses."""
+def _state_dtypes(dtype: torch.dtype) -> tuple[torch.dtype, ...]:
+    """Dtypes of Adam's moments that are compared, first the weights' own, which PyTorch's Adam uses."""
     if dtype == torch.bfloat16:
         return torch.bfloat16, torch.float32, torch.uint8
     return (torch.float32, torch.uint8) if dtype == torch.float32 else (dtype,)
 
 
-def ours_named(state_dtype: torch.dtype) -> str:
-    """Name of our optimizer with moments of a dtype."""
-    return f"{OURS}, {str(state_dtype).removeprefix('torch.')} moments"
+def by_moments(make: Callable[[torch.dtype], Runner], dtype: torch.dtype) -> list[Implementation]:
+    """Our optimizer with moments of all compared dtypes, for weights of a dtype."""
+    return [
+        Implementation(name=f"{OURS}, {str(state).removeprefix('torch.')} moments", make=partial(make, state))
+        for state in _state_dtypes(dtype)
+    ]
 
 
 def adam_case(inputs: KernelInputs, reference: Reference) -> Case:
     """Adam on the stored gradients of all decoders."""
     grad_SFD = _gradients(inputs)
-    state_dtype, *others = state_dtypes(inputs.dtype)
     return Case(
         op="row_adam",
         title=f"Adam with beta1 = 0 on stored gradients of {inputs.size.n_sources} decoders.",
-        works=(inputs.shape.adam(state_dtype.itemsize),),
+        works=(inputs.shape.adam(inputs.dtype.itemsize),),
         implementations=(
-            Implementation(name=ours_named(state_dtype), make=lambda: _row_adam(inputs, grad_SFD, state_dtype)),
-            *(
-                Implementation(name=ours_named(other), make=partial(_row_adam, inputs, grad_SFD, other))
-                for other in others
-            ),
+            *by_moments(partial(_row_adam, inputs, grad_SFD), inputs.dtype),
             Implementation(name=TORCH_ADAM, make=lambda: _torch_adam(inputs, grad_SFD)),
         ),
         error=lambda W_dec: reference.adam_error(W_dec, grad_SFD[0][reference.features].double(), LEARNING_RATE),
@@ -97,16 +96,14 @@ def _torch_adam(inputs: KernelInputs, grad_SFD: Tensor) -> Runner:
 
 def fused_step_case(inputs: KernelInputs, reference: Reference) -> Case:
     """Gradients of the decoders and Adam."""
-    state_dtype, *others = state_dtypes(inputs.dtype)
     return Case(
         op="decoder_step",
         title=f"Gradients of {inputs.size.n_sources} sources' activations and decoders, and Adam with beta1 = 0.",
-        works=(inputs.shape.decoder_step(state_dtype.itemsize),),
+        works=(inputs.shape.decoder_step(inputs.dtype.itemsize),),
         implementations=(
-            Implementation(name=ours_named(state_dtype), make=lambda: _fused(inputs, state_dtype)),
-            *(Implementation(name=ours_named(other), make=partial(_fused, inputs, other)) for other in others),
+            *by_moments(partial(_fused, inputs), inputs.dtype),
             Implementation(
-                name=f"{OURS} decoder_grad, then row_adam_", make=lambda: _fused(inputs, state_dtype, stored=True)
+                name=f"{OURS} decoder_grad, then row_adam_", make=lambda: _fused(inputs, inputs.dtype, stored=True)
             ),
             Implementation(name=f"{OURS} decoder_grad, then {TORCH_ADAM}", make=lambda: _unfused_torch(inputs)),
         ),

@@ -27,14 +27,20 @@ from clt.launch.bench.kernels.baselines import (
 from clt.launch.bench.kernels.cases import OURS
 from clt.launch.bench.kernels.data import KernelInputs
 from clt.launch.bench.kernels.measure import Case, Implementation, Runner, graphed
-from clt.launch.bench.kernels.optimizer_cases import SETTINGS, TORCH_ADAM, ours_named, restart, state_dtypes
+from clt.launch.bench.kernels.optimizer_cases import SETTINGS, TORCH_ADAM, by_moments, restart
 from clt.launch.bench.kernels.reference import Reference, StepReference
 
 FORWARD_BACKWARD, STEP = "forward_backward", "step"
 
 
 def forward_backward_case(inputs: KernelInputs, reference: Reference, peers: Sequence[TrainingMethod]) -> Case:
-    """Forward and backward with stored gradients, no optimizer."""
+    """Forward and backward with stored gradients, no optimizer.
+
+    Args:
+        inputs: tensors of the operation.
+        reference: expected results.
+        peers: kernels of other projects.
+    """
     return Case(
         op=FORWARD_BACKWARD,
         title=f"{_words(inputs)}, forward and backward, gradients stored.",
@@ -48,27 +54,24 @@ def forward_backward_case(inputs: KernelInputs, reference: Reference, peers: Seq
 
 
 def step_case(inputs: KernelInputs, reference: Reference, peers: Sequence[TrainingMethod]) -> Case:
-    """Forward, backward and Adam."""
-    state_dtype, *others = state_dtypes(inputs.dtype)
-    ours = StepReference(reference, ops.encode_topk)
-    graph = (
-        Implementation(
-            name=f"{ours_named(state_dtype)}, CUDA graph",
-            make=lambda: graphed(_step(inputs, state_dtype)),
-            may_fail=True,
-        ),
-    )
+    """Forward, backward and Adam.
+
+    Args:
+        inputs: tensors of the operation.
+        reference: expected results.
+        peers: kernels of other projects.
+    """
+    choice = StepReference(reference, ops.encode_topk)
+    ours = by_moments(partial(_step, inputs), inputs.dtype)
+    if inputs.device.type == "cuda":
+        make = ours[0].make
+        ours.append(Implementation(name=f"{ours[0].name}, CUDA graph", make=lambda: graphed(make()), may_fail=True))
     return Case(
         op=STEP,
         title=f"{_words(inputs)}, forward, backward and Adam with beta1 = 0.",
-        works=inputs.shape.step(state_dtype.itemsize),
-        implementations=(
-            Implementation(name=ours_named(state_dtype), make=lambda: _step(inputs, state_dtype)),
-            *(Implementation(name=ours_named(other), make=partial(_step, inputs, other)) for other in others),
-            *(graph if inputs.device.type == "cuda" else ()),
-            *_others(inputs, reference, peers, with_adam=True),
-        ),
-        error=lambda outputs: ours.trained_error(outputs, LEARNING_RATE),
+        works=inputs.shape.step(inputs.dtype.itemsize),
+        implementations=(*ours, *_others(inputs, reference, peers, with_adam=True)),
+        error=lambda outputs: choice.trained_error(outputs, LEARNING_RATE),
     )
 
 

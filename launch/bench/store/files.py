@@ -62,7 +62,7 @@ def readers(store: BenchStore, peers: Sequence[Peer], folder: Path) -> Iterator[
         The readers.
     """
     blocks = in_blocks(store.expected, store.layout)
-    everyone = [
+    all_readers = [
         Reader(name=OURS, checksums=True, path=store.array, open=lambda: nullcontext(store.shard_reader())),
         Reader(name=OUR_STORE, checksums=True, path=store.array, open=lambda: nullcontext(store.store_reader())),
     ]
@@ -73,22 +73,22 @@ def readers(store: BenchStore, peers: Sequence[Peer], folder: Path) -> Iterator[
                 stack.callback(_remove, path)
                 peer.write(path, blocks, store.layout)
             opened = partial(peer.open, path, store.layout) if peer.installed else None
-            everyone.append(Reader(name=peer.name, checksums=peer.checksums, path=path, open=opened))
-        for reader in everyone:
+            all_readers.append(Reader(name=peer.name, checksums=peer.checksums, path=path, open=opened))
+        for reader in all_readers:
             if reader.open is not None:
                 with reader.open() as read:
                     _check(reader.name, read, blocks)
-        yield everyone
+        yield all_readers
 
 
-def read_table(key: str, title: str, store: BenchStore, everyone: Sequence[Reader], rounds: int) -> ThroughputTable:
+def read_table(key: str, title: str, store: BenchStore, all_readers: Sequence[Reader], rounds: int) -> ThroughputTable:
     """Times reads of all blocks in random order from the page cache into existing arrays.
 
     Args:
         key: of the table.
         title: of the table.
         store: the store.
-        everyone: from `readers`.
+        all_readers: from `readers`.
         rounds: rounds.
 
     Returns:
@@ -101,21 +101,21 @@ def read_table(key: str, title: str, store: BenchStore, everyone: Sequence[Reade
         np.copyto(out, blocks[block])
 
     with ExitStack() as stack:
-        opened = {r.name: stack.enter_context(r.open()) for r in everyone if r.open is not None} | {MEMCPY: memcpy}
+        opened = {r.name: stack.enter_context(r.open()) for r in all_readers if r.open is not None} | {MEMCPY: memcpy}
         runs = [TimedRun(name=name, run=partial(ring.fill, read)) for name, read in opened.items()]
         timings = interleave(runs, rounds)
-    checksums = {reader.name: reader.checksums for reader in everyone} | {MEMCPY: False}
+    checksums = {reader.name: reader.checksums for reader in all_readers} | {MEMCPY: False}
     return make_table(key, title, layout, rounds, checksums, timings)
 
 
-def cold_table(key: str, title: str, store: BenchStore, everyone: Sequence[Reader], rounds: int) -> ThroughputTable:
+def cold_table(key: str, title: str, store: BenchStore, all_readers: Sequence[Reader], rounds: int) -> ThroughputTable:
     """Times opening and reading all blocks in random order after they were evicted from the page cache.
 
     Args:
         key: of the table.
         title: of the table.
         store: the store.
-        everyone: from `readers`.
+        all_readers: from `readers`.
         rounds: rounds.
 
     Returns:
@@ -132,12 +132,12 @@ def cold_table(key: str, title: str, store: BenchStore, everyone: Sequence[Reade
     if possible:
         runs = [
             TimedRun(name=r.name, run=partial(run, r.open), before=partial(_evict, r.path))
-            for r in everyone
+            for r in all_readers
             if r.open is not None
         ]
         timings = interleave(runs, rounds)
     reason = _NOT_INSTALLED if possible else "this file system cannot evict files"
-    checksums = {reader.name: reader.checksums for reader in everyone}
+    checksums = {reader.name: reader.checksums for reader in all_readers}
     return make_table(key, title, layout, rounds, checksums, timings, reason)
 
 

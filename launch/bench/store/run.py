@@ -100,11 +100,11 @@ def _file_tables(cut: _Cut, settings: StoreBenchSettings, peers: Sequence[Peer],
         title = f"Write {words}: {_describe(layout)}."
         tables.append(write_table(f"{cut.key}/{key}", title, layout, peers, folder, rounds, durable))
     store = BenchStore.make(folder / cut.key, layout)
-    with readers(store, peers, folder) as everyone:
+    with readers(store, peers, folder) as all_readers:
         title = f"Read random blocks, in memory: {_describe(layout)}."
-        tables.append(read_table(f"{cut.key}/read", title, store, everyone, 3 * rounds))
+        tables.append(read_table(f"{cut.key}/read", title, store, all_readers, 3 * rounds))
         title = f"Open and read random blocks, not in memory: {_describe(layout)}."
-        tables.append(cold_table(f"{cut.key}/cold", title, store, everyone, min(rounds, 3)))
+        tables.append(cold_table(f"{cut.key}/cold", title, store, all_readers, min(rounds, 3)))
     shutil.rmtree(store.folder)
     return tables
 
@@ -115,13 +115,13 @@ def _delivery_tables(settings: StoreBenchSettings, peers: Sequence[Peer], folder
     store = BenchStore.make(folder / "delivery", layout)
     chosen = [peer for peer in peers if peer.reads_store or peer.name == MEMMAP]
     tables = []
-    with readers(store, chosen, folder) as everyone:
+    with readers(store, chosen, folder) as all_readers:
         for dtype in (torch.bfloat16, torch.float32):
             kind = str(dtype).removeprefix("torch.")
             delivery = Delivery(batch_tokens=batch, window_tokens=window, dtype=dtype)
             title = f"Shuffled batches of {batch} tokens, all sites, {kind}, windows of {window}: {_describe(layout)}."
             # The loader of the store, and one of its readers with the algorithm of the others.
-            others = [reader for reader in everyone if reader.name != OURS]
+            others = [reader for reader in all_readers if reader.name != OURS]
             tables.append(delivery_table(f"delivery/{kind}", title, store, others, delivery, settings.rounds))
     shutil.rmtree(store.folder)
     return tables

@@ -33,7 +33,7 @@ class LoneMesh(Mesh):
     """
 
     n_features: int
-    codes: dict[torch.TrainSize, tuple[Tensor, Tensor]] = field(default_factory=dict, compare=False)
+    codes: dict[torch.Size, tuple[Tensor, Tensor]] = field(default_factory=dict, compare=False)
 
     @classmethod
     def of(cls, alone: Mesh, ranks: int, n_features: int) -> LoneMesh:
