@@ -17,31 +17,31 @@ from clt.attribution.graphs.graph import Graph
 from clt.attribution.graphs.scores import GraphScores, prune, score
 from clt.attribution.replacement.replacement_model import require_same_model
 from clt.attribution.viewer.export import graph_document, write_export
+from clt.capture.models.adapter import ModelAdapter
 from clt.capture.models.model_settings import ModelChoice
 from clt.capture.models.sites import decoder_sites
 from clt.capture.reading.activation_store import ActivationStore
 from clt.capture.reading.loader import iterate_store
 from clt.capture.reading.open_store import open_store
 from clt.capture.reading.token_filter import TokenFilter
-from clt.capture.sources.examples import Example, SourceSettings, load_image, open_source
+from clt.capture.sources.examples import Example, SourceSettings, load_images, open_source
 from clt.config import STRICT
 from clt.errors import InputError
 from clt.evaluation.evaluator import StoreReport, evaluate_store
+from clt.hub.settings import TranscoderChoice
 from clt.transcoder.model import CrossLayerTranscoder
 
 GRAPH_FILE = "graph.safetensors"
 
 
 @dataclass(frozen=True, kw_only=True, config=STRICT)
-class AttributeConfig(ModelChoice):
+class AttributeConfig(ModelChoice, TranscoderChoice):
     """One graph: a model, its transcoder and a prompt, given as text or as an example of a source."""
 
-    clt: Path
-    """Folder of the transcoder."""
     output: Path
     """Folder for the graph and its page."""
     prompt: str | None = None
-    """Formatted prompt with one `<image>` per image."""
+    """Question, which gets the model's chat format, or a formatted prompt with one image placeholder per image."""
     images: tuple[Path, ...] = ()
     """Image files of `prompt`."""
     source: SourceSettings | None = None
@@ -99,9 +99,9 @@ def explain(config: AttributeConfig) -> Explanation:
     Raises:
         CLTError: the model, transcoder, prompt or image cannot be read, or they do not fit each other.
     """
-    transcoder = CrossLayerTranscoder.from_pretrained(config.clt)
+    transcoder = config.load_transcoder()
     adapter = config.load()
-    example = _example(config)
+    example = _example(config, adapter)
     inputs = adapter.prepare(example.prompt, example.images)
     graph = attribute(adapter, transcoder, inputs, config.attribution)
     edges = None
@@ -116,11 +116,12 @@ def explain(config: AttributeConfig) -> Explanation:
     return Explanation(graph=graph, scores=score(graph), edges=edges, page=page)
 
 
-def _example(config: AttributeConfig) -> Example:
+def _example(config: AttributeConfig, adapter: ModelAdapter) -> Example:
     if config.source is None:
         assert config.prompt is not None
-        images = tuple(load_image(path) for path in config.images)
-        return Example(example_id="prompt", prompt=config.prompt, images=images)
+        images = load_images(config.images)
+        prompt = adapter.format_prompt(config.prompt, len(images))
+        return Example(example_id="prompt", prompt=prompt, images=tuple(images))
     source = open_source(config.source)
     if config.index >= len(source.texts):
         raise InputError(f"index={config.index}: the source has {len(source.texts)} examples; choose a lower index")
@@ -128,11 +129,9 @@ def _example(config: AttributeConfig) -> Example:
 
 
 @dataclass(frozen=True, kw_only=True, config=STRICT)
-class EvaluateConfig(ModelChoice):
+class EvaluateConfig(ModelChoice, TranscoderChoice):
     """Measures of a transcoder on a held-out store and held-out prompts."""
 
-    clt: Path
-    """Folder of the transcoder."""
     store: str
     """Store of held-out activations."""
     source: SourceSettings
@@ -170,7 +169,7 @@ def evaluate(config: EvaluateConfig) -> EvaluationReport:
     Raises:
         CLTError: something cannot be read, or the transcoder, model and store do not belong together.
     """
-    transcoder = CrossLayerTranscoder.from_pretrained(config.clt)
+    transcoder = config.load_transcoder()
     store = open_store(config.store)
     require_same_model(transcoder.provenance.model, store.model)
     adapter = config.load()

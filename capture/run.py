@@ -1,9 +1,9 @@
 """Runs a model over examples and writes the inputs and outputs of its MLPs to a store.
 
-`clt capture` and `launch/capture.py` call `capture_store`. The samples of a unit (`clt.capture.planning`) are run in batches
-of similar length, padded on the left; padding is not stored. A restarted capture resumes with the units that are not
-committed. Any number of workers may run on the same store: each takes the next free unit, and the first that finds all
-of them committed completes the store.
+`clt capture` and `launch/capture.py` call `capture_store`. The samples of a unit (`clt.capture.planning`) are run in
+batches of similar length, padded on the left; padding is not stored. A restarted capture resumes with the units that
+are not committed. Any number of workers may run on the same store: each takes the next free unit, and the first that
+finds all of them committed completes the store.
 """
 
 from __future__ import annotations

@@ -8,7 +8,7 @@
 The names below are loaded when they are first used, so `import clt` is fast. Sub-packages: `clt.kernels` (encode and
 decode), `clt.transcoder`, `clt.training`, `clt.capture` (models and activation stores), `clt.attribution` (replacement
 models and graphs), `clt.launch` (the `clt` command). Imports run one way: kernels <- clt <- capture <- attribution <-
-launch. docs/api.md lists every public name.
+launch. docs/python.md explains them.
 """
 
 from importlib import import_module

@@ -124,7 +124,7 @@ def demo(config: DemoConfig) -> dict[str, Any]:
         report = evaluate(
             EvaluateConfig(
                 model=str(config.model),
-                clt=out / "clt",
+                clt=str(out / "clt"),
                 store=str(out / "heldout"),
                 source=_boards(config.agreement_prompts, PROMPT_SEED),
                 output=out / "evaluation.json",
@@ -134,7 +134,7 @@ def demo(config: DemoConfig) -> dict[str, Any]:
         explanation = explain(
             AttributeConfig(
                 model=str(config.model),
-                clt=out / "clt",
+                clt=str(out / "clt"),
                 output=out / "graph",
                 source=SourceSettings(toy=ToySource(n=1, seed=PROMPT_SEED, tasks=("odd",))),
                 seed=config.seed,

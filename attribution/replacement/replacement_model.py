@@ -7,7 +7,7 @@ al. 2025, "Circuit Tracing", section "From Cross-Layer Transcoder to Replacement
 
 Interventions act with `mlps="replaced"` on the replacement model, or with `mlps="original"` on the model itself, where
 the change is added to its own MLP outputs as in circuit-tracer's unconstrained interventions. In the latter a later MLP
-may respond to what a cross-layer decoder already wrote. docs/interventions.md compares the two.
+may respond to what a cross-layer decoder already wrote. docs/python.md compares the two.
 """
 
 from __future__ import annotations
