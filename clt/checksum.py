@@ -1,4 +1,4 @@
-"""crc32c of buffers, and of a file from the checksums of its pieces; the one door to the library that computes them."""
+"""CRC-32C checksums of buffers and of concatenated pieces; the only module that imports awscrt."""
 
 from __future__ import annotations
 
@@ -11,11 +11,11 @@ if TYPE_CHECKING:
 
 
 def crc32c(data: Buffer, before: int = 0) -> int:
-    """Checksum of bytes that follow others.
+    """Checksum of bytes, continued from that of preceding bytes.
 
     Args:
         data: contiguous bytes.
-        before: checksum of what comes before them.
+        before: checksum of the preceding bytes.
 
     Returns:
         crc32c of both together.
@@ -25,7 +25,7 @@ def crc32c(data: Buffer, before: int = 0) -> int:
 
 
 def crc32c_joined(first: int, second: int, second_bytes: int) -> int:
-    """Checksum of two pieces laid end to end.
+    """Checksum of two concatenated pieces.
 
     Args:
         first: checksum of the first piece.

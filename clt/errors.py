@@ -1,7 +1,7 @@
-"""Errors a user can cause: each message is one line that says what is wrong, where, and what to do.
+"""Errors that a user can cause. Each message is one line: the problem, where it is, and the remedy.
 
-Every class also derives from the builtin a Python caller would expect. The `clt` command and the scripts in `launch/`
-print the message and exit with code 2; anything else is a defect of ours and keeps its traceback.
+Every class also derives from the builtin that a Python caller would expect. The `clt` command and the scripts in
+`launch/` print the message and exit with code 2; other exceptions are bugs and keep their traceback.
 """
 
 
@@ -14,7 +14,7 @@ class ConfigError(CLTError, ValueError):
 
 
 class ModelError(CLTError, ValueError):
-    """A model cannot be loaded, or has no module of the kind asked for."""
+    """A model cannot be loaded, or lacks a required module."""
 
 
 class InputError(CLTError, ValueError):
@@ -22,7 +22,7 @@ class InputError(CLTError, ValueError):
 
 
 class StoreError(CLTError, RuntimeError):
-    """An activation store is missing, damaged, or does not match what was asked."""
+    """An activation store is missing, damaged, or does not match the request."""
 
 
 class NonFiniteError(CLTError, ArithmeticError):
@@ -38,4 +38,4 @@ class GraphError(CLTError, ValueError):
 
 
 class HubError(CLTError, RuntimeError):
-    """A repository of the hub cannot be reached, or does not match the folder on this side."""
+    """A hub repository cannot be reached, or does not match the local folder."""

@@ -1,4 +1,4 @@
-"""Frozen dataclasses that travel between the rooms of the house.
+"""Frozen dataclasses shared by all packages.
 
 Shape letters, used in the whole project: B tokens in a batch, S prompt length, L source layers, M target layers,
 D d_model, F features per layer, K active features per token and layer, H heads. Layer first everywhere.
@@ -16,7 +16,7 @@ from torch.nn.functional import pad
 
 
 class Modality(IntEnum):
-    """What a token is; stored as uint8."""
+    """Class of a token; stored as uint8."""
 
     TEXT = 0
     IMAGE = 1
@@ -27,7 +27,7 @@ class Modality(IntEnum):
 
 @dataclass(frozen=True, kw_only=True)
 class TokenTable:
-    """Where each token comes from; all fields share one shape, [B] in batches and stores, [N,S] in prompt batches.
+    """Origin of each token; all fields have one shape, [B] in batches and stores, [N,S] in prompt batches.
 
     Attributes:
         sample: int64, number of the sample within its capture job (0 within a prompt batch).
@@ -36,7 +36,7 @@ class TokenTable:
         modality: uint8, a `Modality`.
         patch_row: int16, row of the image patch, -1 for text.
         patch_col: int16, column of the image patch, -1 for text.
-        image: int16, which image of the prompt, -1 for text.
+        image: int16, number of the image in the prompt, -1 for text.
     """
 
     sample: Tensor
@@ -48,7 +48,7 @@ class TokenTable:
     image: Tensor
 
     def select(self, index: Tensor | slice | tuple[Tensor | slice | int, ...] | int) -> TokenTable:
-        """The same table indexed alike in every field."""
+        """Indexes every field."""
         return TokenTable(**{f.name: getattr(self, f.name)[index] for f in fields(self)})
 
     def encoded(self, drop_bos: bool) -> Tensor:
@@ -59,10 +59,10 @@ class TokenTable:
 
 @dataclass(frozen=True, kw_only=True)
 class ModelIdentity:
-    """Which model produced activations, so that a transcoder is never used on another one.
+    """Identity of the model that produced activations; a transcoder is not used on another one.
 
     Attributes:
-        name: path or hub name as the user gave it.
+        name: path or hub name as given by the user.
         revision: hub revision, or "local".
         architecture: class name of the model.
         n_layers: decoder layers.
@@ -80,15 +80,15 @@ class ModelIdentity:
 
 @dataclass(frozen=True, kw_only=True)
 class TrainingFacts:
-    """What is known of how a transcoder was trained; means over layers.
+    """Steps, tokens and measures of a transcoder's training; means over layers.
 
     Attributes:
         steps: steps done.
         tokens: tokens seen.
         fvu: fraction of variance unexplained, or None.
         l0: active features per token and source layer, or None.
-        dead_fraction: share of dead features, or None.
-        held_out: whether the three are of held-out tokens, not of the last window of training.
+        dead_fraction: fraction of dead features, or None.
+        held_out: whether the three are on held-out tokens, not over the last window of training.
     """
 
     steps: int
@@ -106,7 +106,7 @@ class SiteStats:
     Attributes:
         count: number of tokens.
         mean: [S,D] float64, per channel.
-        rms: [S] float64, root of the centred square averaged over tokens and channels.
+        rms: [S] float64, root mean centred square over tokens and channels.
     """
 
     count: int
@@ -119,9 +119,9 @@ class ActivationBatch:
     """Activations of B tokens at every source and target layer.
 
     Attributes:
-        x: [L,B,D] float32, what the encoders read.
-        y: [M,B,D] float32, what the MLP branches add to the residual stream.
-        tokens: where the B tokens come from.
+        x: [L,B,D] float32, encoder inputs.
+        y: [M,B,D] float32, MLP outputs added to the residual stream.
+        tokens: origin of the B tokens.
     """
 
     x: Tensor
@@ -145,7 +145,7 @@ class SparseCodes:
 
     @classmethod
     def stacked(cls, layers: Sequence[tuple[Tensor, Tensor]], n_features: int) -> SparseCodes:
-        """Codes of several layers as one, padded by empty slots to the widest.
+        """Stacks codes of several layers, padded with empty slots to the largest K.
 
         Args:
             layers: values [B,K] and indices [B,K] int32 of each layer; K may differ.

@@ -17,7 +17,7 @@ def as_bytes(tensor: Tensor) -> Tensor:
 
 
 def write_tensors(path: Path, tensors: Mapping[str, Tensor], metadata: dict[str, str] | None = None) -> None:
-    """Writes tensors of any device and layout with the access rights that the user's umask gives.
+    """Writes tensors of any device and layout to a safetensors file, with access rights from the user's umask.
 
     Args:
         path: the file, replaced if it exists.
@@ -26,10 +26,10 @@ def write_tensors(path: Path, tensors: Mapping[str, Tensor], metadata: dict[str,
 
     Raises:
         OSError: the file cannot be written.
-        SafetensorError: the same, as the library reports it.
+        SafetensorError: the library cannot write the file.
     """
     save_file({key: tensor.detach().cpu().contiguous() for key, tensor in tensors.items()}, path, metadata=metadata)
-    # The library makes the file private; on a shared cluster results are for the group.
+    # The library makes the file private to the user.
     mask = os.umask(0)
     os.umask(mask)
     os.chmod(path, 0o666 & ~mask)

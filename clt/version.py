@@ -1,4 +1,4 @@
-"""Which code made a file: the package's version, and the commit when it runs from a checkout."""
+"""Code version written into files: the package's version, and the git commit of a checkout."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ def code_version() -> str:
     try:
         release = version("vlm-clt")
     except PackageNotFoundError:
-        # A bare checkout on the path.
+        # Imported from a checkout that is not installed.
         release = "0"
     root = Path(__file__).resolve().parent.parent
     if not (root / ".git").exists() or shutil.which("git") is None:

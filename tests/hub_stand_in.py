@@ -1,13 +1,12 @@
-"""A local stand-in for the hub: the endpoints that huggingface_hub calls for, over real HTTP on loopback.
+"""A local stand-in for the Hugging Face hub: the endpoints that huggingface_hub calls, over HTTP on loopback.
 
-Two servers, as with the real one: the hub proper (repositories, commits, listings, small files), and the storage that
-large files are sent to and fetched from by address alone, without the caller's token. Everything is kept in memory.
-Faults are switched on by attributes of `HubStandIn`; `requests` says what was asked for and how many bytes came along.
+Two servers, as with the real one: the hub (repositories, commits, listings, small files), and the storage of large
+files, which are addressed by URL alone, without a token. Everything is kept in memory. Attributes of `HubStandIn`
+switch faults on; `requests` is the log.
 
-Protocol facts are those of huggingface_hub 2.4. That version decides alone how to send large files: through xet storage
-whenever hf-xet is installed and HF_HUB_DISABLE_XET is not set. The LFS endpoints here serve the other case; for xet,
-`xet_storage` names the address that hf-xet is told to use (it takes `local://FOLDER`), and `xet_hashes` what it is to
-ask for there.
+The protocol is that of huggingface_hub 2.4, which uploads large files to xet storage if hf-xet is installed and
+HF_HUB_DISABLE_XET is not set, else to the LFS endpoints. For xet, `xet_storage` is the address given to hf-xet (such as
+`local://FOLDER`), and `xet_hashes` are the hashes it requests there.
 """
 
 from __future__ import annotations
@@ -63,7 +62,7 @@ class Repository:
     commits: dict[str, dict[str, Blob]] = field(default_factory=dict)
 
     def add(self, branch: str, changes: dict[str, Blob]) -> str:
-        """Makes a commit on top of a branch and returns its id."""
+        """Adds a commit to a branch and returns its id."""
         parent = self.branches.get(branch)
         commit = hashlib.sha1(f"{parent} {len(self.commits)}".encode()).hexdigest()
         self.commits[commit] = {**self.commits.get(parent or "", {}), **changes}
@@ -73,7 +72,7 @@ class Repository:
 
 @dataclass(frozen=True, kw_only=True)
 class Request:
-    """What was asked for."""
+    """A request in the log."""
 
     method: str
     path: str
@@ -124,16 +123,16 @@ class HubStandIn:
         return {name: blob.data for name, blob in sorted(files.items()) if name != ".gitattributes"}
 
     def history(self, repository: str, branch: str = "main", kind: str = "dataset") -> list[set[str]]:
-        """The names that each commit added, oldest first."""
+        """Names of the files that each commit added, oldest first."""
         commits = list(self.repositories[f"{kind}:{repository}"].commits.values())
         return [set(new) - set(old) for old, new in itertools.pairwise(commits)]
 
     def count(self, method: str, pattern: str = "") -> int:
-        """Requests of a method whose path holds a pattern."""
+        """Requests of a method whose path contains a pattern."""
         return sum(request.method == method and bool(re.search(pattern, request.path)) for request in self.requests)
 
     def fetched(self) -> list[str]:
-        """Names of the files whose bodies were asked for, sorted, each once."""
+        """Sorted names of the files whose bodies were requested."""
         found = (re.search(r"/resolve/[^/]+/(.+)|[?]name=(.+)", r.path) for r in self.requests if r.method == "GET")
         return sorted({unquote(match[1] or match[2]) for match in found if match})
 
@@ -144,7 +143,7 @@ class HubStandIn:
 
 @contextmanager
 def hub_stand_in() -> Iterator[HubStandIn]:
-    """A stand-in that serves while the block runs."""
+    """Context manager that runs a stand-in."""
     hub = HubStandIn()
     servers = [_Server(("127.0.0.1", 0), _handler(hub, role)) for role in (_Hub, _Storage)]
     hub.endpoint, hub.storage = (f"http://127.0.0.1:{server.server_address[1]}" for server in servers)
@@ -162,7 +161,7 @@ def hub_stand_in() -> Iterator[HubStandIn]:
 
 
 def environment(hub: HubStandIn, tmp_path: Path) -> dict[str, str]:
-    """Settings of a process that talks to the stand-in as alice."""
+    """Environment of a process that uses the stand-in as alice."""
     return {
         "HF_ENDPOINT": hub.endpoint,
         "HF_TOKEN": "hf_alice",
@@ -175,7 +174,7 @@ def environment(hub: HubStandIn, tmp_path: Path) -> dict[str, str]:
 
 
 class _Server(ThreadingHTTPServer):
-    """Neither waits for callers that were killed nor tells of them."""
+    """Server that does not wait for killed clients, nor log their errors."""
 
     daemon_threads = True
     block_on_close = False
@@ -190,7 +189,7 @@ def _handler(hub: HubStandIn, role: type[_Handler]) -> type[_Handler]:
 
 
 class _RefusedError(Exception):
-    """An error answer."""
+    """An error response."""
 
     def __init__(self, status: int, code: str = "", message: str = "") -> None:
         self.status = status
@@ -198,7 +197,7 @@ class _RefusedError(Exception):
 
 
 class _Handler(BaseHTTPRequestHandler):
-    """What both servers share: reading requests, writing answers, the log."""
+    """Base of both servers: reads requests, writes responses, keeps the log."""
 
     hub: HubStandIn
     protocol_version = "HTTP/1.1"
@@ -220,7 +219,7 @@ class _Handler(BaseHTTPRequestHandler):
     do_GET = do_HEAD = do_POST = do_PUT = handle_one
 
     def route(self, path: str, body: bytes) -> Any:
-        """The function that writes the answer."""
+        """Function that writes the response."""
         raise NotImplementedError
 
     def send(self, status: int, body: Any, headers: dict[str, str] | None = None) -> None:
@@ -233,7 +232,7 @@ class _Handler(BaseHTTPRequestHandler):
             self.wfile.write(data)
 
     def send_file(self, name: str, data: bytes, headers: dict[str, str]) -> None:
-        """A body, with Range honoured and the faults that are switched on for this file."""
+        """Sends a body, with Range support and the faults of this file."""
         if self.command == "HEAD":
             return self.send(200, data, headers)
         start = int((self.headers.get("Range") or "bytes=0-").removeprefix("bytes=").rstrip("-"))
@@ -262,11 +261,11 @@ class _Handler(BaseHTTPRequestHandler):
         self.close_connection = True
 
     def log_message(self, format: str, *args: Any) -> None:
-        """Silent: `requests` is the log."""
+        """No output: `requests` is the log."""
 
 
 class _Storage(_Handler):
-    """Large files by their hash; whoever has the address may use it."""
+    """Large files by hash; the URL alone grants access."""
 
     def route(self, path: str, body: bytes) -> Any:
         digest = path.rsplit("/", 1)[-1]
@@ -321,7 +320,7 @@ class _Hub(_Handler):
         return lambda: self.send(200, {"url": url})
 
     def repository(self, kind: str, name: str, write: bool = False) -> Repository:
-        """The repository, or the refusal that the caller's token earns."""
+        """The repository, or an error if the caller's token has no access."""
         user, writes = TOKENS.get(self.token() or "", (None, False))
         found = self.hub.repositories.get(f"{kind}:{name}")
         if found is None or (found.private and user != found.owner):

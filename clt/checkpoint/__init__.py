@@ -1,1 +1,1 @@
-"""Files of a transcoder: one safetensors file per layer and a manifest that is written last."""
+"""Checkpoint files of a transcoder: one safetensors file per layer, and a manifest that is written last."""

@@ -1,4 +1,4 @@
-"""Tensors that the column ranks of a layer rank own together: sliced when a file is read, joined when it is written."""
+"""Tensors split over the column ranks of a layer rank: sliced when a file is read, joined when it is written."""
 
 from __future__ import annotations
 
@@ -13,10 +13,10 @@ from torch import Tensor
 from clt.distributed.mesh import Mesh
 from clt.tensor_files import as_bytes
 
-#: Dimension along which each tensor of a target is split; the others belong to one rank as a whole.
+#: Dimension along which each tensor of a target is split; other tensors are not split.
 COLUMN_DIMS = {"W_dec": -1, "b_dec": -1, "W_skip": 0}
 
-#: Prefix of tensors with one number for each row of a weight: the step at which an optimizer moved it last.
+#: Prefix of tensors with one number per row of a weight: the step of its last optimizer update.
 LAST_STEP = "last_step"
 _ROW_DIMS = {"W_skip": 0}
 
@@ -27,12 +27,12 @@ def own_columns(key: str, whole: Tensor, columns: range | None) -> Tensor:
     """The part of a tensor that a rank owns.
 
     Args:
-        key: name of the tensor in a file, also behind a prefix such as `exp_avg.`.
-        whole: all of it.
+        key: name of the tensor in a file, possibly with a prefix such as `exp_avg.`.
+        whole: the whole tensor.
         columns: the rank's channels, None for all.
 
     Returns:
-        A view; narrower where `whole` has too few channels.
+        A view; narrower if `whole` has too few channels.
     """
     dim = _split_dim(key)
     if columns is None or dim is None:
@@ -42,14 +42,14 @@ def own_columns(key: str, whole: Tensor, columns: range | None) -> Tensor:
 
 
 def join_columns(own: Mapping[str, Tensor], mesh: Mesh) -> dict[str, Tensor] | None:
-    """Brings tensors of one layer to the first column rank, one after the other.
+    """Gathers tensors of one layer on the first column rank, one after the other.
 
     Args:
-        own: this rank's tensors or parts of tensors.
-        mesh: the processes; all column ranks call this together.
+        own: this rank's tensors or parts of tensors, by name.
+        mesh: the processes; a collective call of all column ranks.
 
     Returns:
-        The whole tensors, on the CPU where they came from other ranks; None on all but the first column rank.
+        The whole tensors, on the CPU if parts came from other ranks; None on all but the first column rank.
     """
     if mesh.column_size == 1:
         return dict(own)
@@ -74,7 +74,7 @@ def _split_dim(key: str) -> int | None:
 def _send(tensors: Mapping[str, Tensor], mesh: Mesh) -> None:
     header = {key: (tuple(tensor.shape), str(tensor.dtype).removeprefix("torch.")) for key, tensor in tensors.items()}
     text = json.dumps(header).encode()
-    assert len(text) <= _HEADER_BYTES, "a layer has a handful of tensors"
+    assert len(text) <= _HEADER_BYTES, "a layer has few tensors"
     buffer = torch.tensor(list(text.ljust(_HEADER_BYTES)), dtype=torch.uint8)
     dist.send(buffer, group=mesh.column_group, group_dst=0)
     for tensor in tensors.values():

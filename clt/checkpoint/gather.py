@@ -1,7 +1,7 @@
-"""The whole transcoder on one process: from the shares of a model group onto the CPU of the job's first rank.
+"""Gathers the shares of a model group into a whole transcoder on the CPU of the job's first rank.
 
-Shares travel one matrix at a time, so that no rank holds more than its share and one [F,D] matrix besides; the first
-rank holds the whole transcoder. For measures that cannot be taken of a share, such as those of the replacement model.
+Shares are sent one matrix at a time: other ranks hold one extra [F,D] matrix at most. Used for measures that need all
+layers, such as those of the replacement model.
 """
 
 from __future__ import annotations
@@ -22,21 +22,21 @@ from clt.transcoder.model import CrossLayerTranscoder
 
 @torch.no_grad()
 def gather_transcoder(transcoder: CrossLayerTranscoder, mesh: Mesh) -> CrossLayerTranscoder | None:
-    """Brings the shares of all ranks to the first one.
+    """Gathers the shares of all ranks on the first one.
 
     Args:
         transcoder: this rank's share.
-        mesh: the processes; all ranks call this together.
+        mesh: the processes; a collective call of all ranks.
 
     Returns:
-        A copy of the whole transcoder on the CPU of the first rank, in evaluation mode and without gradients; None on
-        the other ranks.
+        A copy of the whole transcoder on the CPU of the first rank, in evaluation mode, without gradients; None on the
+        other ranks.
     """
     if mesh.data_rank != 0:
         return None
     if not mesh.is_first:
         for own in _matrices(transcoder, transcoder.share, whole=False):
-            # The default group's first ranks are the first model group, in its order.
+            # The first ranks of the default group are the first model group, in its order.
             dist.send(as_bytes(own.cpu().contiguous()), dst=0)
         return None
     whole = CrossLayerTranscoder(transcoder.config, transcoder.scaling, provenance=transcoder.provenance)
@@ -55,12 +55,12 @@ def gather_transcoder(transcoder: CrossLayerTranscoder, mesh: Mesh) -> CrossLaye
 
 
 def _matrices(transcoder: CrossLayerTranscoder, share: LayerShare, *, whole: bool) -> Iterator[Tensor]:
-    """Everything that a share holds, in one order on all ranks, at most a matrix at a time.
+    """All tensors of a share, in the same order on all ranks, at most a matrix at a time.
 
     Args:
-        transcoder: the transcoder that has it.
-        share: whose part.
-        whole: whether `clt` has all columns of the targets, or the share's only.
+        transcoder: transcoder that holds them.
+        share: layers and columns to iterate over.
+        whole: whether `transcoder` holds all columns of the targets, or those of the share only.
     """
     for layer in sorted({*share.sources, *share.targets}):
         for key, tensor in (layer_tensors(transcoder, layer) | layer_buffers(transcoder, layer)).items():

@@ -1,4 +1,4 @@
-"""One transcoder from source layers that were trained independently, each by a job of its own."""
+"""Joins source layers that were trained independently by separate jobs into one transcoder."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from clt.transcoder.model import CrossLayerTranscoder
 
 
 def join_folders(folders: Sequence[Path], out: Path) -> Path:
-    """Joins what jobs with `clt.source` wrote, and writes it.
+    """Joins the outputs of jobs with `clt.source`, and saves the result.
 
     Args:
         folders: outputs of the jobs, or single checkpoints.
@@ -24,26 +24,26 @@ def join_folders(folders: Sequence[Path], out: Path) -> Path:
         That folder.
 
     Raises:
-        CheckpointError: a folder cannot be read, `out` holds a transcoder, or the parts do not make a whole.
+        CheckpointError: a folder cannot be read, `out` holds a transcoder, or the parts do not fit together.
     """
     if (out / CARD_FILE).exists():
-        raise CheckpointError(f"{out}: there is a transcoder already; name another folder")
+        raise CheckpointError(f"{out}: a transcoder exists here already; use another folder")
     join_transcoders([CrossLayerTranscoder.from_pretrained(folder) for folder in folders]).save_pretrained(out)
     return out
 
 
 @torch.no_grad()
 def join_transcoders(parts: Sequence[CrossLayerTranscoder]) -> CrossLayerTranscoder:
-    """The transcoder of all source layers, as if one job had trained them.
+    """Joins transcoders of single source layers, as if one job had trained them.
 
     Args:
-        parts: one transcoder for every source layer, of the same settings, model and store.
+        parts: one transcoder per source layer, with the same settings, model and store.
 
     Returns:
-        The whole, without gradients.
+        The transcoder of all source layers, without gradients.
 
     Raises:
-        CheckpointError: a source layer is missing or comes twice, or two parts are of different jobs.
+        CheckpointError: a source layer is missing or given twice, or two parts differ in settings, model or store.
     """
     _check_parts(parts)
     first = parts[0]
@@ -62,20 +62,20 @@ def join_transcoders(parts: Sequence[CrossLayerTranscoder]) -> CrossLayerTransco
             whole.decoder_bias(target)[row] = part.decoder_bias(target)[0]
     missing = sorted({*whole.share.sources} - {part.config.source for part in parts})
     if missing:
-        raise CheckpointError(f"no part has source {', '.join(map(str, missing))}; train them with clt.source too")
+        raise CheckpointError(f"missing source layers {', '.join(map(str, missing))}; train them with clt.source too")
     return whole
 
 
 def _check_parts(parts: Sequence[CrossLayerTranscoder]) -> None:
     if not parts:
-        raise CheckpointError("there is nothing to join; name the outputs of jobs with clt.source")
+        raise CheckpointError("nothing to join; give output folders of jobs with clt.source")
     first, seen = parts[0], set[int]()
     for part in parts:
         source = part.config.source
         if source is None:
-            raise CheckpointError("a transcoder of all source layers cannot be joined; name outputs with clt.source")
+            raise CheckpointError("cannot join a transcoder of all source layers; give outputs of jobs with clt.source")
         if source in seen:
-            raise CheckpointError(f"source {source} comes twice; name each output once")
+            raise CheckpointError(f"source {source} is given twice; give each output once")
         seen.add(source)
         known = part.scaling.tensors()
         if not (
@@ -84,6 +84,6 @@ def _check_parts(parts: Sequence[CrossLayerTranscoder]) -> None:
             and all(torch.equal(tensor, known[key]) for key, tensor in first.scaling.tensors().items())
         ):
             raise CheckpointError(
-                f"sources {first.config.source} and {source} were trained with other settings, model or store; train "
-                "them alike"
+                f"sources {first.config.source} and {source} differ in settings, model or store; train them "
+                "with the same"
             )

@@ -1,8 +1,8 @@
-"""Folders on disk that are complete or absent: checksummed files, a manifest last, one rename, then a pointer.
+"""Atomic writing of folders: checksummed files, a manifest written last, one rename, then a pointer to the folder.
 
-A folder is filled under a temporary name (`.step_00000500.tmp`), renamed when its manifest is there, and only then
-named by the file `latest` beside it. Whatever a killed process leaves is a good folder or a temporary name, which the
-next writer removes.
+A folder is filled under a temporary name (`.step_00000500.tmp`), renamed after its manifest is written, and then named
+by the file `latest` beside it. A killed process leaves a complete folder or a temporary one, which the next writer
+removes.
 """
 
 from __future__ import annotations
@@ -34,29 +34,29 @@ _CHUNK_BYTES = 1 << 22
 
 
 def temporary_name(name: str) -> str:
-    """Name of a folder that is being written, or removed."""
+    """Name of a folder while it is written or removed."""
     return f".{name}.tmp"
 
 
 @contextmanager
 def new_folder(target: Path, replaces: Sequence[str] = ()) -> Iterator[Path]:
-    """A folder to fill; it gets its name when all is written, and what fails leaves everything as it was.
+    """Context manager that creates a folder atomically: it is renamed to `target` on success and removed on failure.
 
     Args:
         target: new, an empty folder, or one that may be replaced.
-        replaces: wildcards of names; a folder that holds nothing else is replaced.
+        replaces: wildcards; an existing folder that holds only matching names is replaced.
 
     Yields:
         The folder under a temporary name beside it.
 
     Raises:
-        CheckpointError: there is something already, or it cannot be written.
+        CheckpointError: the target exists with other contents, or cannot be written.
     """
     target = target.resolve()
     for path in [target] if target.is_file() else target.glob("*"):
         if path == target or not any(fnmatchcase(path.name, pattern) for pattern in replaces):
             held = "" if path == target or not replaces else f" and holds '{path.name}'"
-            raise CheckpointError(f"{target}: exists already{held}; name a new folder")
+            raise CheckpointError(f"{target}: exists already{held}; use a new folder")
     temporary, old = (target.with_name(temporary_name(name)) for name in (target.name, f"{target.name}.old"))
     try:
         shutil.rmtree(temporary, ignore_errors=True)
@@ -79,7 +79,16 @@ def new_folder(target: Path, replaces: Sequence[str] = ()) -> Iterator[Path]:
 
 
 def save_tensors(path: Path, tensors: Mapping[str, Tensor], checksums: Checksums) -> None:
-    """Writes a safetensors file to disk and notes its checksum; CheckpointError when it cannot be written."""
+    """Writes a safetensors file and records its checksum.
+
+    Args:
+        path: the file.
+        tensors: by name.
+        checksums: gets an entry for the file.
+
+    Raises:
+        CheckpointError: the file cannot be written.
+    """
     try:
         write_tensors(path, tensors)
         _sync(path)
@@ -89,7 +98,16 @@ def save_tensors(path: Path, tensors: Mapping[str, Tensor], checksums: Checksums
 
 
 def write_text(path: Path, text: str, checksums: Checksums) -> None:
-    """Writes a text file to disk and notes its checksum; CheckpointError when it cannot be written."""
+    """Writes a text file and records its checksum.
+
+    Args:
+        path: the file.
+        text: its contents.
+        checksums: gets an entry for the file.
+
+    Raises:
+        CheckpointError: the file cannot be written.
+    """
     try:
         path.write_text(text, encoding="utf-8")
         _sync(path)
@@ -99,16 +117,16 @@ def write_text(path: Path, text: str, checksums: Checksums) -> None:
 
 
 def write_manifest(folder: Path, checksums: Checksums) -> None:
-    """Declares a folder complete."""
+    """Writes the manifest, which marks the folder as complete."""
     tree = {"format": _FORMAT, "files": dict(sorted(checksums.items()))}
     write_text(folder / MANIFEST_FILE, json.dumps(tree, indent=1) + "\n", {})
     _sync(folder)
 
 
 def publish(temporary: Path, folder: Path) -> None:
-    """Gives a complete folder its name, then points `latest` at it."""
+    """Renames a complete folder to its final name, then points `latest` at it."""
     if folder.exists():
-        # A run killed between the rename and the pointer left it.
+        # Left by a run that was killed between the rename and the pointer.
         os.replace(folder, folder.with_name(temporary_name(f"{folder.name}.old")))
     os.replace(temporary, folder)
     draft = folder.with_name(temporary_name(LATEST_FILE))
@@ -118,7 +136,13 @@ def publish(temporary: Path, folder: Path) -> None:
 
 
 def prune(output: Path, pattern: str, keep: int) -> None:
-    """Removes all but the newest folders up to the latest; each is renamed first, so that no half keeps its name."""
+    """Removes old folders, each after a rename, so that a partly removed one never has the name of a checkpoint.
+
+    Args:
+        output: folder of the checkpoints.
+        pattern: wildcard of their names.
+        keep: number of newest folders, up to the one named by `latest`, that are kept.
+    """
     newest = (output / LATEST_FILE).read_text(encoding="utf-8").strip()
     folders = sorted(folder for folder in output.glob(pattern) if folder.is_dir() and folder.name <= newest)
     for folder in folders[:-keep]:
@@ -127,13 +151,13 @@ def prune(output: Path, pattern: str, keep: int) -> None:
 
 
 def remove_temporary(output: Path, pattern: str) -> None:
-    """Removes what a killed writer left under temporary names."""
+    """Removes temporary folders left by a killed writer."""
     for folder in output.glob(temporary_name(pattern)):
         shutil.rmtree(folder)
 
 
 def latest_folder(output: Path) -> Path | None:
-    """The folder that `latest` names, or None when there is none yet.
+    """The folder named by `latest`, or None if there is no checkpoint yet.
 
     Raises:
         CheckpointError: the pointer names a folder that does not exist.
@@ -146,7 +170,7 @@ def latest_folder(output: Path) -> Path | None:
     folder = output / name
     if not name or not folder.is_dir():
         raise CheckpointError(
-            f"{pointer}: names '{name}', which is not there; write the name of an existing checkpoint into it"
+            f"{pointer}: names '{name}', which does not exist; write the name of an existing checkpoint into it"
         )
     return folder
 
@@ -161,9 +185,9 @@ def read_manifest(folder: Path) -> Checksums:
     try:
         tree = json.loads(path.read_text(encoding="utf-8"))
     except FileNotFoundError:
-        raise CheckpointError(f"{path}: file is missing; the folder is no complete checkpoint") from None
+        raise CheckpointError(f"{path}: file is missing; the checkpoint is incomplete; use another one") from None
     except ValueError:
-        raise CheckpointError(f"{path}: not readable JSON; use another checkpoint") from None
+        raise CheckpointError(f"{path}: not valid JSON; use another checkpoint") from None
     if not isinstance(tree, dict) or tree.get("format") != _FORMAT or not isinstance(tree.get("files"), dict):
         raise CheckpointError(f"{path}: not a manifest of format {_FORMAT!r}; use another checkpoint")
     files: Checksums = tree["files"]
@@ -171,14 +195,23 @@ def read_manifest(folder: Path) -> Checksums:
 
 
 def verify_file(folder: Path, name: str, manifest: Checksums) -> None:
-    """CheckpointError unless a file has the size and checksum that the manifest says."""
+    """Compares a file with its size and checksum in the manifest.
+
+    Args:
+        folder: the checkpoint.
+        name: the file.
+        manifest: from `read_manifest`.
+
+    Raises:
+        CheckpointError: the file is missing or damaged, or not in the manifest.
+    """
     path = folder / name
     if name not in manifest:
         raise CheckpointError(f"{folder / MANIFEST_FILE}: does not list '{name}'; use another checkpoint")
     if not path.is_file():
         raise CheckpointError(f"{path}: file is missing; use another checkpoint")
     if _checksum(path) != manifest[name]:
-        raise CheckpointError(f"{path}: damaged, size or checksum differ from the manifest; use another checkpoint")
+        raise CheckpointError(f"{path}: damaged (size or checksum differs from the manifest); use another checkpoint")
 
 
 def verify_folder(folder: Path) -> None:

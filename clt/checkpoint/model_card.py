@@ -1,4 +1,4 @@
-"""The README.md beside a saved transcoder: what it is, how it was trained, how to load it."""
+"""Model card (README.md) of a saved transcoder: architecture, training, and how to load it."""
 
 from __future__ import annotations
 
@@ -24,26 +24,26 @@ _USE = """
 ```python
 from clt.transcoder.model import CrossLayerTranscoder
 
-clt = CrossLayerTranscoder.from_pretrained("OWNER/NAME")             # or a folder; @REVISION may follow the name
-few = CrossLayerTranscoder.from_pretrained("OWNER/NAME", layers=[0, 1])   # fetches and reads these layers only
+transcoder = CrossLayerTranscoder.from_pretrained("OWNER/NAME")           # or a folder, or OWNER/NAME@REVISION
+part = CrossLayerTranscoder.from_pretrained("OWNER/NAME", layers=[0, 1])  # downloads and loads these layers only
 lazy = CrossLayerTranscoder.from_pretrained("OWNER/NAME", lazy=True)      # decoders stay in their files
 ```
 """
 
 
 def model_card(transcoder: CrossLayerTranscoder) -> str:
-    """Markdown with the front matter of the hub; the same text for the same transcoder and code.
+    """Markdown with the hub's front matter; deterministic for a transcoder and code version.
 
     Args:
-        transcoder: what is described; its provenance has the model, the store and the training.
+        transcoder: its provenance names the model, the store and the training.
     """
     model = transcoder.provenance.model
     of = "" if model is None else f" of {model.name}"
     facts = "".join(f"| {name} | {value} |\n" for name, value in _facts(transcoder))
     return (
         f"{_FRONT_MATTER}\n# Cross-layer transcoder{of}\n\n"
-        "Sparse features read the model at every source layer and write to the MLP outputs of that layer and later "
-        'ones\n(Ameisen et al. 2025, "Circuit Tracing").\n\n| | |\n|---|---|\n'
+        "Sparse features read every source layer and write to the MLP outputs of that and later layers\n"
+        '(Ameisen et al. 2025, "Circuit Tracing").\n\n| | |\n|---|---|\n'
         f"{facts}{_USE}"
     )
 
@@ -60,7 +60,7 @@ def _facts(transcoder: CrossLayerTranscoder) -> Iterator[tuple[str, object]]:
     yield "Targets of a source", f"{config.n_targets or 'all'} layers, from l + {config.first_offset} on"
     yield "Skip connection", "yes" if config.skip else "no"
     if config.feature_offset:
-        yield "Active features", "write with a constant more than their activation"
+        yield "Feature offsets", "yes"
     if transcoder.has_variants:
         yield "Decoders", f"tied: {config.tied_decoders}, independent: {config.independent}"
     yield "Sparsity", f"{config.sparsity.kind}, k = {config.k}"

@@ -1,4 +1,4 @@
-"""Progress and reports that a training job writes beside its weights, and what they say of the transcoder."""
+"""Progress and metrics files of a training job, and the training facts of a transcoder read from them."""
 
 from __future__ import annotations
 
@@ -17,12 +17,12 @@ METRICS_FILE = "metrics.jsonl"
 
 
 def read_metrics(path: Path) -> list[dict[str, Any]]:
-    """The reports of a `metrics.jsonl`; a last line that a killed run left half written is dropped.
+    """Reports of a `metrics.jsonl`; an incomplete last line of a killed run is dropped.
 
-    Reports of training have the keys of `TrainingMetrics.scalars`, those of evaluations the tags of `Evaluation`.
+    Training reports have the keys of `TrainingMetrics.scalars`, evaluation reports the tags of `Evaluation`.
 
     Raises:
-        CheckpointError: another line is not a report.
+        CheckpointError: another line is not a JSON object with a step.
     """
     reports = []
     lines = path.read_text(encoding="utf-8").splitlines(keepends=True)
@@ -33,7 +33,7 @@ def read_metrics(path: Path) -> list[dict[str, Any]]:
             report = json.loads(line)
             report["step"]
         except (ValueError, TypeError, KeyError):
-            raise CheckpointError(f"{path}: line {number} is not a report of metrics; move the file away") from None
+            raise CheckpointError(f"{path}: line {number} is not a report; move the file away") from None
         reports.append(report)
     return reports
 

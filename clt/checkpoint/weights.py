@@ -1,9 +1,9 @@
-"""Transcoder weights on disk: one safetensors file per layer, so that any mesh can read any share.
+"""Transcoder weights on disk, one safetensors file per layer, so that any mesh can read any share.
 
 transcoder.json              format, architecture, model identity, store id, code version
 scaling.safetensors          mean_x, rms_x, mean_y, rms_y
 layer_00.safetensors ...     W_enc, b_enc (W_shared, target_scale) of source 0; W_dec, b_dec (W_skip, offset) of target
-README.md                    for people, and for the page of a hub (`clt.checkpoint.model_card`)
+README.md                    model card (`clt.checkpoint.model_card`)
 """
 
 from __future__ import annotations
@@ -37,7 +37,7 @@ from clt.version import code_version
 FORMAT = "vlm-clt/1"
 CARD_FILE = "transcoder.json"
 SCALING_FILE = "scaling.safetensors"
-#: All that `save_transcoder` writes.
+#: Files that `save_transcoder` writes.
 OWN_FILES = (CARD_FILE, SCALING_FILE, MODEL_CARD_FILE, "layer_*.safetensors")
 
 
@@ -47,17 +47,17 @@ def layer_file(layer: int) -> str:
 
 
 def average_file(layer: int) -> str:
-    """Name of the file with the running mean of one layer's weights, in checkpoints of jobs that keep one."""
+    """Name of the file with one layer's EMA weights, in checkpoints of jobs with optimizer.ema_decay."""
     return f"average_{layer:02d}.safetensors"
 
 
 def layer_tensors(transcoder: CrossLayerTranscoder, layer: int) -> dict[str, Tensor]:
-    """The parameters of one layer that this process owns, by their name in the file."""
+    """Parameters of one layer owned by this process, by name in the file."""
     return {key: group[str(layer)] for key, group in _parameters(transcoder).items() if str(layer) in group}
 
 
 def layer_buffers(transcoder: CrossLayerTranscoder, layer: int) -> dict[str, Tensor]:
-    """What is saved of a source layer besides its parameters, by its name in the file."""
+    """Saved buffers of a source layer, by name in the file."""
     return {key: group[layer] for key, group in _buffers(transcoder).items() if layer in group}
 
 
@@ -78,16 +78,16 @@ def _buffers(transcoder: CrossLayerTranscoder) -> dict[str, LayerBuffers]:
 
 
 def save_transcoder(transcoder: CrossLayerTranscoder, folder: Path) -> None:
-    """Writes the card, the scaling and the weights of all layers owned here into a folder, all of it or nothing.
+    """Writes `transcoder.json`, the scaling and the weights of all layers owned here into a folder, atomically.
 
     Args:
         transcoder: a transcoder, or a share of whole layers.
         folder: new, empty, or with a transcoder that is replaced when the new one is complete.
 
     Raises:
-        CheckpointError: the folder holds other files, or cannot be written; it stays as it was.
+        CheckpointError: the folder holds other files or cannot be written; it is left unchanged.
     """
-    assert transcoder.share.columns is None, "a column share has no whole layer to write"
+    assert transcoder.share.columns is None, "a column share has no whole layers to write"
     with new_folder(folder, OWN_FILES) as temporary:
         write_tensors(temporary / SCALING_FILE, transcoder.scaling.tensors())
         for layer in range(transcoder.config.n_layers):
@@ -99,7 +99,7 @@ def save_transcoder(transcoder: CrossLayerTranscoder, folder: Path) -> None:
 
 
 def card(transcoder: CrossLayerTranscoder) -> dict[str, Any]:
-    """What `transcoder.json` says of a transcoder."""
+    """Contents of `transcoder.json`."""
     model, training = transcoder.provenance.model, transcoder.provenance.training
     return {
         "format": FORMAT,
@@ -112,23 +112,26 @@ def card(transcoder: CrossLayerTranscoder) -> dict[str, Any]:
 
 
 def transcoder_folder(folder: Path) -> Path:
-    """The folder itself, or the newest checkpoint of a training job's output."""
+    """The folder itself, or the newest checkpoint in the output folder of a training job."""
     return folder if (folder / CARD_FILE).exists() else latest_folder(folder) or folder
 
 
 def share_of_layers(config: CLTConfig, layers: Sequence[int] | None) -> LayerShare:
-    """Encoders and decoders of some layers; ConfigError for layers that there are not.
+    """Share with the encoders and decoders of some layers.
 
     Args:
         config: architecture.
-        layers: each a source, a target, or both; None for all.
+        layers: numbers of source or target layers; None for all.
+
+    Raises:
+        ConfigError: a layer does not exist.
     """
     whole = LayerShare.everything(config)
     if layers is None:
         return whole
     known = {*whole.sources, *whole.targets}
     if not layers or not known.issuperset(layers):
-        raise ConfigError(f"layers={list(layers)}: name some of the transcoder's layers {min(known)} to {max(known)}")
+        raise ConfigError(f"layers={list(layers)}: choose from the transcoder's layers {min(known)} to {max(known)}")
     return LayerShare(
         sources=tuple(layer for layer in whole.sources if layer in layers),
         targets=tuple(layer for layer in whole.targets if layer in layers),
@@ -147,23 +150,22 @@ def load_transcoder(
     """Reads a transcoder, or some of its layers.
 
     Args:
-        folder: what `save_transcoder` wrote, or the output folder of a training job, which means its newest checkpoint.
+        folder: written by `save_transcoder`, or the output folder of a training job (its newest checkpoint is read).
         layers: as for `share_of_layers`.
-        device: place of the weights.
-        dtype: their type, whatever that of the files is.
-        lazy: leave W_dec in its files (`clt.transcoder.lazy_decoder`); what is read only when it is used has no
-        checksum compared.
-        averaged: read the running mean of the weights, of a job with optimizer.ema_decay.
+        device: device of the weights.
+        dtype: dtype of the weights, whatever that of the files is.
+        lazy: leave W_dec in its files (`clt.transcoder.lazy_decoder`); checksums of these files are not compared.
+        averaged: load the EMA weights, of a job with optimizer.ema_decay.
 
     Returns:
         The transcoder, without gradients.
 
     Raises:
         CheckpointError: a file is missing, damaged or of the wrong shape; names the file and key.
-        ConfigError: there are no such layers.
+        ConfigError: a layer does not exist.
     """
     folder = transcoder_folder(folder)
-    # Training checkpoints carry checksums; `save_pretrained` leaves them out, so that a folder can be edited by hand.
+    # Training checkpoints have checksums; `save_pretrained` writes none, so that a folder can be edited by hand.
     manifest = read_manifest(folder) if (folder / MANIFEST_FILE).exists() else None
 
     def checked(name: str) -> Path:
@@ -174,20 +176,21 @@ def load_transcoder(
     config, provenance = read_card(checked(CARD_FILE))
     scaling, share = _read_scaling(checked(SCALING_FILE), config), share_of_layers(config, layers)
     with torch.device("meta"):
-        # Shapes only: initial weights would be drawn, and held, for nothing.
+        # Shapes only, without initial weights.
         transcoder = CrossLayerTranscoder(config, scaling, share, provenance=provenance)
     for layer in sorted({*share.sources, *share.targets}):
         name = average_file(layer) if averaged else layer_file(layer)
         if averaged and not (folder / name).exists():
-            raise CheckpointError(f"{folder / name}: no such file; train with optimizer.ema_decay, or take the weights")
+            remedy = "pass averaged=False, or train with optimizer.ema_decay > 0"
+            raise CheckpointError(f"{folder / name}: no such file, the checkpoint has no EMA weights; {remedy}")
         like = torch.ones((), dtype=dtype, device=device)
         _fill_layer(transcoder, layer, folder / name if lazy else checked(name), like, lazy)
     return transcoder.requires_grad_(False)
 
 
 def _fill_layer(transcoder: CrossLayerTranscoder, layer: int, path: Path, like: Tensor, lazy: bool) -> None:
-    """Puts one file in the place of a layer's weights and buffers, in the type and on the device of `like`."""
-    # The tensors of one call share a mapping of the file: what is copied shall not keep its pages.
+    """Loads a layer's weights and buffers from one file, in the dtype and on the device of `like`."""
+    # Tensors of one read share a mapping of the file; a second one lets the pages of copied tensors be freed.
     tensors, mapped = read_tensors(path), read_tensors(path) if lazy else {}
     for key, wanted in layer_tensors(transcoder, layer).items():
         group = _parameters(transcoder)[key]
@@ -201,12 +204,15 @@ def _fill_layer(transcoder: CrossLayerTranscoder, layer: int, path: Path, like: 
 
 
 def read_into(parameters: dict[str, Tensor], path: Path, columns: range | None = None) -> None:
-    """Copies tensors of one file into parameters of the same names; CheckpointError on any mismatch.
+    """Copies tensors of one file into parameters of the same names.
 
     Args:
-        parameters: what to fill.
+        parameters: destinations, by name.
         path: a safetensors file of whole tensors.
         columns: channels of the targets that the parameters hold; None for all.
+
+    Raises:
+        CheckpointError: a tensor is missing or of another shape or kind.
     """
     tensors = read_tensors(path)
     with torch.no_grad():
@@ -217,13 +223,13 @@ def read_into(parameters: dict[str, Tensor], path: Path, columns: range | None =
 def _checked(
     tensors: dict[str, Tensor], key: str, shape: torch.Size, path: Path, columns: range | None = None
 ) -> Tensor:
-    """The own columns of a file's tensor; CheckpointError when it is missing or of another shape or kind."""
+    """Columns of a file's tensor; CheckpointError if it is missing or of another shape or kind."""
     if key not in tensors:
         raise CheckpointError(f"{path}: key '{key}' is missing; the checkpoint is incomplete")
     own = own_columns(key, tensors[key], columns)
     if own.shape != shape:
         raise CheckpointError(
-            f"{path}: key '{key}' has shape {tuple(tensors[key].shape)}, the config wants {tuple(shape)}"
+            f"{path}: key '{key}' has shape {tuple(tensors[key].shape)}, expected {tuple(shape)} from the config"
         )
     if not own.is_floating_point():
         raise CheckpointError(f"{path}: key '{key}' is {own.dtype}, not a tensor of floating-point numbers")
@@ -231,7 +237,7 @@ def _checked(
 
 
 def read_tensors(path: Path) -> dict[str, Tensor]:
-    """All tensors of a safetensors file; CheckpointError when it is missing or damaged."""
+    """All tensors of a safetensors file; CheckpointError if it is missing or damaged."""
     try:
         return load_file(path)
     except FileNotFoundError:
@@ -241,13 +247,13 @@ def read_tensors(path: Path) -> dict[str, Tensor]:
 
 
 def read_card(path: Path) -> tuple[CLTConfig, Provenance]:
-    """What `transcoder.json` says; CheckpointError when it is missing, damaged or of another format."""
+    """Contents of `transcoder.json`; CheckpointError if it is missing, damaged or of another format."""
     try:
         tree = json.loads(path.read_text(encoding="utf-8"))
     except FileNotFoundError:
-        raise CheckpointError(f"{path}: no such file; give the folder of a trained transcoder") from None
+        raise CheckpointError(f"{path}: no such file; give the folder of a transcoder or of a training job") from None
     except (OSError, ValueError) as error:
-        raise CheckpointError(f"{path}: not readable JSON ({' '.join(str(error).split())})") from None
+        raise CheckpointError(f"{path}: not valid JSON ({' '.join(str(error).split())})") from None
     found = tree.get("format") if isinstance(tree, dict) else None
     if found != FORMAT:
         raise CheckpointError(f"{path}: format is {found!r}, this version reads {FORMAT!r}")
@@ -256,11 +262,11 @@ def read_card(path: Path) -> tuple[CLTConfig, Provenance]:
     try:
         identity = None if model is None else ModelIdentity(**model)
     except TypeError:
-        raise CheckpointError(f"{path}: key 'model' does not describe a model") from None
+        raise CheckpointError(f"{path}: key 'model' is not valid; use another checkpoint") from None
     try:
         facts = None if training is None else TrainingFacts(**training)
     except TypeError:
-        raise CheckpointError(f"{path}: key 'training' does not describe a training") from None
+        raise CheckpointError(f"{path}: key 'training' is not valid; use another checkpoint") from None
     return config, Provenance(model=identity, store_id=tree.get("store"), training=facts)
 
 

@@ -1,15 +1,14 @@
-"""Transcoders of circuit-tracer: cross-layer ones in both directions, sets of single-layer ones read only.
+"""The circuit-tracer format: cross-layer transcoders (read and written), sets of single-layer ones (read only).
 
     config.yaml               model_kind, model_name, feature_input_hook, feature_output_hook
     W_enc_{i}.safetensors     W_enc_{i} [F,D], b_enc_{i} [F], b_dec_{i} [D], threshold_{i} [F] for JumpReLU
     W_dec_{i}.safetensors     W_dec_{i} [F,L-i,D]: decoders of source i into layers i, i + 1, ..., L - 1
 
-    layer_{i}.safetensors     of a set: W_enc [F,D], W_dec [F,D], b_enc, b_dec, W_skip, activation_function.threshold
+    layer_{i}.safetensors     in a set: W_enc [F,D], W_dec [F,D], b_enc, b_dec, W_skip, activation_function.threshold
 
-It computes mlp_t = b_dec_t + sum over i <= t of a_i W_dec_i[:, t - i], where a is pre if pre > threshold and else 0,
-or a ReLU if there are no thresholds. Every layer is a source and a target, so what a horizon or a first offset leaves
-out becomes zeros. Its releases up to 0.5.0 ignore the W_skip_{i} of a cross-layer transcoder that later states of it
-write: they are read, but not written. It multiplies them from the right, x W_skip, and those of sets x W_skip^T.
+mlp_t = b_dec_t + sum over i <= t of a_i W_dec_i[:, t - i], with a = pre if pre > threshold else 0, or ReLU without
+thresholds. Every layer is a source and a target: a horizon or first offset is written as zeros. Releases up to 0.5.0
+ignore W_skip_{i} of cross-layer transcoders (x W_skip; in sets x W_skip^T): it is read, but not written.
 """
 
 from __future__ import annotations
@@ -32,7 +31,7 @@ log = logging.getLogger(__name__)
 
 CONFIG_FILE = "config.yaml"
 
-#: Names that TransformerLens has for our sites.
+#: TransformerLens hook name -> our site.
 HOOKS: dict[str, ReadSite] = {
     "hook_resid_mid": "resid_mid",
     "mlp.hook_in": "mlp_in",
@@ -46,11 +45,11 @@ def load_circuit_tracer(folder: Path, *, read_site: ReadSite | None = None) -> C
     """Reads a cross-layer transcoder or a set of single-layer ones.
 
     Args:
-        folder: with its config.yaml.
-        read_site: what the encoders read; absent: what feature_input_hook names.
+        folder: checkpoint with config.yaml.
+        read_site: input of the encoders; default: the site of feature_input_hook.
 
     Returns:
-        The transcoder, in raw units, of the kind relu or jumprelu; k says nothing.
+        The transcoder, in raw units, of kind relu or jumprelu; k is not meaningful.
 
     Raises:
         CheckpointError: a file is missing, damaged or of another shape; names file and key.
@@ -59,27 +58,27 @@ def load_circuit_tracer(folder: Path, *, read_site: ReadSite | None = None) -> C
     settings = read_yaml(path)
     kind, hook, written = (settings.get(key) for key in ("model_kind", "feature_input_hook", "feature_output_hook"))
     if read_site is None and str(hook) not in HOOKS:
-        refuse(path, "feature_input_hook", hook, f"is none of {', '.join(HOOKS)}; say what it is (--read-site)")
+        refuse(path, "feature_input_hook", hook, f"not one of {', '.join(HOOKS)}; set --read-site")
     if written not in OUTPUT_HOOKS:
-        refuse(path, "feature_output_hook", written, "only outputs of MLPs can be reconstructed (hook_mlp_out)")
+        refuse(path, "feature_output_hook", written, "only MLP outputs (hook_mlp_out) are supported")
     site = read_site or HOOKS[str(hook)]
     match kind:
         case "cross_layer_transcoder":
             return _load_cross_layer(folder, site)
         case "transcoder_set":
             return _load_set(folder, site)
-    refuse(path, "model_kind", kind, "cross_layer_transcoder or transcoder_set is wanted")
+    refuse(path, "model_kind", kind, "expected cross_layer_transcoder or transcoder_set")
 
 
 def save_circuit_tracer(transcoder: CrossLayerTranscoder, folder: Path) -> None:
-    """Writes a cross-layer transcoder for circuit-tracer, with the scaling folded into its weights.
+    """Writes a cross-layer transcoder for circuit-tracer, with scaling folded into the weights.
 
     Args:
-        transcoder: a whole transcoder of the kind jumprelu or relu.
+        transcoder: a whole transcoder of kind jumprelu or relu.
         folder: new or empty.
 
     Raises:
-        ConfigError: the format has no place for what the transcoder is.
+        ConfigError: the format cannot represent the transcoder.
         CheckpointError: the folder is not empty or cannot be written.
     """
     check_pointwise(transcoder, "circuit-tracer")
@@ -104,35 +103,35 @@ def save_circuit_tracer(transcoder: CrossLayerTranscoder, folder: Path) -> None:
 
 
 def check_pointwise(transcoder: CrossLayerTranscoder, reader: str) -> None:
-    """ConfigError unless every feature is judged by itself, from a linear map of raw inputs, and written linearly."""
+    """ConfigError unless features have thresholds or ReLU, linear encoders of raw inputs and linear decoders."""
     if transcoder.config.feature_offset:
-        raise ConfigError(f"clt.feature_offset: {reader} has no constants beside the activations of features")
+        raise ConfigError(f"clt.feature_offset: {reader} does not support feature offsets")
     kind = transcoder.config.sparsity.kind
     if kind not in ("jumprelu", "relu"):
         raise ConfigError(
-            f"clt.sparsity.kind={kind}: {reader} compares no features; convert to thresholds first "
+            f"clt.sparsity.kind={kind}: {reader} supports jumprelu and relu only; convert to thresholds first "
             "(--calibrate STORE --tokens N, or clt.convert.thresholds.to_jumprelu)"
         )
     if transcoder.config.layer_norm:
-        raise ConfigError(f"clt.layer_norm: {reader} has no LayerNorm before its encoders; train without it")
+        raise ConfigError(f"clt.layer_norm: {reader} does not support LayerNorm before encoders; train without it")
 
 
 def pair_or_zeros(transcoder: CrossLayerTranscoder, source: int, target: int) -> Tensor:
-    """[F,D]: decoder of a source into a target, zeros where the transcoder has none."""
+    """[F,D]: decoder of a source into a target, zeros if the transcoder has none."""
     if target in transcoder.targets_of(source):
         return transcoder.decoder(source, target)
     return torch.zeros(transcoder.config.n_features, transcoder.config.d_model, dtype=transcoder.dtype)
 
 
 def note_zeros(transcoder: CrossLayerTranscoder, reader: str) -> None:
-    """Says how much of what was written for a reader that knows neither horizon nor first offset is zeros."""
+    """Logs the share of zeros written for a format without horizon and first offset."""
     config = transcoder.config
     every = config.n_layers * (config.n_layers + 1) // 2
     zeros = every - sum(len(transcoder.targets_of(source)) for source in range(config.n_layers))
     if zeros:
         gib = config.n_features * config.d_model * transcoder.dtype.itemsize / 2**30
         log.warning(
-            "%s has no horizon and no first offset: %d of its %d decoder matrices are zeros, %.2f of %.2f GiB",
+            "zero decoders written: format=%s matrices=%d (of %d) gib=%.2f (of %.2f)",
             *(reader, zeros, every, zeros * gib, every * gib),
         )
 
@@ -140,7 +139,7 @@ def note_zeros(transcoder: CrossLayerTranscoder, reader: str) -> None:
 def _encoder_tensors(transcoder: CrossLayerTranscoder, layer: int) -> dict[str, Tensor]:
     F, D, is_source = transcoder.config.n_features, transcoder.config.d_model, layer in transcoder.share.sources
     like = next(transcoder.parameters())
-    # A layer that is no source never fires: its pre-activations are 0.
+    # A layer that is not a source never fires: its pre-activations are 0.
     W_FD, b_F = transcoder.encoder(layer) if is_source else (like.new_zeros(F, D), like.new_zeros(F))
     tensors = {
         "W_enc": W_FD,
@@ -155,7 +154,7 @@ def _encoder_tensors(transcoder: CrossLayerTranscoder, layer: int) -> dict[str, 
 def _load_cross_layer(folder: Path, read_site: ReadSite) -> CrossLayerTranscoder:
     encoders, decoders = (numbered(folder, rf"{part}_(\d+)\.safetensors") for part in ("W_enc", "W_dec"))
     if len(encoders) != len(decoders):
-        raise CheckpointError(f"{folder}: {len(encoders)} files of encoders, {len(decoders)} of decoders; fetch all")
+        raise CheckpointError(f"{folder}: {len(encoders)} encoder files, {len(decoders)} decoder files; download all")
     L = len(encoders)
     transcoder, F, D = None, 0, 0
     for layer, (path_enc, path_dec) in enumerate(zip(encoders, decoders, strict=True)):
@@ -203,7 +202,7 @@ def _load_set(folder: Path, read_site: ReadSite) -> CrossLayerTranscoder:
 def _like(
     file: ForeignFile, W_enc: str, threshold: str, W_skip: str, n_layers: int, n_targets: int | None, site: ReadSite
 ) -> CrossLayerTranscoder:
-    """An empty transcoder of the sizes and kind that the first layer's file shows."""
+    """An uninitialised transcoder with the sizes and kind of the first layer's file."""
     F, D, dtype = file.matrix(W_enc)
     config = CLTConfig(
         n_layers=n_layers,
@@ -221,5 +220,5 @@ def _like(
 def _log_threshold(file: ForeignFile, key: str, n_features: int) -> Tensor:
     threshold_F = file.take(key, n_features)
     if bool((threshold_F < 0).any()):
-        raise CheckpointError(f"{file.path}: key '{key}' is negative somewhere: activations below zero have no place")
+        raise CheckpointError(f"{file.path}: key '{key}' is negative; negative JumpReLU thresholds are not supported")
     return threshold_F.log()

@@ -1,17 +1,14 @@
-"""Checkpoints of crosslayer-coding (decode-clt), read with their normalisation folded, written with untied decoders.
+"""The crosslayer-coding format (decode-clt): read with normalisation folded, written with untied decoders.
 
     cfg.json              num_layers, d_model, num_features, activation_fn, decoder_tying, skip_connection, ...
     norm_stats.json       {layer: {inputs: {mean, std}, targets: {mean, std}}}, for normalization_method mean_std
-    model.safetensors, clt_checkpoint_latest.safetensors or the only file of its kind:
-        encoder_module.encoders.{i}.weight [F,D], .bias_param [F]
-        decoder_module.decoders.{s}->{t}.weight [D,F], .bias_param [D]     ({i} instead where decoders are tied)
-        decoder_module.skip_weights.{s}->{t} [D,D]                         ({t} instead where decoders are tied)
-        decoder_module.feature_offset.{t}, feature_scale.{t} [F]           where decoders are tied
-        theta_manager.log_threshold [L,F]
+    model.safetensors     encoder_module.encoders.{i}.weight [F,D], .bias_param [F]; theta_manager.log_threshold [L,F];
+                          decoder_module.decoders.{s}->{t}.weight [D,F], .bias_param [D], .skip_weights.{s}->{t} [D,D];
+                          with tied decoders .decoders.{i}, .skip_weights.{t}, .feature_offset.{t}, .feature_scale.{t}
 
-Everything lives in normalised units, (x - mean) / (std + 1e-6) or x sqrt(D). A target is the sum over all sources up to
-its own layer of W a + bias; its JumpReLU keeps what equals the threshold, ours what exceeds it. topk and batchtopk rank
-by pre-activations standardised over the batch, so they are no function of a token and cannot be read.
+Normalised units: (x - mean) / (std + 1e-6) or x sqrt(D). A target is the sum over sources up to its layer of
+W a + bias. Its JumpReLU keeps pre-activations equal to the threshold, ours those above it. topk and batchtopk rank by
+pre-activations standardised over the batch, not a function of a token: not supported.
 """
 
 from __future__ import annotations
@@ -40,7 +37,7 @@ _THRESHOLD = "theta_manager.log_threshold"
 
 _EPSILON = 1e-6
 
-#: Last parts of module names whose input is what our sites are.
+#: Last part of a module name -> our site of its input.
 _INPUTS: dict[str, ReadSite] = {
     "mlp": "mlp_in",
     "c_fc": "mlp_in",
@@ -55,7 +52,7 @@ _INPUTS: dict[str, ReadSite] = {
 
 @dataclass(frozen=True, kw_only=True)
 class _Norm:
-    """Standardisation of one layer: x is (x - mean_x) / std_x, outputs come as y std_y + mean_y; all [D]."""
+    """Normalisation of one layer, all [D]: inputs (x - mean_x) / std_x, outputs y std_y + mean_y."""
 
     mean_x: Tensor
     std_x: Tensor
@@ -67,23 +64,23 @@ def load_crosslayer_coding(folder: Path, *, read_site: ReadSite | None = None) -
     """Reads a checkpoint whose activation is jumprelu or relu.
 
     Args:
-        folder: with cfg.json, the weights in one file, and norm_stats.json where the settings need it.
-        read_site: what the encoders read; absent: what mlp_input_template says, the MLPs' inputs if it says nothing.
+        folder: cfg.json, weights in one file, and norm_stats.json if the settings need it.
+        read_site: input of the encoders; default: from mlp_input_template, else the MLPs' inputs.
 
     Returns:
-        The transcoder, in raw units, with a decoder for every source and target; k says nothing.
+        The transcoder, in raw units, with a decoder for every source and target; k is not meaningful.
 
     Raises:
-        CheckpointError: a file is missing, damaged or of another shape, or says what no transcoder of ours can be.
+        CheckpointError: a file is missing, damaged, of another shape or not supported.
     """
     path = folder / SETTINGS_FILE
     settings = read_json(path)
     activation, tying = settings.get("activation_fn", "jumprelu"), settings.get("decoder_tying", "none")
     if activation not in ("jumprelu", "relu"):
-        why = "ranks within the batch; convert it with their convert_batchtopk_to_jumprelu.py first"
+        why = "ranks within the batch; convert it with the project's convert_batchtopk_to_jumprelu.py first"
         refuse(path, "activation_fn", activation, why)
     if tying not in ("none", "per_source", "per_target"):
-        refuse(path, "decoder_tying", tying, "none, per_source or per_target is wanted")
+        refuse(path, "decoder_tying", tying, "expected none, per_source or per_target")
     F = whole_number(path, settings, "num_features")
     config = CLTConfig(
         n_layers=whole_number(path, settings, "num_layers"),
@@ -97,7 +94,7 @@ def load_crosslayer_coding(folder: Path, *, read_site: ReadSite | None = None) -
     file = ForeignFile.safetensors(_weights_file(folder))
     if tying != "none" and file.is_not_zero(re.escape(_OFFSET.format("")) + r"\d+"):
         config = replace(config, feature_offset=True)
-    # Sizes are checked before there is memory of these sizes.
+    # Check sizes before memory is allocated.
     last = file.take(f"{_ENCODER.format(config.n_layers - 1)}.weight", F, config.d_model)
     norms = _norms(folder, settings, config)
     transcoder = empty_transcoder(config, last.dtype)
@@ -115,22 +112,22 @@ def save_crosslayer_coding(transcoder: CrossLayerTranscoder, folder: Path) -> No
     """Writes cfg.json and model.safetensors, in raw units, with a decoder for every source and target.
 
     Args:
-        transcoder: a whole transcoder of the kind jumprelu or relu.
+        transcoder: a whole transcoder of kind jumprelu or relu.
         folder: new or empty.
 
     Raises:
-        ConfigError: the format has no place for what the transcoder is.
+        ConfigError: the format cannot represent the transcoder.
         CheckpointError: the folder is not empty or cannot be written.
     """
     check_pointwise(transcoder, "crosslayer-coding")
     config, plain = transcoder.config, transcoder.folded()
     if config.read_site not in _INPUTS.values():
-        raise ConfigError(f"clt.read_site={config.read_site}: crosslayer-coding reads an MLP's or its norm's input")
+        raise ConfigError(f"clt.read_site={config.read_site}: crosslayer-coding supports mlp_in and resid_mid only")
     tensors: dict[str, Tensor] = {}
     for target in range(config.n_layers):
         tensors |= _source_tensors(plain, target) | _target_tensors(plain, target)
     if config.sparsity.kind == "jumprelu":
-        # A layer that is no source has pre-activations of 0, below any threshold.
+        # A layer that is not a source has pre-activations 0, below any threshold.
         none_F = torch.zeros(config.n_features, dtype=plain.dtype)
         tensors[_THRESHOLD] = torch.stack(
             [
@@ -163,7 +160,7 @@ def _read_site(path: Path, settings: dict[str, Any]) -> ReadSite:
         return "mlp_in"
     last = str(template).rpartition(".")[2]
     if last not in _INPUTS:
-        refuse(path, "mlp_input_template", template, f"ends with none of {', '.join(_INPUTS)}; see --read-site")
+        refuse(path, "mlp_input_template", template, f"ends with none of {', '.join(_INPUTS)}; set --read-site")
     return _INPUTS[last]
 
 
@@ -173,13 +170,13 @@ def _weights_file(folder: Path) -> Path:
             return folder / name
     found = sorted(folder.glob("*.safetensors"))
     if len(found) != 1:
-        sharded = ", only parts of ranks: merge them first" if any(folder.glob("rank_*_model.pt")) else ""
+        sharded = "; merge the files of the ranks first" if any(folder.glob("rank_*_model.pt")) else ""
         raise CheckpointError(f"{folder}: {len(found)} safetensors files and no {WEIGHTS_FILE}{sharded}")
     return found[0]
 
 
 def _norms(folder: Path, settings: dict[str, Any], config: CLTConfig) -> list[_Norm]:
-    """The standardisation of every layer; old names of the methods are known too."""
+    """Normalisation of every layer; old names of the methods are accepted."""
     path, method = folder / SETTINGS_FILE, settings.get("normalization_method", "none")
     zeros, ones = torch.zeros(config.d_model, dtype=torch.float64), torch.ones(config.d_model, dtype=torch.float64)
     if method == "none":
@@ -188,7 +185,7 @@ def _norms(folder: Path, settings: dict[str, Any], config: CLTConfig) -> list[_N
         std = ones / config.d_model**0.5
         return [_Norm(mean_x=zeros, std_x=std, mean_y=zeros, std_y=std)] * config.n_layers
     if method not in ("mean_std", "auto", "estimated_mean_std"):
-        refuse(path, "normalization_method", method, "none, mean_std or sqrt_d_model is wanted")
+        refuse(path, "normalization_method", method, "expected none, mean_std or sqrt_d_model")
     stats_path = folder / STATS_FILE
     stats = read_json(stats_path)
     return [_norm_of(stats_path, stats, layer, config.d_model) for layer in range(config.n_layers)]
@@ -201,7 +198,7 @@ def _norm_of(path: Path, stats: dict[str, Any], layer: int, d_model: int) -> _No
             try:
                 numbers_D = torch.tensor(stats[str(layer)][part][key], dtype=torch.float64)
             except (KeyError, TypeError, ValueError):
-                raise CheckpointError(f"{path}: key '{layer}.{part}.{key}' is missing, or no list of numbers") from None
+                raise CheckpointError(f"{path}: key '{layer}.{part}.{key}' is not a list of numbers") from None
             if numbers_D.shape != (d_model,) or not bool(numbers_D.isfinite().all()):
                 raise CheckpointError(f"{path}: key '{layer}.{part}.{key}' must be {d_model} finite numbers")
             found[f"{key}_{name}"] = numbers_D + (_EPSILON if key == "std" else 0)
@@ -222,7 +219,7 @@ def _fill_target(transcoder: CrossLayerTranscoder, target: int, file: ForeignFil
         if file.has(_OFFSET.format(target)):
             offset_F = file.take(_OFFSET.format(target), F)
             if transcoder.config.feature_offset:
-                # The same for all sources.
+                # Shared by all sources.
                 transcoder.feature_offsets(target).copy_(offset_F)
         if file.has(_SCALE.format(target)):
             scale_F = file.take(_SCALE.format(target), F)
@@ -232,7 +229,7 @@ def _fill_target(transcoder: CrossLayerTranscoder, target: int, file: ForeignFil
         key = _DECODER.format(place)
         W_FD = file.take(f"{key}.weight", D, F).T.double() * norm.std_y
         transcoder.decoder_matrix(target)[source].copy_(W_FD if scale_F is None else W_FD * scale_F[:, None])
-        # One matrix per target is applied once, to the sum of its sources' activations.
+        # One matrix per target is applied once to the summed activations, so its bias counts once.
         if tying != "per_target" or source == target:
             bias_D += file.take(f"{key}.bias_param", D)
     bias_D = bias_D * norm.std_y + norm.mean_y
@@ -244,11 +241,11 @@ def _fill_target(transcoder: CrossLayerTranscoder, target: int, file: ForeignFil
 
 
 def _skip(file: ForeignFile, target: int, tying: str, d_model: int) -> Tensor:
-    """[D,D] of the target's own input; those of other layers' inputs have no place here."""
+    """[D,D] skip matrix of the target's own input; those of other layers' inputs must be zero."""
     if tying != "none":
         return file.take(_SKIP.format(target), d_model, d_model)
     for source in range(target):
-        why = "it maps a source's input; ours reads the target's own"
+        why = "it maps a source's input; only the target's own is supported"
         file.take_zeros(_SKIP.format(f"{source}->{target}"), why, d_model, d_model)
     return file.take(_SKIP.format(f"{target}->{target}"), d_model, d_model)
 
@@ -265,7 +262,7 @@ def _source_tensors(transcoder: CrossLayerTranscoder, layer: int) -> dict[str, T
 
 
 def _target_tensors(transcoder: CrossLayerTranscoder, target: int) -> dict[str, Tensor]:
-    """Decoders and skip connections of all pairs into a target; its bias stands with its own layer."""
+    """Decoders and skip connections of all pairs into a target; its bias is stored with its own layer."""
     D, tensors = transcoder.config.d_model, {}
     for source in range(target + 1):
         key, own = _DECODER.format(f"{source}->{target}"), source == target and target in transcoder.share.targets

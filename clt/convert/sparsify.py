@@ -1,18 +1,14 @@
-"""Runs of EleutherAI's sparsify (single-layer transcoders) and clt-training (cross-layer ones, the same files).
+"""The sparsify format of EleutherAI: sparsify (single-layer transcoders) and clt-training (cross-layer ones).
 
     {hookpoint}/cfg.json           activation, k, n_targets, ... of one layer
-    {hookpoint}/sae.safetensors    encoder.weight [F,D], encoder.bias [F], and decoders:
-        free        W_decs.{j} [F,D] into layer l + j; W_dec alone for one target
-        per_source_tied                W_dec [F,D] for all targets
-        coalesce_topk: concat          W_dec [F,D] of a target, for all its sources
-        coalesce_topk: per-layer       W_dec [S*F,D] of a target, a block for each of its sources in their order
-    b_decs.{j} / b_dec [D], W_skips.{j} / W_skip [D,D], post_encs.{j} / post_enc [F], post_enc_scales.{j} [F],
-    in_norm [1], out_norm [1]
-    config.json                    settings of the run; hookpoints_in says what the encoders read
+    {hookpoint}/sae.safetensors    encoder.weight [F,D], encoder.bias [F], decoders W_decs.{j} [F,D] into layer l + j
+                                   (W_dec if one), b_decs.{j}, W_skips.{j}, post_encs.{j}, post_enc_scales.{j}
+    config.json                    settings of the run; hookpoints_in names the inputs of the encoders
 
-A source computes a = TopK(ReLU(W_enc x + b_enc), k) with x times sqrt(D) / in_norm, and its part of layer l + j is
-(a + post_enc_j where a > 0) * post_enc_scale_j through W_decs.j, + b_decs.j + x W_skips.j^T. A target adds up the parts
-of its sources (divide_cross_layer: the others' over their number) and multiplies by out_norm / sqrt(D).
+a = TopK(ReLU(W_enc x + b_enc), k), x times sqrt(D) / in_norm. A source's part of layer l + j is
+(a + post_enc_j where a > 0) * post_enc_scale_j through W_decs.j, + b_decs.j + x W_skips.j^T. A target is the sum of the
+parts (divide_cross_layer: other layers' parts over their number), times out_norm / sqrt(D). Tied decoders: W_dec [F,D]
+of a source (per_source_tied) or a target (coalesce_topk: concat), [S*F,D] in blocks of its sources (per-layer).
 """
 
 from __future__ import annotations
@@ -48,7 +44,7 @@ _NORMS = ("ln_2", "post_attention_layernorm", "pre_feedforward_layernorm")
 
 @dataclass(frozen=True, kw_only=True)
 class _Layer:
-    """One hookpoint: its settings, and its tensors with the names that one target's have made those of several."""
+    """One hookpoint: settings and tensors."""
 
     number: int
     folder: Path
@@ -57,24 +53,30 @@ class _Layer:
 
     @property
     def n_targets(self) -> int:
-        """Layers it writes to; 0 in the files of a coder that knows only its own."""
+        """Number of target layers; 0 for a single-layer transcoder."""
         if "n_targets" not in self.settings:
             return 0
         return whole_number(self.folder / SETTINGS_FILE, self.settings, "n_targets", least=0)
 
     @property
     def coalesced(self) -> str | None:
-        """How the decoders of a target's sources lie together in the target's file, if they do."""
+        """Layout of the decoders of a target's sources in the target's file, or None."""
         form = self.settings.get("coalesce_topk", "none")
         return None if form == "none" else str(form)
 
     @property
     def has_offsets(self) -> bool:
-        """Whether an active feature writes with more than its activation."""
+        """Whether features have offsets (post_enc)."""
         return self.file.is_not_zero(r"post_enc(s\.\d+)?")
 
     def take(self, name: str, place: int, *shape: int | None) -> Tensor:
-        """A tensor of the j-th target: W_decs.1, or W_dec where there is one target; W_dec is W_decs.0 once more."""
+        """Tensor of the place-th target: W_decs.1, or W_dec if there is one target; W_dec repeats W_decs.0.
+
+        Args:
+            name: name without place, such as W_dec.
+            place: number of the target.
+            shape: as for `ForeignFile.take`.
+        """
         several = f"{name}s.{place}"
         if place or self.file.has(several) or (self.n_targets and not self.file.has(name)):
             tensor = self.file.take(several, *shape)
@@ -85,17 +87,17 @@ class _Layer:
 
 
 def load_sparsify(folder: Path, *, read_site: ReadSite | None = None) -> CrossLayerTranscoder:
-    """Reads a run of sparsify or clt-training.
+    """Reads the output of sparsify or clt-training.
 
     Args:
-        folder: the run, with a folder for every layer from 0 on.
-        read_site: what the encoders read; absent: what the run's config.json says, the MLPs' inputs if it says nothing.
+        folder: output of a run, with a folder for every layer from 0 on.
+        read_site: input of the encoders; default: from the run's config.json, else the MLPs' inputs.
 
     Returns:
-        The transcoder, of the kind topk, with in_norm and out_norm as its scaling.
+        The transcoder, of kind topk, with in_norm and out_norm as its scaling.
 
     Raises:
-        CheckpointError: a file is missing, damaged or of another shape, or says what no transcoder of ours can be.
+        CheckpointError: a file is missing, damaged, of another shape or not supported.
     """
     layers = _layers(folder)
     for layer in layers:
@@ -104,7 +106,7 @@ def load_sparsify(folder: Path, *, read_site: ReadSite | None = None) -> CrossLa
     F, D, dtype = first.file.matrix("encoder.weight")
     k = whole_number(first.folder / SETTINGS_FILE, first.settings, "k")
     if k > F:
-        refuse(first.folder / SETTINGS_FILE, "k", k, f"there are {F} features only")
+        refuse(first.folder / SETTINGS_FILE, "k", k, f"exceeds the {F} features")
     config = CLTConfig(
         n_layers=len(layers),
         d_model=D,
@@ -126,25 +128,25 @@ def load_sparsify(folder: Path, *, read_site: ReadSite | None = None) -> CrossLa
 
 
 def save_sparsify(transcoder: CrossLayerTranscoder, folder: Path) -> None:
-    """Writes the layers as folders layers.{i}.mlp, for sparsify if every source has one target, else for clt-training.
+    """Writes folders layers.{i}.mlp, for sparsify if every source has one target, else for clt-training.
 
     Args:
-        transcoder: a whole transcoder of the kind topk whose sources write to their own layer first.
+        transcoder: a whole transcoder of kind topk with `first_offset: 0`.
         folder: new or empty.
 
     Raises:
-        ConfigError: the format has no place for what the transcoder is.
+        ConfigError: the format cannot represent the transcoder.
         CheckpointError: the folder is not empty or cannot be written.
     """
     config = transcoder.config
     if config.sparsity.kind != "topk" or config.sparsity.decoder_norm:
-        raise ConfigError(f"clt.sparsity.kind={config.sparsity.kind}: sparsify knows topk without decoder norms only")
+        raise ConfigError(f"clt.sparsity.kind={config.sparsity.kind}: sparsify supports topk without decoder_norm only")
     if config.first_offset:
-        raise ConfigError("clt.first_offset=1: a coder of sparsify writes to its own layer first; train with 0")
+        raise ConfigError("clt.first_offset=1: sparsify supports first_offset: 0 only; train with it")
     if config.layer_norm:
-        raise ConfigError("clt.layer_norm: sparsify has no LayerNorm before its encoders; train without it")
+        raise ConfigError("clt.layer_norm: sparsify does not support LayerNorm before encoders; train without it")
     if config.read_site not in ("resid_mid", "mlp_in"):
-        raise ConfigError(f"clt.read_site={config.read_site}: a run of sparsify reads an MLP's or its norm's input")
+        raise ConfigError(f"clt.read_site={config.read_site}: sparsify supports mlp_in and resid_mid only")
     plain = transcoder.folded()
     names = [f"layers.{layer}.mlp" for layer in range(config.n_layers)]
     with new_folder(folder) as temporary:
@@ -166,9 +168,9 @@ def save_sparsify(transcoder: CrossLayerTranscoder, folder: Path) -> None:
 
 
 def _layers(folder: Path) -> list[_Layer]:
-    """The hookpoints of a run by layer."""
+    """Hookpoints of a run, by layer."""
     if not folder.is_dir():
-        raise CheckpointError(f"{folder}: no such folder; name the folder of a run")
+        raise CheckpointError(f"{folder}: no such folder; give the output folder of a run")
     paths = [path.parent for path in sorted(folder.glob(f"*/{SETTINGS_FILE}"))]
     ordered = in_order(folder, [(_number(path), path) for path in paths], f"no folder with a {SETTINGS_FILE} in it")
     return [
@@ -183,61 +185,57 @@ def _layers(folder: Path) -> list[_Layer]:
 
 
 def _number(path: Path) -> int:
-    """The layer that a hookpoint's name has."""
+    """Layer number in a hookpoint's name."""
     numbers = re.findall(r"(?:^|\.)(\d+)(?=\.|$)", path.name)
     if len(numbers) != 1:
-        raise CheckpointError(f"{path}: its name does not say which layer it is; name it like layers.3.mlp")
+        raise CheckpointError(f"{path}: no layer number in the name; rename it like layers.3.mlp")
     return int(numbers[0])
 
 
 def _refuse_unknown(layer: _Layer, first: _Layer) -> None:
-    """CheckpointError for settings that change what the weights mean in a way that no transcoder of ours has."""
+    """CheckpointError for settings that are not supported or differ between layers."""
     path, settings = layer.folder / SETTINGS_FILE, layer.settings
     alike = ("k", "skip_connection", "coalesce_topk", "per_source_tied", "divide_cross_layer", "post_encoder_scale")
     if settings.get("activation", "topk") != "topk":
-        refuse(
-            path, "activation", settings["activation"], "depends on groups or on the batch; topk is what can be read"
-        )
+        refuse(path, "activation", settings["activation"], "only topk is supported")
     if not settings.get("transcode", False):
-        refuse(path, "transcode", settings.get("transcode"), "is an autoencoder of one site, not a transcoder")
+        refuse(path, "transcode", settings.get("transcode"), "an autoencoder, not a transcoder")
     if settings.get("coalesce_topk", "none") not in ("none", "concat", "per-layer"):
-        refuse(path, "coalesce_topk", settings["coalesce_topk"], "none, concat and per-layer can be read")
+        refuse(path, "coalesce_topk", settings["coalesce_topk"], "only none, concat and per-layer are supported")
     for key, why in (
-        ("topk_coalesced", "lets every target choose among its sources' features anew; ours are chosen once"),
-        ("secondary_target_tied", "decodes every target twice; decoders here are applied once"),
+        ("topk_coalesced", "selects features per target; not supported"),
+        ("secondary_target_tied", "decodes every target twice; not supported"),
     ):
         if settings.get(key):
             refuse(path, key, True, why)
     for key in alike:
         if settings.get(key) != first.settings.get(key):
-            refuse(
-                path, key, settings.get(key), f"{first.folder.name} has {first.settings.get(key)!r}; one for all layers"
-            )
+            refuse(path, key, settings.get(key), f"differs from {first.settings.get(key)!r} of {first.folder.name}")
 
 
 def _read_site(folder: Path) -> ReadSite:
-    """What the run says of its encoders' inputs."""
+    """Read site from the run's settings."""
     path = folder / RUN_FILE
     hooks = read_json(path).get("hookpoints_in") if path.exists() else None
     if not hooks:
         return "mlp_in"
     if not isinstance(hooks, list):
-        refuse(path, "hookpoints_in", hooks, "a list is wanted")
+        refuse(path, "hookpoints_in", hooks, "expected a list")
     for hook in hooks:
         if str(hook).rpartition(".")[2] not in _NORMS:
-            refuse(path, "hookpoints_in", hook, "is no norm before an MLP; say what encoders read (--read-site)")
+            refuse(path, "hookpoints_in", hook, "not a norm before an MLP; set --read-site")
     return "resid_mid"
 
 
 def _scaling(layers: list[_Layer], d_model: int) -> Scaling:
-    """in_norm and out_norm, the mean norms of inputs and outputs, as scales."""
+    """Scaling from in_norm and out_norm, the mean norms of inputs and outputs."""
     scaling = Scaling.identity(len(layers), d_model)
     for layer in layers:
         if layer.settings.get("normalize_io"):
             for key, rms in (("in_norm", scaling.rms_x), ("out_norm", scaling.rms_y)):
                 norm = layer.file.take(key, 1)
                 if not bool(norm > 0):
-                    raise CheckpointError(f"{layer.file.path}: key '{key}' is {float(norm):g}, it must be positive")
+                    raise CheckpointError(f"{layer.file.path}: key '{key}' is {float(norm):g}, expected > 0")
                 rms[layer.number] = norm[0] / d_model**0.5
     return scaling
 
@@ -247,7 +245,7 @@ def _fill_target(transcoder: CrossLayerTranscoder, goal: _Layer, layers: list[_L
     F, D, target = transcoder.config.n_features, transcoder.config.d_model, goal.number
     sources = transcoder.sources_of(target)
     if max(1, goal.n_targets) != len(transcoder.targets_of(target)):
-        wanted = f"{len(transcoder.targets_of(target))} is wanted, one horizon for all; are layers missing?"
+        wanted = f"{len(transcoder.targets_of(target))} expected, the same horizon for all layers; download all layers"
         refuse(goal.folder / SETTINGS_FILE, "n_targets", goal.settings.get("n_targets"), wanted)
     bias_D = goal.file.take("b_dec", D) if goal.coalesced else torch.zeros(D, dtype=transcoder.dtype)
     for row, source in enumerate(sources):
@@ -261,25 +259,24 @@ def _fill_target(transcoder: CrossLayerTranscoder, goal: _Layer, layers: list[_L
         if not goal.coalesced:
             bias_D = bias_D + share * layer.take("b_dec", place, D)
             if place and transcoder.config.skip:
-                layer.file.take_zeros(f"W_skips.{place}", "it maps a source's input; ours reads the target's own", D, D)
+                why = "it maps a source's input; only the target's own is supported"
+                layer.file.take_zeros(f"W_skips.{place}", why, D, D)
     transcoder.decoder_bias(target).copy_(bias_D)
     if transcoder.config.skip:
         transcoder.skip_matrix(target).copy_(goal.take("W_skip", 0, D, D))
 
 
 def _decoder(layer: _Layer, goal: _Layer, row: int, place: int, sizes: tuple[int, int, int]) -> Tensor:
-    """[F,D] of a source into a target, with the scales of its features there."""
+    """[F,D]: decoder of a source into a target, times the scales of its features."""
     S, F, D = sizes
     match goal.coalesced:
         case "concat":
             W_FD = goal.file.take("W_dec", F, D)
         case "per-layer":
             W_GD = goal.file.take("W_dec", None, D)
-            # clt-training allocates a block too many where the horizon ends.
+            # clt-training allocates one block too many at the end of the horizon.
             if len(W_GD) % F or len(W_GD) < S * F:
-                raise CheckpointError(
-                    f"{goal.file.path}: key 'W_dec' has {len(W_GD)} rows, {S} blocks of {F} are wanted"
-                )
+                raise CheckpointError(f"{goal.file.path}: key 'W_dec' has {len(W_GD)} rows, expected {S} blocks of {F}")
             W_FD = W_GD[row * F : (row + 1) * F]
         case _ if layer.settings.get("per_source_tied"):
             W_FD = layer.file.take("W_dec", F, D)
@@ -291,14 +288,14 @@ def _decoder(layer: _Layer, goal: _Layer, row: int, place: int, sizes: tuple[int
 
 
 def _offset(layer: _Layer, place: int, n_features: int) -> Tensor | None:
-    """[F] of a source into a target; files may leave it out."""
+    """[F]: offsets of a source into a target, or None if the file has none."""
     if layer.file.has(f"post_encs.{place}") or layer.file.has("post_enc"):
         return layer.take("post_enc", place, n_features)
     return None
 
 
 def _tensors(transcoder: CrossLayerTranscoder, layer: int) -> dict[str, Tensor]:
-    """The file of one layer; the bias of a target is wholly its own layer's."""
+    """Tensors of one layer's file; a target's bias is stored with its own layer only."""
     W_FD, b_F = transcoder.encoder(layer)
     tensors = {"encoder.weight": W_FD, "encoder.bias": b_F}
     several = transcoder.config.n_targets != 1
@@ -315,7 +312,7 @@ def _tensors(transcoder: CrossLayerTranscoder, layer: int) -> dict[str, Tensor]:
 
 
 def _settings(config: CLTConfig, n_targets: int) -> dict[str, Any]:
-    """cfg.json; sparsify does not know, and skips, the number of targets."""
+    """Contents of cfg.json; sparsify ignores n_targets."""
     return {
         "activation": "topk",
         "normalize_decoder": False,

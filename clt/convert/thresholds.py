@@ -1,9 +1,8 @@
-"""Thresholds from calibration tokens, for transcoders whose rule of sparsity compares features with one another.
+"""Thresholds from calibration tokens, for transcoders whose selection rule compares features with each other.
 
-A feature that fires when its pre-activation exceeds a number of its own can be judged by itself: steering one feature
-does not silence another, and a layer can be encoded without the others. `to_jumprelu` gives every feature such a
-number, so that it fires on as many calibration tokens as before. `calibrate_threshold` only sets the one number that a
-joint_topk or batch_topk transcoder needs to encode a layer by itself.
+With a threshold per feature, steering one feature does not deactivate another, and a layer can be encoded without the
+others. `to_jumprelu` sets thresholds at which every feature fires on as many calibration tokens as before.
+`calibrate_threshold` sets the single threshold with which a joint_topk or batch_topk transcoder encodes a layer alone.
 """
 
 from __future__ import annotations
@@ -27,23 +26,23 @@ from clt.transcoder.model import CrossLayerTranscoder
 
 REPORT_FILE = "conversion.json"
 
-#: Features whose pre-activations are sorted at a time.
+#: Number of features whose pre-activations are sorted at a time.
 _SORTED_TOGETHER = 256
 
-#: Neighbouring numbers tried where exp(log t) does not fall between two pre-activations.
+#: Neighbouring floats tried if exp(log t) does not fall between two pre-activations.
 _NUDGES = 16
 
 
 @dataclass(frozen=True, kw_only=True)
 class ConversionReport:
-    """What a conversion did, measured on its calibration tokens.
+    """Effect of a conversion, measured on its calibration tokens.
 
     Attributes:
-        before: measures of the transcoder given.
-        after: measures of the one returned.
-        never_fired: features that did not fire before; their threshold is infinite.
-        changed_counts: features that fire on another number of tokens than before, because pre-activations tie or lie
-            closer than two logarithms.
+        before: measures of the original transcoder.
+        after: measures of the converted one.
+        never_fired: number of features that did not fire before; their threshold is infinite.
+        changed_counts: number of features that fire on a different number of tokens than before, because
+            pre-activations tie or are closer than two logarithms.
     """
 
     before: StoreReport
@@ -56,7 +55,7 @@ class ConversionReport:
 def to_jumprelu(
     transcoder: CrossLayerTranscoder, batches: Sequence[ActivationBatch]
 ) -> tuple[CrossLayerTranscoder, ConversionReport]:
-    """A jumprelu transcoder with the same weights, each feature of which fires as often as it did.
+    """Converts to a jumprelu transcoder with the same weights whose features fire as often as before.
 
     The threshold of a feature that fires on c tokens lies midway between its c-th and next largest pre-activation.
 
@@ -66,10 +65,10 @@ def to_jumprelu(
             pre-activations of one layer at all tokens are held in memory.
 
     Returns:
-        The transcoder, and what changed.
+        The transcoder and a report.
 
     Raises:
-        ConfigError: the transcoder is of the kind jumprelu already.
+        ConfigError: the transcoder is of kind jumprelu already.
         StoreError: there are no tokens.
     """
     if transcoder.config.sparsity.kind == "jumprelu":
@@ -97,18 +96,24 @@ def to_jumprelu(
 
 
 def save_conversion(transcoder: CrossLayerTranscoder, report: ConversionReport, folder: Path) -> None:
-    """Writes a converted transcoder, and its report as `conversion.json` beside it."""
+    """Saves a converted transcoder with its report.
+
+    Args:
+        transcoder: the converted transcoder.
+        report: from `to_jumprelu`, written as `conversion.json`.
+        folder: as for `CrossLayerTranscoder.save_pretrained`.
+    """
     transcoder.save_pretrained(folder)
     (folder / REPORT_FILE).write_text(json.dumps(asdict(report), indent=1) + "\n", encoding="utf-8")
 
 
 @torch.no_grad()
 def calibrate_threshold(transcoder: CrossLayerTranscoder, batches: Sequence[ActivationBatch]) -> float:
-    """Sets the score above which a layer fires by itself, so that as many features fire as under the rule.
+    """Sets the score threshold for encoding a layer alone, at which as many features fire as under the rule.
 
     Args:
-        transcoder: a whole transcoder of the kind joint_topk or batch_topk; its threshold is set.
-        batches: raw calibration activations, as for `to_jumprelu`; the scores that pass are held in memory.
+        transcoder: a whole transcoder of kind joint_topk or batch_topk, changed in place.
+        batches: raw calibration activations, as for `to_jumprelu`; the selected scores are held in memory.
 
     Returns:
         The threshold.
@@ -118,7 +123,7 @@ def calibrate_threshold(transcoder: CrossLayerTranscoder, batches: Sequence[Acti
     """
     kind = transcoder.config.sparsity.kind
     if kind not in ("joint_topk", "batch_topk"):
-        raise ConfigError(f"sparsity.kind={kind}: its layers are encoded by themselves; there is nothing to calibrate")
+        raise ConfigError(f"sparsity.kind={kind}: layers are encoded independently; nothing to calibrate")
     tokens = sum(batch.x.shape[1] for batch in batches)
     n = transcoder.config.k * transcoder.n_sources * tokens
     if kind == "joint_topk":
@@ -129,7 +134,7 @@ def calibrate_threshold(transcoder: CrossLayerTranscoder, batches: Sequence[Acti
             scores_BF = scores_of(transcoder, layer, ops.preactivations(x_BD, *transcoder.encoder(layer)))
             best = torch.cat([best, scores_BF[scores_BF > 0]])
             best = best.topk(min(n + 1, len(best)), sorted=False).values
-    # Midway between the n-th and the next, or above zero when all positive ones are wanted.
+    # Midway between the n-th and the next, or between the last and zero if all positive ones are selected.
     best = best.sort(descending=True).values
     next_best = float(best[n]) if len(best) > n else 0.0
     threshold = (float(best[min(n, len(best)) - 1]) + next_best) / 2 if len(best) else 0.0
@@ -148,7 +153,7 @@ def _inputs(transcoder: CrossLayerTranscoder, batches: Sequence[ActivationBatch]
 
 
 def _firing(transcoder: CrossLayerTranscoder, batches: Sequence[ActivationBatch]) -> Tensor:
-    """[L,F] int64: on how many tokens each feature fires."""
+    """[L,F] int64: number of tokens on which each feature fires."""
     device = next(transcoder.parameters()).device
     counts_LF = torch.zeros(transcoder.n_sources, transcoder.config.n_features, dtype=torch.int64, device=device)
     for inputs in zip(*(_inputs(transcoder, batches, row) for row in range(transcoder.n_sources)), strict=True):
@@ -158,11 +163,11 @@ def _firing(transcoder: CrossLayerTranscoder, batches: Sequence[ActivationBatch]
 
 
 def _log_thresholds(pre_NC: Tensor, counts_C: Tensor) -> Tensor:
-    """Logarithms of thresholds that the given numbers of each feature's pre-activations exceed.
+    """Log thresholds that the given number of each feature's pre-activations exceed.
 
     Args:
         pre_NC: [N,C] pre-activations of C features at all tokens.
-        counts_C: [C] how many of them shall exceed the threshold; 0 gives infinity.
+        counts_C: [C] number of pre-activations that exceed the threshold; 0 gives infinity.
 
     Returns:
         [C] in the dtype of pre.
@@ -174,7 +179,7 @@ def _log_thresholds(pre_NC: Tensor, counts_C: Tensor) -> Tensor:
     log_C = ((upper_C.double() + lower_C.double()) / 2).log().to(pre_NC.dtype)
     up, down = torch.full_like(log_C, torch.inf), torch.full_like(log_C, -torch.inf)
     for _ in range(_NUDGES):
-        # exp rounds: the threshold must stay below the one and not below the other.
+        # exp is rounded: keep the threshold < upper and >= lower.
         threshold_C = log_C.exp()
         log_C = torch.where(threshold_C >= upper_C, torch.nextafter(log_C, down), log_C)
         log_C = torch.where(threshold_C < lower_C, torch.nextafter(log_C, up), log_C)

@@ -14,7 +14,7 @@ from collections.abc import Callable, Sequence
 import torch
 from torch import Tensor
 
-from clt.distributed.mesh import input_layers
+from clt.distributed.mesh import Mesh, input_layers
 from clt.distributed.shared_decoders import shared_decoders
 from clt.records import ActivationBatch, Modality, SparseCodes
 from clt.transcoder.architecture import CLTConfig
@@ -80,7 +80,8 @@ class HeldOutSums:
             self._tokens_G += modality_GB.sum(dim=1)
 
         codes = own if exchange is None else exchange(own)
-        shared = None if peers is None or peers.mesh is None else shared_decoders(transcoder, peers.mesh)
+        mesh = None if peers is None else peers.mesh
+        shared = shared_decoders(transcoder, mesh) if isinstance(mesh, Mesh) else None
         for layer, y_BD in zip(share.targets, y_MBD.double(), strict=True):
             rows = transcoder.source_rows(layer)
             x_BD = x[x_layers.index(layer)] if transcoder.config.skip else None

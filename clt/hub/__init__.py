@@ -1,1 +1,1 @@
-"""Transcoders by name: read from and sent to the Hugging Face hub."""
+"""Upload and download of transcoders and stores on the Hugging Face hub."""

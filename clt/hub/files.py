@@ -1,5 +1,4 @@
-"""What `clt.hub.transfer` needs to know of folders: the files they hold, whether the hub has the same, where new ones
-arrive."""
+"""Local side of transfers to and from the hub: listing of files, comparison with a repository, staging folder."""
 
 from __future__ import annotations
 
@@ -15,16 +14,16 @@ from pathlib import Path
 
 from clt.errors import HubError
 
-#: The hub makes this file by itself, and takes no file below these folders.
+#: File that the hub creates, and folders that it does not accept.
 HUB_FILE = ".gitattributes"
 HUB_FOLDERS = (".git", ".cache")
 
 WORKERS = 8
 
-#: What one failure can cost is bounded in bytes too: shards are large.
+#: Size limit of a commit, which bounds what a failed one loses.
 _BYTES_PER_COMMIT = 8 << 30
 
-#: Ending of the folder that files arrive in, and of a file that waits for its name.
+#: Suffix of the staging folder, and of a complete file before its final rename.
 _PARTIAL = ".pull.partial"
 
 
@@ -35,7 +34,7 @@ class HubFile:
     Attributes:
         name: relative to the repository, with forward slashes.
         bytes: size.
-        sha256: hash of the bytes; None for a small file, which is known by `git` alone.
+        sha256: hash of the bytes; None for a small file, which has the git hash only.
         git: hash of the git object.
     """
 
@@ -60,18 +59,18 @@ def is_ignored(name: str, patterns: Sequence[str]) -> bool:
 
 
 def local_files(folder: Path, ignore: Sequence[str]) -> list[str]:
-    """Names of the files below a folder, sorted, without what belongs to the hub or to an unfinished pull.
+    """Sorted names of the files below a folder, without those of the hub or of an unfinished pull.
 
     Args:
-        folder: where to look; linked folders are followed.
+        folder: root; symbolic links are followed.
         ignore: wildcards of names to leave out.
 
     Raises:
-        HubError: something cannot be listed, or is neither a file nor a folder.
+        HubError: a folder cannot be listed, or an entry is neither a file nor a folder.
     """
 
     def fail(error: OSError) -> None:
-        raise HubError(f"{error.filename}: cannot be listed ({error.strerror}); name a folder that can be read")
+        raise HubError(f"{error.filename}: cannot be listed ({error.strerror}); use a readable folder")
 
     names = []
     for parent, folders, files in os.walk(folder, onerror=fail, followlinks=True):
@@ -87,17 +86,33 @@ def local_files(folder: Path, ignore: Sequence[str]) -> list[str]:
 
 
 def refuse_conflicts(repo_id: str, folder: Path, names: Sequence[str], present: Mapping[str, HubFile]) -> None:
-    """HubError if a file of the folder differs from the repository's file of that name."""
+    """Compares files of a folder with those of the same names in a repository.
+
+    Args:
+        repo_id: OWNER/NAME, for the message.
+        folder: local folder.
+        names: files to compare.
+        present: files of the repository by name.
+
+    Raises:
+        HubError: a file differs.
+    """
     both = [name for name in names if name in present]
     with ThreadPoolExecutor(WORKERS) as pool:
         for name, equal in zip(both, pool.map(lambda name: present[name].equals(folder / name), both), strict=True):
             if not equal:
                 remedy = "use another repository, branch or folder"
-                raise HubError(f"{folder / name}: {repo_id} holds other contents under '{name}'; {remedy}")
+                raise HubError(f"{folder / name}: {repo_id} has a different file '{name}'; {remedy}")
 
 
 def commit_groups(folder: Path, names: Sequence[str], files_per_commit: int) -> Iterator[list[str]]:
-    """Cuts names into groups of at most so many files, and of 8 GiB unless one file is larger."""
+    """Splits names into groups for commits.
+
+    Args:
+        folder: local folder.
+        names: files to upload.
+        files_per_commit: most files of a group; a group also ends at 8 GiB, unless one file is larger.
+    """
     group: list[str] = []
     total = 0
     for name in names:
@@ -113,36 +128,36 @@ def commit_groups(folder: Path, names: Sequence[str], files_per_commit: int) -> 
 
 @contextmanager
 def receiving_folder(folder: Path, needed: int) -> Iterator[Path]:
-    """The folder that files arrive in, on the file system of their final place; gone when the block ends.
+    """Context manager of a staging folder on the file system of the final one; removed when the block ends.
 
     Args:
-        folder: final place, made if it is missing.
-        needed: bytes that are to come.
+        folder: final folder, created if it is missing.
+        needed: bytes to be downloaded.
 
     Raises:
-        HubError: there is no room for them.
+        HubError: the disk has less free space.
     """
     staging = folder / _PARTIAL
     if staging.exists():
-        # Left by a pull that was killed.
+        # Left by a killed pull.
         shutil.rmtree(staging)
     staging.mkdir(parents=True)
     try:
         free = shutil.disk_usage(folder).free
         if needed > free:
-            raise HubError(f"{folder}: {needed} bytes are to come and {free} are free; make room and pull again")
+            raise HubError(f"{folder}: {needed} bytes needed, {free} free; free disk space and pull again")
         yield staging
     finally:
         shutil.rmtree(staging, ignore_errors=True)
 
 
 def waiting_path(path: Path) -> Path:
-    """Where a complete file waits until it may have its name."""
+    """Temporary name of a complete file before its final rename."""
     return path.with_name(f".{path.name}{_PARTIAL}")
 
 
 def sync(path: Path) -> None:
-    """Makes a file's bytes, or a folder's names, survive a power cut."""
+    """Flushes a file or folder to disk (fsync)."""
     descriptor = os.open(path, os.O_RDONLY)
     try:
         os.fsync(descriptor)

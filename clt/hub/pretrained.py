@@ -1,4 +1,7 @@
-"""Transcoders by name: from a folder or a repository of the hub, and to the hub, with what training says of them."""
+"""Loading, saving and uploading of transcoders by name: a folder, or a model repository of the Hugging Face hub.
+
+`CrossLayerTranscoder` imports this module lazily for `from_pretrained`, `save_pretrained` and `push_to_hub`.
+"""
 
 from __future__ import annotations
 
@@ -35,17 +38,17 @@ def open_pretrained(
     averaged: bool = False,
     **how: Any,
 ) -> CrossLayerTranscoder:
-    """Reads a transcoder from a folder or from the hub.
+    """Loads a transcoder from a folder or from the hub.
 
     Args:
         name: as for `CrossLayerTranscoder.from_pretrained`.
-        layers: share to fetch and read; None for all.
-        revision: of the repository.
-        averaged: read the running mean of the weights.
-        how: the other arguments of `clt.checkpoint.weights.load_transcoder`.
+        layers: share to download and load; None for all.
+        revision: branch, tag or commit of the repository.
+        averaged: load the EMA weights.
+        how: `device`, `dtype` and `lazy`, as for `clt.checkpoint.weights.load_transcoder`.
 
     Returns:
-        The transcoder; what a training job's folder says of it is in its provenance.
+        The transcoder, with training facts in its provenance if the folder is that of a training job.
 
     Raises:
         CheckpointError, ConfigError, HubError: as for `CrossLayerTranscoder.from_pretrained`.
@@ -53,13 +56,13 @@ def open_pretrained(
     folder = Path(name)
     if folder.exists() or not isinstance(name, str) or not is_hub_name(name):
         if revision is not None:
-            raise ConfigError(f"revision={revision}: {folder} is a folder, only repositories of the hub have revisions")
+            raise ConfigError(f"revision={revision}: {folder} is a folder, which has no revisions; remove it")
         folder = transcoder_folder(folder)
     else:
         try:
             folder = _fetch(name, layers, revision, averaged)
         except HubError as error:
-            raise HubError(f"{error} (and here is no folder of this name)") from None
+            raise HubError(f"{error} (and no folder of this name exists)") from None
     transcoder = load_transcoder(folder, layers, averaged=averaged, **how)
     if (folder / PROGRESS_FILE).exists():
         transcoder.provenance = replace(transcoder.provenance, training=training_facts(folder))
@@ -73,20 +76,20 @@ def is_hub_name(name: str) -> bool:
 
 
 def _fetch(name: str, layers: Sequence[int] | None, revision: str | None, averaged: bool) -> Path:
-    """Brings the files of some layers into the cache of this machine; returns the folder that has them."""
+    """Downloads the files of some layers into the local cache; returns their folder."""
     repo_id, _, named = name.partition("@")
     if named and revision not in (None, named):
-        raise ConfigError(f"revision={revision}: '{name}' names another one; give one of them")
+        raise ConfigError(f"revision={revision}: '{name}' names another revision; give one of them")
     folder = cached_files(repo_id, [CARD_FILE, SCALING_FILE], revision=revision or named or None)
     share = share_of_layers(read_card(folder / CARD_FILE)[0], layers)
     file = average_file if averaged else layer_file
     names = [file(layer) for layer in sorted({*share.sources, *share.targets})]
-    # The folder of the cache has the name of the commit: all files are of the same one.
+    # The cache folder is named after the commit: all files are of the same one.
     return cached_files(repo_id, names, revision=folder.name)
 
 
 def save_pretrained(transcoder: CrossLayerTranscoder, folder: Path | str) -> None:
-    """As `CrossLayerTranscoder.save_pretrained`."""
+    """See `CrossLayerTranscoder.save_pretrained`."""
     save_transcoder(transcoder, Path(folder))
 
 
@@ -98,7 +101,7 @@ def push_transcoder(
     revision: str | None = None,
     message: str | None = None,
 ) -> str:
-    """As `CrossLayerTranscoder.push_to_hub`."""
+    """See `CrossLayerTranscoder.push_to_hub`."""
     with TemporaryDirectory() as scratch:
         folder = Path(scratch) / "transcoder"
         save_transcoder(transcoder, folder)
@@ -113,14 +116,14 @@ def push_pretrained(
     revision: str | None = None,
     message: str | None = None,
 ) -> str:
-    """Sends the transcoder of a folder to a model repository, with a model card and without a copy of its weights.
+    """Uploads the transcoder of a folder to a model repository, with a model card, without copying the weights.
 
     Args:
-        folder: what `save_pretrained` wrote, or the output of a training job, of which the newest checkpoint's weights
-            are sent: no optimizer state, no settings of the job.
-        name: OWNER/NAME; the repository is made if it is missing.
-        private: visibility of a repository that is made.
-        revision: branch, made if it is missing; None is main.
+        folder: written by `save_pretrained`, or the output of a training job, of which only the newest checkpoint's
+            weights are uploaded.
+        name: OWNER/NAME; the repository is created if it is missing.
+        private: visibility of a repository that is created.
+        revision: branch, created if it is missing; default: main.
         message: summary of the commits.
 
     Returns:
@@ -154,6 +157,6 @@ def _push(
 ) -> str:
     model = transcoder.provenance.model
     summary = message or f"Cross-layer transcoder{'' if model is None else f' of {model.name}'}"
-    # Without this file nothing is read, so an unfinished push is no transcoder.
+    # Uploaded last: without this file an unfinished push is not read.
     last = (CARD_FILE,)
     return push_folder(folder, name, kind="model", private=private, revision=revision, last=last, message=summary)

@@ -1,9 +1,9 @@
-"""Folders to and from repositories of the Hugging Face hub: activation stores as datasets, transcoders as models.
+"""Upload and download of folders to repositories of the Hugging Face hub: stores as datasets, transcoders as models.
 
-A push or a pull may end anywhere and be started again: a file that has arrived is known by its size and hash and does
-not travel twice. The files named `last` (a store's manifest) travel when all others are there, so an unfinished copy is
-known by their absence. Neither direction overwrites or deletes anything. Where the hub is and who is asking are the
-library's own settings: HF_ENDPOINT, HF_TOKEN and `hf auth login`.
+An interrupted push or pull can be repeated: files that arrived are recognised by size and hash and not transferred
+again. Files in `last` (a store's manifest) are transferred after all others, so that an incomplete copy lacks them.
+Nothing is overwritten or deleted. Endpoint and account are the library's settings: HF_ENDPOINT, HF_TOKEN and
+`hf auth login`.
 """
 
 from __future__ import annotations
@@ -60,32 +60,32 @@ def push_folder(
     message: str,
     files_per_commit: int = FILES_PER_COMMIT,
 ) -> str:
-    """Sends the files of a folder that a repository does not hold yet, in several commits.
+    """Uploads the files of a folder that a repository does not have yet, in several commits.
 
     Args:
-        folder: what to send, with everything below it except `.git`, `.cache` and `.gitattributes`.
-        repo_id: OWNER/NAME; the repository is made if it is missing.
+        folder: local folder; `.git`, `.cache` and `.gitattributes` are not uploaded.
+        repo_id: OWNER/NAME; the repository is created if it is missing.
         kind: type of the repository.
-        private: visibility of a repository that is made.
-        revision: branch, made from `main` if it is missing; None is `main`.
-        last: names relative to the folder, committed together when all other files are there.
-        ignore: wildcards of names that stay here; `*` matches `/` too.
+        private: visibility of a repository that is created.
+        revision: branch, created from `main` if it is missing; default: `main`.
+        last: names relative to the folder, committed together after all other files.
+        ignore: wildcards of names that are not uploaded; `*` matches `/` too.
         message: summary of each commit.
-        files_per_commit: files in one commit, at most; a commit also ends after 8 GiB.
+        files_per_commit: most files of a commit; a commit also ends after 8 GiB.
 
     Returns:
         Id of the commit that holds all files.
 
     Raises:
-        HubError: the folder is not complete, the repository holds other contents under one of its names, access is
-            refused, or the transfer failed; what has arrived stays.
+        HubError: the folder is incomplete, the repository has a different file of the same name, access is refused, or
+            the transfer failed; uploaded files are kept.
     """
     if not folder.is_dir():
         raise HubError(f"{folder}: no such folder; name the folder to push")
     names = local_files(folder, ignore)
     for name in last:
         if name not in names:
-            raise HubError(f"{folder / name}: missing, so the folder is not complete; finish it before the push")
+            raise HubError(f"{folder / name}: missing, so the folder is not complete; complete it before pushing")
     with _one_line(repo_id, kind, revision):
         repository = _Repository.named(repo_id, kind, revision)
         repository.create(private)
@@ -96,14 +96,12 @@ def push_folder(
         for group in commit_groups(folder, rest, files_per_commit):
             commit = repository.send(folder, group, message)
         if rest:
-            # The repository may drop files without a word, and others may have been at work meanwhile.
+            # The repository may silently drop files (.gitignore), and others may have pushed meanwhile.
             present = repository.files(commit)
             refuse_conflicts(repo_id, folder, last, present)
         for name in rest:
             if name not in present:
-                raise HubError(
-                    f"{repo_id}: '{name}' is missing after its push; remove the .gitignore there, push again"
-                )
+                raise HubError(f"{repo_id}: '{name}' is missing after the upload; remove its .gitignore and push again")
         closing = [name for name in last if name not in present]
         return repository.send(folder, closing, message, parent=commit) if closing else commit
 
@@ -117,24 +115,24 @@ def pull_folder(
     last: Sequence[str] = (),
     ignore: Sequence[str] = (),
 ) -> str:
-    """Fetches the files of a repository that a folder does not hold yet; it ends up with those and no others.
+    """Downloads the files of a repository that a folder does not have yet.
 
-    A file is checked against its hash, written to disk and only then given its name. One pull at a time per folder.
+    Each file is checked against its hash and written to disk before it gets its name. One pull at a time per folder.
 
     Args:
         repo_id: OWNER/NAME.
-        folder: new, or left by a pull that did not end.
+        folder: new, or left by an interrupted pull.
         kind: type of the repository.
-        revision: branch, tag or commit; None is the head of `main`.
-        last: names that must be in the repository, and get their names when all other files have theirs.
-        ignore: wildcards of names that are left out, on both sides; `*` matches `/` too.
+        revision: branch, tag or commit; default: the head of `main`.
+        last: names that must be in the repository; renamed after all other files.
+        ignore: wildcards of names to leave out, on both sides; `*` matches `/` too.
 
     Returns:
-        Id of the commit that was fetched.
+        Id of the downloaded commit.
 
     Raises:
-        HubError: the repository is missing, unfinished or refuses access, the folder holds anything else, or the
-            transfer failed; what has arrived stays.
+        HubError: the repository is missing, incomplete or refuses access, the folder has other files, or the transfer
+            failed; downloaded files are kept.
     """
     with _one_line(repo_id, kind, revision):
         repository = _Repository.named(repo_id, kind, revision)
@@ -142,11 +140,11 @@ def pull_folder(
         present = {name: file for name, file in repository.files(commit).items() if not is_ignored(name, ignore)}
         for name in last:
             if name not in present:
-                raise HubError(f"{repo_id}: has no '{name}', so its push did not end; push again, then pull")
+                raise HubError(f"{repo_id}: has no '{name}', its push is incomplete; push again, then pull")
         held = local_files(folder, ignore) if folder.exists() else []
         for name in held:
             if name not in present:
-                raise HubError(f"{folder / name}: no file of {repo_id}; pull into a new folder")
+                raise HubError(f"{folder / name}: not a file of {repo_id}; pull into a new folder")
         refuse_conflicts(repo_id, folder, held, present)
         missing = [present[name] for name in sorted(present) if name not in held]
         with receiving_folder(folder, sum(file.bytes for file in missing)) as staging:
@@ -157,19 +155,19 @@ def pull_folder(
 def cached_files(
     repo_id: str, names: Sequence[str], *, kind: RepositoryKind = "model", revision: str | None = None
 ) -> Path:
-    """Files of a repository in the library's cache on this machine, fetched where they are missing.
+    """Files of a repository in the library's local cache, downloaded if missing.
 
-    A file is checked against its hash when it arrives; those that are there already need no network when the revision
-    is a commit, or HF_HUB_OFFLINE is set.
+    Downloaded files are checked against their hash. Cached files need no network if the revision is a commit or
+    HF_HUB_OFFLINE is set.
 
     Args:
         repo_id: OWNER/NAME.
-        names: files at the top of the repository.
+        names: files in the root of the repository.
         kind: type of the repository.
-        revision: branch, tag or commit; None is the head of `main`.
+        revision: branch, tag or commit; default: the head of `main`.
 
     Returns:
-        Folder that holds them, with the name of the commit.
+        Folder with the files, named after the commit.
 
     Raises:
         HubError: the repository or a file is missing, access is refused, or the transfer failed.
@@ -177,7 +175,7 @@ def cached_files(
     with _one_line(repo_id, kind, revision):
         repository = _Repository.named(repo_id, kind, revision)
         with ThreadPoolExecutor(WORKERS) as pool:
-            # The first one says which commit it is.
+            # The first one resolves the commit.
             first = repository.cache(names[0])
             rest = replace(repository, revision=first.parent.name)
             list(pool.map(rest.cache, names[1:]))
@@ -195,17 +193,17 @@ class _Repository:
 
     @classmethod
     def named(cls, repo_id: str, kind: RepositoryKind, revision: str | None) -> _Repository:
-        """Looks at the name only; asks nothing of the hub yet."""
+        """Checks the name; sends no request."""
         from huggingface_hub import HfApi
 
         if repo_id.count("/") != 1:
-            raise HubError(f"{repo_id}: not the name of a repository; write OWNER/NAME")
-        # The library reads the variable when it is first imported, which another module may have done long ago.
+            raise HubError(f"{repo_id}: not a repository name; write OWNER/NAME")
+        # The library reads the variable only when it is first imported.
         endpoint = os.environ.get("HF_ENDPOINT", "").rstrip("/") or None
         return cls(api=HfApi(endpoint=endpoint), repo_id=repo_id, kind=kind, revision=revision)
 
     def create(self, private: bool) -> None:
-        """Makes the repository and the branch, unless they are there."""
+        """Creates the repository and the branch if they do not exist."""
         from huggingface_hub.errors import RepositoryNotFoundError, RevisionNotFoundError
 
         try:
@@ -225,20 +223,27 @@ class _Repository:
         return commit
 
     def files(self, commit: str) -> dict[str, HubFile]:
-        """The files of a commit by name, without the one that the hub adds."""
+        """Files of a commit by name, without the one that the hub creates."""
         from huggingface_hub import RepoFile
 
         files = {}
         for entry in self.api.list_repo_tree(self.repo_id, recursive=True, revision=commit, repo_type=self.kind):
             if isinstance(entry, RepoFile) and entry.path != HUB_FILE:
                 if PurePosixPath(entry.path).is_absolute() or ".." in PurePosixPath(entry.path).parts:
-                    raise HubError(f"{self.repo_id}: '{entry.path}' points outside of the folder; do not use it")
+                    raise HubError(f"{self.repo_id}: '{entry.path}' is outside the folder; do not use this repository")
                 sha256 = entry.lfs.sha256 if entry.lfs is not None else None
                 files[entry.path] = HubFile(name=entry.path, bytes=entry.size, sha256=sha256, git=entry.blob_id)
         return files
 
     def send(self, folder: Path, names: Sequence[str], message: str, parent: str | None = None) -> str:
-        """Commits files of a folder and returns the commit's id; with `parent`, only on top of that commit."""
+        """Commits files of a folder and returns the commit's id.
+
+        Args:
+            folder: local folder.
+            names: files to commit.
+            message: summary of the commit.
+            parent: commit that must be the head, or None.
+        """
         from huggingface_hub import CommitOperationAdd
 
         additions = [CommitOperationAdd(path_in_repo=name, path_or_fileobj=folder / name) for name in names]
@@ -251,11 +256,19 @@ class _Repository:
                 revision=self.revision,
                 parent_commit=parent,
             )
-        log.info("%s: %d files committed, up to %s", self.repo_id, len(names), names[-1])
+        log.info("committed repo=%s files=%d last=%s", self.repo_id, len(names), names[-1])
         return commit.oid
 
     def receive(self, commit: str, files: Sequence[HubFile], staging: Path, folder: Path, last: Sequence[str]) -> None:
-        """Fetches files into `staging` and gives them their names in `folder`, those in `last` at the very end."""
+        """Downloads files into `staging` and renames them into `folder`.
+
+        Args:
+            commit: id of the commit.
+            files: files to download.
+            staging: temporary folder.
+            folder: final folder.
+            last: names that are renamed after all others.
+        """
         first = [file for file in files if file.name not in last]
         closing = [(file, folder / file.name) for file in files if file.name in last]
         total = sum(file.bytes for file in files)
@@ -266,14 +279,14 @@ class _Repository:
                 sync(parent)
             for file, path in closing:
                 bar.update(self._fetch(commit, file, staging, waiting_path(path)).bytes)
-        # Nothing of ours may remain beside a finished copy, so this folder goes before the last files get their names.
+        # Remove the staging folder before the last files are renamed: a complete copy has no temporary files.
         shutil.rmtree(staging)
         for _, path in closing:
             waiting_path(path).rename(path)
             sync(path.parent)
 
     def cache(self, name: str) -> Path:
-        """A file in the library's cache; one that is new there is compared with its hash."""
+        """Path of a file in the library's cache; a newly downloaded one is checked against its hash."""
         from huggingface_hub import try_to_load_from_cache
         from huggingface_hub.errors import RemoteEntryNotFoundError
         from huggingface_hub.utils import silent_tqdm
@@ -290,15 +303,15 @@ class _Repository:
                 )
             )
         except RemoteEntryNotFoundError:
-            raise HubError(f"{self.repo_id}: has no '{name}': no transcoder, or one whose push did not end") from None
-        # The library compares sizes only, and names what it keeps after its hash.
+            raise HubError(f"{self.repo_id}: has no '{name}', its push is incomplete; push again") from None
+        # The library compares sizes only; its cached files are named after their hash.
         kept = path.resolve()
         large = len(kept.name) == 64
         file = HubFile(name=name, bytes=kept.stat().st_size, sha256=kept.name if large else None, git=kept.name)
         if str(path) != known and not file.equals(kept):
             for damaged in (path, kept):
                 damaged.unlink()
-            raise HubError(f"{self.repo_id}: '{name}' arrived with another hash; run again")
+            raise HubError(f"{self.repo_id}: '{name}' does not match its hash after the download; run again")
         return path
 
     def _fetch(self, commit: str, file: HubFile, staging: Path, path: Path) -> HubFile:
@@ -316,7 +329,7 @@ class _Repository:
         )
         # The library compares sizes only.
         if not file.equals(received):
-            raise HubError(f"{self.repo_id}: '{file.name}' arrived with another hash; pull again")
+            raise HubError(f"{self.repo_id}: '{file.name}' does not match its hash after the download; pull again")
         sync(received)
         path.parent.mkdir(parents=True, exist_ok=True)
         received.rename(path)
@@ -325,7 +338,7 @@ class _Repository:
 
 @contextmanager
 def _no_bars_in_logs() -> Iterator[None]:
-    """Keeps the library's progress bars, one per file, to terminals."""
+    """Shows the library's progress bars, one per file, on terminals only."""
     from huggingface_hub.utils import are_progress_bars_disabled, disable_progress_bars, enable_progress_bars
 
     if sys.stderr.isatty() or are_progress_bars_disabled():
@@ -340,7 +353,7 @@ def _no_bars_in_logs() -> Iterator[None]:
 
 @contextmanager
 def _one_line(repo_id: str, kind: RepositoryKind, revision: str | None) -> Iterator[None]:
-    """Turns what the library and the network raise into a HubError."""
+    """Turns errors of the library and the network into a HubError of one line."""
     try:
         yield
     except CLTError:
@@ -353,7 +366,7 @@ def _one_line(repo_id: str, kind: RepositoryKind, revision: str | None) -> Itera
 
 
 def _reason(error: BaseException, kind: RepositoryKind, revision: str | None) -> str | None:
-    """What to tell the user; None for an error that is none of the user's."""
+    """Message and remedy; None for an error that the user cannot cause."""
     from httpx2 import TransportError
     from huggingface_hub import errors
 
@@ -362,24 +375,24 @@ def _reason(error: BaseException, kind: RepositoryKind, revision: str | None) ->
     text = (str(error).splitlines() or [type(error).__name__])[0]
     match error:
         case errors.HFValidationError():
-            return "not the name of a repository; write OWNER/NAME in letters, digits, '-', '_' and '.'"
+            return "not a repository name; write OWNER/NAME in letters, digits, '-', '_' and '.'"
         case errors.RevisionNotFoundError():
             return f"has no revision '{revision or 'main'}'; name one of its branches, tags or commits"
         case errors.GatedRepoError():
-            return f"access has to be asked for on its page; then {_LOGIN}"
+            return f"gated repository; request access on its page, then {_LOGIN}"
         case errors.RepositoryNotFoundError():
             return f"no such {kind} repository, or a private one; check the name, {_LOGIN}"
         case errors.HfHubHTTPError():
             details = f" ({error.server_message})" if error.server_message else ""
             return _status(error.response.status_code) + details
         case json.JSONDecodeError():
-            return "the answer is not that of a hub; check HF_ENDPOINT"
+            return "invalid response, not from a hub; check HF_ENDPOINT"
         case TransportError() | ConnectionError():
             return f"the hub cannot be reached; check the network, HF_ENDPOINT and HF_HUB_OFFLINE ({text})"
         case OSError() if error.filename is not None:
-            return f"{error.filename}: {error.strerror}; see to its permissions and to room on the disk, run again"
+            return f"{error.filename}: {error.strerror}; check permissions and free disk space, run again"
         case OSError() | RuntimeError():
-            return f"the transfer failed; run again, what has arrived stays ({text})"
+            return f"the transfer failed ({text}); run again to continue"
     return None
 
 
@@ -390,6 +403,6 @@ def _status(status: int) -> str:
         case 403:
             return f"the access token does not allow this; {_LOGIN} with one that does"
         case 412:
-            return "somebody else changed the repository meanwhile; push again"
+            return "the repository changed during the push; push again"
         case _:
-            return f"the hub answers with error {status}; run again later, what has arrived stays"
+            return f"the hub responded with error {status}; run again later to continue"

@@ -154,8 +154,8 @@ def _slots(
 ) -> Slots:
     match transcoder.config.tied_decoders:
         case "target":
-            merged = (tensor.transpose(0, 1).flatten(1)[None] for tensor in (values_SBK, indices_SBK))
-            return *merged, transcoder.decoder_matrix(layer), None
+            values_BN, indices_BN = (tensor.transpose(0, 1).flatten(1) for tensor in (values_SBK, indices_SBK))
+            return values_BN[None], indices_BN[None], transcoder.decoder_matrix(layer), None
         case "source":
             W_SFD, scale_SF = _own_shared(transcoder, layer) if shared is None else shared.into(layer)
             scaled_SBK: Tensor = _Scaled.apply(values_SBK, scale_SF, indices_SBK)

@@ -90,7 +90,7 @@ class CrossLayerTranscoder(nn.Module):
 
     def __repr__(self) -> str:
         config, model = self.config, self.provenance.model
-        facts = {
+        facts: dict[str, object] = {
             "layers": config.n_layers,
             "d_model": config.d_model,
             "features": config.n_features,

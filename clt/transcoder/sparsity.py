@@ -8,9 +8,7 @@
 
 Rules compare scores: pre-activations, times decoder norm if configured. Ties go to the lowest (layer, token, feature);
 data ranks hold consecutive tokens. Ranks exchange counts only. All rules but topk use K = the largest count over the
-ranks that exchange codes, at the cost of one all-reduce and one host sync per step.
-
-Shape letters: L source layers, B tokens, F features per layer, K slots; N candidates of a token.
+ranks that exchange codes: one all-reduce and one host sync per step. Shape letter N: candidates of a token.
 """
 
 from __future__ import annotations

@@ -84,7 +84,7 @@ def test_missing_file_is_named(name: str, mesh: Mesh, interrupted: Path) -> None
 
 def test_pointer_to_nothing_is_told(mesh: Mesh, interrupted: Path) -> None:
     (interrupted.parent / "latest").write_text("step_00000009\n")
-    with pytest.raises(CheckpointError, match="latest: names 'step_00000009', which is not there"):
+    with pytest.raises(CheckpointError, match="latest: names 'step_00000009', which does not exist"):
         _resume(mesh, interrupted)
 
 

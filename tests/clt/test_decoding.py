@@ -237,11 +237,11 @@ def test_parts_that_make_no_whole_are_refused(tmp_path: Path) -> None:
     scaled = CrossLayerTranscoder(part(1).config, replace(Scaling.identity(2, D), rms_x=torch.full((2,), 2.0)))
     for parts, words in (
         ([], "nothing to join"),
-        ([part(0)], "no part has source 1"),
-        ([part(0), part(0)], "source 0 comes twice"),
-        ([part(0), part(None)], "all source layers cannot be joined"),
-        ([part(0), part(1, n_targets=1)], "sources 0 and 1 were trained with other settings"),
-        ([part(0), scaled], "sources 0 and 1 were trained with other settings"),
+        ([part(0)], "missing source layers 1;"),
+        ([part(0), part(0)], "source 0 is given twice"),
+        ([part(0), part(None)], "cannot join a transcoder of all source layers"),
+        ([part(0), part(1, n_targets=1)], "sources 0 and 1 differ in settings"),
+        ([part(0), scaled], "sources 0 and 1 differ in settings"),
     ):
         with pytest.raises(CheckpointError, match=words):
             join_transcoders(parts)
@@ -249,7 +249,7 @@ def test_parts_that_make_no_whole_are_refused(tmp_path: Path) -> None:
         part(1).folded()
     part(0).save_pretrained(tmp_path)
     result = CliRunner().invoke(app, ["join", str(tmp_path), str(tmp_path)])
-    assert result.exit_code == 2 and "there is a transcoder already" in result.output
+    assert result.exit_code == 2 and "a transcoder exists here already" in result.output
 
 
 @pytest.mark.parametrize(

@@ -136,7 +136,7 @@ def test_other_contents_in_the_repository_are_never_replaced(hub: HubStandIn, st
 
 def test_manifest_is_not_put_on_a_repository_that_changed_meanwhile(hub: HubStandIn, store: Path) -> None:
     hub.intruder = True
-    with pytest.raises(HubError, match="changed the repository meanwhile; push again"):
+    with pytest.raises(HubError, match="the repository changed during the push; push again"):
         push(store)
     assert "manifest.json" not in hub.tree(REPO)
 
@@ -245,7 +245,7 @@ def test_folder_that_holds_something_else_is_left_alone(hub: HubStandIn, store: 
 
 def test_unfinished_repository_is_not_pulled(hub: HubStandIn, store: Path, tmp_path: Path) -> None:
     push(store, last=(), ignore=LAST)
-    with pytest.raises(HubError, match="its push did not end"):
+    with pytest.raises(HubError, match="its push is incomplete"):
         pull(tmp_path / "copy")
     assert not (tmp_path / "copy").exists()
 
@@ -306,7 +306,7 @@ def test_hub_that_does_not_answer_well_is_one_line(
     with pytest.raises(HubError) as caught:
         pull(tmp_path / "copy", revision="v9")
     one_line(caught, REPO, "'v9'", "branches, tags or commits")
-    for status, words in ((500, "error 500"), (429, "error 429"), (200, "not that of a hub; check HF_ENDPOINT")):
+    for status, words in ((500, "error 500"), (429, "error 429"), (200, "not from a hub; check HF_ENDPOINT")):
         hub.failing = status
         with pytest.raises(HubError) as caught:
             pull(tmp_path / "copy")

@@ -274,7 +274,7 @@ def test_a_transcoder_is_replaced_and_nothing_else(folder: Path) -> None:
     new.save_pretrained(folder)
     assert sorted(path.name for path in folder.iterdir()) == OWN and make_clt_from(folder).config == new.config
     (folder / "notes.txt").write_text("mine")
-    with pytest.raises(CheckpointError, match=r"holds 'notes\.txt'; name a new folder"):
+    with pytest.raises(CheckpointError, match=r"holds 'notes\.txt'; use a new folder"):
         new.save_pretrained(folder)
     assert (folder / "notes.txt").read_text() == "mine"
 
@@ -360,7 +360,7 @@ def test_training_output_is_pushed_without_its_job(hub: HubStandIn, tmp_path: Pa
 def test_bytes_that_changed_on_the_way_are_refused_and_not_kept(hub: HubStandIn) -> None:
     make_clt().push_to_hub(NAME)
     hub.damaged.add("layer_01.safetensors")
-    with pytest.raises(HubError, match=r"alice/clt: 'layer_01\.safetensors' arrived with another hash; run again"):
+    with pytest.raises(HubError, match=r"alice/clt: 'layer_01\.safetensors' does not match its hash.*; run again"):
         CrossLayerTranscoder.from_pretrained(NAME)
     hub.damaged.clear()
     assert CrossLayerTranscoder.from_pretrained(NAME).config.d_model == D
@@ -378,9 +378,9 @@ def test_refusals_of_the_hub_are_one_line_with_the_remedy(
     transcoder = make_clt_from(folder)
     transcoder.push_to_hub(NAME)
     refused("no revision 'v9'", f"{NAME}@v9")
-    refused("names another one", f"{NAME}@v9", revision="v8")
+    refused("names another revision", f"{NAME}@v9", revision="v8")
     refused(r"no 'average_00\.safetensors'", NAME, averaged=True)
-    with pytest.raises(HubError, match=r"holds other contents.*another repository"):
+    with pytest.raises(HubError, match=r"has a different file.*another repository"):
         make_clt().push_to_hub(NAME)
     monkeypatch.setenv("HF_TOKEN", "hf_bob")
     with pytest.raises(HubError, match="HF_TOKEN"):

@@ -125,7 +125,7 @@ def test_layers_twice_and_missing_are_named(tmp_path: Path) -> None:
     save_circuit_tracer(make(sparsity=JUMP), tmp_path / "out")
     path = tmp_path / "out" / "W_dec_1.safetensors"
     path.with_name("W_dec_01.safetensors").write_bytes(path.read_bytes())
-    refused("circuit_tracer", tmp_path / "out", "W_dec_1.safetensors", "layer 1 comes twice")
+    refused("circuit_tracer", tmp_path / "out", "W_dec_1.safetensors", "layer 1 occurs twice")
     path.with_name("W_dec_01.safetensors").unlink()
     path.unlink()
     refused("circuit_tracer", tmp_path / "out", "layer 1 is missing")

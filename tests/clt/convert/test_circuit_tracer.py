@@ -55,7 +55,7 @@ def test_a_feature_that_never_fires_stays_silent(tmp_path: Path) -> None:
 def test_zeros_beyond_the_horizon_are_announced(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     with caplog.at_level(logging.WARNING):
         save_circuit_tracer(make(sparsity=RELU, n_targets=1), tmp_path / "out")
-    assert "3 of its 6 decoder matrices are zeros" in caplog.text
+    assert "matrices=3 (of 6)" in caplog.text
 
 
 def write_settings(folder: Path, kind: str, **changes: Any) -> None:

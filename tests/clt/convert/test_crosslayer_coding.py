@@ -137,7 +137,7 @@ def test_statistics_that_are_missing_are_named(tmp_path: Path) -> None:
 
 
 def test_offsets_are_refused(tmp_path: Path) -> None:
-    with pytest.raises(ConfigError, match=r"clt\.feature_offset: crosslayer-coding has no constants"):
+    with pytest.raises(ConfigError, match=r"clt\.feature_offset: crosslayer-coding does not support"):
         save_crosslayer_coding(make(sparsity=RELU, feature_offset=True), tmp_path / "out")
 
 

@@ -151,7 +151,7 @@ def test_offsets_of_another_size_are_named(tmp_path: Path) -> None:
 def test_two_folders_of_one_layer_are_refused(tmp_path: Path) -> None:
     write_run(tmp_path, {})
     (tmp_path / "layers.1.mlp").rename(tmp_path / "h.2.mlp")
-    with pytest.raises(CheckpointError, match="layer 2 comes twice"):
+    with pytest.raises(CheckpointError, match="layer 2 occurs twice"):
         load_sparsify(tmp_path)
 
 

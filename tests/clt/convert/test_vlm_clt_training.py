@@ -145,7 +145,7 @@ def test_a_pickle_bomb_does_not_run(inside: bool, tmp_path: Path) -> None:
     path = folder / "transcoder_L1.pt"
     tree = torch.load(path, weights_only=True)
     torch.save({**tree, "extra": Bomb(crater)} if inside else Bomb(crater), path)
-    with pytest.raises(CheckpointError, match=r"transcoder_L1.pt: holds more than tensors") as error:
+    with pytest.raises(CheckpointError, match=r"transcoder_L1.pt: contains more than tensors") as error:
         load_vlm_clt_training(folder)
     assert not crater.exists() and "\n" not in str(error.value)
 
@@ -180,7 +180,7 @@ DAMAGES: dict[str, tuple[Any, str]] = {
     "truncated": (_truncate, r"transcoder_L1.pt: "),
     "empty": (lambda path: path.write_bytes(b""), r"transcoder_L1.pt: "),
     "missing": (lambda path: path.rename(path.with_name("transcoder_L2.pt")), r"layer 1 is missing"),
-    "twice": (lambda path: path.with_name("transcoder_L01.pt").write_bytes(path.read_bytes()), r"layer 1 comes twice"),
+    "twice": (lambda path: path.with_name("transcoder_L01.pt").write_bytes(path.read_bytes()), r"layer 1 occurs twice"),
     "renamed": (lambda path: _rewrite(path, layer=0), r"transcoder_L1.pt: key 'layer' is 0"),
     "shape": (
         lambda path: _rewrite(path, **{"dec.bias": torch.zeros(3)}),
@@ -190,9 +190,9 @@ DAMAGES: dict[str, tuple[Any, str]] = {
         lambda path: _rewrite(path, **{"enc.1.weight": torch.zeros(F, 5)}),
         r"L1.pt: key 'enc.1.weight' has shape",
     ),
-    "NaN": (lambda path: _rewrite(path, **{"enc.1.bias": torch.full((F,), torch.nan)}), r"'enc.1.bias' holds NaN"),
+    "NaN": (lambda path: _rewrite(path, **{"enc.1.bias": torch.full((F,), torch.nan)}), r"'enc.1.bias' has NaN"),
     "type": (lambda path: _rewrite(path, **{"enc.1.bias": [0.0]}), r"key 'enc.1.bias' is list"),
-    "unknown": (lambda path: _rewrite(path, **{"gate.weight": torch.zeros(3)}), r"key 'gate.weight' is not understood"),
+    "unknown": (lambda path: _rewrite(path, **{"gate.weight": torch.zeros(3)}), r"key 'gate.weight' is not supported"),
     "no weights": (lambda path: _rewrite(path, state_dict=None), r"key 'state_dict' is missing"),
 }
 
