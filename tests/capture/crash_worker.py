@@ -1,23 +1,16 @@
-"""A capture of synthetic activations by workers that die, or stop, where they are told to.
+"""A capture of synthetic activations by workers that are killed, or stopped, at a point of their work.
 
-As a script it is a server: it imports everything once and then forks a worker for each job that comes as a line of
-JSON on its standard input, so that a worker starts in milliseconds. A worker is a process like any other, and what
-kills it is a real SIGKILL. It runs the code of every capture, on a `LocalStorage` that notes each step and strikes at
-the one it was given.
+A worker runs the code of every capture, on a `LocalStorage` that notes each step and sends the signal at a given one.
 """
 
 from __future__ import annotations
 
-import json
 import os
-import re
 import signal
-import sys
-import traceback
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 import torch
 from torch import Tensor
@@ -28,10 +21,14 @@ from clt.capture.writing.workers import Schedule, assigned_units
 from clt.capture.writing.writer import StoreWriter, UnitData
 from clt.records import Modality, ModelIdentity, TokenTable
 
+from ..worker_processes import KillPoint, WorkerServer, serve
+
 if TYPE_CHECKING:
     from typing_extensions import Buffer
 
 WORKERS = 3
+#: Exit code of a worker that captured a unit which another had committed.
+ANOTHER_COMMITTED = 3
 ROWS, CHUNK = 64, 16
 GROUPS = (
     SiteGroup(name="lm", sites=("lm.0.resid_mid", "lm.1.resid_mid", "lm.0.mlp_out", "lm.1.mlp_out"), width=8),
@@ -41,35 +38,35 @@ GROUPS = (
 LENGTHS = tuple(5 + 7 * sample * sample % 27 for sample in range(20))
 
 Step = Literal["create", "write", "link", "published"]
-#: Where a worker can be struck: a step, and the files that it is taken with.
+#: Where a worker can be killed: a step, and the files that it is taken with.
 #: create: before the file exists. write: half of a buffer is in the partial file. link: it has both of its names.
 #: published: it has its final name alone.
 POINTS: dict[str, tuple[Step, str]] = {
     "mid-begin": ("published", "store.json"),
-    "after-lease": ("published", "units/leases/"),
-    "mid-chunk": ("write", r"data\.zarr/acts/\w+/c/"),
-    "mid-link": ("link", r"data\.zarr/acts/\w+/c/"),
-    "after-link": ("published", r"data\.zarr/acts/\w+/c/"),
-    "before-commit": ("create", "units/commits/"),
-    "mid-commit": ("write", "units/commits/"),
-    "after-commit": ("published", "units/commits/"),
-    "mid-merge": ("published", r"data\.zarr/stats/\w+/\w+/c/"),
+    "after-lease": ("published", "units/leases/.*"),
+    "mid-chunk": ("write", r"data\.zarr/acts/\w+/c/.*"),
+    "mid-link": ("link", r"data\.zarr/acts/\w+/c/.*"),
+    "after-link": ("published", r"data\.zarr/acts/\w+/c/.*"),
+    "before-commit": ("create", "units/commits/.*"),
+    "mid-commit": ("write", "units/commits/.*"),
+    "after-commit": ("published", "units/commits/.*"),
+    "mid-merge": ("published", r"data\.zarr/stats/\w+/\w+/c/.*"),
     "mid-manifest": ("write", "manifest.json"),
     "after-manifest": ("published", "manifest.json"),
 }
 
 
 @dataclass(frozen=True, kw_only=True)
-class Job:
-    """What a worker does.
+class CaptureJob:
+    """The job of a worker.
 
     Attributes:
         store: folder of the store.
         trace: file in which the worker notes its last step.
         store_dtype: type of the stored values; int8 values go with zstd.
         rank: where the worker starts.
-        point: one of `POINTS`, where the signal strikes; None: nowhere.
-        arrival: when it comes there for the so-manieth time.
+        point: one of `POINTS`, where the signal is sent; None: nowhere.
+        arrival: send it at this arrival there, counted from 1.
         signal: SIGKILL or SIGSTOP.
         ttl_seconds: of its leases.
         variant: workers of different variants see slightly different activations, as on different machines.
@@ -90,73 +87,74 @@ class Job:
     gate: str = ""
 
 
-@dataclass
-class Doom:
-    """The step at which a worker is struck."""
+class CaptureWorkers(WorkerServer):
+    """Workers that capture a store."""
 
-    job: Job
-    trace: int = field(init=False)
-    left: int = field(init=False)
+    def __init__(self, folder: Path) -> None:
+        super().__init__(__name__, folder)
+        self._folder, self.jobs = folder, 0
 
-    def __post_init__(self) -> None:
-        self.trace = os.open(self.job.trace, os.O_WRONLY | os.O_CREAT, 0o666)
-        self.left = self.job.arrival
+    def start(self, root: Path, store_dtype: StoreDtype, **job: Any) -> tuple[int, Path]:
+        """Process id of a new worker, and the file that holds its last step."""
+        self.jobs += 1
+        trace = self._folder / f"trace-{self.jobs}"
+        fields = asdict(CaptureJob(store=str(root), trace=str(trace), store_dtype=store_dtype, **job))
+        return self.fork(**fields), trace
 
-    def at(self, step: Step, key: str) -> bool:
-        """Notes a step and says whether it is the one."""
-        os.pwrite(self.trace, f"{step} {key}".ljust(120).encode(), 0)
-        if self.job.point is None:
-            return False
-        doomed, files = POINTS[self.job.point]
-        if step != doomed or not re.match(files, key):
-            return False
-        self.left -= 1
-        return self.left == 0
-
-    def strike(self) -> None:
-        os.kill(os.getpid(), self.job.signal)
+    def wait_for(self, process: int = -1) -> tuple[int, int]:
+        """As `wait`, also for a worker that stops; fails if one ends in a way that is not part of the test."""
+        found, code = self.wait(process, os.WUNTRACED)
+        assert code in (0, ANOTHER_COMMITTED) or code < 0, self.log.read_text()[-4000:]
+        return found, code
 
 
-class DoomedStorage(LocalStorage):
-    """A store in a folder that strikes its process at one step."""
+class KillingStorage(LocalStorage):
+    """A store in a folder that sends its process a signal at one step."""
 
-    def __init__(self, root: Path, doom: Doom) -> None:
-        super().__init__(root)
-        self.doom = doom
+    def __init__(self, job: CaptureJob) -> None:
+        super().__init__(Path(job.store))
+        self._signal = job.signal
+        self._point = KillPoint(Path(job.trace), POINTS[job.point] if job.point else None, job.arrival)
+
+    def reached(self, step: Step, key: str) -> bool:
+        return self._point.reached(step, key)
+
+    def kill(self) -> None:
+        os.kill(os.getpid(), self._signal)
 
     def create(self, key: str) -> LocalUpload:
-        if self.doom.at("create", key):
-            self.doom.strike()
-        return DoomedUpload(self, key)
+        if self.reached("create", key):
+            self.kill()
+        return KillingUpload(self, key)
 
 
-class DoomedUpload(LocalUpload):
+class KillingUpload(LocalUpload):
     """A file of it."""
 
-    def __init__(self, storage: DoomedStorage, key: str) -> None:
+    def __init__(self, storage: KillingStorage, key: str) -> None:
         super().__init__(storage, storage.name(key))
-        self._doom, self._key = storage.doom, key
+        self._owner, self._key = storage, key
 
     def write(self, buffers: Sequence[Buffer]) -> None:
-        if self._doom.at("write", self._key):
+        if self._owner.reached("write", self._key):
             data = b"".join(memoryview(buffer).cast("B") for buffer in buffers)
             super().write([data[: len(data) // 2]])
-            self._doom.strike()
+            self._owner.kill()
             buffers = [data[len(data) // 2 :]]
         super().write(buffers)
 
     def publish(self) -> bool:
-        if self._doom.at("link", self._key):
+        if self._owner.reached("link", self._key):
             assert self._handle is not None
             os.fsync(self._handle.descriptor)
             try:
                 os.link(self._partial, self._path)
             except FileExistsError:
                 return super().publish()
-            self._doom.strike()
+            self._owner.kill()
         won = super().publish()
-        if self._doom.at("published", self._key):
-            self._doom.strike()
+        if self._owner.reached("published", self._key):
+            self._owner.kill()
         return won
 
 
@@ -225,9 +223,10 @@ def unit_data(unit: int, variant: int = 0) -> UnitData:
     )
 
 
-def work(job: Job) -> int:
-    """Does a job; exit status 3 says that a unit was committed by another owner."""
-    writer = StoreWriter(DoomedStorage(Path(job.store), Doom(job)), make_spec(job.store_dtype), make_plan())
+def work(**fields: Any) -> int:
+    """Does a `CaptureJob`; `ANOTHER_COMMITTED` if a unit was committed by another owner."""
+    job = CaptureJob(**fields)
+    writer = StoreWriter(KillingStorage(job), make_spec(job.store_dtype), make_plan())
     if not writer.calibrated:
         writer.calibrate(unit_data(0, job.variant).acts)
     won = True
@@ -236,35 +235,14 @@ def work(job: Job) -> int:
         Path(f"{job.gate}-{job.variant}").touch()
         while not os.path.exists(job.gate):
             pass
-        return 0 if writer.commit(job.unit, data) else 3
+        return 0 if writer.commit(job.unit, data) else ANOTHER_COMMITTED
     schedule = Schedule(rank=job.rank, world=WORKERS, ttl_seconds=job.ttl_seconds)
     for unit in assigned_units(writer, schedule):
         won &= writer.commit(unit, unit_data(unit, job.variant))
     writer.finalize()
-    return 0 if won else 3
-
-
-def serve() -> None:
-    """Answers `{"fork": job}` with a process id and `{"wait": process id or -1}` with process id and wait status."""
-    torch.set_num_threads(1)
-    for line in sys.stdin:
-        request = json.loads(line)
-        if "wait" in request:
-            answer = json.dumps(os.waitpid(request["wait"], os.WUNTRACED))
-        else:
-            process = os.fork()
-            if process == 0:
-                status = 1
-                try:
-                    status = work(Job(**request["fork"]))
-                except BaseException:
-                    traceback.print_exc()
-                sys.stderr.flush()
-                os._exit(status)
-            answer = json.dumps(process)
-        sys.stdout.write(answer + "\n")
-        sys.stdout.flush()
+    return 0 if won else ANOTHER_COMMITTED
 
 
 if __name__ == "__main__":
-    serve()
+    torch.set_num_threads(1)
+    serve(work)

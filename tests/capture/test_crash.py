@@ -9,7 +9,7 @@ import threading
 import time
 from collections import Counter
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 
 import pytest
@@ -25,8 +25,17 @@ from clt.capture.store.schema import SiteGroup, StoreDtype
 from clt.capture.upkeep.verify_store import verify_store
 from clt.capture.writing.leases import LEASES, Leases
 
-from .crash_worker import GROUPS, LENGTHS, POINTS, WORKERS, activations, make_plan
-from .nursery import TOLD_THAT_ANOTHER_WON, Nursery
+from ..worker_processes import Kill
+from .crash_worker import (
+    ANOTHER_COMMITTED,
+    GROUPS,
+    LENGTHS,
+    POINTS,
+    WORKERS,
+    CaptureWorkers,
+    activations,
+    make_plan,
+)
 
 pytestmark = pytest.mark.skipif(not hasattr(os, "fork"), reason="workers are forked")
 
@@ -34,42 +43,29 @@ DTYPES: tuple[StoreDtype, ...] = ("bfloat16", "int8", "float32")
 
 
 @pytest.fixture(scope="module")
-def nursery(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Nursery]:
-    workers = Nursery(tmp_path_factory.mktemp("nursery"))
-    yield workers
-    workers.close()
+def workers(tmp_path_factory: pytest.TempPathFactory) -> Iterator[CaptureWorkers]:
+    server = CaptureWorkers(tmp_path_factory.mktemp("workers"))
+    yield server
+    server.close()
 
 
 @pytest.fixture(scope="module")
-def undisturbed(nursery: Nursery, tmp_path_factory: pytest.TempPathFactory) -> dict[StoreDtype, Path]:
+def undisturbed(workers: CaptureWorkers, tmp_path_factory: pytest.TempPathFactory) -> dict[StoreDtype, Path]:
     """Stores of a single worker that nothing happened to."""
     folder = tmp_path_factory.mktemp("undisturbed")
     for store_dtype in DTYPES:
-        nursery.start(folder / store_dtype, store_dtype)
-        assert nursery.wait()[1] == 0
+        workers.start(folder / store_dtype, store_dtype)
+        assert workers.wait_for()[1] == 0
     return {store_dtype: folder / store_dtype for store_dtype in DTYPES}
 
 
-@dataclass(frozen=True, kw_only=True)
-class Doom:
-    """When a worker is killed: on its so-manieth arrival at a point, or so many seconds after its start."""
-
-    point: str
-    arrival: int = 1
-    delay: float = 0.0
-
-    def sooner(self) -> Doom:
-        """One that is likelier to come in time."""
-        return replace(self, arrival=(self.arrival + 1) // 2, delay=self.delay / 2)
-
-
-def draw_dooms(named: Mapping[str, int], at_random: int, rng: random.Random) -> list[Doom]:
+def draw_kills(named: Mapping[str, int], at_random: int, rng: random.Random) -> list[Kill]:
     """So many kills at each named point, and at random times, in random order."""
     often = {"mid-chunk": 40, "after-lease": 3, "mid-link": 4, "after-link": 4, "before-commit": 3, "after-commit": 3}
-    dooms = [Doom(point=p, arrival=rng.randint(1, often.get(p, 1))) for p, n in named.items() for _ in range(n)]
-    dooms += [Doom(point="random", delay=rng.uniform(0.0, 0.6)) for _ in range(at_random)]
-    rng.shuffle(dooms)
-    return dooms
+    kills = [Kill(point=p, arrival=rng.randint(1, often.get(p, 1))) for p, n in named.items() for _ in range(n)]
+    kills += [Kill(point="random", delay=rng.uniform(0.0, 0.6)) for _ in range(at_random)]
+    rng.shuffle(kills)
+    return kills
 
 
 @dataclass
@@ -79,46 +75,46 @@ class Outcome:
     Attributes:
         kills: by point.
         steps: what workers that were killed at random did last.
-        unspent: dooms whose workers finished first.
+        missed: kills whose workers finished first.
         twice: workers that captured a unit that another had committed.
     """
 
     kills: Counter[str]
     steps: Counter[str]
-    unspent: list[Doom]
+    missed: list[Kill]
     twice: int = 0
 
 
-def storm(nursery: Nursery, root: Path, store_dtype: StoreDtype, dooms: list[Doom]) -> Outcome:
-    """Captures a store with three workers at a time; each is doomed, and when it is killed another takes its place."""
+def capture_killed(workers: CaptureWorkers, root: Path, store_dtype: StoreDtype, kills: list[Kill]) -> Outcome:
+    """Captures a store with three workers at a time; when one is killed, another takes its place."""
     outcome = Outcome(Counter(), Counter(), [])
-    waiting = list(dooms)
-    running: dict[int, tuple[int, Doom | None, Path, threading.Timer]] = {}
+    waiting = list(kills)
+    running: dict[int, tuple[int, Kill | None, Path, threading.Timer]] = {}
     complete = False
     while running or not complete:
         while len(running) < WORKERS and not complete:
-            doom = waiting.pop() if waiting else None
+            kill = waiting.pop() if waiting else None
             rank = min(set(range(WORKERS)) - {rank for rank, *_ in running.values()})
-            named = {"point": doom.point, "arrival": doom.arrival} if doom and doom.point in POINTS else {}
-            process, trace = nursery.start(root, store_dtype, rank=rank, **named)
-            timer = threading.Timer(doom.delay if doom else 0, nursery.kill, (process,))
-            if doom and not named:
+            named = {"point": kill.point, "arrival": kill.arrival} if kill and kill.point in POINTS else {}
+            process, trace = workers.start(root, store_dtype, rank=rank, **named)
+            timer = threading.Timer(kill.delay if kill else 0, workers.kill, (process,))
+            if kill and not named:
                 timer.start()
-            running[process] = rank, doom, trace, timer
-        process, code = nursery.wait()
-        _, doom, trace, timer = running.pop(process)
+            running[process] = rank, kill, trace, timer
+        process, code = workers.wait_for()
+        _, kill, trace, timer = running.pop(process)
         timer.cancel()
         if code == -signal.SIGKILL:
-            assert doom is not None
-            outcome.kills[doom.point] += 1
-            if doom.point == "random":
+            assert kill is not None
+            outcome.kills[kill.point] += 1
+            if kill.point == "random":
                 step, _, key = trace.read_text().strip().partition(" ") if trace.exists() else ("start", "", "")
                 outcome.steps[f"{step} {'/'.join(key.split('/')[:2])}".strip()] += 1
         else:
             complete = True
-            outcome.twice += code == TOLD_THAT_ANOTHER_WON
-            outcome.unspent += [doom] if doom else []
-    outcome.unspent += waiting
+            outcome.twice += code == ANOTHER_COMMITTED
+            outcome.missed += [kill] if kill else []
+    outcome.missed += waiting
     return outcome
 
 
@@ -176,22 +172,22 @@ def test_undisturbed_store_holds_every_token_once_and_exactly(
     assert verify_store(undisturbed[store_dtype], level="full").ok
 
 
-def run_storms(
-    nursery: Nursery, undisturbed: dict[StoreDtype, Path], folder: Path, dooms: list[Doom], per_store: int
+def capture_all(
+    workers: CaptureWorkers, undisturbed: dict[StoreDtype, Path], folder: Path, kills: list[Kill], per_store: int
 ) -> Outcome:
-    """Storms, each on a new store that must end like the undisturbed one, until every doom has come true."""
-    total = Outcome(Counter(), Counter(), dooms)
+    """Captures new stores, each of which must end like the undisturbed one, until every kill has been done."""
+    total = Outcome(Counter(), Counter(), kills)
     stores = 0
-    while total.unspent:
+    while total.missed:
         store_dtype = DTYPES[stores % len(DTYPES)]
         root = folder / f"store-{stores}"
-        outcome = storm(nursery, root, store_dtype, total.unspent[:per_store])
+        outcome = capture_killed(workers, root, store_dtype, total.missed[:per_store])
         assert_same(root, undisturbed[store_dtype])
         total.kills += outcome.kills
         total.steps += outcome.steps
         total.twice += outcome.twice
         # Those that came too late come first in the next store, and sooner.
-        total.unspent = [doom.sooner() for doom in outcome.unspent] + total.unspent[per_store:]
+        total.missed = [kill.sooner() for kill in outcome.missed] + total.missed[per_store:]
         stores += 1
     print(f"\n{total.kills.total()} kills in {stores} stores, {total.twice} units captured twice")
     print("\n".join(f"{count:5} {point}" for point, count in sorted(total.kills.items())))
@@ -201,21 +197,21 @@ def run_storms(
 
 
 def test_five_kills_leave_the_store_of_an_undisturbed_worker(
-    nursery: Nursery, undisturbed: dict[StoreDtype, Path], tmp_path: Path
+    workers: CaptureWorkers, undisturbed: dict[StoreDtype, Path], tmp_path: Path
 ) -> None:
     named = dict.fromkeys(("mid-chunk", "after-link", "before-commit", "mid-manifest"), 1)
-    dooms = draw_dooms(named, 1, random.Random(0))
-    assert run_storms(nursery, undisturbed, tmp_path, dooms, 5).kills.total() == 5
+    kills = draw_kills(named, 1, random.Random(0))
+    assert capture_all(workers, undisturbed, tmp_path, kills, 5).kills.total() == 5
 
 
 @pytest.mark.slow
 def test_two_hundred_kills_leave_the_store_of_an_undisturbed_worker(
-    nursery: Nursery, undisturbed: dict[StoreDtype, Path], tmp_path: Path
+    workers: CaptureWorkers, undisturbed: dict[StoreDtype, Path], tmp_path: Path
 ) -> None:
-    dooms = draw_dooms(dict.fromkeys(POINTS, 12), 88, random.Random(1))
-    kills = run_storms(nursery, undisturbed, tmp_path, dooms, 12).kills
-    assert kills.total() >= 200 and kills["random"] == 88
-    assert all(kills[point] >= 10 for point in POINTS)
+    kills = draw_kills(dict.fromkeys(POINTS, 12), 88, random.Random(1))
+    done = capture_all(workers, undisturbed, tmp_path, kills, 12).kills
+    assert done.total() >= 200 and done["random"] == 88
+    assert all(done[point] >= 10 for point in POINTS)
 
 
 def winners(store: ActivationStore, unit: int) -> list[int]:
@@ -250,20 +246,20 @@ def winners(store: ActivationStore, unit: int) -> list[int]:
 
 @pytest.mark.parametrize("store_dtype", ["bfloat16", "int8"])
 def test_of_two_racing_owners_one_commits_and_the_other_is_told(
-    nursery: Nursery, tmp_path: Path, store_dtype: StoreDtype
+    workers: CaptureWorkers, tmp_path: Path, store_dtype: StoreDtype
 ) -> None:
     root = tmp_path / "store"
     n_units = make_plan().n_units
     for unit in range(n_units):
         gate = tmp_path / f"gate-{unit}"
         for variant in (0, 1):
-            nursery.start(root, store_dtype, unit=unit, variant=variant, gate=str(gate))
+            workers.start(root, store_dtype, unit=unit, variant=variant, gate=str(gate))
         while len(list(tmp_path.glob(f"gate-{unit}-*"))) < 2:
             time.sleep(0.001)
         gate.touch()
-        assert sorted(nursery.wait()[1] for _ in range(2)) == [0, TOLD_THAT_ANOTHER_WON]
-    nursery.start(root, store_dtype)
-    assert nursery.wait()[1] == 0
+        assert sorted(workers.wait_for()[1] for _ in range(2)) == [0, ANOTHER_COMMITTED]
+    workers.start(root, store_dtype)
+    assert workers.wait_for()[1] == 0
     assert verify_store(root, level="full").ok
     store = open_store(root)
     print(store_dtype, Counter(map(tuple, (winners(store, unit) for unit in range(n_units)))))
@@ -281,18 +277,18 @@ def test_of_two_racing_owners_one_commits_and_the_other_is_told(
     ],
 )
 def test_a_paused_worker_that_wakes_after_its_unit_was_taken_over_changes_nothing(
-    nursery: Nursery, tmp_path: Path, point: str, store_dtype: StoreDtype
+    workers: CaptureWorkers, tmp_path: Path, point: str, store_dtype: StoreDtype
 ) -> None:
     root = tmp_path / "store"
     job = {"ttl_seconds": 0.3}
-    sleeper, _ = nursery.start(root, store_dtype, variant=1, point=point, signal=signal.SIGSTOP, **job)
-    assert nursery.wait(sleeper) == (sleeper, -signal.SIGSTOP)
-    other, _ = nursery.start(root, store_dtype, **job)
-    assert nursery.wait(other) == (other, 0)
+    sleeper, _ = workers.start(root, store_dtype, variant=1, point=point, signal=signal.SIGSTOP, **job)
+    assert workers.wait_for(sleeper) == (sleeper, -signal.SIGSTOP)
+    other, _ = workers.start(root, store_dtype, **job)
+    assert workers.wait_for(other) == (other, 0)
     before = tree(root)
     os.kill(sleeper, signal.SIGCONT)
-    told = 0 if point == "after-commit" else TOLD_THAT_ANOTHER_WON
-    assert nursery.wait(sleeper) == (sleeper, told)
+    told = 0 if point == "after-commit" else ANOTHER_COMMITTED
+    assert workers.wait_for(sleeper) == (sleeper, told)
     assert tree(root) == before
     assert not any((root / LEASES).iterdir())
     assert verify_store(root, level="full").ok

@@ -1,14 +1,9 @@
-"""Real gloo ranks for tests: separate processes on a free port, one thread each, without a compiler in reach."""
+"""Real gloo ranks for tests: processes of one thread that meet at a free port, without a compiler in reach."""
 
 from __future__ import annotations
 
-import inspect
-import json
-import os
-import socket
-import subprocess
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -16,9 +11,11 @@ import pytest
 from safetensors.torch import load_file
 from torch import Tensor
 
+from ..worker_processes import WorkerServer
+
 sys.path.insert(0, str(Path(__file__).parent))
 
-from launched import write_job, write_store
+from launched import free_port, write_job, write_store
 
 RankResults = list[dict[str, Tensor]]
 
@@ -38,60 +35,41 @@ def job(store: Path, tmp_path: Path) -> Path:
 
 
 @pytest.fixture(scope="session")
-def start_ranks(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., list[subprocess.Popen[str]]]:
-    """Starts `world` processes that call a function of a test file with JSON arguments; see `rank_main.py`."""
-
-    def start(function: Callable[..., Any], world: int, folder: Path, **arguments: Any) -> list[subprocess.Popen[str]]:
-        script = Path(__file__).parent / "rank_main.py"
-        with socket.socket() as probe:
-            probe.bind(("127.0.0.1", 0))
-            port = probe.getsockname()[1]
-        common = {
-            "WORLD_SIZE": str(world),
-            "MASTER_ADDR": "127.0.0.1",
-            "MASTER_PORT": str(port),
-            "OMP_NUM_THREADS": "1",
-            "CUDA_VISIBLE_DEVICES": "",
-            # No compiler, no ninja: nothing may be built at run time.
-            "PATH": "",
-        }
-        return [
-            subprocess.Popen(
-                [
-                    sys.executable,
-                    str(script),
-                    inspect.getfile(function),
-                    function.__name__,
-                    json.dumps(arguments),
-                    str(folder / f"result_{rank}.safetensors"),
-                ],
-                env=os.environ | common | {"RANK": str(rank), "LOCAL_RANK": str(rank)},
-                stdout=subprocess.PIPE,
-                stderr=subprocess.STDOUT,
-                text=True,
-            )
-            for rank in range(world)
-        ]
-
-    return start
+def rank_server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[WorkerServer]:
+    """Forks ranks that call a function of a test module; see `rank_main.py`."""
+    # No compiler, no ninja: nothing may be built at run time.
+    server = WorkerServer("tests.distributed.rank_main", tmp_path_factory.mktemp("rank_server"), PATH="")
+    yield server
+    server.close()
 
 
 @pytest.fixture(scope="session")
-def run_ranks(
-    start_ranks: Callable[..., list[subprocess.Popen[str]]], tmp_path_factory: pytest.TempPathFactory
-) -> Callable[..., RankResults]:
-    """Runs ranks to their end and returns what each of them returned, in order of rank."""
+def run_ranks(rank_server: WorkerServer, tmp_path_factory: pytest.TempPathFactory) -> Callable[..., RankResults]:
+    """Runs a function on ranks to its end and returns what each of them returned, in order of rank."""
 
     def run(function: Callable[..., Any], world: int, **arguments: Any) -> RankResults:
         folder = tmp_path_factory.mktemp("ranks")
-        processes = start_ranks(function, world, folder, **arguments)
+        address = {"WORLD_SIZE": str(world), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": free_port()}
+        ranks = {
+            rank_server.fork(
+                module=function.__module__,
+                function=function.__name__,
+                arguments=arguments,
+                result=str(folder / f"result_{rank}.safetensors"),
+                log=str(folder / f"rank_{rank}.log"),
+                environment=address | {"RANK": str(rank), "LOCAL_RANK": str(rank)},
+            ): rank
+            for rank in range(world)
+        }
         try:
-            outputs = [process.communicate(timeout=240)[0] for process in processes]
+            for _ in range(world):
+                process, code = rank_server.wait()
+                log = (folder / f"rank_{ranks[process]}.log").read_text()
+                assert code == 0, f"rank {ranks[process]} of {function.__name__}: exit code {code}\n{log}"
         finally:
-            for process in processes:
-                process.kill()
-        for rank, process in enumerate(processes):
-            assert process.returncode == 0, f"rank {rank} of {function.__name__}:\n{outputs[rank]}"
+            while rank_server.alive:
+                rank_server.kill_all()
+                rank_server.wait()
         return [load_file(folder / f"result_{rank}.safetensors") for rank in range(world)]
 
     return run

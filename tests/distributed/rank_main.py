@@ -1,34 +1,50 @@
-"""One rank of a test: runs a function of a test file inside a distributed job and saves the tensors it returns.
-
-python rank_main.py TEST_FILE FUNCTION ARGUMENTS_JSON RESULT_FILE
-"""
+"""Ranks of a test: each runs a function of a test module inside a distributed job and saves the tensors it returns."""
 
 from __future__ import annotations
 
 import gc
-import importlib.util
-import json
+import importlib
+import os
 import sys
 import time
 from pathlib import Path
+from typing import Any
 
 import torch
 from safetensors.torch import save_file
 
-from clt.training.deepspeed_engine import joined_job
+from ..worker_processes import serve
+from .kill_worker import import_everything
 
 
-def main(test_file: str, function: str, arguments: str, result: str) -> None:
-    """Loads the test file, calls the function and saves its result."""
-    sys.path.insert(0, str(Path(__file__).parent))
-    spec = importlib.util.spec_from_file_location("case", test_file)
-    assert spec is not None and spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    sys.modules["case"] = module
-    spec.loader.exec_module(module)
+def work(
+    module: str, function: str, arguments: dict[str, Any], result: str, log: str, environment: dict[str, str]
+) -> int:
+    """Calls a function and saves its result; then ends as any interpreter does.
+
+    Args:
+        module: test module.
+        function: its name there.
+        arguments: keywords.
+        result: safetensors file for what it returns.
+        log: file for what the rank prints.
+        environment: place of the rank in the job, as torchrun gives it.
+    """
+    descriptor = os.open(log, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o666)
+    os.dup2(descriptor, 1)
+    os.dup2(descriptor, 2)
+    os.environ |= environment
+    _run(module, function, arguments, result)
+    check_that_groups_are_gone()
+    sys.exit()
+
+
+def _run(module: str, function: str, arguments: dict[str, Any], result: str) -> None:
+    from clt.training.deepspeed_engine import joined_job
+
     torch.manual_seed(0)
     with joined_job():
-        tensors = getattr(module, function)(**json.loads(arguments))
+        tensors = getattr(importlib.import_module(module), function)(**arguments)
     save_file({key: torch.as_tensor(value).contiguous() for key, value in tensors.items()}, result)
 
 
@@ -45,6 +61,12 @@ def _threads() -> list[str]:
     return [path.read_text().strip() for path in Path("/proc/self/task").glob("*/comm")]
 
 
+def _prepare() -> None:
+    import pytest  # noqa: F401
+    import sharded_steps  # noqa: F401
+
+    import_everything()
+
+
 if __name__ == "__main__":
-    main(*sys.argv[1:])
-    check_that_groups_are_gone()
+    serve(work, _prepare)

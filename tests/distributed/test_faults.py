@@ -19,7 +19,6 @@ from typing import Any
 import pytest
 import torch
 import torch.distributed as dist
-from kill_nursery import Nursery
 from launched import SCRIPT, TORCHRUN, errors, free_port, same_bits, start, wait_for
 from toy_job import toy_config, toy_trainer
 
@@ -30,6 +29,8 @@ from clt.distributed.rendezvous import agree_on_token
 from clt.distributed.watchdog import EXIT_LOST_RANK, Sign, find_behind, find_lost
 from clt.errors import CheckpointError, CLTError, NonFiniteError
 from clt.training.deepspeed_engine import joined_job
+
+from .kill_worker import Ranks
 
 #: Meshes of two processes, by name.
 MESHES = {
@@ -302,15 +303,15 @@ def test_ranks_agree_on_a_token_in_a_store_that_an_earlier_start_has_used() -> N
 
 
 @pytest.fixture(scope="module")
-def nursery(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Nursery]:
-    ranks = Nursery(tmp_path_factory.mktemp("nursery"))
-    yield ranks
-    ranks.close()
+def ranks(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Ranks]:
+    server = Ranks(tmp_path_factory.mktemp("ranks"))
+    yield server
+    server.close()
 
 
-def _told(nursery: Nursery, seen: int) -> list[str]:
+def _error_lines(ranks: Ranks, seen: int) -> list[str]:
     """Errors in the log of the ranks after so many bytes."""
-    return errors(nursery.log.read_text()[seen:])
+    return errors(ranks.log.read_text()[seen:])
 
 
 @pytest.mark.parametrize(
@@ -322,28 +323,28 @@ def _told(nursery: Nursery, seen: int) -> list[str]:
         pytest.param(signal.SIGSTOP, 1, marks=pytest.mark.slow),
     ],
 )
-def test_lost_rank_is_named_by_the_one_that_lives(how: int, victim: int, nursery: Nursery, tmp_path: Path) -> None:
-    seen, mesh = len(nursery.log.read_text()), {"layer": 2, "timeout_seconds": 10}
-    processes, scratch = nursery.start(tmp_path / "out", mesh, 2, {rank: {"steps": 100_000} for rank in range(2)})
-    assert nursery.trains(scratch, victim, processes[victim])
+def test_lost_rank_is_named_by_the_one_that_lives(how: int, victim: int, ranks: Ranks, tmp_path: Path) -> None:
+    seen, mesh = len(ranks.log.read_text()), {"layer": 2, "timeout_seconds": 10}
+    processes, scratch = ranks.start(tmp_path / "out", mesh, 2, {rank: {"steps": 100_000} for rank in range(2)})
+    assert ranks.trains(scratch, victim, processes[victim])
     os.kill(processes[victim], how)
-    ends = dict([nursery.wait()])
+    ends = dict([ranks.wait()])
     if how == signal.SIGSTOP:
         os.kill(processes[victim], signal.SIGCONT)
-    ends |= dict([nursery.wait()])
+    ends |= dict([ranks.wait()])
     lost = "rank 0, or the launcher with the job's store" if victim == 0 else f"rank 1 (process {processes[1]} on "
-    line = _told(nursery, seen)[0]
+    line = _error_lines(ranks, seen)[0]
     assert line.startswith((f"error: {lost}", f"error: rank {victim} (process {processes[victim]} on ")), line
     assert re.search(r"did not answer within [\d.]+ s; see its log", line)
     assert ends[processes[1 - victim]] == EXIT_LOST_RANK
     assert ends[processes[victim]] == (-signal.SIGKILL if how == signal.SIGKILL else EXIT_LOST_RANK)
 
 
-def test_rank_that_hangs_is_named_by_all(nursery: Nursery, tmp_path: Path) -> None:
-    seen, mesh = len(nursery.log.read_text()), {"layer": 1, "timeout_seconds": 10}
-    processes, _ = nursery.start(tmp_path / "out", mesh, 2, {1: {"hanging_step": 3}})
-    assert dict(nursery.wait() for _ in processes) == dict.fromkeys(processes, EXIT_LOST_RANK)
-    lines = _told(nursery, seen)
+def test_rank_that_hangs_is_named_by_all(ranks: Ranks, tmp_path: Path) -> None:
+    seen, mesh = len(ranks.log.read_text()), {"layer": 1, "timeout_seconds": 10}
+    processes, _ = ranks.start(tmp_path / "out", mesh, 2, {1: {"hanging_step": 3}})
+    assert dict(ranks.wait() for _ in processes) == dict.fromkeys(processes, EXIT_LOST_RANK)
+    lines = _error_lines(ranks, seen)
     assert len(lines) == 2 and lines[0] == lines[1]
     assert re.match(
         rf"error: rank 1 \(process {processes[1]} on \S+, at clt.training.trainer line \d+\) did not answer "
@@ -353,25 +354,23 @@ def test_rank_that_hangs_is_named_by_all(nursery: Nursery, tmp_path: Path) -> No
     assert _last(tmp_path / "out").name == "step_00000002"
 
 
-def test_defect_of_one_rank_keeps_its_traceback_and_ends_the_others_with_its_name(
-    nursery: Nursery, tmp_path: Path
-) -> None:
-    seen, mesh = len(nursery.log.read_text()), {"layer": 2, "timeout_seconds": 100}
-    processes, _ = nursery.start(tmp_path / "out", mesh, 2, {1: {"defect_step": 3}})
-    ends = dict(nursery.wait() for _ in processes)
+def test_defect_of_one_rank_keeps_its_traceback_and_ends_the_others_with_its_name(ranks: Ranks, tmp_path: Path) -> None:
+    seen, mesh = len(ranks.log.read_text()), {"layer": 2, "timeout_seconds": 100}
+    processes, _ = ranks.start(tmp_path / "out", mesh, 2, {1: {"defect_step": 3}})
+    ends = dict(ranks.wait() for _ in processes)
     assert ends == {processes[0]: EXIT_LOST_RANK, processes[1]: 1}
-    log = nursery.log.read_text()[seen:]
+    log = ranks.log.read_text()[seen:]
     assert len(re.findall(r"^ZeroDivisionError: a defect$", log, re.MULTILINE)) == 1
     assert re.search(
         rf"^error: rank 1 \(process {processes[1]} on \S+\) ended: ZeroDivisionError: a defect; see", log, re.MULTILINE
     )
 
 
-def test_rank_that_never_comes_ends_the_others(nursery: Nursery, tmp_path: Path) -> None:
-    seen, mesh = len(nursery.log.read_text()), {"layer": 1, "timeout_seconds": 3}
-    nursery.start(tmp_path / "out", mesh, 2, {1: None})
-    assert nursery.wait()[1] == EXIT_LOST_RANK
-    (line,) = _told(nursery, seen)
+def test_rank_that_never_comes_ends_the_others(ranks: Ranks, tmp_path: Path) -> None:
+    seen, mesh = len(ranks.log.read_text()), {"layer": 1, "timeout_seconds": 3}
+    ranks.start(tmp_path / "out", mesh, 2, {1: None})
+    assert ranks.wait()[1] == EXIT_LOST_RANK
+    (line,) = _error_lines(ranks, seen)
     assert (
         line.startswith("error: rank 0: the ranks did not meet at 127.0.0.1:")
         and "see the log of the missing one" in line

@@ -13,14 +13,14 @@ from typing import Any
 
 import pytest
 import torch
-from kill_nursery import Blow, Nursery, draw_blows
-from kill_worker import POINTS
 
 from clt.checkpoint.manifest import latest_folder, verify_folder
 from clt.checkpoint.weights import read_tensors
 from clt.distributed.watchdog import EXIT_LOST_RANK
 from clt.training.checkpoints import STEP_PATTERN
 from clt.training.metrics import read_metrics
+
+from .kill_worker import POINTS, RankKill, Ranks, draw_kills
 
 pytestmark = pytest.mark.skipif(not hasattr(os, "fork"), reason="ranks are forked")
 
@@ -51,10 +51,10 @@ TIMEOUT = 60
 
 
 @pytest.fixture(scope="module")
-def nursery(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Nursery]:
-    ranks = Nursery(tmp_path_factory.mktemp("nursery"))
-    yield ranks
-    ranks.close()
+def ranks(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Ranks]:
+    server = Ranks(tmp_path_factory.mktemp("ranks"))
+    yield server
+    server.close()
 
 
 @dataclass
@@ -63,7 +63,7 @@ class Outcome:
 
     Attributes:
         kills: by point.
-        survivors: exit codes of ranks that were left to find out.
+        survivors: exit codes of ranks that were left alone.
         jobs: how many were trained to their end.
     """
 
@@ -72,28 +72,28 @@ class Outcome:
     jobs: int = 0
 
 
-def storm(nursery: Nursery, folder: Path, shape: Shape, blows: list[Blow], whole: Path) -> Outcome:
-    """Trains jobs that are killed and started again until every blow has fallen; each must end like `whole`."""
-    outcome, waiting = Outcome(), list(blows)
+def train_killed(ranks: Ranks, folder: Path, shape: Shape, kills: list[RankKill], whole: Path) -> Outcome:
+    """Trains jobs that are killed and started again until every kill has been done; each must end like `whole`."""
+    outcome, waiting = Outcome(), list(kills)
     mesh = {**shape.mesh, "timeout_seconds": TIMEOUT}
     while waiting:
         output, complete, late = folder / f"job-{outcome.jobs}", False, []
         while not complete:
-            blow = waiting.pop() if waiting else None
-            codes = nursery.run(output, mesh, shape.world, blow)
+            kill = waiting.pop() if waiting else None
+            codes = ranks.run(output, mesh, shape.world, kill)
             complete = not any(codes)
             check_folder(output)
-            if blow is not None and codes[blow.victim] != -signal.SIGKILL:
-                assert complete, f"{codes}, {blow}; see {nursery.log}"
-                late.append(blow.sooner())
-            elif blow is not None:
-                outcome.kills[blow.point] += 1
-                if blow.alone:
-                    outcome.survivors[codes[1 - blow.victim]] += 1
+            if kill is not None and codes[kill.victim] != -signal.SIGKILL:
+                assert complete, f"{codes}, {kill}; see {ranks.log}"
+                late.append(kill.sooner())
+            elif kill is not None:
+                outcome.kills[kill.point] += 1
+                if kill.alone:
+                    outcome.survivors[codes[1 - kill.victim]] += 1
                 # A rank that has nothing left to do after the other's death ends as if nothing had happened.
                 complete = False
             else:
-                assert complete, f"{codes}; see {nursery.log}"
+                assert complete, f"{codes}; see {ranks.log}"
         same_end(output, whole)
         outcome.jobs += 1
         waiting += late
@@ -121,21 +121,21 @@ def same_end(output: Path, whole: Path) -> None:
     assert [report["step"] for report in read_metrics(output / "metrics.jsonl")] == [2, 4, 6, 8, 10, 12]
 
 
-def undisturbed(nursery: Nursery, folder: Path, shape: Shape) -> Path:
+def undisturbed(ranks: Ranks, folder: Path, shape: Shape) -> Path:
     """The output of a job that nothing happened to."""
-    assert nursery.run(folder / "whole", shape.mesh, shape.world, None) == [0] * shape.world
+    assert ranks.run(folder / "whole", shape.mesh, shape.world, None) == [0] * shape.world
     return folder / "whole"
 
 
-def test_job_killed_three_times_ends_with_the_same_bits(nursery: Nursery, tmp_path: Path) -> None:
+def test_job_killed_three_times_ends_with_the_same_bits(ranks: Ranks, tmp_path: Path) -> None:
     rng = random.Random(7)
-    blows = [
-        Blow(point="mid-weights", victim=1, striker=1, arrival=3),
-        Blow(point="after-rename", victim=0),
-        Blow(point="random", victim=rng.randrange(2), delay=rng.uniform(0, 0.3), alone=True),
+    kills = [
+        RankKill(point="mid-weights", victim=1, killer=1, arrival=3),
+        RankKill(point="after-rename", victim=0),
+        RankKill(point="random", victim=rng.randrange(2), delay=rng.uniform(0, 0.3), alone=True),
     ]
     shape = SHAPES["layer"]
-    outcome = storm(nursery, tmp_path, shape, blows, undisturbed(nursery, tmp_path, shape))
+    outcome = train_killed(ranks, tmp_path, shape, kills, undisturbed(ranks, tmp_path, shape))
     assert outcome.kills.total() == 3
     # The rank that was left names the lost one.
     assert set(outcome.survivors) == {EXIT_LOST_RANK}
@@ -143,10 +143,10 @@ def test_job_killed_three_times_ends_with_the_same_bits(nursery: Nursery, tmp_pa
 
 @pytest.mark.slow
 @pytest.mark.parametrize(("seed", "name"), enumerate(SHAPES))
-def test_job_killed_anywhere_ends_with_the_same_bits(seed: int, name: str, nursery: Nursery, tmp_path: Path) -> None:
+def test_job_killed_anywhere_ends_with_the_same_bits(seed: int, name: str, ranks: Ranks, tmp_path: Path) -> None:
     shape = SHAPES[name]
-    blows = draw_blows(list(POINTS), 6, shape.world, shape.writers, random.Random(seed))
-    outcome = storm(nursery, tmp_path, shape, blows, undisturbed(nursery, tmp_path, shape))
+    kills = draw_kills(list(POINTS), 6, shape.world, shape.writers, random.Random(seed))
+    outcome = train_killed(ranks, tmp_path, shape, kills, undisturbed(ranks, tmp_path, shape))
     print(f"\n{name}: {outcome.kills.total()} kills in {outcome.jobs} jobs; {dict(outcome.survivors)} ranks left alone")
     print("\n".join(f"{count:5} {point}" for point, count in sorted(outcome.kills.items())))
     assert set(outcome.kills) == {*POINTS, "random"}
