@@ -1,4 +1,4 @@
-"""Questions become prompts: by chat template as transformers renders it, plainly without one, or as they are given."""
+"""Prompts from questions: by chat template as transformers renders it, plain without a template, or as given."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ TEXT = (
 
 
 def parts_template(image: str) -> str:
-    """Of a vision-language model: a list of parts, images first."""
+    """Message of a vision-language model: a list of parts, images first."""
     return (
         "{{ bos_token }}{% for message in messages %}the {% for part in message['content'] %}"
         f"{{% if part['type'] == 'image' %}}{image} {{% else %}}{{{{ part['text'] }}}}{{% endif %}}"
