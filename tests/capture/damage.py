@@ -1,4 +1,4 @@
-"""Damage to the files of stores, and what the files are, for tests of damage."""
+"""Helpers of corruption tests: damage files of a store, and compare all its contents."""
 
 from __future__ import annotations
 
@@ -41,7 +41,7 @@ def rewrite(file: Path, change: Callable[[str], str]) -> None:
 
 
 def put_all(root: Path, files: dict[str, bytes]) -> None:
-    """Makes a folder hold these files and no others."""
+    """Replaces the contents of a folder by these files."""
     shutil.rmtree(root, ignore_errors=True)
     for key, contents in files.items():
         (root / key).parent.mkdir(parents=True, exist_ok=True)
@@ -49,7 +49,7 @@ def put_all(root: Path, files: dict[str, bytes]) -> None:
 
 
 def capture_rest(root: Path | str, lengths: list[int] | tuple[int, ...], **changes: Any) -> str | None:
-    """Runs the capture that made a store again; gives its id when all units are there."""
+    """Runs the capture of a store again; returns the id if it is complete."""
     spec = make_spec(**changes)
     plan = make_plan(lengths, spec.rows_per_unit)
     writer = StoreWriter(root, spec, plan)
@@ -59,7 +59,7 @@ def capture_rest(root: Path | str, lengths: list[int] | tuple[int, ...], **chang
 
 
 def everything(store: ActivationStore) -> str:
-    """Hash of all that every reader of a store gives."""
+    """Hash of the results of every read method of a store."""
     digest = hashlib.sha256(repr((store.id, store.spec, store.units, store.manifest)).encode())
 
     def add(*tensors: torch.Tensor) -> None:

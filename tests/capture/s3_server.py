@@ -1,4 +1,4 @@
-"""A real S3 API server on loopback, in a process of its own, for tests and for nothing else."""
+"""An S3 API server (moto) on loopback in a separate process, for tests."""
 
 from __future__ import annotations
 
@@ -61,7 +61,7 @@ def _environment(endpoint: str) -> dict[str, str]:
 
 
 def _serve() -> None:
-    """Serves on a free port, says which on stdout, and ends when stdin does."""
+    """Serves on a free port, prints the port on stdout, and exits when stdin is closed."""
     from moto.moto_server.werkzeug_app import DomainDispatcherApplication, MotoRequestHandler, create_backend_app
     from werkzeug.serving import make_server
 
@@ -69,7 +69,7 @@ def _serve() -> None:
     app = DomainDispatcherApplication(create_backend_app)
     lock = threading.Lock()
 
-    # S3 decides a conditional write in one step; moto looks first and writes then, so one request is served at a time.
+    # Conditional writes are atomic in S3; moto checks and then writes, so one request is served at a time.
     def one_at_a_time(environ: dict[str, Any], start_response: Callable[..., Any]) -> Iterable[bytes]:
         with lock:
             return app(environ, start_response)

@@ -30,7 +30,7 @@ TEXT = (
 
 
 def parts_template(image: str) -> str:
-    """Of a vision-language model: a list of parts, images first."""
+    """Message of a vision-language model: a list of parts, images first."""
     return (
         "{{ bos_token }}{% for message in messages %}the {% for part in message['content'] %}"
         f"{{% if part['type'] == 'image' %}}{image} {{% else %}}{{{{ part['text'] }}}}{{% endif %}}"

@@ -1,4 +1,4 @@
-"""Damage is never read as data: each reader gives the right values or an error, and verification sees every byte."""
+"""Corruption: every read method returns the right values or an error, and verification detects any changed byte."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ def store(tmp_path: Path) -> ActivationStore:
 
 @dataclass
 class Sweep:
-    """What became of single damaged bytes.
+    """Outcomes of single damaged bytes.
 
     Attributes:
         detected: verification named the file.

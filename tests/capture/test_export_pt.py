@@ -1,4 +1,4 @@
-"""The seed documents' `.pt` layouts: what is in the files is what is in the store, and nothing is made up."""
+"""`.pt` layouts of the vlm-clt-training format: the files hold exactly the values of the store."""
 
 from __future__ import annotations
 
@@ -99,11 +99,11 @@ def test_batches_cross_units_and_are_padded_on_the_right(store: ActivationStore,
 
 
 def test_a_file_is_no_larger_than_its_tensors(store: ActivationStore, tmp_path: Path) -> None:
-    # torch.save writes the whole memory behind a view; a slice of a unit would drag the unit along.
+    # torch.save writes the whole storage of a view; a slice of a unit would include the unit.
     export_activations(store, tmp_path / "pt", n_targets=2)
     # 20 tokens of width 4 in float32, 1.5 kB of zip and pickle per file.
     assert (tmp_path / "pt" / "L0" / "batch_0_x.pt").stat().st_size < 20 * 4 * 4 + 2000
-    # "y" is the first target and costs nothing.
+    # "y" is the first target and shares its storage.
     assert (tmp_path / "pt" / "L0" / "batch_0_y.pt").stat().st_size < 2 * 20 * 4 * 4 + 2000
 
 
@@ -133,7 +133,7 @@ def test_an_export_goes_on_where_it_was_stopped(store: ActivationStore, tmp_path
     export_activations(store, out, batch_samples=5)
     before = {name: (out / name).read_bytes() for name in names(out)}
     (out / "L1" / "batch_1_y.pt").unlink()
-    # What a process that was killed in the middle of a file leaves.
+    # A partial file, as left by a killed process.
     (out / "L1" / ".batch_1_y.pt.0123.partial").write_bytes(b"PK")
     report = export_activations(store, out, batch_samples=5)
     assert report.written == 1 and {name: (out / name).read_bytes() for name in names(out)} == before
@@ -185,7 +185,7 @@ def test_sample_files_pool_over_all_tokens_but_the_first(store: ActivationStore,
 
 @pytest.fixture
 def transcoder_folder(tmp_path: Path) -> Path:
-    """Twelve features, three a token, the last layer without features."""
+    """Twelve features, three active per token, none in the last layer."""
     config = CLTConfig(n_layers=4, d_model=4, n_features=12, k=3, first_offset=1)
     scaling = Scaling(mean_x=torch.randn(4, 4), rms_x=torch.rand(4) + 1, mean_y=torch.zeros(4, 4), rms_y=torch.ones(4))
     transcoder = CrossLayerTranscoder(config, scaling, seed=3, provenance=Provenance(model=identity(n_layers=4)))

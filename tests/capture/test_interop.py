@@ -1,4 +1,4 @@
-"""What we write is plain Zarr: other readers find the same arrays, and what nobody wrote reads as zeros."""
+"""Stores are standard Zarr: other readers read the same arrays, and missing chunks as zeros."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Leases: one owner at a time, and nothing waits for the dead."""
+"""Leases: one owner at a time, and no waiting for ended processes."""
 
 from __future__ import annotations
 
@@ -52,7 +52,7 @@ def put(storage: Storage, lease: Lease) -> None:
 
 
 def mine(storage: Storage) -> Lease:
-    """A lease of unit 3 by this process that was never given up."""
+    """A lease of unit 3 by this process that was never released."""
     with Leases(storage) as leases:
         assert leases.take(3)
         (lease,) = leases.live()
@@ -178,7 +178,7 @@ def test_an_owner_that_lost_its_lease_says_so_and_leaves_the_other_its_own(
 ) -> None:
     with Leases(storage, ttl_seconds=0.2) as one:
         assert one.take(3)
-        # What the next owner does, when this one has been paused.
+        # As the next owner does while this one is paused.
         storage.delete(f"{LEASES}000003.0001.json")
         put(storage, foreign(generation=2))
         while "another worker took over unit=3" not in caplog.text:
@@ -188,7 +188,7 @@ def test_an_owner_that_lost_its_lease_says_so_and_leaves_the_other_its_own(
 
 
 class FullDisk(LocalStorage):
-    """A folder on which nothing can be renewed for a while."""
+    """A folder in which files temporarily cannot be replaced."""
 
     full = False
 

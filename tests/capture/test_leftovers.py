@@ -1,4 +1,4 @@
-"""What a worker finds under the names it wants to write is either of the same capture or refused."""
+"""Existing files under the names that a worker writes are of the same capture or an error."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ def data(unit: int, factor: float = 1.0) -> UnitData:
 
 def test_workers_that_begin_a_store_at_once_both_go_on(tmp_path: Path) -> None:
     class Late(LocalStorage):
-        """Another worker begins the store between this one's look for a store and its look for other files."""
+        """Another worker begins the store between this one's check for a store and its check for other files."""
 
         def list(self, prefix: str) -> list[StoredFile]:
             StoreWriter(LocalStorage(tmp_path / "store"), make_spec(), make_plan(LENGTHS))

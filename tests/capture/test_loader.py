@@ -1,4 +1,4 @@
-"""Training reads each token once an epoch, the same batches on any number of ranks, and can go on from anywhere."""
+"""The loader: each token once per epoch, the same batches on any number of ranks, and resuming at any step."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Memory stays within what the code states, measured as the peak of real processes."""
+"""Peak memory of processes stays within the documented bounds."""
 
 from __future__ import annotations
 

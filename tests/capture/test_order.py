@@ -1,4 +1,4 @@
-"""The read order: each row once, the same batches for every number of ranks, any step at once, bounded windows."""
+"""The read order: each row once, the same batches for any number of ranks, direct access to any step, window sizes."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from clt.errors import ConfigError
 
 
 def test_the_order_is_the_same_on_every_machine() -> None:
-    # Written down once: a change here breaks the resume of every training run.
+    # Fixed values: a change breaks the resume of every training run.
     assert permutation(8, seed=7, stream=(1, 2, 3, 4)).tolist() == [0, 1, 3, 7, 4, 6, 5, 2]
     order = ReadOrder([5, 0, 7, 3, 6], seed=1, epoch=2, batch_rows=4, window_rows=8)
     assert order.rows(1).tolist() == [[4, 3], [0, 1], [3, 2], [2, 2]]
@@ -130,7 +130,7 @@ def test_windows_are_no_larger_than_asked_or_hold_one_block(blocks: list[int], b
 def test_an_epoch_reads_few_blocks_twice(order: ReadOrder) -> None:
     visits = order.visits(range(order.streams))
     read = Counter(block for v in visits for block, _, _ in order.window_segments(v.stream, v.window))
-    # Twice where two parts share a block, and where a stream comes back to the window that it began within.
+    # Twice where two parts share a block, and where a stream returns to the window in which it began.
     first_windows = sum(len(order.window_segments(v, order.window_at(v, 0))) for v in range(order.streams))
     assert sum(read.values()) <= len(read) + order.streams + first_windows
 
@@ -153,7 +153,7 @@ def test_a_batch_mixes_the_whole_window() -> None:
 @pytest.mark.parametrize("window_blocks", [1, 4])
 @pytest.mark.parametrize("last_block", [512, 100])
 def test_streams_come_to_new_windows_at_different_steps(window_blocks: int, last_block: int) -> None:
-    # Equal blocks in equal parts would otherwise end together, and the disk would be idle in between.
+    # Otherwise equal blocks in equal parts would end together, with an idle disk in between.
     order = ReadOrder(
         [512] * 2047 + [last_block], seed=0, epoch=0, batch_rows=1024, window_rows=64 * 512 * window_blocks
     )

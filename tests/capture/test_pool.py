@@ -1,4 +1,4 @@
-"""The pool delivers exactly the rows that the read order names, whatever the sizes of blocks, windows and slots."""
+"""The pool returns exactly the rows of the read order, for any sizes of blocks, windows and slots."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ SITES, WIDTH = 3, 8
 
 
 class Numbered:
-    """Blocks in memory whose values and tokens tell block, row and site; a `BlockSource`."""
+    """Blocks in memory whose values and tokens encode block, row and site; a `BlockSource`."""
 
     def __init__(self, used: list[NDArray[np.bool_]], dtype: torch.dtype = torch.float32) -> None:
         self._used = used
@@ -71,7 +71,7 @@ class Numbered:
         return np.random.default_rng(block).random((SITES, len(self._used[block])), dtype=np.float32)
 
     def values(self, block: int) -> Tensor:
-        """[S,rows,D] what the stored bits mean."""
+        """[S,rows,D] values of the stored bits."""
         stored = torch.from_numpy(self.stored(block)).view(self.dtype)
         if self.standardiser is None:
             return stored
@@ -97,7 +97,7 @@ def deliver(
     first_step: int = 0,
     widen: bool = True,
 ) -> list[GatheredRows]:
-    """Batches of an epoch; all of them are held, so that one written again would be seen."""
+    """Batches of an epoch; all are kept referenced, so that an overwritten one would be detected."""
     streams = order.streams_of(rank, world)
     sizes = BufferSizes(
         slots=len(streams) + spare,
@@ -111,7 +111,7 @@ def deliver(
 
 
 def check(source: Numbered, rows: GatheredRows, expected: NDArray[np.int64]) -> None:
-    """Each row of a batch holds the values and the tokens of the (block, row among those used) expected."""
+    """Asserts that each row of a batch holds the values and tokens of the expected (block, passing row)."""
     named = [(int(block), int(np.flatnonzero(source._used[block])[row])) for block, row in expected]
     assert list(zip(rows.tokens.sample.tolist(), rows.tokens.position.tolist(), strict=True)) == named
     assert rows.tokens.patch_row.dtype == torch.int16

@@ -1,4 +1,4 @@
-"""int8 stores: what rounding costs is measured on what is stored, and no channel or token is ruined by others."""
+"""int8 stores: the rounding error is measured on the stored values, and small channels and tokens keep precision."""
 
 from __future__ import annotations
 

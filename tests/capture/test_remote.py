@@ -1,4 +1,4 @@
-"""A store behind a URL is the store in a folder: the same keys and bytes, the same batches, the same safety."""
+"""A store behind a URL has the same keys, bytes, batches and guarantees as a store in a folder."""
 
 from __future__ import annotations
 

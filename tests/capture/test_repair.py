@@ -1,4 +1,4 @@
-"""Status, repair and garbage collection: nothing that is recorded is lost, and the id comes back."""
+"""Status, repair and garbage collection: no recorded file is lost, and the id is restored."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ def store(tmp_path: Path) -> ActivationStore:
 
 
 def begun(root: Path, *units: int) -> StoreWriter:
-    """A store of which some units are committed."""
+    """A store with some committed units."""
     spec, plan = make_spec(), make_plan(LENGTHS)
     writer = StoreWriter(root, spec, plan)
     for unit in units:
@@ -41,7 +41,7 @@ def begun(root: Path, *units: int) -> StoreWriter:
 
 
 def present(root: Path | str) -> dict[str, bytes]:
-    """Files of a store but what lies in quarantine."""
+    """Files of a store except those in quarantine."""
     return {key: contents for key, contents in tree(root).items() if not key.startswith("quarantine/")}
 
 
@@ -289,7 +289,7 @@ def test_nothing_is_moved_or_deleted_while_someone_captures(store: ActivationSto
 
 
 class Watched(LocalStorage):
-    """A folder that looks, before a file is moved or deleted, who holds the unit."""
+    """A folder that checks, before a file is moved or deleted, that its unit is leased."""
 
     def __init__(self, root: Path) -> None:
         super().__init__(root)
@@ -319,7 +319,7 @@ def test_units_are_leased_while_their_files_are_touched(store: ActivationStore) 
 
 
 def test_finished_units_are_never_garbage(store: ActivationStore) -> None:
-    """A manifest that went missing leaves a store whose units are all recorded."""
+    """A lost manifest leaves a store whose units are all committed."""
     root, before = Path(store.location), tree(store.location)
     (root / "manifest.json").unlink()
     assert collect_garbage(root).files == ()

@@ -1,4 +1,4 @@
-"""What a store may expect of the place where its files live, the same in a folder, in memory and behind an S3 API."""
+"""Guarantees of a storage, the same in a folder, in memory and behind an S3 API."""
 
 from __future__ import annotations
 
@@ -92,7 +92,7 @@ def test_list_names_all_files_below_a_folder_in_order(storage: Storage) -> None:
     entries = storage.list("b/")
     assert [entry.key for entry in entries] == [f"b/.1.{'0' * 32}.partial", "b/1", "b/10/x", "b/2"]
     assert [entry.bytes for entry in entries] == [len(entry.key) for entry in entries]
-    # Clocks of file systems and servers tick coarsely.
+    # Clocks of file systems and servers have a coarse resolution.
     assert all(abs(entry.modified - time.time()) < 60 for entry in entries)
     assert [entry.key for entry in storage.list("")] == sorted(["ab", *(entry.key for entry in entries)])
     assert storage.list("nothing/here/") == []
@@ -359,7 +359,7 @@ def test_killed_writer_leaves_a_partial_file_and_no_name(tmp_path: Path) -> None
 
 
 def test_failed_write_leaves_no_file_and_names_the_remedy(tmp_path: Path) -> None:
-    # A limit on the size of a file stands in for a full disk: the kernel refuses the bytes in the same place.
+    # A file size limit in place of a full disk: the kernel fails in the same call.
     script = (
         "import resource, sys; from pathlib import Path; from clt.capture.storage.local import LocalStorage\n"
         "from clt.errors import StoreError\n"
@@ -397,7 +397,7 @@ def test_durable_name_is_forced_to_disk_with_its_folders(
 
     monkeypatch.setattr(os, "fsync", record)
     storage = LocalStorage(tmp_path / "new" / "store", durable)
-    # Made by another worker, which may not have forced its name yet.
+    # Created by another worker, which may not have synced it yet.
     (tmp_path / "new" / "store" / "c").mkdir(parents=True)
     assert storage.put("c/0/1", b"bytes")
     if not durable:

@@ -1,4 +1,4 @@
-"""The store: exact values, exact statistics, the same bytes for the same data, and units that are whole or absent."""
+"""Reading a store: exact values and statistics, samples, groups of sites, filters."""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ def store(tmp_path: Path) -> ActivationStore:
 
 
 def expected_rows(store: ActivationStore, unit: int, group: str = "lm") -> Tensor:
-    """What was captured of a unit, in the order of storage."""
+    """Captured activations of a unit, in the stored order."""
     data = unit_data(LENGTHS, make_plan(LENGTHS, store.spec.rows_per_unit).samples(unit), store.spec)
     return data.acts[group][store.natural_index(unit)]
 

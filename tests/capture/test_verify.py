@@ -1,4 +1,4 @@
-"""Verification: every kind of damage is found and named, all of it in one run, and whole stores have no problems."""
+"""Verification: every kind of damage is found in one run, and undamaged stores have no problems."""
 
 from __future__ import annotations
 
@@ -120,7 +120,7 @@ DAMAGE: dict[str, tuple[str, Callable[[Path], object], Level]] = {
 
 
 def exchange(shard: Path, size: int) -> None:
-    """Gives the first two chunks of a shard each other's place."""
+    """Swaps the first two chunks of a shard."""
     contents = shard.read_bytes()
     shard.write_bytes(contents[size : 2 * size] + contents[:size] + contents[2 * size :])
 
@@ -242,7 +242,7 @@ def test_settings_that_make_no_sense_are_errors(store: ActivationStore, tmp_path
 
 
 def captured_wrong(root: Path, change: Callable[[UnitData], UnitData], **changes: Any) -> list[tuple[str, str]]:
-    """Problems of a store whose unit 1 was captured by a defective program: every checksum fits."""
+    """Problems of a store whose unit 1 was captured by a faulty program: all checksums match."""
     spec, plan = make_spec(**changes), make_plan(LENGTHS)
     writer = StoreWriter(root, spec, plan)
     for unit in range(3):

@@ -1,4 +1,4 @@
-"""Schedules: every unit is captured once, whoever starts, waits, fails or comes back."""
+"""Assignment of units: each is captured once, also when workers start late, wait, fail or return."""
 
 from __future__ import annotations
 
@@ -67,7 +67,7 @@ def test_static_workers_do_their_share_and_stop(storage: Storage) -> None:
     assert captured(writer, Schedule(kind="static", rank=1, world=3)) == [1, 4]
     assert captured(writer, Schedule(kind="static", rank=0, world=3)) == [0, 3, 6]
     assert writer.pending() == [2, 5]
-    # Another number of workers needs nothing.
+    # The number of workers may change.
     assert captured(writer, Schedule(kind="static", rank=1, world=2)) == [5]
     assert names(storage) == []
 
@@ -137,7 +137,7 @@ def test_the_lease_ends_when_the_worker_does(storage: Storage) -> None:
 
 def test_a_unit_that_was_committed_before_its_lease_was_given_up_is_not_captured_again(tmp_path: Path) -> None:
     class Late(LocalStorage):
-        """Another worker commits unit 0 between this one's look at the commits and at the leases."""
+        """Another worker commits unit 0 between this one's listing of commits and of leases."""
 
         def list(self, prefix: str) -> list[StoredFile]:
             found = super().list(prefix)

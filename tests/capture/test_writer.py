@@ -1,4 +1,4 @@
-"""Making stores: the same bytes for the same data, and units that are whole or absent, whoever writes them."""
+"""Writing stores: the same bytes for the same data, and units committed atomically by any worker."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ import json
 from dataclasses import replace
 from pathlib import Path
 
-import google_crc32c  # a second opinion, which zarr needs anyway
+import google_crc32c  # an independent implementation, which zarr depends on
 import numpy as np
 import pytest
 import torch
@@ -54,7 +54,7 @@ def test_records_hold_size_and_checksum_of_every_file(store: ActivationStore) ->
 
 
 def without_checksums(shard: bytes) -> bytes:
-    """Chunks and index of a shard; what is followed by its own checksum has the same checksum whatever it is."""
+    """Chunks and index of a shard without their checksums."""
     for chunks in range(1, 17):
         index = np.frombuffer(shard[-4 - 16 * chunks : -4], "<u8").reshape(-1, 2)
         present = index[index[:, 0] != 2**64 - 1]
@@ -76,7 +76,7 @@ def test_id_follows_from_every_stored_value(tmp_path: Path, store: ActivationSto
 
 
 def test_id_follows_from_every_activation(tmp_path: Path, store: ActivationStore) -> None:
-    """Two values change places, which no statistic of a channel sees."""
+    """Swaps two values of a channel, which leaves its moments unchanged."""
     spec, plan = make_spec(), make_plan(LENGTHS)
     writer = StoreWriter(tmp_path / "other", spec, plan)
     for unit in range(3):
@@ -112,7 +112,7 @@ def test_partial_files_and_whole_shards_of_a_killed_worker_do_no_harm(tmp_path: 
 
 @pytest.mark.parametrize("store_dtype", ["float32", "bfloat16", "int8"])
 def test_second_owner_of_a_unit_agrees_with_the_first_about_every_file(tmp_path: Path, store_dtype: str) -> None:
-    """Two machines give last bits of their own; whoever writes activations first decides, for both."""
+    """Two machines differ in the last bits; the first one to write the activations decides for both."""
     spec, plan = make_spec(store_dtype=store_dtype), make_plan(LENGTHS)
     data = [unit_data(LENGTHS, plan.samples(unit), spec) for unit in range(3)]
     one, other = (StoreWriter(tmp_path / "store", spec, plan) for _ in range(2))
@@ -123,7 +123,7 @@ def test_second_owner_of_a_unit_agrees_with_the_first_about_every_file(tmp_path:
     nudged = replace(data[0], acts={"lm": data[0].acts["lm"] * 1.01})
     assert not other.commit(0, nudged), "the first owner's record stands"
     assert tree(tmp_path / "store") == before
-    # Killed between its files and its record, the first owner leaves files that the second takes for its own.
+    # The first worker, killed between its files and its record, leaves files that the second one keeps.
     (tmp_path / "store/units/commits/000000.json").unlink()
     assert other.commit(0, nudged)
     after = tree(tmp_path / "store")

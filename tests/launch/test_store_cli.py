@@ -1,4 +1,4 @@
-"""The `clt store` commands: what they print, what they leave on disk, and one line for every kind of mistake."""
+"""The `clt store` commands: their output, their files, and one line for every kind of mistake."""
 
 from __future__ import annotations
 
@@ -219,7 +219,7 @@ def test_push_and_pull_carry_a_store_over_the_hub(tmp_path: Path) -> None:
 
         assert f"alice/acts: store {store.id} is commit" in run("push", store.location, "alice/acts")
         assert not any("leases" in name for name in hub.tree("alice/acts"))
-        # A card that somebody wrote on the hub is no part of the store.
+        # A dataset card written on the hub is not part of the store.
         card = b"# Activations"
         hub.repositories["dataset:alice/acts"].add("main", {"README.md": Blob(size=len(card), data=card)})
         assert f"store {store.id}\nno problems at level chunk" in run("pull", "alice/acts", tmp_path / "copy")
