@@ -11,7 +11,7 @@ Shapes: S prompt length, L layers, H heads, D d_model, V vocabulary.
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable, Collection, Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, replace
 from functools import partial
@@ -73,7 +73,7 @@ def record(adapter: ModelAdapter, inputs: PromptInputs, read_site: ReadSite) -> 
 
     Raises:
         GraphError: there is more than one prompt, or padding.
-        ModelError: a norm of the decoder is not an RMSNorm with a weight.
+        ModelError: a norm of the decoder is not an RMSNorm.
     """
     if len(inputs.prompts) != 1 or not bool(inputs.real_mask.all()):
         raise GraphError(f"prompts={len(inputs.prompts)}: record one prompt at a time, without padding")
@@ -112,6 +112,21 @@ def norm_modules(adapter: ModelAdapter) -> list[nn.Module]:
     return [*pairs, adapter.final_norm]
 
 
+def norm_scales(adapter: ModelAdapter, recording: PromptRecording, dtype: torch.dtype) -> list[Tensor]:
+    """The frozen norms as factors of their inputs: weight over denominator.
+
+    Args:
+        adapter: the model.
+        recording: a forward of the prompt.
+        dtype: of the result.
+
+    Returns:
+        [S,D] for each of `norm_modules`.
+    """
+    factors = zip(norm_modules(adapter), recording.norm_factor, strict=True)
+    return [(_norm_weight(norm) * factor_S[:, None]).to(dtype) for norm, factor_S in factors]
+
+
 def same_values(adapter: ModelAdapter, found: Tensor, expected: Tensor) -> bool:
     """Whether two tensors of a model agree up to the rounding of its dtype, far below what a missing term would leave.
 
@@ -124,26 +139,25 @@ def same_values(adapter: ModelAdapter, found: Tensor, expected: Tensor) -> bool:
     return bool((found.to(expected.dtype) - expected).abs().max() <= tolerance * expected.abs().max())
 
 
-def unsupported_norm(adapter: ModelAdapter, norm: nn.Module) -> ModelError:
-    """The error for a norm that is not weight * x / sqrt(mean(x^2) + eps)."""
-    return ModelError(
-        f"{type(norm).__name__} of {adapter.identity.name}: attribution supports norms that are "
-        "weight * x / sqrt(mean(x^2) + eps) only"
-    )
+def _norm_weight(norm: nn.Module) -> Tensor:
+    """[D] float64; 1 for a norm without weight."""
+    weight = cast(Tensor | None, getattr(norm, "weight", None))
+    return torch.ones((), dtype=torch.float64) if weight is None else weight.double()
 
 
 def _keep_factor(
     adapter: ModelAdapter, factors: list[Tensor], norm: nn.Module, args: tuple[Any, ...], output: Tensor
 ) -> None:
     """Appends [S] float64, the least-squares factor of weight * input in the norm's output."""
-    weight = cast(Tensor | None, getattr(norm, "weight", None))
-    if weight is None:
-        raise unsupported_norm(adapter, norm)
-    weighted_SD, output_SD = args[0][0].double() * weight.double(), output[0].double()
-    factor_S = (output_SD * weighted_SD).sum(-1) / weighted_SD.square().sum(-1).clamp_min(1e-300)
-    if not same_values(adapter, output_SD, weighted_SD * factor_S[:, None]):
-        raise unsupported_norm(adapter, norm)
-    factors.append(factor_S)
+    x_SD, output_SD = args[0][0].double(), output[0].double()
+    weighted_SD = x_SD * _norm_weight(norm)
+    eps = getattr(norm, "variance_epsilon", getattr(norm, "eps", None))
+    eps = torch.finfo(args[0].dtype).eps if eps is None else eps
+    if not same_values(adapter, output_SD, weighted_SD * torch.rsqrt(x_SD.square().mean(-1, keepdim=True) + eps)):
+        name = f"{type(norm).__name__} of {adapter.identity.name}"
+        raise ModelError(f"{name}: attribution supports norms that are weight * x / sqrt(mean(x^2) + eps) only")
+    # Measured, so that a frozen norm gives what the module gave.
+    factors.append((output_SD * weighted_SD).sum(-1) / weighted_SD.square().sum(-1).clamp_min(1e-300))
 
 
 class FrozenModel:
@@ -180,7 +194,8 @@ class FrozenModel:
             tensors = self.inputs.model_inputs.items()
             cast_inputs = {name: x.to(self.dtype) if x.is_floating_point() else x for name, x in tensors}
             self.inputs = replace(self.inputs, model_inputs=cast_inputs)
-        self._freezes_norms = "norms" in freeze
+        scales = norm_scales(adapter, recording, self.dtype)
+        self._norms = list(zip(norm_modules(self.adapter), scales, strict=True)) if "norms" in freeze else []
         held = {"lm.embed": recording.embed}
         for part, kind, values in (("attention", "pattern", recording.pattern), ("mlps", "mlp_out", recording.mlp_out)):
             if part in freeze:
@@ -212,17 +227,14 @@ class FrozenModel:
             edits[site] = _on_constant(value, edits.get(site))
         with ExitStack() as stack:
             stack.enter_context(attach(self.adapter, edit=edits))
-            if self._freezes_norms:
-                for norm, factor_S in zip(norm_modules(self.adapter), self.recording.norm_factor, strict=True):
-                    stack.callback(norm.register_forward_hook(self._frozen_norm(factor_S)).remove)
+            for norm, scale_SD in self._norms:
+                stack.callback(norm.register_forward_hook(partial(_scale_input, scale_SD)).remove)
             yield
 
-    def _frozen_norm(self, factor_S: Tensor) -> Callable[[nn.Module, tuple[Any, ...], Tensor], Tensor]:
-        def multiply(norm: nn.Module, args: tuple[Any, ...], _output: Tensor) -> Tensor:
-            weight_D = cast(Tensor, norm.weight)
-            return args[0] * (factor_S[:, None] * weight_D.double()).to(self.dtype)
 
-        return multiply
+def _scale_input(scale_SD: Tensor, _norm: nn.Module, args: tuple[Any, ...], _output: Tensor) -> Tensor:
+    """A forward hook: the output of a frozen norm."""
+    return cast(Tensor, args[0]) * scale_SD
 
 
 def _on_constant(value: Tensor, edit: Edit | None) -> Edit:
