@@ -1,14 +1,14 @@
-# Everything a newcomer types. `make demo` and `make test` do all of their own set-up in .venv.
+# Common commands. `make demo` and `make test` first create .venv themselves.
 
 PYTHON ?= python3
 VENV := .venv
 RUN := $(VENV)/bin
 READY := $(VENV)/.ready
 TORCH := 2.13.0
-# CUDA builds of torch bring the Triton they were made with; only where there is no GPU do we choose one, whose
-# interpreter runs the kernel tests and whose assembler checks their machine code.
+# CUDA builds of torch install their own Triton. This version is for machines without GPU: its interpreter runs the
+# kernel tests and its assembler checks their machine code.
 TRITON := 3.9.0
-# Where CPU builds of torch come from when pip's own sources have none; the only place that names it.
+# Index of CPU builds of torch, for when pip's default index has none; named here only.
 TORCH_CPU_INDEX ?= https://download.pytorch.org/whl/cpu
 DEMO_OUT ?= runs/demo
 
@@ -16,8 +16,8 @@ DEMO_OUT ?= runs/demo
 
 setup: $(READY)
 
-# A machine without GPU gets torch's CPU build, so that nothing pulls CUDA packages. DeepSpeed is installed without
-# building its C++ operations: none is needed on a CPU.
+# Machines without GPU get the CPU build of torch and no CUDA packages. DeepSpeed is installed without compiling its C++
+# operations: none is needed on a CPU.
 $(READY): pyproject.toml constraints.txt
 	$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "vlm-clt needs Python 3.11 or newer; set PYTHON=")'
 	$(PYTHON) -m venv $(VENV)
@@ -31,15 +31,15 @@ $(READY): pyproject.toml constraints.txt
 	DS_BUILD_OPS=0 $(RUN)/pip install -q -c constraints.txt -e '.[dev]'
 	touch $(READY)
 
-# Captures, trains, attributes and checks on the toy model; prints the numbers and the page to open.
+# Captures, trains, attributes and checks on the toy model; prints the measures and the page to open.
 demo: $(READY)
 	$(RUN)/clt demo --out $(DEMO_OUT)
 
-# All tests that take seconds; they need no GPU.
+# All fast tests; no GPU needed.
 test: $(READY)
 	OMP_NUM_THREADS=1 $(RUN)/pytest -n 2 $(PYTEST_ARGS)
 
-# The long ones: retraining the toy model, repeated kills.
+# Slow tests: retraining the toy model, repeated kills.
 test-slow: $(READY)
 	OMP_NUM_THREADS=2 $(RUN)/pytest -m slow $(PYTEST_ARGS)
 
@@ -47,11 +47,12 @@ lint: $(READY)
 	$(RUN)/ruff check .
 	$(RUN)/ruff format --check .
 
-# Checkers cannot follow the folder graft of pyproject.toml in place, so they read the installed layout.
+# mypy cannot follow the package-dir mapping in place, so it checks the installed layout.
 typecheck: $(READY)
 	rm -rf .typecheck build
 	$(RUN)/pip install -q --no-deps --no-build-isolation --target .typecheck .
-	cd .typecheck && ../$(RUN)/mypy --config-file ../pyproject.toml --python-executable ../$(RUN)/python -p clt
+	cp -r benchmarks .typecheck
+	cd .typecheck && ../$(RUN)/mypy --config-file ../pyproject.toml --python-executable ../$(RUN)/python -p clt -p benchmarks
 
 clean:
 	rm -rf $(VENV) .typecheck build *.egg-info runs

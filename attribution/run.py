@@ -18,13 +18,15 @@ from clt.attribution.graphs.scores import GraphScores, prune, score
 from clt.attribution.replacement.replacement_model import require_same_model
 from clt.attribution.viewer.export import graph_document, write_export
 from clt.capture.models.model_settings import ModelChoice
+from clt.capture.models.sites import decoder_sites
+from clt.capture.reading.activation_store import ActivationStore
 from clt.capture.reading.loader import iterate_store
-from clt.capture.reading.open_store import ActivationStore, open_store
+from clt.capture.reading.open_store import open_store
 from clt.capture.reading.token_filter import TokenFilter
 from clt.capture.sources.examples import Example, SourceSettings, load_image, open_source
 from clt.config import STRICT
 from clt.errors import InputError
-from clt.evaluation.store_evaluation import StoreReport, evaluate_store
+from clt.evaluation.evaluator import StoreReport, evaluate_store
 from clt.transcoder.model import CrossLayerTranscoder
 
 GRAPH_FILE = "graph.safetensors"
@@ -198,8 +200,8 @@ def evaluate_on_store(
         The report.
     """
     layers = range(transcoder.config.n_layers)
-    x_sites = [f"lm.{layer}.{transcoder.config.read_site}" for layer in layers]
-    y_sites = [f"lm.{layer}.mlp_out" for layer in layers]
+    x_sites = decoder_sites(layers, transcoder.config.read_site)
+    y_sites = decoder_sites(layers, "mlp_out")
     return evaluate_store(
         transcoder, iterate_store(store, x_sites, y_sites, batch_tokens, where=TokenFilter(drop_bos=True))
     )

@@ -1,1 +1,1 @@
-"""Model and images to activations on disk: adapter, hooks, store, loader."""
+"""Capture of model activations: model adapter, hooks, prompt sources, store and loader."""

@@ -1,6 +1,6 @@
-"""How large a capture will be, how long it will take on this machine, and how fast training can read the result.
+"""Estimates of a planned capture: size of the store, duration on this machine, and read rate of training.
 
-Sizes follow from token counts alone; `clt.capture.speeds` measures the machine.
+Sizes follow from token counts alone; speeds are measured by `clt.capture.speeds`.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ from urllib.parse import unquote, urlsplit
 
 import numpy as np
 
-from clt.capture.storage.local import open_storage
+from clt.capture.storage.open_storage import open_storage
 from clt.capture.store.arrays import ArraySpec
 from clt.capture.store.layout import StoreArrays
 from clt.capture.store.moments import Moments
@@ -24,8 +24,9 @@ if TYPE_CHECKING:
     from clt.capture.speeds import Speeds
 
 GB, GIB = 1e9, 2**30
-#: Bytes per second of the links that usually limit training, and shapes of models: decoder layers, width.
+#: Bytes per second of the links that usually limit training.
 NVME, PCIE = 7 * GB, 25 * GB
+#: Model -> decoder layers, width.
 MODELS = {
     "toy": (4, 256),
     "GPT-2": (12, 768),
@@ -37,22 +38,22 @@ MODELS = {
 
 @dataclass(frozen=True, kw_only=True)
 class StoreSize:
-    """What a capture will write.
+    """Size of the store of a capture.
 
     Attributes:
-        samples: samples.
-        tokens: tokens, without padding.
+        samples: number of samples.
+        tokens: number of tokens, without padding.
         shortest: tokens of the shortest sample.
         longest: tokens of the longest sample.
-        units: units.
+        units: number of units.
         rows_per_unit: most tokens of a unit.
-        chunk_tokens: tokens that are read together.
-        sites: stored sites of a token.
+        chunk_tokens: tokens of a chunk, read at once.
+        sites: number of stored sites.
         store_dtype: type of the stored values.
-        compression: of the stored values.
+        compression: compression of the stored values.
         bytes_per_token: bytes of activations per token, scales included, before compression.
-        total_bytes: the whole store, before compression.
-        memory_bytes: most memory that the activations of a unit take during capture.
+        total_bytes: bytes of the store, before compression.
+        memory_bytes: most memory of the activations of a unit during capture.
     """
 
     samples: int
@@ -71,11 +72,11 @@ class StoreSize:
 
 
 @dataclass(frozen=True, kw_only=True)
-class Reading:
-    """How fast a source of bytes feeds training on all stored sites.
+class ReadRate:
+    """Rate at which a disk, cache or link feeds training on all stored sites.
 
     Attributes:
-        source: what limits.
+        source: the disk, cache or link.
         bytes_per_s: its bytes per second.
         tokens_per_s: tokens of this store per second.
     """
@@ -87,15 +88,15 @@ class Reading:
 
 @dataclass(frozen=True, kw_only=True)
 class ModelCost:
-    """What a million tokens per second mean for a model, one read site and the MLP output of every layer in bfloat16.
+    """Cost of the activations of a model: one read site and the MLP output of every layer, in bfloat16.
 
     Attributes:
-        model: its name.
+        model: name of the model.
         bytes_per_token: 2 sites x layers x width x 2 bytes.
-        bytes_per_s: for a million tokens per second.
+        bytes_per_s: bytes per second at a million tokens per second.
         nvme_tokens_per_s: tokens per second at 7 GB/s.
         pcie_tokens_per_s: tokens per second at 25 GB/s.
-        terabytes: of a hundred million tokens.
+        terabytes: terabytes of a hundred million tokens.
     """
 
     model: str
@@ -108,20 +109,20 @@ class ModelCost:
 
 @dataclass(frozen=True, kw_only=True)
 class Capacity:
-    """The answer to: does it fit, how long does it take, how fast can it be read?
+    """Report on a planned capture: whether it fits, how long it takes, and how fast it can be read.
 
     Attributes:
         output: folder or URL of the store.
-        size: what will be written.
-        committed_tokens: tokens that an earlier run has committed.
+        size: size of the store.
+        committed_tokens: tokens committed by earlier runs.
         needed_bytes: bytes still to be written, before compression.
-        free_bytes: free space at the output; None where that is not known.
-        speeds: of this machine; None if they were not measured.
+        free_bytes: free space at the output; None if unknown.
+        speeds: speeds of this machine; None if not measured.
         capture_tokens_per_s: tokens per second of one worker; None if not measured.
-        capture_s: seconds that one worker takes for what is left; None if not measured.
-        limited_by: what takes most of them; None if not measured.
-        readings: how fast training reads.
-        models: the same in general.
+        capture_s: seconds that one worker needs for the remaining tokens; None if not measured.
+        limited_by: the part of the work that takes longest; None if not measured.
+        readings: read rates of training on this store.
+        models: cost of the activations of some models.
     """
 
     output: str
@@ -133,22 +134,22 @@ class Capacity:
     capture_tokens_per_s: float | None
     capture_s: float | None
     limited_by: str | None
-    readings: tuple[Reading, ...]
+    readings: tuple[ReadRate, ...]
     models: tuple[ModelCost, ...]
 
     @property
     def fits(self) -> bool:
-        """Whether the free space is enough, as far as it is known."""
+        """Whether the free space is sufficient; true if it is unknown."""
         return self.free_bytes is None or self.needed_bytes <= self.free_bytes
 
 
 def capacity(job: CaptureJob, output: str | Path, *, measure: bool = True) -> Capacity:
-    """Sizes, speeds and durations of a planned capture; nothing of it stays on disk.
+    """Estimates sizes, speeds and durations of a planned capture; leaves nothing on disk.
 
     Args:
         job: the capture.
-        output: folder or URL of the store, which may be begun already.
-        measure: run the model on two batches and a probe store beside the output.
+        output: folder or URL of the store; it may be unfinished.
+        measure: measure speeds, with the model on two batches and a probe store beside the output.
 
     Returns:
         The report.
@@ -190,7 +191,7 @@ def capacity(job: CaptureJob, output: str | Path, *, measure: bool = True) -> Ca
         capture_s=seconds,
         limited_by=limit,
         readings=tuple(
-            Reading(source=name, bytes_per_s=speed, tokens_per_s=speed / size.bytes_per_token)
+            ReadRate(source=name, bytes_per_s=speed, tokens_per_s=speed / size.bytes_per_token)
             for name, speed in sources.items()
         ),
         models=tuple(model_cost(name, *shape) for name, shape in MODELS.items()),
@@ -198,7 +199,7 @@ def capacity(job: CaptureJob, output: str | Path, *, measure: bool = True) -> Ca
 
 
 def store_size(job: CaptureJob) -> StoreSize:
-    """What a planned capture will write, before compression; exact but for the metadata, which is small."""
+    """Size of a planned store before compression; exact except for the metadata, which is small."""
     spec, plan = job.spec, job.plan
     arrays = StoreArrays(spec, plan.n_units).per_unit()
     shards = sum(_shard_bytes(array, n) for array in arrays for n in plan.unit_tokens)
@@ -221,7 +222,16 @@ def store_size(job: CaptureJob) -> StoreSize:
 
 
 def model_cost(name: str, layers: int, width: int) -> ModelCost:
-    """What a model's activations cost, from its shape."""
+    """Cost of the activations of a model.
+
+    Args:
+        name: name of the model.
+        layers: number of decoder layers.
+        width: width of the residual stream.
+
+    Returns:
+        Bytes and rates for one read site and the MLP output of every layer in bfloat16.
+    """
     cost = 2 * layers * width * 2
     return ModelCost(
         model=name,
@@ -234,13 +244,13 @@ def model_cost(name: str, layers: int, width: int) -> ModelCost:
 
 
 def free_bytes(location: str | Path) -> int | None:
-    """Free space where a folder is or would be made; None for object stores."""
+    """Free bytes on the disk of a folder, which need not exist; None for object stores."""
     folder = local_folder(location)
     return None if folder is None else shutil.disk_usage(existing_folder(folder)).free
 
 
 def local_folder(location: str | Path) -> Path | None:
-    """The folder that a location means, which need not exist; None for object stores."""
+    """Folder of a location, which need not exist; None for object stores."""
     text = str(location)
     if isinstance(location, Path) or "://" not in text:
         return Path(location)
@@ -248,12 +258,12 @@ def local_folder(location: str | Path) -> Path | None:
 
 
 def existing_folder(folder: Path) -> Path:
-    """The folder itself if it is there, else the nearest one above it that is."""
+    """The folder itself if it exists, else its nearest existing parent."""
     return next(place for place in (folder.absolute(), *folder.absolute().parents) if place.is_dir())
 
 
 def _shard_bytes(array: ArraySpec, n_rows: int) -> int:
-    """Size of an uncompressed shard: whole chunks, a checksum behind each, the index and its checksum."""
+    """Bytes of an uncompressed shard: whole chunks with a checksum each, the index and its checksum."""
     chunk = int(np.prod(array.chunk)) * np.dtype(array.dtype).itemsize + 4
     return -(-n_rows // array.chunk_rows) * array.chunks_per_row * chunk + array.chunks * 16 + 4
 

@@ -1,7 +1,7 @@
-"""Plans a capture: what a job is, how long its samples are, and which of them make up a unit.
+"""Plans a capture: settings, sample lengths, and the assignment of samples to units.
 
-Samples are packed into units by their token counts before the first forward pass, so that any number of workers agree
-on what each unit holds.
+Samples are packed into units by their token counts before the first forward pass, so that all workers agree on the
+contents of each unit.
 """
 
 from __future__ import annotations
@@ -18,9 +18,10 @@ from pydantic.dataclasses import dataclass
 from clt.capture.answers import Answer, Generation, make_answers
 from clt.capture.models.adapter import ModelAdapter
 from clt.capture.models.model_settings import ModelChoice
+from clt.capture.models.sites import decoder_sites
 from clt.capture.sources.examples import ExampleSource, SourceSettings, open_source, text_digest
 from clt.capture.store.arrays import Compression
-from clt.capture.store.read_order import pack_units
+from clt.capture.store.row_order import pack_units
 from clt.capture.store.schema import SCHEMA_VERSION, CapturePlan, SiteGroup, StoreDtype, StoreSpec
 from clt.capture.store.shard_rows import TORCH_DTYPES
 from clt.capture.writing.workers import Schedule
@@ -29,7 +30,7 @@ from clt.errors import ConfigError
 from clt.transcoder.architecture import ReadSite
 from clt.version import code_version
 
-#: A block, which is read together, is at most so many bytes of activations; a unit, which is held in memory, so many.
+#: Most bytes of activations in a block, which is read at once, and in a unit, which is held in memory.
 _BLOCK_BYTES = 8 << 20
 _UNIT_BYTES = 2 << 30
 _CHUNK_TOKENS = (32, 1024)
@@ -38,43 +39,43 @@ _MAX_ROWS_PER_UNIT = 65_536
 
 @dataclass(frozen=True, kw_only=True, config=STRICT)
 class CaptureConfig(ModelChoice):
-    """One capture job."""
+    """Settings of a capture."""
 
     output: str
-    """Folder or URL of the store; it is made, or gone on with if it holds an unfinished store of the same job."""
+    """Folder or URL of the store; an unfinished store of the same job is resumed."""
     source: SourceSettings
-    """Where the examples come from."""
+    """Source of the prompts and images."""
     generate: Generation | None = None
-    """The model answers each prompt itself, and prompt and answer are captured; absent: the answers of the source."""
+    """The model generates an answer to each prompt, which is captured too; default: the answers of the source."""
     read_site: ReadSite = "resid_mid"
-    """What transcoders will read; stored for every layer beside `mlp_out`."""
+    """Site that transcoders will read; stored for every layer beside `mlp_out`."""
     store_dtype: StoreDtype = "bfloat16"
-    """Type of the stored values; int8 halves bfloat16, the error it makes is in the manifest."""
+    """Type of the stored values; int8 takes half the space of bfloat16, its rounding error is in the manifest."""
     compression: Compression = "none"
-    """Lossless compression of the stored values; zstd saves a fifth of bfloat16 and reads several times slower."""
+    """Lossless compression of the stored values; zstd saves a fifth of bfloat16, reading is several times slower."""
     batch_size: int = Field(default=32, gt=0)
     """Prompts per forward pass."""
     rows_per_unit: int | None = Field(default=None, gt=0)
-    """Most tokens of a unit, the piece that is written and committed as a whole; absent: up to 65,536 in 2 GiB."""
+    """Most tokens of a unit, which is committed as a whole; default: the most that fit 2 GiB, up to 65,536."""
     chunk_tokens: int | None = Field(default=None, gt=0)
-    """Tokens that are read together; must divide rows_per_unit; absent: a power of two that makes up to 8 MiB."""
+    """Tokens of a chunk, read at once; divides rows_per_unit; default: a power of two, up to 8 MiB and 1,024 tokens."""
     seed: int = 0
-    """Seed of the order of tokens within units."""
+    """Seed of the order of tokens within a unit."""
     workers: Schedule = Schedule()
-    """Which units this process takes."""
+    """Assignment of units to this process."""
 
 
 @plain_dataclass(frozen=True, kw_only=True)
 class CaptureJob:
-    """A capture that has been planned.
+    """A planned capture.
 
     Attributes:
         adapter: the model.
         source: the examples.
         lengths: tokens of each example.
-        answers: what the model answered to each; None: the answers of the source.
-        spec: what the store will hold.
-        plan: which samples each unit holds.
+        answers: token ids of the generated answer to each; None: the answers of the source.
+        spec: sites, types and sizes of the store.
+        plan: samples of each unit.
     """
 
     adapter: ModelAdapter
@@ -91,7 +92,7 @@ class CaptureJob:
 
     @property
     def memory_bytes(self) -> int:
-        """Most memory that a unit takes: its activations as captured and, where they differ, as stored."""
+        """Most memory of a unit: its activations as captured and, if the type differs, as stored."""
         rows = min(self.spec.rows_per_unit, max(self.plan.unit_tokens))
         values = rows * sum(len(group.sites) * group.width for group in self.spec.groups)
         captured = captured_dtype(self.adapter).itemsize
@@ -99,25 +100,25 @@ class CaptureJob:
         return values * (captured + (stored.itemsize if stored != captured_dtype(self.adapter) else 0))
 
     def summary(self) -> str:
-        """What the job will write, in one line."""
+        """Sizes of the job, in one line."""
         tokens = sum(self.plan.unit_tokens)
         return (
-            f"{len(self.lengths)} samples, {tokens} tokens, {self.plan.n_units} units of up to "
-            f"{self.spec.rows_per_unit} tokens, {len(self.spec.sites)} sites of {self.spec.model.d_model}, "
-            f"{tokens * self.bytes_per_token / 2**20:.1f} MiB"
+            f"samples={len(self.lengths)} tokens={tokens} units={self.plan.n_units} "
+            f"rows_per_unit={self.spec.rows_per_unit} sites={len(self.spec.sites)} width={self.spec.model.d_model} "
+            f"size={tokens * self.bytes_per_token / 2**20:.1f}MiB"
         )
 
 
 def plan_capture(
     config: CaptureConfig, adapter: ModelAdapter | None = None, *, longest_answers: bool = False
 ) -> CaptureJob:
-    """Loads the model and decides what goes where; writes nothing, and runs the model only for `generate`.
+    """Loads the model and plans a capture; writes nothing, and runs the model only for `generate`.
 
     Args:
         config: the job.
-        adapter: the model, if it is loaded already.
-        longest_answers: take every answer that is to be generated for as long as it may be, and generate none; the job
-            then tells sizes and cannot be run.
+        adapter: the model, if it is already loaded.
+        longest_answers: assume the greatest length for each answer and generate none; the job then gives sizes and
+            cannot be run.
 
     Returns:
         The planned job.
@@ -130,7 +131,8 @@ def plan_capture(
     adapter = adapter or config.load()
     source = open_source(config.source)
     lengths, answers = _lengths(config, adapter, source, longest_answers)
-    sites = tuple(f"lm.{layer}.{kind}" for kind in (config.read_site, "mlp_out") for layer in range(adapter.n_layers))
+    layers = range(adapter.n_layers)
+    sites = (*decoder_sites(layers, config.read_site), *decoder_sites(layers, "mlp_out"))
     group = SiteGroup(name="lm", sites=sites, width=adapter.d_model)
     rows, chunk = _sizes(config, len(sites) * adapter.d_model * TORCH_DTYPES[config.store_dtype].itemsize)
     starts = pack_units(lengths, rows)
@@ -156,14 +158,14 @@ def plan_capture(
 
 
 def captured_dtype(adapter: ModelAdapter) -> torch.dtype:
-    """Type in which activations wait to be stored: the model's, so that what storing rounds off can be measured."""
+    """Type of captured activations: the model's, so that the rounding of the stored type can be measured."""
     return torch.float32 if adapter.dtype == torch.float64 else adapter.dtype
 
 
 def _lengths(
     config: CaptureConfig, adapter: ModelAdapter, source: ExampleSource, longest_answers: bool
 ) -> tuple[tuple[int, ...], tuple[Answer, ...] | None]:
-    """Tokens of each sample, and the answers if the model gives them."""
+    """Tokens of each sample, and the generated answers if any."""
     samples, generation = range(len(source.texts)), config.generate
     if generation is None:
         return tuple(_count_tokens(adapter, source, sample, True) for sample in samples), None
@@ -183,14 +185,14 @@ def _lengths(
 
 
 def _count_tokens(adapter: ModelAdapter, source: ExampleSource, sample: int, with_answer: bool) -> int:
-    """Tokens of a sample, or of its prompt alone; its images are opened only if their sizes matter."""
+    """Tokens of a sample or of its prompt alone; images are opened only where their size changes the count."""
     text = source.texts[sample]
     images = source.sizes(sample) if adapter.size_matters else text.n_images
     return adapter.count_tokens(text.prompt, images, text.answer if with_answer else None)
 
 
 def _sizes(config: CaptureConfig, bytes_per_token: int) -> tuple[int, int]:
-    """Rows per unit and tokens per chunk, chosen where the configuration leaves them open."""
+    """Rows per unit and tokens per chunk, with the defaults of keys that are not set."""
     low, high = _CHUNK_TOKENS
     chunk = min(max(_power_of_two(_BLOCK_BYTES // bytes_per_token), low), high)
     if config.rows_per_unit is None:

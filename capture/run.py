@@ -1,9 +1,9 @@
-"""Capture: runs a model over examples and writes what its MLPs read and add into a store.
+"""Runs a model over examples and writes the inputs and outputs of its MLPs to a store.
 
-`capture` is what `clt capture` and `launch/capture.py` call. A unit of the plan (`clt.capture.planning`) is run in
-batches of similar length, padded on the left, and padding is never stored. A capture that is started again goes on with
-the units that are not committed, and any number of workers may be started on the same store: each takes the next free
-unit, and whoever finds all of them committed completes the store.
+`clt capture` and `launch/capture.py` call `capture_store`. The samples of a unit (`clt.capture.planning`) are run in batches
+of similar length, padded on the left; padding is not stored. A restarted capture resumes with the units that are not
+committed. Any number of workers may run on the same store: each takes the next free unit, and the first that finds all
+of them committed completes the store.
 """
 
 from __future__ import annotations
@@ -28,20 +28,20 @@ from clt.records import TokenTable
 
 log = logging.getLogger(__name__)
 
-#: An int8 store standardises channels by the moments of so many tokens, or of unit 0 if it has fewer.
+#: Tokens whose moments standardise the channels of an int8 store; all of unit 0 if it has fewer.
 _CALIBRATION_TOKENS = 8192
 
 
-def capture(config: CaptureConfig, *, adapter: ModelAdapter | None = None, progress: bool = False) -> str | None:
-    """Runs a capture, going on where earlier runs of the same job stopped and beside others that run now.
+def capture_store(config: CaptureConfig, *, adapter: ModelAdapter | None = None, progress: bool = False) -> str | None:
+    """Runs a capture, alone or together with other workers; resumes earlier runs of the same job.
 
     Args:
         config: the job.
-        adapter: the model, if it is loaded already.
+        adapter: the model, if it is already loaded.
         progress: show a progress bar over samples.
 
     Returns:
-        The id of the complete store at `config.output`; None if units are left that a static schedule gives to others.
+        The id of the complete store; None if units are left that a static schedule assigns to others.
 
     Raises:
         ModelError: the model cannot be loaded.
@@ -53,7 +53,7 @@ def capture(config: CaptureConfig, *, adapter: ModelAdapter | None = None, progr
     job = plan_capture(config, adapter)
     writer = StoreWriter(config.output, job.spec, job.plan)
     pending = writer.pending()
-    log.info("%s: %s; %d units to go", config.output, job.summary(), len(pending))
+    log.info("output=%s %s pending_units=%d", config.output, job.summary(), len(pending))
     if pending and not writer.calibrated:
         writer.calibrate(first_tokens(job))
     with tqdm(total=len(job.lengths), unit="sample", disable=not progress) as bar:
@@ -65,7 +65,7 @@ def capture(config: CaptureConfig, *, adapter: ModelAdapter | None = None, progr
 
 
 def first_tokens(job: CaptureJob) -> dict[str, Tensor]:
-    """Activations by which an int8 store is calibrated, whichever worker does: some thousand tokens of unit 0."""
+    """Activations that calibrate an int8 store: the first tokens of unit 0, the same for every worker."""
     samples = job.plan.samples(0)
     ends = itertools.accumulate(job.lengths[sample] for sample in samples)
     n = next((i + 1 for i, end in enumerate(ends) if end >= _CALIBRATION_TOKENS), len(samples))
@@ -74,10 +74,10 @@ def first_tokens(job: CaptureJob) -> dict[str, Tensor]:
 
 @dataclass(frozen=True, kw_only=True)
 class _Batch:
-    """Some samples after the forward pass, one after the other, without padding.
+    """Activations of a batch, its samples concatenated without padding.
 
     Attributes:
-        acts: [n, sites, D].
+        acts: [n, sites, D], in the captured dtype.
         tokens: [n].
         answer_tokens: [samples] int64.
     """
@@ -95,11 +95,11 @@ def capture_samples(
     Args:
         job: the capture.
         unit: number of the unit, for error messages.
-        samples: all samples of the unit or, for calibration, the first.
+        samples: samples of the unit: all or, for calibration, the first.
         done: called with the number of samples of each batch.
 
     Returns:
-        Their activations and tokens, laid end to end.
+        Their activations [n, sites, D] and tokens [n], concatenated in the order of samples.
 
     Raises:
         InputError: an example or an image cannot be read.
@@ -138,10 +138,10 @@ def _run_batch(job: CaptureJob, unit: int, batch: Sequence[int]) -> _Batch:
     lengths = torch.tensor([job.lengths[sample] for sample in batch])
     assert torch.equal(inputs.real_mask.sum(1).cpu(), lengths), "count_tokens and prepare agree"
     with torch.no_grad(), attach(adapter, read=job.spec.sites) as recorded:
-        # No logits are needed, and with a large vocabulary they would cost more than the layers.
+        # Logits are not needed; with a large vocabulary they would cost more than the layers.
         adapter.model(**inputs.model_inputs, use_cache=False, logits_to_keep=1)
     dtype = captured_dtype(adapter)
-    # On the CPU, because layers may lie on other devices than the inputs.
+    # On the CPU, since layers may be on other devices than the inputs.
     real_mask = inputs.real_mask.cpu()
     kept = [recorded[site][real_mask].to(dtype).cpu() for site in job.spec.sites]
     tokens = TokenTable(**{n: value.cpu()[real_mask] for n, value in vars(inputs.tokens).items()})
@@ -149,7 +149,7 @@ def _run_batch(job: CaptureJob, unit: int, batch: Sequence[int]) -> _Batch:
     for site, values in zip(job.spec.sites, kept, strict=True):
         rounded = values.bfloat16() if job.spec.store_dtype == "bfloat16" else values
         if not bool(rounded.isfinite().all()):
-            # The first bad row says which sample it is, not which token: attention spreads NaN over its whole sample.
+            # The first such row identifies the sample, not the token: attention spreads NaN over the whole sample.
             sample = int(tokens.sample[int((~rounded.isfinite()).any(1).nonzero()[0])])
             raise NonFiniteError(
                 f"unit {unit}: {site} is not finite in sample {sample} ('{job.source.texts[sample].example_id}'); the "
@@ -160,7 +160,7 @@ def _run_batch(job: CaptureJob, unit: int, batch: Sequence[int]) -> _Batch:
 
 
 def _batches(samples: range, lengths: Sequence[int], batch_size: int) -> Iterator[list[int]]:
-    """Samples of similar length together, so that little is padded; longest first, so that memory runs out early."""
+    """Batches of similar length, to pad little; longest first, so that memory runs out at the start if at all."""
     by_length = sorted(samples, key=lambda sample: (-lengths[sample], sample))
     for start in range(0, len(by_length), batch_size):
         yield by_length[start : start + batch_size]

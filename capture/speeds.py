@@ -1,4 +1,4 @@
-"""How fast this machine captures, writes and reads: measured on a little of a job, in a place that is deleted again."""
+"""Measures how fast this machine captures, writes and reads, on two batches of a job and a temporary store."""
 
 from __future__ import annotations
 
@@ -16,9 +16,12 @@ import torch
 
 from clt.capture.capacity import existing_folder, local_folder
 from clt.capture.planning import CaptureJob
-from clt.capture.reading.open_store import ActivationStore, open_store
+from clt.capture.reading.activation_store import ActivationStore
+from clt.capture.reading.open_store import open_store
 from clt.capture.run import capture_samples
-from clt.capture.storage.local import LocalStorage, Storage, open_storage
+from clt.capture.storage.base import Storage
+from clt.capture.storage.local import LocalStorage
+from clt.capture.storage.open_storage import open_storage
 from clt.capture.store.layout import StoreArrays
 from clt.capture.store.schema import CapturePlan, StoreSpec
 from clt.capture.store.shard_rows import TORCH_DTYPES, bits_of, write_rows
@@ -33,14 +36,14 @@ _CALIBRATION_ROWS = 1024
 
 @dataclass(frozen=True, kw_only=True)
 class Speeds:
-    """Speeds of this machine, each the best of two rounds; activations in tokens and bytes before compression.
+    """Speeds of this machine, each the best of two rounds; bytes are counted before compression.
 
     Attributes:
-        model: tokens per second that the model reads, its inputs prepared and its activations recorded.
-        commit: tokens per second that are committed: moments, permutation, checksums, fsync.
-        write: bytes per second of a shard written and forced to disk, without the rest of a commit.
-        read: bytes per second that one thread reads from disk, checksums verified, the page cache emptied if it can be.
-        read_cached: the same from the page cache.
+        model: tokens per second of preparing inputs, the forward pass and recording.
+        commit: tokens per second of commits: moments, permutation, checksums, write, fsync.
+        write: bytes per second of writing a shard with fsync, without the rest of a commit.
+        read: bytes per second of one thread from disk, checksums verified, page cache dropped where possible.
+        read_cached: bytes per second of one thread from the page cache.
         stored_fraction: bytes on disk per byte of activations.
     """
 
@@ -53,11 +56,11 @@ class Speeds:
 
 
 def measure_speeds(job: CaptureJob, output: str | Path) -> Speeds:
-    """Runs the model over two batches of a job, and writes and reads a store of some 64 MiB made of what they gave.
+    """Runs the model on two batches of a job, then writes and reads a temporary store of about 64 MiB.
 
     Args:
         job: the capture.
-        output: folder or URL of its store; the probe lies beside the folder, or below the URL.
+        output: folder or URL of its store; the temporary store is beside the folder, or below the URL.
 
     Returns:
         The speeds.
@@ -98,10 +101,10 @@ def measure_speeds(job: CaptureJob, output: str | Path) -> Speeds:
 
 
 def _probe_unit(spec: StoreSpec, data: UnitData) -> tuple[StoreSpec, UnitData]:
-    """A unit of the probe, at most 64 MiB, and what a store of such units holds.
+    """Spec and contents of a unit of the temporary store, at most 64 MiB.
 
-    The rows are those that were captured, over and over, each time with other last bits, so that compression finds no
-    repetition that a real capture would not have.
+    Captured rows are repeated, each scaled by a random factor, so that compression finds no repetition that a real
+    capture would not have.
     """
     chunk = spec.chunk_tokens
     rows = chunk * max(1, min(spec.rows_per_unit, _PROBE_BYTES // spec.bytes_per_token) // chunk)
@@ -113,7 +116,7 @@ def _probe_unit(spec: StoreSpec, data: UnitData) -> tuple[StoreSpec, UnitData]:
 
 
 def _commit(storage: Storage, spec: StoreSpec, unit: UnitData) -> float:
-    """Makes a store of copies of a unit; seconds of the fastest commit."""
+    """Writes a store of copies of a unit; returns the seconds of the fastest commit."""
     n = len(unit.tokens.sample)
     units = max(_ROUNDS, min(_MOST_UNITS, _PROBE_BYTES // (n * spec.bytes_per_token)))
     plan = CapturePlan(sample_starts=tuple(range(units + 1)), unit_tokens=(n,) * units)
@@ -130,7 +133,7 @@ def _commit(storage: Storage, spec: StoreSpec, unit: UnitData) -> float:
 
 
 def _write(storage: Storage, spec: StoreSpec, unit: UnitData, number: int) -> float:
-    """Seconds to write a unit's activations and nothing else, forced to disk."""
+    """Seconds to write the activations of a unit alone, with fsync."""
     arrays = [(StoreArrays(spec, number + 1).acts(group), group.name) for group in spec.groups]
     stored = TORCH_DTYPES[spec.store_dtype]
     bits = {name: bits_of(values.to(stored)) for name, values in unit.acts.items()}
@@ -141,7 +144,7 @@ def _write(storage: Storage, spec: StoreSpec, unit: UnitData, number: int) -> fl
 
 
 def _read(store: ActivationStore, forget: bool) -> float:
-    """Seconds to read all activations of a store block by block into the same buffer."""
+    """Seconds to read all activations of a store, block by block, into one buffer."""
     if forget:
         _forget(store)
     seconds = 0.0
@@ -159,7 +162,7 @@ def _read(store: ActivationStore, forget: bool) -> float:
 
 
 def _forget(store: ActivationStore) -> None:
-    """Asks the system to drop a store's files from its page cache; they are on disk already."""
+    """Asks the system to drop the files of a store, which are on disk, from its page cache."""
     if not isinstance(store.storage, LocalStorage) or not hasattr(os, "posix_fadvise"):
         return
     for unit in store.units:
@@ -173,7 +176,7 @@ def _forget(store: ActivationStore) -> None:
 
 @contextmanager
 def _probe(output: str | Path, purpose: str) -> Iterator[Storage]:
-    """An empty place on the output's disk, removed afterwards."""
+    """A temporary storage on the disk of the output."""
     folder = local_folder(output)
     if folder is not None:
         place = _beside(folder.absolute())
@@ -193,6 +196,6 @@ def _probe(output: str | Path, purpose: str) -> Iterator[Storage]:
 
 
 def _beside(folder: Path) -> Path:
-    """The nearest folder above one that is there, or that one itself if it is the root of its disk."""
+    """Nearest existing parent of a folder, or the folder itself if it is the root of its disk."""
     above = existing_folder(folder.parent)
     return folder if folder.is_dir() and folder.stat().st_dev != above.stat().st_dev else above

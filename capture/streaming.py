@@ -1,10 +1,10 @@
-"""Training straight from a running model, when no disk holds all activations.
+"""Streaming of activations from a running model to training, where no disk holds all of them.
 
-A ring is a store of a capture job of which only some units exist at a time. The units of an epoch, in an order that
-follows from (seed, epoch), are cut into generations of neighbours; while the batches of one generation are read, a
-background thread captures the next, and generations that have been read are removed. Whatever a store offers (shuffled
-order, filters, any number of ranks, resuming) holds within a generation, because each is read by `ActivationLoader`.
-The ring lies in a folder that all ranks reach, /dev/shm for instance, or for a single process in its own memory.
+A ring is a store of a capture job of which only some units exist at a time. The units of an epoch, in an order
+determined by (seed, epoch), are split into generations. While the batches of one generation are read, a background
+thread captures the next; generations that have been read are removed. Within a generation everything works as with a
+store (shuffling, filters, any number of ranks, resuming), since it is read by `ActivationLoader`. The ring is in a
+folder that all ranks reach, such as /dev/shm, or, for a single process, in its memory.
 """
 
 from __future__ import annotations
@@ -20,15 +20,16 @@ import numpy as np
 import torch
 
 from clt.capture.planning import CaptureJob
+from clt.capture.reading.activation_store import ActivationStore
 from clt.capture.reading.loader import ActivationLoader, require_same
-from clt.capture.reading.open_store import ActivationStore, open_committed
+from clt.capture.reading.open_store import open_committed
 from clt.capture.reading.token_filter import ALL_TOKENS, TokenFilter
 from clt.capture.run import capture_samples, first_tokens
-from clt.capture.storage.local import open_storage
-from clt.capture.store.build_manifest import read_commit
+from clt.capture.storage.open_storage import open_storage
+from clt.capture.store.committed_units import read_commit
 from clt.capture.store.layout import commit_path
 from clt.capture.store.moments import Moments, pack_moments, unpack_moments
-from clt.capture.store.read_order import permutation
+from clt.capture.store.row_order import permutation
 from clt.capture.writing.workers import Schedule, assigned_units
 from clt.capture.writing.writer import StoreWriter
 from clt.errors import ConfigError
@@ -37,24 +38,24 @@ from clt.records import ActivationBatch, SiteStats
 log = logging.getLogger(__name__)
 
 _MOMENTS = "moments.safetensors"
-_GENERATIONS = 5  # names the permutation of units among the permutations of a seed
+_GENERATIONS = 5  # distinguishes the permutation of units from the other permutations of a seed
 
 
 class CaptureRing:
-    """The units of a capture that exist at the moment.
+    """The units of a capture that exist at a given time.
 
     Args:
         job: the capture.
-        location: where the units lie, a folder or `memory://name`.
-        units: units of a generation.
+        location: folder of the units, or `memory://name`.
+        units: number of units of a generation.
         seed: seed of the order of units.
-        schedule: how the processes share the work.
+        schedule: how processes share the units.
 
     Attributes:
-        digest: hash of what the ring is a part of.
+        digest: hash of the capture job.
 
     Raises:
-        StoreError: the place holds something else.
+        StoreError: the location holds something else.
     """
 
     def __init__(self, job: CaptureJob, location: str, units: int, seed: int, schedule: Schedule) -> None:
@@ -66,16 +67,16 @@ class CaptureRing:
             self._writer.calibrate(first_tokens(job))
 
     def generations(self, epoch: int) -> list[list[int]]:
-        """The units of each generation of an epoch; every unit once."""
+        """Units of each generation of an epoch, every unit once."""
         order = permutation(self._job.plan.n_units, self._seed, (_GENERATIONS, epoch, 0, 0))
         return [sorted(part.tolist()) for part in np.array_split(order, self._count)]
 
     def fill(self, units: Sequence[int], stop: threading.Event | None = None) -> None:
-        """Captures units, sharing them with other processes, until all of them are there.
+        """Captures units, together with other processes, until all of them are committed.
 
         Args:
             units: their numbers.
-            stop: ends the work early, between units.
+            stop: event that ends the work before the next unit.
 
         Raises:
             InputError: an example or an image cannot be read.
@@ -88,15 +89,15 @@ class CaptureRing:
                 self._writer.commit(unit, capture_samples(self._job, unit, self._job.plan.samples(unit)))
 
     def present(self) -> set[int]:
-        """Units that are there."""
+        """Units that are committed."""
         return self._writer.committed()
 
     def open(self, units: Sequence[int]) -> ActivationStore:
-        """Units that are there, opened anew: names are used again, and no descriptor may outlive its generation."""
+        """Opens committed units; anew each time, since file names are reused by later generations."""
         return open_committed(open_storage(self._location), units)
 
     def remove(self, units: Sequence[int]) -> None:
-        """Removes units; the commit records go first, so that no unit ever exists in part."""
+        """Removes units, commit records first, so that no unit is ever partly there."""
         storage = self._writer.storage
         for unit in units:
             if storage.size(commit_path(unit)) is not None:
@@ -106,7 +107,7 @@ class CaptureRing:
                     storage.delete(file.path)
 
     def moments(self) -> dict[str, Moments]:
-        """Moments of the first generation by group; they outlive its units, so that a resumed job has the same."""
+        """Moments of the first generation by group; kept after its units, so that a resumed job has the same."""
         storage, groups = self._writer.storage, self._job.spec.groups
         if storage.size(_MOMENTS) is None:
             first = self.generations(0)[0]
@@ -116,7 +117,7 @@ class CaptureRing:
         return unpack_moments(storage.read(_MOMENTS), [group.name for group in groups], storage.name(_MOMENTS))
 
     def stats(self, sites: Sequence[str], where: TokenFilter) -> SiteStats:
-        """Moments of sites over the tokens of the first generation that pass a filter without a norm cap."""
+        """Statistics of sites over the tokens of the first generation that pass a filter without a norm cap."""
         group = next(group for group in self._job.spec.groups if set(sites) <= set(group.sites))
         return self.moments()[group.name].select([group.sites.index(site) for site in sites]).stats(where.classes)
 
@@ -127,7 +128,7 @@ class CaptureRing:
 
 @dataclass(frozen=True, kw_only=True)
 class _Place:
-    """The next batch: step `step` of a generation of an epoch."""
+    """Position of the next batch: step of a generation of an epoch."""
 
     epoch: int = 0
     generation: int = 0
@@ -135,23 +136,23 @@ class _Place:
 
 
 class StreamingLoader:
-    """Shuffled batches of a ring, epoch after epoch, without end.
+    """Endless iterator over shuffled batches of a ring, epoch after epoch.
 
-    The ranks' batches of a step, joined in rank order, are the batch that a single rank would read. Tokens are shuffled
-    within a generation; those that do not fill a batch at its end are left out.
+    The batches of all ranks of a step, concatenated in rank order, are the batch that a single rank would read. Tokens
+    are shuffled within a generation; those that do not fill a batch at its end are dropped.
 
     Args:
         ring: the units.
-        x_sites: sites that become `ActivationBatch.x`.
-        y_sites: sites that become `ActivationBatch.y`.
+        x_sites: sites of `ActivationBatch.x`.
+        y_sites: sites of `ActivationBatch.y`.
         batch_tokens: tokens of a step over all ranks.
         window_tokens: tokens shuffled together in memory, over all ranks.
         seed: seed of the order.
         data_rank: this rank on the data axis.
         data_world: ranks on the data axis.
-        where: which tokens are used.
-        device: where batches shall be.
-        removes: whether this process removes what has been read; exactly one of a job does.
+        where: filter of tokens.
+        device: torch device of the batches.
+        removes: whether this process removes read generations; exactly one of a job does.
 
     Raises:
         ConfigError: the filter has a norm cap, which needs the statistics of the whole.
@@ -173,7 +174,7 @@ class StreamingLoader:
         removes: bool = True,
     ) -> None:
         if where.norm_cap is not None:
-            raise ConfigError("data.norm_cap: needs the mean norms of a whole store; capture one, or remove the key")
+            raise ConfigError("data.norm_cap needs the mean norms of a whole store; capture a store, or remove the key")
         self._ring, self._removes = ring, removes
         self._x_sites, self._y_sites = tuple(x_sites), tuple(y_sites)
         self._batch_tokens, self._window_tokens, self._seed = batch_tokens, window_tokens, seed
@@ -181,14 +182,14 @@ class StreamingLoader:
         self._place = _Place()
 
     def state_dict(self) -> dict[str, int | str]:
-        """Where the stream stands; the rest guards against misuse."""
+        """Position of the stream, and settings that are checked when it is loaded."""
         return {**vars(self._place), **self._settings()}
 
     def load_state_dict(self, state: dict[str, int | str]) -> None:
-        """Goes on where another loader stood; iterators made before are not moved.
+        """Resumes at the position of another loader; existing iterators are not moved.
 
         Raises:
-            CheckpointError: it comes from another capture or from other settings.
+            CheckpointError: the state is of another capture or of other settings.
         """
         require_same(state, self._settings())
         self._place = _Place(**{key: int(state[key]) for key in vars(_Place())})
@@ -198,26 +199,26 @@ class StreamingLoader:
         coming = self._coming()
         with ThreadPoolExecutor(1, thread_name_prefix="capture-ring") as background:
             try:
-                stale = self._ring.present()  # what an earlier run of the job has left
+                stale = self._ring.present()  # left by an earlier run of the job
                 place, units = next(coming)
                 self._ring.fill(units, stop)
                 for following, next_units in coming:
                     filled = background.submit(self._ring.fill, next_units, stop)
                     for number, batch in enumerate(self._batches(place, units)):
-                        # The second request shows that every rank has this generation's first batch, so none reads the
-                        # last one any more: ranks take their steps together.
+                        # Ranks step together: a request for the second batch shows that every rank has the first one,
+                        # and none still reads the previous generation.
                         if number == 1 and self._removes:
                             self._ring.remove(sorted(stale - set(units) - set(next_units)))
                             stale.clear()
                         yield batch
-                    filled.result()  # what went wrong in the background is raised here
+                    filled.result()  # raises errors of the background thread
                     stale.update(units)
                     place, units = following, next_units
             finally:
                 stop.set()
 
     def _batches(self, place: _Place, units: Sequence[int]) -> Iterator[ActivationBatch]:
-        """What is left of a generation."""
+        """Remaining batches of a generation."""
         loader = ActivationLoader(
             self._ring.open(units),
             x_sites=self._x_sites,
@@ -230,7 +231,7 @@ class StreamingLoader:
             where=self._where,
             device=self._device,
         )
-        log.info("epoch %d, generation %d: %d steps", place.epoch, place.generation, loader.steps_per_epoch)
+        log.info("epoch=%d generation=%d steps=%d", place.epoch, place.generation, loader.steps_per_epoch)
         for step, batch in enumerate(loader.epoch(place.epoch, place.step), start=place.step):
             last = step + 1 == loader.steps_per_epoch
             self._place = self._after(place) if last else _Place(**{**vars(place), "step": step + 1})

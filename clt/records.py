@@ -51,6 +51,11 @@ class TokenTable:
         """The same table indexed alike in every field."""
         return TokenTable(**{f.name: getattr(self, f.name)[index] for f in fields(self)})
 
+    def encoded(self, drop_bos: bool) -> Tensor:
+        """bool: the tokens that a transcoder encodes, all but padding and, with `clt.drop_bos`, BOS."""
+        real = self.modality != Modality.PAD
+        return real & (self.modality != Modality.BOS) if drop_bos else real
+
 
 @dataclass(frozen=True, kw_only=True)
 class ModelIdentity:

@@ -1,4 +1,4 @@
-"""Writing safetensors files that colleagues can read."""
+"""Tensors as bytes for communication, and safetensors files with the access rights of the user's umask."""
 
 from __future__ import annotations
 
@@ -6,8 +6,14 @@ import os
 from collections.abc import Mapping
 from pathlib import Path
 
+import torch
 from safetensors.torch import save_file
 from torch import Tensor
+
+
+def as_bytes(tensor: Tensor) -> Tensor:
+    """uint8 view of a contiguous tensor, its last dimension widened: shares memory, so it can be sent and received."""
+    return torch.atleast_1d(tensor).view(torch.uint8)
 
 
 def write_tensors(path: Path, tensors: Mapping[str, Tensor], metadata: dict[str, str] | None = None) -> None:

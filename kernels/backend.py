@@ -14,11 +14,13 @@ import importlib.util
 import logging
 import os
 from contextlib import AbstractContextManager, nullcontext
-from types import ModuleType
 from typing import Literal
 
 import torch
 from torch import Tensor
+
+from clt.kernels.common.interface import KernelBackend
+from clt.kernels.pytorch import cpu, reference
 
 log = logging.getLogger(__name__)
 
@@ -57,15 +59,13 @@ def backend_of(tensor: Tensor) -> str:
     return _backend(_demanded, tensor.device.type, tensor.dtype)
 
 
-def implementation(tensor: Tensor) -> ModuleType:
-    """The module behind `backend_of`."""
+def implementation(tensor: Tensor) -> KernelBackend:
+    """The implementation that `backend_of` names."""
     name = backend_of(tensor)
     if name == "triton":
-        from clt.kernels.gpu import paths as fused
+        from clt.kernels.gpu import triton_backend
 
-        return fused
-    from clt.kernels import cpu, reference
-
+        return triton_backend
     return cpu if name == "cpu" else reference
 
 

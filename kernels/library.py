@@ -1,7 +1,7 @@
-"""The operations as torch.library custom operators: fake implementations for torch.compile, and gradients.
+"""The operations as torch.library custom operators, with fake implementations for torch.compile, and gradients.
 
-`clt.kernels.ops` has checked the arguments. Operators know no dataclasses: a grouping of codes travels as the list of
-its tensors, empty when the caller has none and the backward pass must build it.
+`clt.kernels.ops` has checked the arguments. Operators take no dataclasses: a `FeatureCSR` and a `RowAdamState` are
+passed as the lists of their tensors; an empty grouping is built in the backward pass.
 """
 
 import functools
@@ -10,11 +10,13 @@ from typing import Any, ParamSpec, TypeVar
 
 import torch
 from torch import Tensor
+from torch.library import CustomOpDef
 
-from clt.kernels.adam import RowAdamState
 from clt.kernels.backend import device_guard, implementation
-from clt.kernels.csr import SPLIT, FeatureCSR
-from clt.kernels.dtypes import accumulator
+from clt.kernels.common.adam import RowAdamState
+from clt.kernels.common.csr import SPLIT, FeatureCSR
+from clt.kernels.common.dtypes import accumulator
+from clt.kernels.common.interface import DecoderGradInputs, EncoderGradInputs
 
 # No postponed annotations here: the operators' schemas are read from them.
 
@@ -22,19 +24,25 @@ P = ParamSpec("P")
 R = TypeVar("R")
 
 
-def _on_own_device(run: Callable[P, R]) -> Callable[P, R]:
-    """Runs an operator with its first argument's GPU current: Triton launches on the current one."""
+def _operator(*mutated: str) -> Callable[[Callable[P, R]], CustomOpDef]:
+    """Registers a function as operator clt::<name>, run with its first argument's GPU current, as Triton needs it.
 
-    @functools.wraps(run)
-    def guarded(*args: P.args, **kwargs: P.kwargs) -> R:
-        with device_guard(args[0]):  # type: ignore[arg-type]
-            return run(*args, **kwargs)
+    Args:
+        mutated: names of the arguments that the operator changes in place.
+    """
 
-    return guarded
+    def register(run: Callable[P, R]) -> CustomOpDef:
+        @functools.wraps(run)
+        def guarded(*args: P.args, **kwargs: P.kwargs) -> R:
+            with device_guard(args[0]):  # type: ignore[arg-type]
+                return run(*args, **kwargs)
+
+        return torch.library.custom_op(f"clt::{run.__name__}", guarded, mutates_args=mutated)
+
+    return register
 
 
-@torch.library.custom_op("clt::feature_csr", mutates_args=())
-@_on_own_device
+@_operator()
 def feature_csr(values: Tensor, indices: Tensor, n_features: int) -> list[Tensor]:
     return FeatureCSR.build(values, indices, n_features).tensors()
 
@@ -46,11 +54,14 @@ def _(values: Tensor, indices: Tensor, n_features: int) -> list[Tensor]:
     return [values.new_empty((layers, width), dtype=torch.int32) for width in widths]
 
 
-@torch.library.custom_op("clt::select_topk", mutates_args=())
-@_on_own_device
+@_operator()
 def select_topk(pre: Tensor, k: int) -> tuple[Tensor, Tensor]:
-    values, indices = implementation(pre).select_topk(pre, k)
-    return values, indices
+    return implementation(pre).select_topk(pre, k)
+
+
+@_operator()
+def encode_topk(x: Tensor, W_enc: Tensor, b_enc: Tensor, k: int) -> tuple[Tensor, Tensor]:
+    return implementation(x).encode_topk(x, W_enc, b_enc, k)
 
 
 @select_topk.register_fake
@@ -58,31 +69,22 @@ def _(pre: Tensor, k: int) -> tuple[Tensor, Tensor]:
     return pre.new_empty((len(pre), k)), pre.new_empty((len(pre), k), dtype=torch.int32)
 
 
-@torch.library.custom_op("clt::encode_topk", mutates_args=())
-@_on_own_device
-def encode_topk(x: Tensor, W_enc: Tensor, b_enc: Tensor, k: int) -> tuple[Tensor, Tensor]:
-    values, indices = implementation(x).encode_topk(x, W_enc, b_enc, k)
-    return values, indices
-
-
 @encode_topk.register_fake
 def _(x: Tensor, W_enc: Tensor, b_enc: Tensor, k: int) -> tuple[Tensor, Tensor]:
     return x.new_empty((len(x), k)), x.new_empty((len(x), k), dtype=torch.int32)
 
 
-@torch.library.custom_op("clt::encoder_grad", mutates_args=())
-@_on_own_device
+@_operator()
 def encoder_grad(
     grad_values: Tensor, values: Tensor, indices: Tensor, x: Tensor, n_features: int, csr: list[Tensor]
 ) -> tuple[Tensor, Tensor]:
     grouping = FeatureCSR.from_tensors(csr)
-    grad_W, grad_b = implementation(x).encoder_grad(grad_values, values, indices, x, n_features, grouping)
-    return grad_W, grad_b
+    return implementation(x).encoder_grad(EncoderGradInputs(grad_values, values, indices, x, n_features, grouping))
 
 
 @encoder_grad.register_fake
 def _(
-    grad_values: Tensor, values: Tensor, indices: Tensor, x: Tensor, n_features: int, *_: Any
+    grad_values: Tensor, values: Tensor, indices: Tensor, x: Tensor, n_features: int, csr: list[Tensor]
 ) -> tuple[Tensor, Tensor]:
     return x.new_empty((n_features, x.shape[1])), x.new_empty(n_features)
 
@@ -108,8 +110,7 @@ def _encode_backward(ctx: Any, grad_values: Tensor, _: Tensor | None) -> tuple[T
 encode_topk.register_autograd(_encode_backward, setup_context=_save_encode)
 
 
-@torch.library.custom_op("clt::encode_selected", mutates_args=())
-@_on_own_device
+@_operator()
 def encode_selected(x: Tensor, W_enc: Tensor, b_enc: Tensor, values: Tensor, indices: Tensor) -> Tensor:
     return values.clone()
 
@@ -131,22 +132,19 @@ def _selected_backward(ctx: Any, grad_values: Tensor) -> tuple[Tensor | None, ..
 encode_selected.register_autograd(_selected_backward, setup_context=_save_selected)
 
 
-@torch.library.custom_op("clt::decode", mutates_args=())
-@_on_own_device
+@_operator()
 def decode(
     values: Tensor, indices: Tensor, W_dec: Tensor, b_dec: Tensor, skip: Tensor | None, csr: list[Tensor]
 ) -> Tensor:
-    y: Tensor = implementation(W_dec).decode(values, indices, W_dec, b_dec, skip)
-    return y
+    return implementation(W_dec).decode(values, indices, W_dec, b_dec, skip)
 
 
 @decode.register_fake
-def _(values: Tensor, indices: Tensor, W_dec: Tensor, b_dec: Tensor, skip: Tensor | None, csr: list[Tensor]) -> Tensor:
+def _(values: Tensor, indices: Tensor, W_dec: Tensor, *_: Any) -> Tensor:
     return W_dec.new_empty((values.shape[1], W_dec.shape[2]))
 
 
-@torch.library.custom_op("clt::decode_loss", mutates_args=())
-@_on_own_device
+@_operator()
 def decode_loss(
     values: Tensor,
     indices: Tensor,
@@ -157,8 +155,7 @@ def decode_loss(
     skip: Tensor | None,
     csr: list[Tensor],
 ) -> tuple[Tensor, Tensor]:
-    error, residual = implementation(W_dec).decode_loss(values, indices, W_dec, b_dec, y, weights, skip)
-    return error, residual
+    return implementation(W_dec).decode_loss(values, indices, W_dec, b_dec, y, weights, skip)
 
 
 @decode_loss.register_fake
@@ -166,8 +163,7 @@ def _(values: Tensor, indices: Tensor, W_dec: Tensor, b_dec: Tensor, y: Tensor, 
     return W_dec.new_empty((), dtype=accumulator(W_dec.dtype)), W_dec.new_empty(y.shape)
 
 
-@torch.library.custom_op("clt::decoder_grad", mutates_args=())
-@_on_own_device
+@_operator()
 def decoder_grad(
     grad: Tensor,
     values: Tensor,
@@ -178,24 +174,13 @@ def decoder_grad(
     scale: Tensor | None,
     need_W: bool,
 ) -> list[Tensor]:
-    grouping = FeatureCSR.from_tensors(csr)
-    grad_values, grad_W = implementation(W_dec).decoder_grad(
-        grad, values, indices, W_dec, grouping, weights, scale, need_W
-    )
-    return [grad_values, grad_W] if need_W else [grad_values]
+    inputs = DecoderGradInputs(grad, values, indices, W_dec, FeatureCSR.from_tensors(csr), weights, scale)
+    return [tensor for tensor in implementation(W_dec).decoder_grad(inputs, need_W) if tensor is not None]
 
 
 @decoder_grad.register_fake
-def _(
-    grad: Tensor,
-    values: Tensor,
-    indices: Tensor,
-    W_dec: Tensor,
-    csr: list[Tensor],
-    weights: Any,
-    scale: Any,
-    need_W: bool,
-) -> list[Tensor]:
+def _(grad: Tensor, values: Tensor, indices: Tensor, W_dec: Tensor, *rest: Any) -> list[Tensor]:
+    *_, need_W = rest
     grad_values = values.new_empty(values.shape, dtype=accumulator(W_dec.dtype))
     return [grad_values, torch.empty_like(W_dec)] if need_W else [grad_values]
 
@@ -263,34 +248,9 @@ def _decode_loss_backward(ctx: Any, grad_error: Tensor, _: Tensor | None) -> tup
 decode_loss.register_autograd(_decode_loss_backward, setup_context=_save_decode_loss)
 
 
-#: What operators mutate of a `RowAdamState`.
-_STATE = ("v", "m", "last_step", "v_exponents", "m_exponents")
-
-
-def _state(
-    v: Tensor, m: Tensor | None, last_step: Tensor, seed: int, v_exponents: Tensor | None, m_exponents: Tensor | None
-) -> RowAdamState:
-    return RowAdamState(
-        v_RD=v, m_RD=m, last_step_R=last_step, seed=seed, v_exponents_RG=v_exponents, m_exponents_RG=m_exponents
-    )
-
-
-@torch.library.custom_op("clt::row_adam_", mutates_args=("param", *_STATE))
-@_on_own_device
-def row_adam_(
-    param: Tensor,
-    grad: Tensor,
-    v: Tensor,
-    m: Tensor | None,
-    last_step: Tensor,
-    seed: int,
-    v_exponents: Tensor | None,
-    m_exponents: Tensor | None,
-    hyper: Tensor,
-    touched: Tensor,
-) -> None:
-    state = _state(v, m, last_step, seed, v_exponents, m_exponents)
-    implementation(param).row_adam_(param, grad, state, hyper, touched)
+@_operator("param", "state")
+def row_adam_(param: Tensor, grad: Tensor, state: list[Tensor], seed: int, hyper: Tensor, touched: Tensor) -> None:
+    implementation(param).row_adam_(param, grad, RowAdamState.from_tensors(state, seed), hyper, touched)
 
 
 @row_adam_.register_fake
@@ -298,8 +258,7 @@ def _(*_: Any) -> None:
     return None
 
 
-@torch.library.custom_op("clt::decoder_step_", mutates_args=("W_dec", *_STATE))
-@_on_own_device
+@_operator("W_dec", "state")
 def decoder_step_(
     grad: Tensor,
     values: Tensor,
@@ -308,22 +267,12 @@ def decoder_step_(
     csr: list[Tensor],
     weights: Tensor | None,
     scale: Tensor | None,
-    v: Tensor,
-    m: Tensor | None,
-    last_step: Tensor,
+    state: list[Tensor],
     seed: int,
-    v_exponents: Tensor | None,
-    m_exponents: Tensor | None,
     hyper: Tensor,
 ) -> Tensor:
-    state = _state(v, m, last_step, seed, v_exponents, m_exponents)
-    grouping, paths = FeatureCSR.from_tensors(csr), implementation(W_dec)
-    if hasattr(paths, "decoder_step_"):
-        grad_values: Tensor = paths.decoder_step_(grad, values, indices, W_dec, grouping, weights, scale, state, hyper)
-        return grad_values
-    grad_values, grad_W = paths.decoder_grad(grad, values, indices, W_dec, grouping, weights, scale)
-    paths.row_adam_(W_dec, grad_W, state, hyper, grouping.touched())
-    return grad_values
+    inputs = DecoderGradInputs(grad, values, indices, W_dec, FeatureCSR.from_tensors(csr), weights, scale)
+    return implementation(W_dec).decoder_step_(inputs, RowAdamState.from_tensors(state, seed), hyper)
 
 
 @decoder_step_.register_fake
@@ -331,8 +280,7 @@ def _(grad: Tensor, values: Tensor, indices: Tensor, W_dec: Tensor, *_: Any) -> 
     return values.new_empty(values.shape, dtype=accumulator(W_dec.dtype))
 
 
-@torch.library.custom_op("clt::encoder_step_", mutates_args=("W_enc", *_STATE))
-@_on_own_device
+@_operator("W_enc", "state")
 def encoder_step_(
     grad_values: Tensor,
     values: Tensor,
@@ -340,22 +288,12 @@ def encoder_step_(
     x: Tensor,
     W_enc: Tensor,
     csr: list[Tensor],
-    v: Tensor,
-    m: Tensor | None,
-    last_step: Tensor,
+    state: list[Tensor],
     seed: int,
-    v_exponents: Tensor | None,
-    m_exponents: Tensor | None,
     hyper: Tensor,
 ) -> Tensor:
-    state = _state(v, m, last_step, seed, v_exponents, m_exponents)
-    grouping, paths = FeatureCSR.from_tensors(csr), implementation(W_enc)
-    if hasattr(paths, "encoder_step_"):
-        grad_b: Tensor = paths.encoder_step_(grad_values, values, indices, x, W_enc, grouping, state, hyper)
-        return grad_b
-    grad_W, grad_b = paths.encoder_grad(grad_values, values, indices, x, len(W_enc), grouping)
-    paths.row_adam_(W_enc, grad_W, state, hyper, grouping.touched()[0])
-    return grad_b
+    inputs = EncoderGradInputs(grad_values, values, indices, x, len(W_enc), FeatureCSR.from_tensors(csr))
+    return implementation(W_enc).encoder_step_(inputs, W_enc, RowAdamState.from_tensors(state, seed), hyper)
 
 
 @encoder_step_.register_fake

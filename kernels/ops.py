@@ -13,11 +13,12 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
-from clt.kernels import library, reference
-from clt.kernels.adam import RowAdam, RowAdamState
+from clt.kernels import library
 from clt.kernels.backend import backend_of, device_guard, implementation, use_backend
-from clt.kernels.checks import check_k, fit, fit_decode, fit_encoder, fit_grad
-from clt.kernels.csr import FeatureCSR
+from clt.kernels.common.adam import RowAdam, RowAdamState
+from clt.kernels.common.checks import check_k, fit, fit_decode, fit_encoder, fit_grad
+from clt.kernels.common.csr import FeatureCSR
+from clt.kernels.pytorch import reference
 
 __all__ = [
     "FeatureCSR",
@@ -80,8 +81,7 @@ def preactivations(x_BD: Tensor, W_enc_FD: Tensor, b_enc_F: Tensor) -> Tensor:
         ValueError: shapes do not fit.
     """
     fit("preactivations", x=(x_BD, "BD"), W_enc=(W_enc_FD, "FD"), b_enc=(b_enc_F, "F"))
-    product = reference.preactivations if backend_of(x_BD) == "reference" else _library_product
-    return product(x_BD.detach(), W_enc_FD.detach(), b_enc_F.detach())
+    return implementation(x_BD).preactivations(x_BD.detach(), W_enc_FD.detach(), b_enc_F.detach())
 
 
 def encode_selected(x_BD: Tensor, W_enc_FD: Tensor, b_enc_F: Tensor, values_BK: Tensor, indices_BK: Tensor) -> Tensor:
@@ -304,7 +304,7 @@ def decoder_step_(
     """
     fit_grad("decoder_step_", grad_BD, values_SBK, indices_SBK, W_dec_SFD, weights_B, scale)
     return library.decoder_step_(
-        grad_BD, values_SBK, indices_SBK, W_dec_SFD, csr.tensors(), weights_B, scale, *_state(state), hyper
+        grad_BD, values_SBK, indices_SBK, W_dec_SFD, csr.tensors(), weights_B, scale, state.tensors(), state.seed, hyper
     )
 
 
@@ -339,7 +339,7 @@ def encoder_step_(
     """
     fit_encoder("encoder_step_", grad_values_BK, values_BK, indices_BK, x_BD)
     return library.encoder_step_(
-        grad_values_BK, values_BK, indices_BK, x_BD, W_enc_FD, csr.tensors(), *_state(state), hyper
+        grad_values_BK, values_BK, indices_BK, x_BD, W_enc_FD, csr.tensors(), state.tensors(), state.seed, hyper
     )
 
 
@@ -362,7 +362,7 @@ def row_adam_(param: Tensor, grad: Tensor, state: RowAdamState, hyper: Tensor, t
             f"row_adam_: param {tuple(param.shape)}, grad {tuple(grad.shape)}, touched {tuple(touched.shape)} and "
             f"moments {tuple(state.v_RD.shape)} do not fit"
         )
-    library.row_adam_(param, grad, *_state(state), hyper, touched)
+    library.row_adam_(param, grad, state.tensors(), state.seed, hyper, touched)
 
 
 def batch_threshold(pre_BF: Tensor, n: int, reduce: Callable[[Tensor], Tensor] | None = None) -> tuple[Tensor, Tensor]:
@@ -384,8 +384,7 @@ def batch_threshold(pre_BF: Tensor, n: int, reduce: Callable[[Tensor], Tensor] |
     if n < 1:
         raise ValueError(f"batch_threshold: n={n} must be positive")
     with device_guard(pre_BF):
-        threshold, quota = implementation(pre_BF).batch_threshold(pre_BF.detach(), n, reduce)
-    return threshold, quota
+        return implementation(pre_BF).batch_threshold(pre_BF.detach(), n, reduce)
 
 
 def token_threshold(pre_BN: Tensor, n: int, reduce: Callable[[Tensor], Tensor] | None = None) -> tuple[Tensor, Tensor]:
@@ -428,17 +427,8 @@ def select_above(pre_BF: Tensor, threshold: Tensor, quota: Tensor, capacity: int
     fit("select_above", pre=(pre_BF, "BF"))
     check_k("select_above", capacity, pre_BF.shape[1])
     with device_guard(pre_BF):
-        values, indices, counts = implementation(pre_BF).select_above(pre_BF.detach(), threshold, quota, capacity)
-    return values, indices, counts
-
-
-def _library_product(x_BD: Tensor, W_enc_FD: Tensor, b_enc_F: Tensor) -> Tensor:
-    return torch.addmm(b_enc_F, x_BD, W_enc_FD.T)
+        return implementation(pre_BF).select_above(pre_BF.detach(), threshold, quota, capacity)
 
 
 def _tensors(csr: FeatureCSR | None) -> list[Tensor]:
     return [] if csr is None else csr.tensors()
-
-
-def _state(state: RowAdamState) -> tuple[Tensor, Tensor | None, Tensor, int, Tensor | None, Tensor | None]:
-    return state.v_RD, state.m_RD, state.last_step_R, state.seed, state.v_exponents_RG, state.m_exponents_RG

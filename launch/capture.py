@@ -2,21 +2,21 @@
 
     python launch/capture.py configs/capture/toy.yaml [key=value ...] [--dry-run]
 
-A capture that was stopped goes on where it was. `--dry-run` loads the model, prints the resolved configuration and
-what would be written, and ends.
+A capture that was stopped continues where it was. `--dry-run` loads the model, prints the resolved configuration and
+the size of the store, and exits. The same job as `clt capture`.
 """
 
 from __future__ import annotations
 
 import sys
-from collections.abc import Sequence
+from functools import partial
 
 from clt.capture.planning import CaptureConfig, plan_capture
-from clt.capture.run import capture
+from clt.capture.run import capture_store
 from clt.config import config_to_yaml
-from clt.launch.script import run_script
+from clt.launch.script import JobCommand, run_job
 
-LEFT_TO_OTHERS = "done; units are left to other workers, the last of which completes the store"
+UNITS_LEFT = "this worker is done; other workers capture the remaining units, and the last one completes the store"
 
 
 def describe(config: CaptureConfig) -> str:
@@ -24,17 +24,17 @@ def describe(config: CaptureConfig) -> str:
     return f"{config_to_yaml(config)}# {plan_capture(config, longest_answers=True).summary()}"
 
 
-def main(arguments: Sequence[str] | None = None) -> int:
-    """The script; returns its exit code."""
-    return run_script(
-        "Captures the activations of a model into a store.",
-        CaptureConfig,
-        describe,
-        lambda config: capture(config, progress=sys.stderr.isatty()) or LEFT_TO_OTHERS,
-        arguments,
-        ranks_agree=False,
-    )
+COMMAND = JobCommand(
+    name="clt capture",
+    summary="Captures the activations of a model into a store; prints the store's id.",
+    settings=CaptureConfig,
+    run=lambda config: capture_store(config, progress=sys.stderr.isatty()) or UNITS_LEFT,
+    describe=describe,
+    ranks_agree=False,
+)
+
+main = partial(run_job, COMMAND)
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    sys.exit(main(sys.argv[1:]))

@@ -1,7 +1,9 @@
-"""The whole journey in one function: capture, train, evaluate, attribute, check and steer, on the toy model.
+"""Demo on the toy model: capture, train, evaluate, attribute, check the graph and steer.
 
-Every stage is the one users run: the same stores, `torchrun` with DeepSpeed, safetensors, TensorBoard. What comes out
-is a page with a graph and `summary.json` with the numbers that say whether to believe it.
+    python launch/demo.py [CONFIG] [key=value ...]
+
+Every stage is the one users run: the same stores, `torchrun` with DeepSpeed, safetensors, TensorBoard. The results are
+a page with a graph and `summary.json` with the measures of its faithfulness (docs/demo.md). The same job as `clt demo`.
 """
 
 from __future__ import annotations
@@ -16,6 +18,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import asdict, field
 from dataclasses import dataclass as plain_dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -27,17 +30,18 @@ from clt.attribution.features.steering import SteeringReport, SteeringSettings, 
 from clt.attribution.run import AttributeConfig, EvaluateConfig, EvaluationReport, Explanation, evaluate, explain
 from clt.capture.models.adapter import ModelAdapter
 from clt.capture.planning import CaptureConfig
-from clt.capture.run import capture
+from clt.capture.run import capture_store
 from clt.capture.sources.examples import SourceSettings, ToySource, open_source
 from clt.config import STRICT, config_to_yaml
 from clt.errors import CLTError
+from clt.launch.script import JobCommand, run_job
 from clt.training.settings import AuxKSettings, DataSettings, OptimizerSettings, TrainConfig
 from clt.transcoder.architecture import TranscoderSettings
 from clt.transcoder.model import CrossLayerTranscoder
 
 log = logging.getLogger(__name__)
 
-#: Seeds of the drawn boards: what trains, what is held out, and what is asked of the model are different images.
+#: Seeds of the drawn boards: training, held-out evaluation and prompts use different images.
 TRAIN_SEED, HELDOUT_SEED, PROMPT_SEED = 1, 2, 3
 
 
@@ -63,10 +67,12 @@ class DemoConfig:
 
     model: DirectoryPath
     """Folder of the toy model."""
+    output: Path = Path("runs/demo")
+    """Folder for everything written."""
     train_prompts: int = Field(gt=0)
     """Prompts captured for training."""
     heldout_prompts: int = Field(gt=0)
-    """Prompts captured for the held-out measures."""
+    """Prompts captured for the held-out evaluation."""
     agreement_prompts: int = Field(gt=0)
     """Prompts on which the replacement model is compared with the model."""
     training: DemoTraining
@@ -81,40 +87,39 @@ class DemoConfig:
 
 @plain_dataclass(kw_only=True)
 class _Stages:
-    """Seconds of the stages done so far."""
+    """Wall time of the stages done so far."""
 
     seconds: dict[str, float] = field(default_factory=dict)
 
     @contextmanager
     def time(self, name: str) -> Iterator[None]:
-        log.info("%s ...", name)
+        log.info("stage=%s", name)
         started = time.perf_counter()
         yield
         self.seconds[name] = round(time.perf_counter() - started, 2)
-        log.info("%s: %.1f s", name, self.seconds[name])
+        log.info("stage=%s seconds=%.1f", name, self.seconds[name])
 
 
-def demo(config: DemoConfig, out: Path) -> dict[str, Any]:
-    """Runs the journey.
+def demo(config: DemoConfig) -> dict[str, Any]:
+    """Runs all stages; those that are complete in `config.output` are not run again.
 
     Args:
         config: sizes.
-        out: folder for everything written; stages that are complete there are not run again.
 
     Returns:
-        The summary, also in `out/summary.json`; its keys are explained in docs/demo.md.
+        The summary, also in `summary.json` of the output folder; docs/demo.md explains its keys.
 
     Raises:
         CLTError: a stage failed; the message is the stage's.
     """
-    # The toy's tensors are small: a second thread would mostly wait, and on a busy machine many times longer.
+    # The toy's tensors are small: a second thread mostly waits, on a busy machine many times longer.
     torch.set_num_threads(1)
-    stages = _Stages()
+    stages, out = _Stages(), config.output
     with stages.time("capture"):
         _capture(config, config.train_prompts, TRAIN_SEED, out / "store")
         _capture(config, config.heldout_prompts, HELDOUT_SEED, out / "heldout")
     with stages.time("train"):
-        _train(config, out)
+        _train(config)
     with stages.time("evaluate"):
         report = evaluate(
             EvaluateConfig(
@@ -136,7 +141,7 @@ def demo(config: DemoConfig, out: Path) -> dict[str, Any]:
             )
         )
     with stages.time("steer"):
-        steering = _steer(config, out)
+        steering = _steer(config)
     summary = _summary(config, report, explanation, steering, stages.seconds)
     (out / "summary.json").write_text(json.dumps(summary, indent=1) + "\n", encoding="utf-8")
     return summary
@@ -148,14 +153,14 @@ def _boards(n: int, seed: int) -> SourceSettings:
 
 def _capture(config: DemoConfig, n: int, seed: int, output: Path) -> None:
     job = CaptureConfig(model=str(config.model), output=str(output), source=_boards(n, seed), seed=config.seed)
-    capture(job, progress=sys.stderr.isatty())
+    capture_store(job, progress=sys.stderr.isatty())
 
 
-def _train(config: DemoConfig, out: Path) -> None:
-    """Runs `torchrun launch/train.py` as a user would, one thread a process."""
+def _train(config: DemoConfig) -> None:
+    """Runs `torchrun launch/train.py` as a user would, with one thread per process."""
     job = TrainConfig(
-        store=str(out / "store"),
-        output=out / "clt",
+        store=str(config.output / "store"),
+        output=config.output / "clt",
         steps=config.training.steps,
         seed=config.seed,
         clt=config.training.clt,
@@ -163,18 +168,18 @@ def _train(config: DemoConfig, out: Path) -> None:
         auxk=config.training.auxk,
         data=config.training.data,
     )
-    path = out / "train.yaml"
+    path = config.output / "train.yaml"
     path.write_text(config_to_yaml(job), encoding="utf-8")
     torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={config.processes}"]
     command = [*torchrun, "-m", "clt.launch.train", str(path)]
     result = subprocess.run(command, env={"OMP_NUM_THREADS": "1"} | os.environ, stdout=sys.stderr, check=False)
     if result.returncode:
-        raise CLTError(f"training ended with code {result.returncode}; its reason stands above")
+        raise CLTError(f"training failed with exit code {result.returncode}; see the error above")
 
 
-def _steer(config: DemoConfig, out: Path) -> SteeringReport:
+def _steer(config: DemoConfig) -> SteeringReport:
     adapter = ModelAdapter.from_pretrained(str(config.model))
-    transcoder = CrossLayerTranscoder.from_pretrained(out / "clt")
+    transcoder = CrossLayerTranscoder.from_pretrained(config.output / "clt")
     source = open_source(_boards(2 * config.steering.num_prompts, PROMPT_SEED))
     return steer(adapter, transcoder, (source.load(i) for i in range(len(source.texts))), config.steering)
 
@@ -212,7 +217,7 @@ def _summary(
 
 
 def describe(summary: dict[str, Any]) -> str:
-    """The summary as a table for people.
+    """The summary as a table.
 
     Args:
         summary: from `demo`.
@@ -221,23 +226,48 @@ def describe(summary: dict[str, Any]) -> str:
         Lines of text.
     """
     rows = [
-        ("fvu", "{:.4f}", "variance of the MLP outputs that the transcoder misses, held-out tokens"),
+        ("fvu", "{:.4f}", "fraction of variance unexplained of the MLP outputs, held-out tokens, mean over layers"),
         ("l0", "{:.1f}", "active features per token and layer"),
-        ("dead_fraction", "{:.3f}", "features that never fire on the held-out tokens"),
-        ("top1_agreement", "{:.4f}", "answers that survive replacing every MLP, without error terms"),
-        ("kl", "{:.1e}", "nats between the two predictions at the answers"),
-        ("replacement_score", "{:.3f}", "paths of the graph that end at tokens and patches, not at errors"),
-        ("completeness_score", "{:.3f}", "inputs of what matters that are explained, not errors"),
-        ("edge_max_rel_error", "{:.1e}", "largest difference between an edge and its measured intervention"),
+        ("dead_fraction", "{:.3f}", "fraction of features never active on the held-out tokens"),
+        ("top1_agreement", "{:.4f}", "fraction of answers unchanged when every MLP is replaced, without error terms"),
+        ("kl", "{:.1e}", "KL(model || replacement model) at the answers, nats"),
+        (
+            "replacement_score",
+            "{:.3f}",
+            "influence-weighted fraction of paths that lead back to tokens and patches, not error nodes",
+        ),
+        (
+            "completeness_score",
+            "{:.3f}",
+            "influence-weighted fraction of each node's input that does not come from error nodes",
+        ),
+        ("edge_max_rel_error", "{:.1e}", "largest relative difference between an edge and its measured intervention"),
     ]
     lines = [f"{key:20} {form.format(summary[key]):>9}   {meaning}" for key, form, meaning in rows]
     lines.append(
-        "steering: answers that flip without the n most influential features [95 % interval], and without n others"
+        "steering: share of answers that change when the top-n features are ablated [95 % CI]; control: n features"
     )
-    lines.append("of the same layers that come closest in what they write; in the model and in the replacement model")
+    lines.append(
+        "of the same layers with similar output norm; in the model (original) or the replacement model (replaced)"
+    )
     for result in summary["steering"]["results"]:
         shares = [f"{s['rate']:.2f} [{s['low']:.2f}, {s['high']:.2f}]" for s in (result["ablated"], result["control"])]
         name = f"  n={result['n']}, {result['mlps']}"
-        lines.append(f"{name:20} {shares[0]:>18}   others {shares[1]}")
+        lines.append(f"{name:20} {shares[0]:>18}   control {shares[1]}")
     seconds = ", ".join(f"{name} {value:.0f}" for name, value in summary["seconds"].items())
     return "\n".join([*lines, f"{'seconds':20} {seconds}", "", f"Open {summary['page']} in a browser."])
+
+
+COMMAND = JobCommand(
+    name="clt demo",
+    summary="Captures, trains, evaluates, attributes and steers on the toy model; prints the measures.",
+    settings=DemoConfig,
+    run=lambda config: describe(demo(config)),
+    default_config=Path(__file__).resolve().parents[1] / "configs" / "demo" / "toy.yaml",
+)
+
+main = partial(run_job, COMMAND)
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))

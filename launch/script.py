@@ -1,56 +1,135 @@
-"""What the scripts in this folder share: one configuration file, `key=value` overrides, `--dry-run`, exit codes.
+"""Command line of jobs with a settings class, the same for `clt VERB` and for the scripts of this folder.
+
+    clt train [CONFIG] [key=value ...] [--key value ...] [--dry-run] [--help]
 
 A `CLTError` is printed as one line and ends with code 2; any other exception is a defect and keeps its traceback.
 """
 
 from __future__ import annotations
 
-import argparse
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any, Generic, NoReturn, TypeVar
 
-from clt.config import load_config
-from clt.errors import CLTError
+from clt.config import config_to_yaml, load_config
+from clt.errors import CLTError, ConfigError
 from clt.launch.logs import job_rank, set_up_logging
+from clt.launch.settings_reference import keys_text
 
 T = TypeVar("T")
 
+_HELP = """\
+usage: {command} [CONFIG] [key=value ...] [--dry-run]
 
-def run_script(
-    description: str,
-    kind: type[T],
-    describe: Callable[[T], str],
-    work: Callable[[T], Any],
-    arguments: Sequence[str] | None,
-    ranks_agree: bool = True,
-) -> int:
-    """Parses the arguments of a script and does its work.
+{summary}
+
+  CONFIG        YAML file of the job{default}
+  key=value     sets a key, or replaces its value of the file; `--key value` and `--key=value` mean the same.
+                Text and paths are taken as they are, lists are YAML or items separated by commas, other values YAML.
+  --dry-run     prints the resolved configuration and exits
+  --help        prints this text and exits
+
+`--config FILE`, `--set KEY=VALUE` and `--out FOLDER` are other forms of CONFIG, key=value and output=FOLDER.
+
+keys:
+{keys}"""
+
+
+def resolved(config: Any) -> str:
+    """A configuration as YAML text with every default."""
+    return config_to_yaml(config).rstrip()
+
+
+@dataclass(frozen=True, kw_only=True)
+class JobCommand(Generic[T]):
+    """A command that runs one kind of job.
+
+    Attributes:
+        name: the command, for the help text.
+        summary: one sentence.
+        settings: settings class of its configuration.
+        run: runs a job; rank 0 prints what it returns.
+        describe: text of `--dry-run`.
+        default_config: file that is read if the command line names none; None: no file.
+        ranks_agree: see `guarded`.
+    """
+
+    name: str
+    summary: str
+    settings: type[T]
+    run: Callable[[T], Any]
+    describe: Callable[[T], str] = resolved
+    default_config: Path | None = None
+    ranks_agree: bool = True
+
+    def help_text(self) -> str:
+        """The text of `--help`: usage and all keys."""
+        default = f"; default: {self.default_config}" if self.default_config else ""
+        return _HELP.format(command=self.name, summary=self.summary, default=default, keys=keys_text(self.settings))
+
+
+def run_job(command: JobCommand[Any], words: Sequence[str]) -> int:
+    """Reads the command line of a job and runs it.
 
     Args:
-        description: first paragraph of the help text.
-        kind: settings class of the configuration file.
-        describe: what `--dry-run` prints of a configuration.
-        work: the job; its result is printed by the first rank.
-        arguments: the command line, `sys.argv` by default.
-        ranks_agree: see `guarded`.
+        command: the kind of job.
+        words: the command line after the command.
 
     Returns:
         The exit code.
     """
-    parser = argparse.ArgumentParser(description=description)
-    parser.add_argument("config", help="YAML file of the job")
-    parser.add_argument("overrides", nargs="*", metavar="key=value", help="replaces a value of the file, dotted keys")
-    parser.add_argument("--dry-run", action="store_true", help="print the resolved configuration and end")
-    options = parser.parse_args(arguments)
+    if {"--help", "-h"} & set(words):
+        print(command.help_text())
+        return 0
     set_up_logging()
 
-    def job() -> Any:
-        config = load_config(kind, options.config, options.overrides)
-        return describe(config) if options.dry_run else work(config)
+    def work() -> Any:
+        path, overrides = read_words([word for word in words if word != "--dry-run"])
+        config = load_config(command.settings, path or command.default_config, overrides)
+        return command.describe(config) if "--dry-run" in words else command.run(config)
 
-    return guarded(job, ranks_agree)
+    return guarded(work, command.ranks_agree)
+
+
+def read_words(words: Sequence[str]) -> tuple[Path | None, list[str]]:
+    """Separates the words of a command line into the configuration file and its overrides.
+
+    Args:
+        words: `key=value`, `--key value`, `--key=value`, `--set key=value`, `--config FILE`; the first other word, or
+            the first that is the name of a file, is the configuration file. Dashes in `--key` stand for underscores.
+
+    Returns:
+        The file, None if there is none, and strings `key=value`.
+
+    Raises:
+        ConfigError: an option has no value, or there are two files.
+    """
+    files: list[str] = []
+    overrides: list[str] = []
+    rest = iter(words)
+    for word in rest:
+        if word.startswith("--"):
+            option, equals, value = word.removeprefix("--").partition("=")
+            if not equals:
+                given = next(rest, None)
+                if given is None:
+                    raise ConfigError(f"{word}: expected a value after it")
+                value = given
+            key = option.replace("-", "_")
+            if key == "config":
+                files.append(value)
+            else:
+                overrides.append(value if key == "set" else f"{'output' if key == 'out' else key}={value}")
+        elif "=" not in word or (not files and Path(word).is_file()):
+            files.append(word)
+        else:
+            overrides.append(word)
+    if len(files) > 1:
+        raise ConfigError(f"'{files[1]}': expected key=value, since '{files[0]}' is the configuration file")
+    return (Path(files[0]) if files else None), overrides
 
 
 def guarded(work: Callable[[], Any], ranks_agree: bool = True) -> int:
@@ -58,8 +137,8 @@ def guarded(work: Callable[[], Any], ranks_agree: bool = True) -> int:
 
     Args:
         work: the job.
-        ranks_agree: in a job of several ranks all of them raise the same error, so that the first one tells it; false
-            where each works by itself and tells its own.
+        ranks_agree: all ranks of the job raise the same error, and the first one prints it; False: each works by
+            itself and prints its own.
 
     Returns:
         The exit code.
@@ -75,32 +154,39 @@ def guarded(work: Callable[[], Any], ranks_agree: bool = True) -> int:
     return 0
 
 
+def run_and_exit(work: Callable[[], Any]) -> NoReturn:
+    """Does the work of a command with the log on standard error, and exits with its code; see `guarded`."""
+    set_up_logging()
+    sys.exit(guarded(work))
+
+
 def check_writable(file: Path | None) -> None:
-    """Finds out before long work whether its report can be written where the user wants it, if anywhere.
+    """Checks before long work that its report can be written; None: nothing is to be written.
 
     Raises:
         CLTError: it cannot.
     """
-    if file is None:
-        return
-    try:
-        file.parent.mkdir(parents=True, exist_ok=True)
-        with file.open("a", encoding="utf-8"):
+    if file is not None:
+        with _parent_made(file), file.open("a", encoding="utf-8"):
             pass
-    except OSError as error:
-        raise CLTError(f"{file}: cannot be written ({error.strerror}); choose another file") from None
 
 
 def write_text(file: Path | None, text: str) -> None:
-    """Writes a report where the user wants it, if anywhere.
+    """Writes a report to a file; None: nowhere.
 
     Raises:
         CLTError: it cannot be written there.
     """
-    if file is None:
-        return
+    if file is not None:
+        with _parent_made(file):
+            file.write_text(text.rstrip("\n") + "\n", encoding="utf-8")
+
+
+@contextmanager
+def _parent_made(file: Path) -> Iterator[None]:
+    """Makes the folder of a file that is about to be written; OSErrors become CLTErrors."""
     try:
         file.parent.mkdir(parents=True, exist_ok=True)
-        file.write_text(text.rstrip("\n") + "\n", encoding="utf-8")
+        yield
     except OSError as error:
         raise CLTError(f"{file}: cannot be written ({error.strerror}); choose another file") from None

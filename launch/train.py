@@ -3,25 +3,26 @@
     python launch/train.py configs/train/toy.yaml [key=value ...] [--dry-run]
     torchrun --nproc_per_node=2 launch/train.py configs/train/toy.yaml mesh.layer=2
 
-A job whose output folder has a checkpoint goes on from there. SIGTERM or Ctrl-C makes it write one after the step in
-hand and end with exit code 0. `--dry-run` prints the resolved configuration and ends.
+A job whose output folder has a checkpoint continues from there. SIGTERM or Ctrl-C makes it write one after the current
+step and exit with code 0. `--dry-run` prints the resolved configuration and exits. `clt train` is the same job in one
+process.
 """
 
 from __future__ import annotations
 
 import logging
 import sys
-from collections.abc import Sequence
+from functools import partial
 from pathlib import Path
 
+from clt.attribution.evaluation.during_training import make_evaluators, open_heldout
+from clt.capture.models.sites import decoder_sites
 from clt.capture.reading.token_filter import TokenFilter
-from clt.config import config_to_yaml
 from clt.distributed.job_control import JobControl, stop_on_signals
 from clt.distributed.mesh import Mesh, check_world, deal_layers, input_layers
 from clt.launch.activations import open_activations
-from clt.launch.evaluators import make_evaluators, open_heldout
 from clt.launch.logs import job_rank, job_world
-from clt.launch.script import run_script
+from clt.launch.script import JobCommand, run_job
 from clt.training.deepspeed_engine import joined_job
 from clt.training.loss import modality_weights
 from clt.training.settings import TrainConfig
@@ -38,35 +39,35 @@ def train(config: TrainConfig, progress_bar: bool | None = None, control: JobCon
 
     Args:
         config: the job.
-        progress_bar: whether the first rank shows one; by default when standard error is a terminal.
-        control: asks for an early end; see `train_until_stopped`.
+        progress_bar: whether rank 0 shows one; None: if standard error is a terminal.
+        control: requests an early end; see `train_until_stopped`.
 
     Returns:
         Folder of the last checkpoint, for `CrossLayerTranscoder.from_pretrained`.
 
     Raises:
-        CLTError: what a user can cause; the same on all ranks.
+        CLTError: an error of the user; the same on all ranks.
     """
     if config.clt.independent is not None and job_rank() == 0:
         log.warning(
-            "clt.independent=%s: each source alone learns all of its targets' outputs, so that sums over sources count "
-            "them many times; the default trains sources jointly",
+            "clt.independent=%s: each source layer alone reconstructs the whole output of its targets, and the sum of "
+            "sources counts it many times; remove clt.independent to train sources jointly",
             config.clt.independent,
         )
     activations = open_activations(config)
-    heldout = open_heldout(config, activations)
     model = activations.model
+    heldout = open_heldout(config, model, activations.id)
     architecture = CLTConfig.resolve(config.clt, model.n_layers, model.d_model)
     layers = range(architecture.n_layers)
-    x_sites = [f"lm.{layer}.{architecture.read_site}" for layer in layers]
-    y_sites = [f"lm.{layer}.mlp_out" for layer in layers]
+    x_sites = decoder_sites(layers, architecture.read_site)
+    y_sites = decoder_sites(layers, "mlp_out")
     where = TokenFilter(
         modalities=config.data.modalities, drop_bos=architecture.drop_bos, norm_cap=config.data.norm_cap
     )
     scaling = Scaling.from_stats(activations.stats(x_sites, where), activations.stats(y_sites, where))
     weights_G = modality_weights(config.data.token_weights, activations.token_counts(where).tolist())
     control = control or JobControl()
-    # Known to every rank by itself: none has to be met for that, or missed by the others.
+    # Before the ranks meet: each can find this error alone.
     check_world(job_world(), config.mesh.layer, config.mesh.column)
     with joined_job(config.mesh.timeout_seconds, control):
         mesh = Mesh.create(config.mesh.layer, config.mesh.column)
@@ -81,7 +82,7 @@ def train(config: TrainConfig, progress_bar: bool | None = None, control: JobCon
         transcoder = CrossLayerTranscoder(
             architecture, scaling, share, config.seed, Provenance(model=model, store_id=activations.id)
         )
-        evaluators = make_evaluators(config, activations, heldout, architecture, share, mesh)
+        evaluators = make_evaluators(config, model, heldout, architecture, share, mesh)
         return Trainer(config, transcoder, batches, mesh, progress_bar, evaluators, control, weights_G).fit()
 
 
@@ -91,13 +92,15 @@ def train_until_stopped(config: TrainConfig) -> Path:
         return train(config, control=control)
 
 
-def main(arguments: Sequence[str] | None = None) -> int:
-    """The command; returns its exit code."""
-    description = (__doc__ or "").partition("\n")[0]
-    return run_script(
-        description, TrainConfig, lambda config: config_to_yaml(config).rstrip(), train_until_stopped, arguments
-    )
+COMMAND = JobCommand(
+    name="clt train",
+    summary="Trains a transcoder; prints the folder of its last checkpoint.",
+    settings=TrainConfig,
+    run=train_until_stopped,
+)
+
+main = partial(run_job, COMMAND)
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    sys.exit(main(sys.argv[1:]))

@@ -1,9 +1,10 @@
-"""Configuration files: every one loads, every error names its key, and no field goes unread."""
+"""Configuration files and overrides: every file loads, every error names its key, every field is read and described."""
 
 from __future__ import annotations
 
 import ast
 import dataclasses
+import re
 from pathlib import Path
 from typing import Any
 
@@ -11,11 +12,14 @@ import pytest
 import yaml
 from hypothesis import given
 from hypothesis import strategies as st
+from pydantic.dataclasses import dataclass
 
 from clt.attribution.run import AttributeConfig, EvaluateConfig
 from clt.capture.planning import CaptureConfig
-from clt.config import config_to_tree, config_to_yaml, load_config, parse_config
+from clt.config import STRICT, config_to_tree, config_to_yaml, load_config, parse_config
+from clt.config_keys import keys_of
 from clt.errors import ConfigError
+from clt.launch.commands.jobs import settings_page
 from clt.launch.demo import DemoConfig
 from clt.training.settings import TrainConfig
 from clt.transcoder.architecture import CLTConfig, TranscoderSettings
@@ -29,6 +33,30 @@ KINDS: dict[str, type[Any]] = {
     "demo": DemoConfig,
 }
 FILES = sorted((ROOT / "configs").rglob("*.yaml"))
+
+
+@dataclass(frozen=True, kw_only=True, config=STRICT)
+class Nested:
+    """Keys inside a key."""
+
+    n: int = 0
+    """A number."""
+
+
+@dataclass(frozen=True, kw_only=True, config=STRICT)
+class ManyTypes:
+    """A key of each type."""
+
+    prompt: str | None = None
+    name: str = ""
+    path: Path = Path()
+    either: str | Path | None = None
+    number_or_text: int | str = 0
+    folder_or_section: str | Nested | None = None
+    section: Nested | None = None
+    texts: tuple[str, ...] = ()
+    numbers: tuple[int, ...] | None = None
+    flag: bool = False
 
 
 @pytest.mark.parametrize("path", FILES, ids=lambda p: str(p.relative_to(ROOT)))
@@ -60,8 +88,9 @@ def train_file(tmp_path: Path) -> Path:
 @pytest.mark.parametrize(
     ("override", "words"),
     [
-        ("clt.kk=3", "unknown key 'clt.kk'"),
-        ("nonsense=1", "unknown key 'nonsense'"),
+        ("clt.kk=3", "unknown key 'clt.kk'; did you mean 'clt.k'?"),
+        ("learning_rate=1", "unknown key 'learning_rate'; did you mean 'optimizer.learning_rate'?"),
+        ("nonsense=1", "unknown key 'nonsense'; remove it or correct its spelling"),
         ("clt.k=9", "k=9 exceeds n_features=8"),
         ("steps=many", "steps"),
         ("steps=0", "steps"),
@@ -69,7 +98,7 @@ def train_file(tmp_path: Path) -> Path:
         ("optimizer.betas=3", "optimizer.betas"),
         ("clt.k", "expected key=value"),
         ("=3", "expected key=value"),
-        ("steps.deeper=3", "'steps' holds a value"),
+        ("steps.deeper=3", "unknown key 'steps.deeper'"),
         ("steps=[1", "not valid YAML"),
     ],
 )
@@ -100,6 +129,86 @@ def test_overrides_reach_nested_keys_and_create_sections(train_file: Path) -> No
     assert config.optimizer.learning_rate == 2e-4 and config.mesh.layer == 2
 
 
+@pytest.mark.parametrize(
+    ("override", "value"),
+    [
+        ("prompt=USER: <image> Which color?", "USER: <image> Which color?"),
+        ("prompt=[no] list: {at all", "[no] list: {at all"),
+        ("prompt=", ""),
+        ("prompt=7", "7"),
+        ('prompt="quoted"', '"quoted"'),
+        ("prompt=null", None),
+        ("prompt=a=b", "a=b"),
+        ("name=null", "null"),
+        ("path=1", Path("1")),
+        ("either=0x10", "0x10"),
+        ("either=null", None),
+        ("number_or_text=12", 12),
+        ("number_or_text=12: thirteen", "12: thirteen"),
+        ("folder_or_section=runs/clt: a", "runs/clt: a"),
+        ("folder_or_section={n: 3}", Nested(n=3)),
+        ("folder_or_section.n=3", Nested(n=3)),
+        ("section.n=3", Nested(n=3)),
+        ("section=null", None),
+        ("texts=a: b, c", ("a: b", "c")),
+        ("texts=['a, b']", ("a, b",)),
+        ("texts=", ()),
+        ("numbers=1, 2", (1, 2)),
+        ("numbers=3", (3,)),
+        ("numbers=null", None),
+        ("numbers=[4, 5]", (4, 5)),
+        ("flag=true", True),
+    ],
+)
+def test_a_value_is_read_by_the_type_of_its_key(override: str, value: object) -> None:
+    config = load_config(ManyTypes, None, [override])
+    assert getattr(config, override.partition("=")[0].partition(".")[0]) == value
+
+
+def test_sections_that_a_file_leaves_out_are_created(tmp_path: Path) -> None:
+    (tmp_path / "job.yaml").write_text("section: null\nfolder_or_section: runs/clt\n")
+    assert load_config(ManyTypes, tmp_path / "job.yaml", ["section.n=2"]).section == Nested(n=2)
+    with pytest.raises(ConfigError, match="'folder_or_section' has the value 'runs/clt' and no keys"):
+        load_config(ManyTypes, tmp_path / "job.yaml", ["folder_or_section.n=2"])
+
+
+def test_without_a_file_all_values_come_from_the_overrides(tmp_path: Path) -> None:
+    words = ["store=s", "output=o", "steps=3", "clt.n_features=8", "clt.k=2"]
+    assert load_config(TrainConfig, None, words).clt == TranscoderSettings(n_features=8, k=2)
+    with pytest.raises(ConfigError, match=r"^command line: missing clt\.k; set a value$"):
+        load_config(TrainConfig, None, words[:-1])
+
+
+@pytest.mark.parametrize(
+    ("old", "new"),
+    [
+        ("seed.yaml", "vlm_clt_training.yaml"),
+        ("seed_independent.yaml", "vlm_clt_training_independent.yaml"),
+    ],
+)
+def test_an_earlier_name_of_a_file_opens_it_with_a_warning(
+    old: str, new: str, caplog: pytest.LogCaptureFixture
+) -> None:
+    folder = ROOT / "configs" / "train"
+    assert not (folder / old).exists()
+    assert load_config(TrainConfig, folder / old) == load_config(TrainConfig, folder / new)
+    assert f"{old} is deprecated" in caplog.text and new in caplog.text
+
+
+def test_every_field_of_every_settings_class_has_a_description() -> None:
+    keys = [key for kind in KINDS.values() for key in keys_of(kind)]
+    assert len({key.owner for key in keys}) >= 25
+    assert not [key.name for key in keys if not key.description]
+
+
+def test_the_settings_page_is_what_the_classes_say() -> None:
+    page = (ROOT / "docs" / "settings.md").read_text(encoding="utf-8")
+    assert page == settings_page() + "\n", "run `clt settings > docs/settings.md`"
+    targets = set(re.findall(r"\]\(#([\w-]+)\)", page))
+    headings = re.findall(r"^##+ (.*)$", page, re.MULTILINE)
+    assert targets <= {re.sub(r"[^\w\- ]", "", heading.lower()).replace(" ", "-") for heading in headings}
+
+
 @given(
     n_features=st.integers(1, 100),
     k=st.integers(1, 100),
@@ -121,28 +230,11 @@ def test_settings_round_trip_through_plain_values(
     assert again == config
 
 
-def _settings_classes() -> set[type[Any]]:
-    found: set[type[Any]] = set()
-    todo: list[Any] = list(KINDS.values())
-    while todo:
-        kind = todo.pop()
-        if dataclasses.is_dataclass(kind) and isinstance(kind, type) and kind not in found:
-            found.add(kind)
-            todo += [field.type for field in dataclasses.fields(kind)]
-            todo += list(kind.__pydantic_fields__.values()) if hasattr(kind, "__pydantic_fields__") else []
-        elif hasattr(kind, "annotation"):
-            todo.append(kind.annotation)
-        todo += list(getattr(kind, "__args__", ()))
-    return found
-
-
 def test_every_field_is_read_somewhere() -> None:
     read = set()
-    for room in ("kernels", "clt", "capture", "attribution", "launch"):
-        for path in (ROOT / room).rglob("*.py"):
+    for folder in ("kernels", "clt", "capture", "attribution", "launch"):
+        for path in (ROOT / folder).rglob("*.py"):
             tree = ast.parse(path.read_text())
             read |= {node.attr for node in ast.walk(tree) if isinstance(node, ast.Attribute)}
-    classes = _settings_classes()
-    assert len(classes) > 8
-    unread = {f"{c.__name__}.{f.name}" for c in classes for f in dataclasses.fields(c) if f.name not in read}
-    assert not unread
+    keys = [key.name for kind in KINDS.values() for key in keys_of(kind)]
+    assert not [name for name in keys if name.rpartition(".")[2] not in read]

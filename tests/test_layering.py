@@ -1,8 +1,10 @@
-"""Who may import whom: kernels <- clt <- capture <- attribution <- launch, and one door for each heavy library."""
+"""Allowed imports: between folders, between sub-packages, and of heavy libraries."""
 
 from __future__ import annotations
 
 import ast
+import functools
+import graphlib
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -12,10 +14,12 @@ import pytest
 
 ROOT = Path(__file__).resolve().parent.parent
 ROOMS = ("kernels", "clt", "capture", "attribution", "launch")
+#: Public names of `clt`, above everything else.
+ENTRANCE = ROOT / "clt" / "__init__.py"
 SOURCES = sorted(path for room in ROOMS for path in (ROOT / room).rglob("*.py"))
 
 #: Library -> files or folders that may import it.
-DOORS = {
+IMPORTERS = {
     "deepspeed": ("clt/training/deepspeed_engine.py",),
     "triton": ("kernels/",),
     "zarr": ("capture/reading/activation_store.py", "launch/bench/store/peers.py"),
@@ -33,13 +37,29 @@ DOORS = {
 }
 
 
+#: Sub-package -> sub-packages that it imports, lazily or not, those in `LAZY` left out. `clt/__init__.py` is above all.
+ARROWS = {}
+
+#: The only imports against the arrows: methods that users expect on a class, imported when they are called.
+LAZY = {
+    ("clt.transcoder", "clt.hub"): "CrossLayerTranscoder.from_pretrained, save_pretrained and push_to_hub",
+    ("clt.attribution.replacement", "clt.attribution.graphs"): "ReplacementModel.attribute",
+}
+
+
+@functools.cache
+def _tree(path: Path) -> ast.Module:
+    return ast.parse(path.read_text(encoding="utf-8"))
+
+
 def _imports(path: Path) -> Iterator[str]:
-    for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+    for node in ast.walk(_tree(path)):
         if isinstance(node, ast.Import):
             yield from (alias.name for alias in node.names)
         elif isinstance(node, ast.ImportFrom):
             assert node.level == 0, f"{path}: relative import"
-            yield node.module or ""
+            if node.module != "clt":
+                yield node.module or ""
             yield from (f"{node.module}.{alias.name}" for alias in node.names)
 
 
@@ -53,6 +73,8 @@ def _room(module: str) -> str | None:
 
 @pytest.mark.parametrize("path", SOURCES, ids=lambda p: str(p.relative_to(ROOT)))
 def test_imports_run_one_way(path: Path) -> None:
+    if path == ENTRANCE:
+        return  # The public names, loaded when they are used.
     own = ROOMS.index(path.relative_to(ROOT).parts[0])
     for module in _imports(path):
         room = _room(module)
@@ -61,12 +83,85 @@ def test_imports_run_one_way(path: Path) -> None:
 
 
 @pytest.mark.parametrize("path", SOURCES, ids=lambda p: str(p.relative_to(ROOT)))
-def test_heavy_libraries_have_one_door(path: Path) -> None:
+def test_heavy_libraries_are_imported_in_their_place_only(path: Path) -> None:
     relative = str(path.relative_to(ROOT))
     for module in _imports(path):
-        for library, doors in DOORS.items():
+        for library, importers in IMPORTERS.items():
             if module == library or module.startswith(library + "."):
-                assert relative.startswith(doors), f"{relative} imports {module}"
+                assert relative.startswith(importers), f"{relative} imports {module}"
+
+
+def _dotted(path: Path) -> str:
+    parts = path.relative_to(ROOT).with_suffix("").parts
+    parts = parts if parts[0] == "clt" else ("clt", *parts)
+    return ".".join(parts[:-1] if parts[-1] == "__init__" else parts)
+
+
+MODULES = {_dotted(path): path for path in SOURCES}
+
+
+def _package(module: str) -> str | None:
+    """The folder of a module of ours; for a name defined in a module, the folder of that module; None for others."""
+    while module and module not in MODULES and module not in FOLDERS:
+        module = module.rpartition(".")[0]
+    if module in FOLDERS:
+        return module
+    return module.rpartition(".")[0] or None
+
+
+FOLDERS = {_dotted(path.parent) for path in SOURCES}
+
+
+def _arrows() -> dict[tuple[str, str], list[str]]:
+    """(importing folder, imported folder) -> the statements, `clt/__init__.py` left out."""
+    found: dict[tuple[str, str], list[str]] = {}
+    for path in SOURCES:
+        own = _dotted(path.parent)
+        if path == ENTRANCE:
+            continue
+        for module in _imports(path):
+            other = _package(module)
+            if other is not None and other != own:
+                found.setdefault((own, other), []).append(f"{path.relative_to(ROOT)}: {module}")
+    return found
+
+
+def test_arrows_between_sub_packages_are_those_of_the_table() -> None:
+    # Everything below clt may use the records, errors and settings that lie in clt itself.
+    found = {arrow: lines for arrow, lines in _arrows().items() if arrow[1] != "clt"}
+    listed = {(own, other) for own, others in ARROWS.items() for other in others.split()} | set(LAZY)
+    assert not set(found) - listed, {arrow: found[arrow] for arrow in set(found) - listed}
+    assert not listed - set(found), "remove from the table what nobody imports"
+
+
+def test_sub_packages_have_no_cycle() -> None:
+    others = {own: {b for a, b in _arrows() if a == own and (a, b) not in LAZY} for own in FOLDERS}
+    graphlib.TopologicalSorter(others).prepare()
+
+
+def test_imports_against_the_arrows_are_lazy_and_in_one_module_each() -> None:
+    assert len(LAZY) <= 2
+    for arrow in LAZY:
+        files = {line.partition(":")[0] for line in _arrows()[arrow]}
+        assert len(files) == 1, files
+        for node in _tree(ROOT / files.pop()).body:
+            if isinstance(node, ast.ImportFrom) and node.module is not None:
+                assert _package(node.module) != arrow[1], f"{arrow} is imported at module level"
+
+
+def test_nobody_imports_from_the_front_door() -> None:
+    for path in SOURCES:
+        for node in ast.walk(_tree(path)):
+            if isinstance(node, ast.ImportFrom) and node.module == "clt":
+                names = {f"clt.{alias.name}" for alias in node.names}
+                assert names <= set(MODULES) | FOLDERS, f"{path.relative_to(ROOT)} imports {names} from clt"
+
+
+def test_no_folder_has_more_than_twelve_modules() -> None:
+    for folder in {path.parent for path in SOURCES}:
+        modules = [path.name for path in folder.glob("*.py") if path.name != "__init__.py"]
+        if (ROOT / "launch" / "bench") not in [folder, *folder.parents]:
+            assert len(modules) <= 12, f"{folder.relative_to(ROOT)}: {len(modules)} modules"
 
 
 @pytest.mark.parametrize("room", ["capture", "attribution", "launch"])

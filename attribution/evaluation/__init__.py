@@ -1,1 +1,1 @@
-"""Agreement of the replacement model with the model: after training (`agreement`) and during it (`during_training`)."""
+"""Agreement of the replacement model with the model (`agreement`); evaluators of a training job (`during_training`)."""

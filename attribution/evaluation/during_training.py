@@ -1,14 +1,15 @@
-"""Watches the replacement model while its transcoder trains: agreement on held-out prompts, scores of a few graphs.
+"""Evaluators of a training job: held-out activations, and the replacement model on held-out prompts.
 
-It needs the whole transcoder in one place. The shares travel to the first rank's CPU, which then works alone while the
-others wait; they hear from it after every batch of prompts and every graph, so no wait is longer than one of these. The
-first rank's memory takes the transcoder up to three times in the training dtype (as gathered, folded, and once more for
-a graph) beside the model: a transcoder too large for that is measured by `clt evaluate` on its checkpoints instead.
+The replacement model needs the whole transcoder in one place. The shares are gathered on the first rank's CPU, which
+works alone while the other ranks wait; they meet after every batch of prompts and every graph, so that no wait is
+longer than one of these. Beside the model, the first rank's memory holds the transcoder up to three times in the
+training dtype (as gathered, folded, and once more for a graph): evaluate the checkpoints of a larger transcoder with
+`clt evaluate` instead.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
 
 import torch
@@ -19,15 +20,24 @@ from clt.attribution.graphs.attribute import AttributionSettings, attribute
 from clt.attribution.graphs.scores import GraphScores, score
 from clt.attribution.replacement.replacement_model import ReplacementModel, require_same_model
 from clt.capture.models.adapter import ModelAdapter, PromptInputs
+from clt.capture.models.sites import decoder_sites
 from clt.capture.planning import CaptureConfig
+from clt.capture.reading.activation_store import ActivationStore
+from clt.capture.reading.blocks import StoreBlocks
+from clt.capture.reading.loader import iterate_store
+from clt.capture.reading.open_store import open_store
+from clt.capture.reading.token_filter import TokenFilter
 from clt.capture.sources.examples import open_source
 from clt.checkpoint.gather import gather_transcoder
 from clt.config import load_config
-from clt.distributed.mesh import Mesh
-from clt.errors import CLTError, InputError
-from clt.evaluation.store_evaluation import Evaluation
-from clt.records import ModelIdentity
-from clt.training.settings import ReplacementSettings
+from clt.distributed.mesh import Mesh, input_layers
+from clt.errors import CLTError, ConfigError, InputError, StoreError
+from clt.evaluation.evaluator import Evaluation, Evaluator, StoreEvaluator
+from clt.kernels import ops
+from clt.records import ActivationBatch, ModelIdentity
+from clt.training.settings import DataSettings, EvaluationSettings, ReplacementSettings, TrainConfig
+from clt.transcoder.architecture import CLTConfig
+from clt.transcoder.layers import LayerShare
 from clt.transcoder.model import CrossLayerTranscoder
 
 
@@ -50,7 +60,7 @@ class HeldOutPrompts:
         """Loads the model and prepares the prompts.
 
         Args:
-            settings: which.
+            settings: model and prompts.
             trained_on: the model whose activations train.
 
         Raises:
@@ -66,7 +76,7 @@ class HeldOutPrompts:
             if text.answer is None:
                 raise InputError(
                     f"evaluation.replacement.capture={settings.capture}: example {text.example_id} has no answer; "
-                    "name a capture of prompts with answers"
+                    "give a capture config whose prompts have answers"
                 )
         adapter = (replace(job, model=settings.model) if settings.model is not None else job).load()
         require_same_model(trained_on, adapter.identity)
@@ -79,18 +89,18 @@ class HeldOutPrompts:
 
 
 class ReplacementEvaluator:
-    """Compares the replacement model with the model; a `clt.evaluation.store_evaluation.Evaluator`.
+    """Compares the replacement model with the model; implements `clt.evaluation.evaluator.Evaluator`.
 
     Args:
         settings: sizes.
-        prompts: what to compare on, for the first rank; None on the others.
+        prompts: held-out prompts on the first rank; None on the others.
     """
 
     def __init__(self, settings: ReplacementSettings, prompts: HeldOutPrompts | None) -> None:
         self._settings, self._prompts = settings, prompts
 
     def __call__(self, transcoder: CrossLayerTranscoder, mesh: Mesh, between: Callable[[], None]) -> Evaluation:
-        """As `Evaluator`; the first rank's measures have the tags `replacement/...`, the others return none."""
+        """See `Evaluator`; the first rank returns measures with tags `replacement/...`, the others an empty result."""
         whole = gather_transcoder(transcoder, mesh)
         steps = None if whole is None or self._prompts is None else self._steps(whole, self._prompts)
         # Only the generator holds the transcoder from here on.
@@ -105,7 +115,7 @@ class ReplacementEvaluator:
                 return found or Evaluation()
 
     def _steps(self, transcoder: CrossLayerTranscoder, prompts: HeldOutPrompts) -> Iterator[Evaluation | None]:
-        """None after each piece of work, and the measures in the end."""
+        """Yields None after each piece of work, then the measures."""
         settings, adapter = self._settings, prompts.adapter
         has_images = any(images for inputs in prompts.answered for images in inputs.images)
         parts = partial_replacements(transcoder.config, settings.layer_ranges, has_images)
@@ -142,3 +152,99 @@ def _scalars(report: AgreementReport, scores: Sequence[GraphScores]) -> dict[str
         measures["completeness_score"] = sum(item.completeness for item in scores) / len(scores)
         measures["replacement_score"] = sum(item.replacement for item in scores) / len(scores)
     return {f"replacement/{name}": value for name, value in measures.items()}
+
+
+def open_heldout(config: TrainConfig, trained_on: ModelIdentity, activations_id: str) -> ActivationStore | None:
+    """Opens the held-out store of a job, if it has one.
+
+    Args:
+        config: the job.
+        trained_on: the model whose activations train.
+        activations_id: hash of the activations that train.
+
+    Raises:
+        StoreError: the store is missing or damaged.
+        ConfigError: the job trains on it.
+        CheckpointError: it holds activations of another model.
+    """
+    settings = config.evaluation
+    if settings is None or settings.store is None:
+        return None
+    store = open_store(settings.store)
+    require_same_model(trained_on, store.model)
+    if store.id == activations_id:
+        raise ConfigError(
+            f"evaluation.store={settings.store} is the store that the job trains on; capture held-out prompts into "
+            "another store"
+        )
+    return store
+
+
+def make_evaluators(
+    config: TrainConfig,
+    trained_on: ModelIdentity,
+    heldout: ActivationStore | None,
+    architecture: CLTConfig,
+    share: LayerShare,
+    mesh: Mesh,
+) -> tuple[Evaluator, ...]:
+    """The evaluators of this rank; all ranks call this together.
+
+    Args:
+        config: the job.
+        trained_on: the model whose activations train.
+        heldout: from `open_heldout`.
+        architecture: of the transcoder.
+        share: of this rank.
+        mesh: the processes.
+
+    Raises:
+        CLTError: the model or the prompts cannot be read, or do not belong to the activations; the same on all ranks.
+    """
+    settings, evaluators = config.evaluation, list[Evaluator]()
+    if settings is None:
+        return ()
+    if heldout is not None:
+        evaluators.append(_store_evaluator(heldout, settings, config.data, architecture, share, mesh))
+    if settings.replacement is not None:
+        prompts = None
+        with mesh.together(CLTError):
+            if mesh.is_first:
+                _check_kernels(config, settings.replacement)
+                prompts = HeldOutPrompts.load(settings.replacement, trained_on)
+        evaluators.append(ReplacementEvaluator(settings.replacement, prompts))
+    return tuple(evaluators)
+
+
+def _store_evaluator(
+    store: ActivationStore,
+    settings: EvaluationSettings,
+    data: DataSettings,
+    architecture: CLTConfig,
+    share: LayerShare,
+    mesh: Mesh,
+) -> StoreEvaluator:
+    # The filter of training, but without beginning-of-sequence tokens, which no measure of the project counts.
+    where = TokenFilter(modalities=data.modalities, drop_bos=True, norm_cap=data.norm_cap)
+    x_sites = decoder_sites(input_layers(architecture, share), architecture.read_site)
+    y_sites = decoder_sites(share.targets, "mlp_out")
+    with mesh.together(StoreError):
+        if not StoreBlocks(store, x_sites, y_sites, where).rows.any():
+            raise StoreError(f"evaluation.store={settings.store}: no token passes the filter {where}; loosen it")
+
+    def batches() -> Iterable[ActivationBatch]:
+        rank, world = mesh.data_rank, mesh.data_size
+        return iterate_store(
+            store, x_sites, y_sites, settings.batch_tokens, where, settings.tokens, data_rank=rank, data_world=world
+        )
+
+    return StoreEvaluator(batches)
+
+
+def _check_kernels(config: TrainConfig, settings: ReplacementSettings) -> None:
+    """ConfigError unless the kernels that the job names can run where the replacement model does."""
+    try:
+        ops.use_backend(config.kernels)
+        ops.backend_of(torch.empty(0, device=settings.device))
+    except RuntimeError as error:
+        raise ConfigError(f"evaluation.replacement.device={settings.device}: {error}") from None

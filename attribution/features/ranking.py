@@ -14,6 +14,7 @@ from torch import Tensor
 
 from clt.attribution.graphs.graph import Graph, NodeKind
 from clt.attribution.graphs.scores import influence
+from clt.transcoder.encoding import decoder_norms
 from clt.transcoder.model import CrossLayerTranscoder
 
 
@@ -68,14 +69,6 @@ def rank_features(graph: Graph, transcoder: CrossLayerTranscoder) -> RankedFeatu
         influence=total[order],
         output_norm=(over_positions(nodes.activation[columns]) * norm)[order],
     )
-
-
-def decoder_norms(transcoder: CrossLayerTranscoder, source: int) -> Tensor:
-    """[F] float64 on the CPU: length of each feature's decoder vectors, over all targets of its layer together."""
-    squares = torch.zeros(transcoder.config.n_features, dtype=torch.float64)
-    for target in transcoder.targets_of(source):
-        squares += transcoder.decoder(source, target).detach().double().square().sum(1).cpu()
-    return squares.sqrt()
 
 
 def match_controls(features: RankedFeatures, n: int) -> Tensor | None:

@@ -9,7 +9,6 @@ influential features get a row, found iteratively as in circuit-tracer; every fe
 
 from __future__ import annotations
 
-import hashlib
 import logging
 import time
 from collections.abc import Sequence
@@ -30,7 +29,6 @@ from clt.attribution.replacement.replacement_model import ReplacementModel
 from clt.capture.models.adapter import ModelAdapter, PromptInputs
 from clt.config import STRICT
 from clt.errors import ConfigError
-from clt.transcoder.lazy_decoder import MappedDecoder
 from clt.transcoder.model import CrossLayerTranscoder
 
 log = logging.getLogger(__name__)
@@ -75,13 +73,20 @@ def attribute(
         GraphError: a target does not exist, or there is more than one prompt.
         ModelError: attribution does not support the architecture.
     """
+    return attribute_model(ReplacementModel(adapter, transcoder), inputs, settings)
+
+
+@torch.no_grad()
+def attribute_model(
+    model: ReplacementModel, inputs: PromptInputs, settings: AttributionSettings | None = None
+) -> Graph:
+    """As `attribute`, of a replacement model that is made already."""
     settings = settings or AttributionSettings()
     started = time.perf_counter()
-    # Checks that model and transcoder fit, and folds the scaling into the weights.
-    folded = ReplacementModel(adapter, transcoder).transcoder
+    adapter, folded = model.adapter, model.transcoder
     if folded.config.layer_norm:
         raise ConfigError("clt.layer_norm=true: attribution needs linear encoders; train with layer_norm: false")
-    linear = LinearModel(adapter, record(adapter, inputs, transcoder.config.read_site))
+    linear = LinearModel(adapter, record(adapter, inputs, folded.config.read_site))
     sources = Sources(linear, folded.to(linear.dtype), inputs.tokens.select(0))
     targets = resolve_targets(adapter, inputs, sources, settings.targets)
     n_features = len(sources.features)
@@ -105,22 +110,9 @@ def attribute(
         prompt=inputs.prompts[0],
         images=graph_images(adapter, inputs),
         model=adapter.identity,
-        architecture=transcoder.config,
-        clt_fingerprint=fingerprint(transcoder),
+        architecture=model.config,
+        clt_fingerprint=model.fingerprint,
     )
-
-
-def fingerprint(transcoder: CrossLayerTranscoder) -> str:
-    """Hex digest of a strided sample of every weight of a transcoder and of its scaling."""
-    digest = hashlib.sha256()
-    # Lazy decoders are not in the state dict.
-    decoders = {f"W_dec.{name}": W_SFD for name, W_SFD in transcoder.W_dec.items()}
-    for name, tensor in sorted({**transcoder.state_dict(), **decoders, **transcoder.scaling.tensors()}.items()):
-        step = max(1, tensor.shape.numel() // 4096)
-        flat = tensor.every(step) if isinstance(tensor, MappedDecoder) else tensor.detach().reshape(-1)[::step]
-        sample = flat.to("cpu", torch.float32).contiguous()
-        digest.update(f"{name} {tuple(tensor.shape)}".encode() + sample.numpy().tobytes())
-    return digest.hexdigest()
 
 
 class _RowBuffer:

@@ -24,8 +24,8 @@ from clt.attribution.graphs.graph import BiasKind, Graph, NodeKind
 from clt.attribution.replacement.frozen_model import FrozenModel, record
 from clt.capture.models.adapter import ModelAdapter, PromptInputs
 from clt.capture.models.hooks import Edit, attach
+from clt.capture.models.sites import decoder_site, decoder_sites
 from clt.errors import GraphError
-from clt.records import Modality
 from clt.transcoder.layers import LayerShare
 from clt.transcoder.model import CrossLayerTranscoder
 
@@ -65,12 +65,10 @@ class EdgeMeasurement:
         self, adapter: ModelAdapter, transcoder: CrossLayerTranscoder, inputs: PromptInputs, graph: Graph
     ) -> None:
         self.graph = graph
-        self.read_sites = [f"lm.{layer}.{transcoder.config.read_site}" for layer in range(adapter.n_layers)]
+        self.read_sites = decoder_sites(range(adapter.n_layers), transcoder.config.read_site)
         self.sources = LayerShare.everything(transcoder.config).sources
         self.targets = LayerShare.everything(transcoder.config).targets
-        self.seen = inputs.real_mask[0]
-        if transcoder.config.drop_bos:
-            self.seen = self.seen & (inputs.tokens.modality[0] != Modality.BOS)
+        self.seen = inputs.tokens.encoded(transcoder.config.drop_bos)[0]
         recording = record(adapter, inputs, transcoder.config.read_site)
         self.frozen = FrozenModel(adapter, recording, dtype=torch.float64)
         self.embed, self.read, self.mlp_out = (
@@ -133,7 +131,7 @@ class EdgeMeasurement:
     def _edits(self, addition: _Addition, found: Mapping[str, Tensor]) -> dict[str, Edit]:
         """Edits of the frozen forward; `found` holds the read sites that it has computed so far."""
         edits: dict[str, Edit] = {
-            f"lm.{layer}.mlp_out": partial(self._mlp_output, layer, addition, found)
+            decoder_site(layer, "mlp_out"): partial(self._mlp_output, layer, addition, found)
             for layer in {*self.targets, *addition.mlp_out}
         }
         extra_SD = addition.embed
@@ -213,9 +211,8 @@ class EdgeMeasurement:
 
     def _pre_activations(self, layer: int, x_SD: Tensor, positions: Tensor, numbers: Tensor) -> Tensor:
         x_SD = self.transcoder.scaling.standardise_x(x_SD[None], (layer,))[0]
-        return (x_SD[positions] * self.transcoder.W_enc[str(layer)][numbers]).sum(1) + self.transcoder.b_enc[
-            str(layer)
-        ][numbers]
+        W_FD, b_F = self.transcoder.encoder(layer)
+        return (x_SD[positions] * W_FD[numbers]).sum(1) + b_F[numbers]
 
     def _codes(self) -> tuple[Tensor, Tensor, Tensor]:
         """Values and indices [L,S,K] of the graph's features, and the slot of each feature node."""

@@ -21,7 +21,7 @@ import torch
 from torch import Tensor
 
 from clt.attribution.replacement.linear_model import LinearModel
-from clt.records import Modality, TokenTable
+from clt.records import TokenTable
 from clt.transcoder.architecture import ReadSite
 from clt.transcoder.layers import source_layers, target_layers
 from clt.transcoder.model import CrossLayerTranscoder
@@ -93,9 +93,7 @@ class Sources:
         assert not (transcoder.config.read_site == "resid_post" and reads_itself), "rejected by ReplacementModel"
         self.linear = linear
         self.transcoder = transcoder
-        self.seen = torch.ones_like(tokens.modality, dtype=torch.bool)
-        if transcoder.config.drop_bos:
-            self.seen = tokens.modality != Modality.BOS
+        self.seen = tokens.encoded(transcoder.config.drop_bos)
         self.targets = target_layers(transcoder.config)
         self.features = self._active_features()
         self._order_by_position()
@@ -114,8 +112,8 @@ class Sources:
             position: [B] int64.
             number: [B] int64, feature numbers.
         """
-        name, site = str(layer), self.transcoder.config.read_site
-        W_BD, b_B = self.transcoder.W_enc[name][number], self.transcoder.b_enc[name][number]
+        site = self.transcoder.config.read_site
+        W_BD, b_B = self.transcoder.encoder_matrix(layer)[number], self.transcoder.encoder_bias(layer)[number]
         value_B = (self.linear.recording.read[layer][position] * W_BD).sum(1) + b_B
         if site == "mlp_in":
             W_BD, site = W_BD * self.linear.mlp_scale[layer][position], "resid_mid"
@@ -125,7 +123,7 @@ class Sources:
         """Norms of the bias columns' vectors over all positions at which they act."""
         n_seen, norms = float(self.seen.sum()), []
         for layer in self.targets:
-            norms.append(float(self.transcoder.b_dec[str(layer)].norm()) * n_seen**0.5)
+            norms.append(float(self.transcoder.decoder_bias(layer).norm()) * n_seen**0.5)
         for layer in self.biased:
             norms.append(float(self.linear.attention_bias(layer).norm()) * self.linear.n_positions**0.5)
         return norms
@@ -169,8 +167,8 @@ class Sources:
         if layer not in self.targets:
             return
         bias = self.first_bias + self.targets.index(layer)
-        out_BN[:, bias] = G_BRD[:, self.seen[:R]].sum(1) @ self.transcoder.b_dec[str(layer)]
-        W_dec_SFD, sources = self.transcoder.W_dec[str(layer)], self.transcoder.sources_of(layer)
+        out_BN[:, bias] = G_BRD[:, self.seen[:R]].sum(1) @ self.transcoder.decoder_bias(layer)
+        W_dec_SFD, sources = self.transcoder.decoder_matrix(layer), self.transcoder.sources_of(layer)
         for position in range(R):
             # Sorted by position, then layer: the sources of one target are contiguous.
             begin, end = self._span[position][sources.start], self._span[position][sources.stop]
@@ -184,7 +182,7 @@ class Sources:
         if not self.transcoder.config.skip or layer not in self.targets:
             return None
         R = G_BRD.shape[1]
-        skip_BRD = (G_BRD @ self.transcoder.W_skip[str(layer)]) * self.seen[:R, None]
+        skip_BRD = (G_BRD @ self.transcoder.skip_matrix(layer)) * self.seen[:R, None]
         return skip_BRD * self.linear.mlp_scale[layer][:R] if self.transcoder.config.read_site == "mlp_in" else skip_BRD
 
     def _add_attention_columns(self, layer: int, G_BRD: Tensor, out_BN: Tensor) -> Tensor:
@@ -226,17 +224,17 @@ class Sources:
         if not self.transcoder.config.feature_offset:
             return self._activation[begin:end]
         source_n = self._source[begin:end] - self.transcoder.sources_of(target).start
-        return self._activation[begin:end] + self.transcoder.offset[str(target)][source_n, self._number[begin:end]]
+        return self._activation[begin:end] + self.transcoder.feature_offsets(target)[source_n, self._number[begin:end]]
 
     def _errors(self) -> Tensor:
         """[L,S,D] MLP outputs minus the transcoder's outputs."""
         found = self.linear.recording
         errors_LSD = found.mlp_out.clone()
         for layer in self.targets:
-            y_SD = self.transcoder.b_dec[str(layer)].expand(len(self.seen), -1).clone()
+            y_SD = self.transcoder.decoder_bias(layer).expand(len(self.seen), -1).clone()
             if self.transcoder.config.skip:
-                y_SD += found.read[layer] @ self.transcoder.W_skip[str(layer)].T
-            W_dec_SFD, sources = self.transcoder.W_dec[str(layer)], self.transcoder.sources_of(layer)
+                y_SD += found.read[layer] @ self.transcoder.skip_matrix(layer).T
+            W_dec_SFD, sources = self.transcoder.decoder_matrix(layer), self.transcoder.sources_of(layer)
             for position in range(len(self.seen)):
                 begin, end = self._span[position][sources.start], self._span[position][sources.stop]
                 decoder_nD = W_dec_SFD[self._source[begin:end] - sources.start, self._number[begin:end]]

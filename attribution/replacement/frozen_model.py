@@ -22,6 +22,7 @@ from torch import Tensor, nn
 
 from clt.capture.models.adapter import ModelAdapter, PromptInputs
 from clt.capture.models.hooks import Edit, attach
+from clt.capture.models.sites import SiteKind, decoder_site, decoder_sites
 from clt.errors import GraphError, ModelError
 from clt.transcoder.architecture import ReadSite
 
@@ -42,8 +43,8 @@ class PromptRecording:
         mlp_out: [L,S,D] what each MLP adds.
         final: [S,D] residual stream entering the final norm.
         pattern: [L,H,S,S] attention probabilities, query before key.
-        norm_factor: [2 * L + 1,S] float64, by which each norm multiplied its weight times its input: 1 / denominator.
-            The norms before attention and MLP of layer 0, of layer 1 and so on, then the final norm.
+        norm_factors: for each of `norm_modules` [S] float64, by which it multiplied its weight times its input:
+            1 / denominator. None for a norm that is not an RMSNorm.
         logits: [S,V].
     """
 
@@ -55,7 +56,7 @@ class PromptRecording:
     mlp_out: Tensor
     final: Tensor
     pattern: Tensor
-    norm_factor: Tensor
+    norm_factors: tuple[Tensor | None, ...]
     logits: Tensor
 
 
@@ -73,13 +74,12 @@ def record(adapter: ModelAdapter, inputs: PromptInputs, read_site: ReadSite) -> 
 
     Raises:
         GraphError: there is more than one prompt, or padding.
-        ModelError: a norm of the decoder is not an RMSNorm.
     """
     if len(inputs.prompts) != 1 or not bool(inputs.real_mask.all()):
         raise GraphError(f"prompts={len(inputs.prompts)}: record one prompt at a time, without padding")
     kinds = dict.fromkeys(("resid_pre", "resid_mid", "mlp_out", "pattern", read_site))
-    sites = [f"lm.{layer}.{kind}" for layer in range(adapter.n_layers) for kind in kinds]
-    factors: list[Tensor] = []
+    sites = [site for kind in kinds for site in decoder_sites(range(adapter.n_layers), kind)]
+    factors: list[Tensor | None] = []
     with ExitStack() as stack:
         found = stack.enter_context(attach(adapter, read=["lm.embed", *sites, "lm.final"]))
         for norm in norm_modules(adapter):
@@ -88,8 +88,8 @@ def record(adapter: ModelAdapter, inputs: PromptInputs, read_site: ReadSite) -> 
         logits = adapter.forward(inputs)
     wide = torch.promote_types(adapter.dtype, torch.float32)
 
-    def layers(kind: str) -> Tensor:
-        return torch.stack([found[f"lm.{layer}.{kind}"][0] for layer in range(adapter.n_layers)]).to(wide)
+    def layers(kind: SiteKind) -> Tensor:
+        return torch.stack([found[site][0] for site in decoder_sites(range(adapter.n_layers), kind)]).to(wide)
 
     return PromptRecording(
         inputs=inputs,
@@ -100,7 +100,7 @@ def record(adapter: ModelAdapter, inputs: PromptInputs, read_site: ReadSite) -> 
         mlp_out=layers("mlp_out"),
         final=found["lm.final"][0].to(wide),
         pattern=layers("pattern"),
-        norm_factor=torch.stack(factors),
+        norm_factors=tuple(factors),
         logits=logits[0].to(wide),
     )
 
@@ -122,9 +122,17 @@ def norm_scales(adapter: ModelAdapter, recording: PromptRecording, dtype: torch.
 
     Returns:
         [S,D] for each of `norm_modules`.
+
+    Raises:
+        ModelError: a norm is not an RMSNorm.
     """
-    factors = zip(norm_modules(adapter), recording.norm_factor, strict=True)
-    return [(_norm_weight(norm) * factor_S[:, None]).to(dtype) for norm, factor_S in factors]
+    scales = []
+    for norm, factor_S in zip(norm_modules(adapter), recording.norm_factors, strict=True):
+        if factor_S is None:
+            name = f"{type(norm).__name__} of {adapter.identity.name}"
+            raise ModelError(f"{name}: attribution supports norms that are weight * x / sqrt(mean(x^2) + eps) only")
+        scales.append((_norm_weight(norm) * factor_S[:, None]).to(dtype))
+    return scales
 
 
 def same_values(adapter: ModelAdapter, found: Tensor, expected: Tensor) -> bool:
@@ -146,18 +154,17 @@ def _norm_weight(norm: nn.Module) -> Tensor:
 
 
 def _keep_factor(
-    adapter: ModelAdapter, factors: list[Tensor], norm: nn.Module, args: tuple[Any, ...], output: Tensor
+    adapter: ModelAdapter, factors: list[Tensor | None], norm: nn.Module, args: tuple[Any, ...], output: Tensor
 ) -> None:
-    """Appends [S] float64, the least-squares factor of weight * input in the norm's output."""
+    """Appends [S] float64, the least-squares factor of weight * input in an RMSNorm's output; None for other norms."""
     x_SD, output_SD = args[0][0].double(), output[0].double()
     weighted_SD = x_SD * _norm_weight(norm)
     eps = getattr(norm, "variance_epsilon", getattr(norm, "eps", None))
     eps = torch.finfo(args[0].dtype).eps if eps is None else eps
-    if not same_values(adapter, output_SD, weighted_SD * torch.rsqrt(x_SD.square().mean(-1, keepdim=True) + eps)):
-        name = f"{type(norm).__name__} of {adapter.identity.name}"
-        raise ModelError(f"{name}: attribution supports norms that are weight * x / sqrt(mean(x^2) + eps) only")
-    # Measured, so that a frozen norm gives what the module gave.
-    factors.append((output_SD * weighted_SD).sum(-1) / weighted_SD.square().sum(-1).clamp_min(1e-300))
+    is_rms = same_values(adapter, output_SD, weighted_SD * torch.rsqrt(x_SD.square().mean(-1, keepdim=True) + eps))
+    # Measured rather than computed, so that a frozen norm gives what the module gave.
+    factor_S = (output_SD * weighted_SD).sum(-1) / weighted_SD.square().sum(-1).clamp_min(1e-300)
+    factors.append(factor_S if is_rms else None)
 
 
 class FrozenModel:
@@ -175,6 +182,7 @@ class FrozenModel:
 
     Raises:
         GraphError: a part is unknown.
+        ModelError: norms are to be frozen, and one is not an RMSNorm.
     """
 
     def __init__(
@@ -194,12 +202,12 @@ class FrozenModel:
             tensors = self.inputs.model_inputs.items()
             cast_inputs = {name: x.to(self.dtype) if x.is_floating_point() else x for name, x in tensors}
             self.inputs = replace(self.inputs, model_inputs=cast_inputs)
-        scales = norm_scales(adapter, recording, self.dtype)
-        self._norms = list(zip(norm_modules(self.adapter), scales, strict=True)) if "norms" in freeze else []
+        scales = norm_scales(adapter, recording, self.dtype) if "norms" in freeze else []
+        self._norms = list(zip(norm_modules(self.adapter), scales, strict=False))
         held = {"lm.embed": recording.embed}
         for part, kind, values in (("attention", "pattern", recording.pattern), ("mlps", "mlp_out", recording.mlp_out)):
             if part in freeze:
-                held |= {f"lm.{layer}.{kind}": value for layer, value in enumerate(values)}
+                held |= {decoder_site(layer, kind): value for layer, value in enumerate(values)}
         self._held = {site: value[None].to(self.dtype) for site, value in held.items()}
 
     @torch.no_grad()

@@ -20,8 +20,9 @@ import torch
 from torch import Tensor
 
 from clt.capture.models.adapter import PromptInputs
+from clt.capture.models.sites import decoder_site
 from clt.errors import GraphError
-from clt.records import Modality, SparseCodes
+from clt.records import SparseCodes
 from clt.transcoder.layers import LayerShare
 from clt.transcoder.model import CrossLayerTranscoder
 
@@ -90,13 +91,16 @@ class TokenColumns:
             new_columns: new tokens per prompt.
         """
         real = inputs.real_mask
-        replaced = real & (inputs.tokens.modality != Modality.BOS) if drop_bos else real
+        replaced = inputs.tokens.encoded(drop_bos)
         positions = torch.where(real, inputs.tokens.position.long(), -1)
         new = real.sum(1, keepdim=True) + torch.arange(new_columns, device=real.device)
         return cls(torch.cat([replaced, new >= 0], 1), torch.cat([positions, new], 1))
 
 
+#: Source layer -> its interventions.
 Plan = Mapping[int, Sequence[Intervention]]
+#: Source layer -> codes of a call: values [B,K] and indices [B,K] int32.
+LayerCodes = Mapping[int, tuple[Tensor, Tensor]]
 
 
 def plan_interventions(
@@ -162,14 +166,23 @@ class LiveEdits:
         transcoder: a whole folded transcoder.
         columns: where it acts.
         plan: interventions by layer.
+        kept_codes: codes that are decoded in place of those that the running forward encodes.
+
+    Attributes:
+        encoded: codes that the running forward encodes.
+        codes: codes that are decoded, before interventions.
     """
 
-    def __init__(self, transcoder: CrossLayerTranscoder, columns: TokenColumns, plan: Plan) -> None:
+    def __init__(
+        self, transcoder: CrossLayerTranscoder, columns: TokenColumns, plan: Plan, kept_codes: LayerCodes | None = None
+    ) -> None:
         whole = LayerShare.everything(transcoder.config)
         self.transcoder, self.columns, self.plan = transcoder, columns, plan
         self.sources: Sequence[int] = whole.sources
         self.targets: Sequence[int] = whole.targets
+        self.encoded: dict[int, tuple[Tensor, Tensor]] = {}
         self.codes: dict[int, tuple[Tensor, Tensor]] = {}
+        self._kept_codes = kept_codes or {}
         self._inputs: dict[int, Tensor] = {}
         self._changes: dict[int, _Change] = {}
         self._numbers = {layer: sorted({i.feature for i in group}) for layer, group in plan.items()}
@@ -179,8 +192,13 @@ class LiveEdits:
         """Edits by site, for `clt.capture.models.hooks.attach`."""
         layers = sorted(set(self.sources) | (set(self.targets) if self.transcoder.config.skip else set()))
         site = self.transcoder.config.read_site
-        reads = {f"lm.{layer}.{site}": self._reader(layer, first=layer == layers[0]) for layer in layers}
-        return reads | {f"lm.{target}.mlp_out": self._writer(target) for target in self.targets}
+        reads = {decoder_site(layer, site): self._reader(layer, first=layer == layers[0]) for layer in layers}
+        return reads | {decoder_site(target, "mlp_out"): self._writer(target) for target in self.targets}
+
+    @property
+    def has_changes(self) -> bool:
+        """Whether an intervention gave a feature another activation in the last call."""
+        return any(bool(change.activation_NWU.any()) for change in self._changes.values())
 
     def write(self, target: int, own_NWD: Tensor) -> Tensor:
         """[N,W,D] output of a target's MLP branch, given the output of its own MLP."""
@@ -194,7 +212,8 @@ class LiveEdits:
             x_BD = self.transcoder.scaling.normalise_x(x_BD)
             self._inputs[layer] = x_BD
             if layer in self.sources:
-                self.codes[layer] = self.transcoder.encode_layer(layer, x_BD)
+                self.encoded[layer] = self.transcoder.encode_layer(layer, x_BD)
+                self.codes[layer] = self._kept_codes.get(layer, self.encoded[layer])
             if layer in self.plan:
                 self._changes[layer] = self._change(layer)
             return x_NWD
@@ -250,10 +269,9 @@ class LiveEdits:
             row, change = source - sources.start, self._changes[source]
             written_NWU = change.activation_NWU
             if self.transcoder.config.feature_offset:
-                written_NWU = (
-                    written_NWU + change.active_NWU * self.transcoder.offset[str(target)][row, self._numbers[source]]
-                )
-            y_NWD = y_NWD + written_NWU @ self.transcoder.W_dec[str(target)][row, self._numbers[source]]
+                offset_U = self.transcoder.feature_offsets(target)[row, self._numbers[source]]
+                written_NWU = written_NWU + change.active_NWU * offset_U
+            y_NWD = y_NWD + written_NWU @ self.transcoder.decoder_matrix(target)[row, self._numbers[source]]
         return y_NWD
 
 
@@ -265,7 +283,8 @@ class ReplacedOutputs(LiveEdits):
         columns: where it acts.
         plan: interventions by layer.
         errors: error terms of the same columns.
-        targets: layers whose outputs are replaced. Default: all.
+        targets: layers whose outputs are the transcoder's. Default: all.
+        kept_codes: see `LiveEdits`.
 
     Raises:
         GraphError: the errors were recorded for prompts of another shape.
@@ -278,8 +297,9 @@ class ReplacedOutputs(LiveEdits):
         plan: Plan,
         errors: RecordedErrors | None = None,
         targets: Sequence[int] | None = None,
+        kept_codes: LayerCodes | None = None,
     ) -> None:
-        super().__init__(transcoder, columns, plan)
+        super().__init__(transcoder, columns, plan, kept_codes)
         if targets is not None:
             self.targets = targets
             self.sources = sorted({*plan, *(source for target in targets for source in transcoder.sources_of(target))})
@@ -300,11 +320,27 @@ class ReplacedOutputs(LiveEdits):
 
 
 class SteeredOutputs(LiveEdits):
-    """Adds the change by the interventions to the model's own MLP outputs; encodes only the layers that this needs."""
+    """MLP outputs are the model's own plus the changes that the interventions make.
 
-    def __init__(self, transcoder: CrossLayerTranscoder, columns: TokenColumns, plan: Plan) -> None:
-        super().__init__(transcoder, columns, plan)
-        self.sources = sorted(plan)
+    Args:
+        transcoder: a whole folded transcoder.
+        columns: where it acts.
+        plan: interventions by layer.
+        kept_codes: see `LiveEdits`.
+        encodes_all: encode every source layer, not only those with interventions.
+    """
+
+    def __init__(
+        self,
+        transcoder: CrossLayerTranscoder,
+        columns: TokenColumns,
+        plan: Plan,
+        kept_codes: LayerCodes | None = None,
+        encodes_all: bool = False,
+    ) -> None:
+        super().__init__(transcoder, columns, plan, kept_codes)
+        if not encodes_all:
+            self.sources = sorted(plan)
         self.targets = sorted({target for source in plan for target in transcoder.targets_of(source)})
 
     def write(self, target: int, own_NWD: Tensor) -> Tensor:

@@ -29,7 +29,7 @@ class LinearModel:
         recording: a forward of the prompt, from `record`.
 
     Raises:
-        ModelError: the linear maps do not reproduce the recorded forward, as in models
+        ModelError: a norm is not an RMSNorm, or the linear maps do not reproduce the recorded forward, as in models
             with norms after the branches, parallel branches, or scaled or capped logits.
     """
 

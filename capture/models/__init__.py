@@ -1,1 +1,1 @@
-"""Hugging Face models behind one adapter: structure, sites, hooks, prompts and image tokens."""
+"""Adapter of Hugging Face models: structure, sites, hooks, prompts and image tokens."""

@@ -1,8 +1,7 @@
-"""One view of a decoder model, with or without images: modules by name, prompts to tensors, forward and generate.
+"""Adapter of Hugging Face decoder models, with or without images: modules by name, prompts, forward and generate.
 
-First stage of the journey: everything that touches a Hugging Face model goes through `ModelAdapter`, which finds the
-parts of the model by discovery (`clt.capture.models.structure`) and says so when a part is missing. docs/models.md
-lists the supported models and how to add one.
+All access to a model goes through `ModelAdapter`, which finds its parts by name (`clt.capture.models.structure`) and
+raises an error if one is missing. docs/models.md lists the supported models and how to add one.
 
 Shape letters: N prompts, S prompt length with padding, V vocabulary.
 """
@@ -18,6 +17,7 @@ import torch
 from torch import Tensor, nn
 
 from clt.capture.models.architectures import Architecture, attention_of, find_architecture, require_residual_stream
+from clt.capture.models.chat import PromptFormatter
 from clt.capture.models.loading import DeviceMap, Placement, Quantization, identify, load_model
 from clt.capture.models.prompts import PromptEncoder, PromptInputs, collate
 from clt.capture.models.sites import Sites
@@ -31,15 +31,16 @@ __all__ = ["ModelAdapter", "PromptInputs"]
 
 
 class ModelAdapter:
-    """A frozen model with its tokenizer, its parts by name and its prompts.
+    """A frozen model with its tokenizer and its modules by name.
 
     Args:
-        model: a Hugging Face model; it is put in eval mode, frozen, and set to its fastest attention (`sdpa`).
-        processor_or_tokenizer: a processor with `tokenizer` and `image_processor`, or a tokenizer for text models.
-        identity: who the model is; absent: its class name and the fingerprint of its weights.
+        model: a Hugging Face model; it is set to eval mode, frozen, and set to its fastest attention (`sdpa`).
+        processor_or_tokenizer: for text models, a tokenizer; else a processor with `tokenizer`, `image_processor` and
+            optionally `chat_template`.
+        identity: name, revision and fingerprint; default: the class name and the fingerprint of the weights.
 
     Raises:
-        ModelError: the model's class is not supported, or a part of it is not found.
+        ModelError: the model class is not supported, or a part of the model is not found.
     """
 
     def __init__(self, model: Any, processor_or_tokenizer: Any, identity: ModelIdentity | None = None) -> None:
@@ -63,8 +64,18 @@ class ModelAdapter:
         self.d_model: int = text.hidden_size
         self.vocab_size: int = cast(Tensor, self.lm_head.weight).shape[0]
         self._encoder = self._prompt_encoder(architecture, getattr(processor_or_tokenizer, "image_processor", None))
+        template = getattr(processor_or_tokenizer, "chat_template", None) or self.tokenizer.chat_template
+        self._formatter = PromptFormatter(encoder=self._encoder, chat_template=template)
         if not architecture.is_tested:
             require_residual_stream(self)
+
+    def __repr__(self) -> str:
+        dtype = str(self.dtype).removeprefix("torch.")
+        inputs = "text" if self.image_token_id is None else "text and images"
+        return (
+            f"ModelAdapter(name='{self.identity.name}', architecture={self.identity.architecture}, "
+            f"n_layers={self.n_layers}, d_model={self.d_model}, dtype={dtype}, device={self.device}, inputs={inputs})"
+        )
 
     @classmethod
     def from_pretrained(
@@ -84,40 +95,40 @@ class ModelAdapter:
             revision: hub revision; ignored for folders.
             dtype: float32, bfloat16, float16 or float64.
             device: torch device.
-            device_map: how `accelerate` spreads the model over all GPUs; then `device` is not used.
-            quantization: how `bitsandbytes` rounds the weights of linear layers; what they compute is in `dtype`.
+            device_map: strategy of `accelerate` for spreading the model over all GPUs; `device` is then not used.
+            quantization: type of quantised weights of linear layers (`bitsandbytes`); activations are in `dtype`.
 
         Returns:
             The adapter, its model on `device`.
 
         Raises:
-            ModelError: the folder does not exist, lacks a file, holds a damaged one, or a class that is not supported;
-                a package is missing; or the model does not fit the devices.
+            ModelError: a file is missing or damaged, the model class is not supported, a package is missing, or the
+                model does not fit the devices.
         """
         placement = Placement(device=device, device_map=device_map, quantization=quantization)
         model, processor = load_model(str(path), revision, dtype, placement)
-        # The hub's commit, when there is one, says more than a branch.
+        # The commit on the hub, if there is one, is more exact than a branch.
         commit = getattr(model.config, "_commit_hash", None) or revision or "main"
         return cls(model, processor, identify(model, str(path), "local" if Path(path).is_dir() else commit))
 
     @property
     def device(self) -> torch.device:
-        """Where the model's weights are."""
+        """Device of the language-model head."""
         return cast(Tensor, self.lm_head.weight).device
 
     @property
     def dtype(self) -> torch.dtype:
-        """Floating-point type of the model's weights."""
+        """Floating-point type of the weights."""
         return cast(Tensor, self.lm_head.weight).dtype
 
     @property
     def image_token_id(self) -> int | None:
-        """Vocabulary id of the image placeholder; None for text models."""
+        """Token id of the image token; None for text models."""
         return None if self._encoder.images is None else self._encoder.images.token_id
 
     @property
     def end_ids(self) -> tuple[int, ...]:
-        """Vocabulary ids that end an answer: the tokenizer's, and the model's own, such as Gemma's end of a turn."""
+        """Token ids that end an answer: those of the tokenizer and of the generation config (Gemma: end of turn)."""
         settings = self.model.generation_config
         own = None if settings is None else settings.eos_token_id
         named = (self.tokenizer.eos_token_id, *(own if isinstance(own, list) else [own]))
@@ -141,7 +152,7 @@ class ModelAdapter:
         return self.structure.layers[layer].mlp_norm
 
     def mlp(self, layer: int) -> nn.Module:
-        """MLP of a layer; its output is what the branch adds, unless a norm follows (Gemma): see site `mlp_out`."""
+        """MLP of a layer; its output is that of the branch unless a norm follows (Gemma): see site `mlp_out`."""
         return self.structure.layers[layer].mlp
 
     def v_proj(self, layer: int) -> nn.Module:
@@ -153,42 +164,58 @@ class ModelAdapter:
         return self.structure.layers[layer].o_proj
 
     def site_names(self) -> tuple[str, ...]:
-        """All sites that can be read or edited, in the order of the forward pass; described in
-        `clt.capture.models.hooks`."""
+        """Sites that can be read or edited, in the order of the forward pass; docs/models.md lists their tensors."""
         return self.sites.names
 
     def module_for(self, site: str) -> nn.Module:
-        """The module a site hangs on.
+        """The module of a site.
 
         Args:
-            site: a name out of `site_names`.
+            site: a name from `site_names`.
 
         Returns:
-            The module at whose input or output, or inside which, the site's tensor passes.
+            The module whose input, output or attention function holds the tensor of the site.
 
         Raises:
             ModelError: no such site; lists similar names.
         """
         return self.sites.place(site).module
 
+    def format_prompt(self, question: str, n_images: int = 0) -> str:
+        """Formats a question as a prompt for `prepare`; logs `prompt_format=` chat_template, plain or as_given.
+
+        Args:
+            question: plain text, which the model's chat template formats as the user's turn; without a template, image
+                placeholders are put in front of it. Text with a placeholder, with special tokens or with the template's
+                ending is used as it is.
+            n_images: number of images that come with it.
+
+        Returns:
+            A prompt with exactly one placeholder per image.
+
+        Raises:
+            InputError: the text has another number of placeholders, the model takes no images, or the template fails.
+        """
+        return self._formatter.apply(question, n_images)
+
     def prepare(
         self, prompt: str, images: Sequence[Image.Image] = (), answer: str | Sequence[int] | None = None
     ) -> PromptInputs:
-        """Turns one prompt, its images and optionally its answer into a batch of one.
+        """Tokenizes a prompt with its images and optionally its answer, as a batch of one.
 
         Args:
-            prompt: formatted text with one placeholder (such as `<image>`) per image.
-            images: pictures in the order of their placeholders.
-            answer: text whose tokens follow the prompt's, tokenized on its own, with an end-of-sequence token after it;
-                or token ids as they are, from `generate` for instance.
+            prompt: formatted text with one placeholder (such as `<image>`) per image; see `format_prompt`.
+            images: PIL images in the order of their placeholders.
+            answer: text that follows the prompt, tokenized on its own, plus an end-of-sequence token; or token ids,
+                for instance from `generate`, used unchanged.
 
         Returns:
-            The batch on the model's device; a beginning-of-sequence token comes first exactly once if the tokenizer
+            The batch on the model's device. A beginning-of-sequence token comes first, exactly once, if the tokenizer
             has one.
 
         Raises:
-            InputError: the prompt does not have one placeholder per image, or the model takes no images.
-            ModelError: the image processor does not make images of the size that the vision tower takes.
+            InputError: the number of placeholders is not that of the images, or the model takes no images.
+            ModelError: the image size of the image processor is not that of the vision tower.
         """
         inputs = self._encoder.encode(prompt, images, answer)
         model_inputs = {
@@ -201,7 +228,7 @@ class ModelAdapter:
 
     @property
     def size_matters(self) -> bool:
-        """Whether the size of an image decides how many tokens it becomes."""
+        """Whether the number of tokens of an image depends on its size."""
         return self._encoder.images is not None and self._encoder.images.size_matters
 
     def count_tokens(
@@ -210,23 +237,29 @@ class ModelAdapter:
         images: int | Sequence[tuple[int, int]] = 0,
         answer: str | Sequence[int] | None = None,
     ) -> int:
-        """Number of tokens that `prepare` would give, without looking at the images; same errors.
+        """Number of tokens that `prepare` would give, without decoding images.
 
         Args:
             prompt: see `prepare`.
-            images: height and width of each image in pixels; where `size_matters` is false, how many there are will do.
+            images: height and width of each image in pixels; their number is enough if `size_matters` is false.
             answer: see `prepare`.
+
+        Returns:
+            Number of tokens of prompt, images and answer.
+
+        Raises:
+            InputError: as for `prepare`; or sizes are needed and not given.
         """
         return self._encoder.count(prompt, images, answer)
 
     def collate(self, batch: Sequence[PromptInputs]) -> PromptInputs:
-        """Joins batches into one, padded on the left.
+        """Concatenates batches, padded on the left.
 
         Args:
             batch: at least one batch, for instance from `prepare`.
 
         Returns:
-            A batch of all their prompts in order; S is the longest length.
+            A batch of all prompts in order; S is the greatest length.
         """
         images = self._encoder.images
         return collate(batch, self._pad_id(), 0 if images is None else images.join_axis)
@@ -238,7 +271,7 @@ class ModelAdapter:
             inputs: N prompts.
 
         Returns:
-            Logits [N,S,V] in the model's dtype; whether gradients are recorded is the caller's business.
+            Logits [N,S,V] in the model's dtype, with gradients where the caller enables them.
         """
         return self.model(**inputs.model_inputs, use_cache=False).logits
 
@@ -250,7 +283,7 @@ class ModelAdapter:
             max_new_tokens: most tokens to add, > 0.
 
         Returns:
-            New token ids of each prompt, the token that ends the answer included where it came.
+            New token ids of each prompt, up to and including the end token if it was generated.
         """
         from transformers import GenerationConfig
 
@@ -261,7 +294,7 @@ class ModelAdapter:
             pad_token_id=self._pad_id(),
             use_cache=True,
         )
-        # generate() derives position ids from the attention mask at each step; ours cover the prompt only.
+        # generate() derives position ids from the attention mask at each step; these cover the prompt only.
         arguments = {name: value for name, value in inputs.model_inputs.items() if name != "position_ids"}
         with torch.no_grad():
             ids = self.model.generate(**arguments, generation_config=settings)

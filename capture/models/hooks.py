@@ -1,32 +1,8 @@
-"""Record and edit named activations while a model runs.
+"""Records and edits named activations (sites) during the forward pass of a model; docs/models.md lists the sites.
 
-Used by capture, by the replacement model and by every intervention. A site is a place of the forward pass:
-
-    lm.embed                       what enters block 0                              [N,S,D]
-    lm.{l}.resid_pre               residual stream entering block l                 [N,S,D]
-    lm.{l}.q                       queries as they meet the keys: normed, rotated   [N,H,S,dh]
-    lm.{l}.k, lm.{l}.v             keys likewise, and values                        [N,G,S,dh]
-    lm.{l}.scores                  attention scores, scaled (and capped), before mask and softmax [N,H,S,S]
-    lm.{l}.pattern                 attention probabilities                          [N,H,S,S]
-    lm.{l}.z                       output of each head before the output projection [N,H,S,dh]
-    lm.{l}.attn_out                what the attention branch adds, after its norm   [N,S,D]
-    lm.{l}.resid_mid               residual stream entering the MLP's norm          [N,S,D]
-    lm.{l}.mlp_in                  input of the MLP, after its norm                 [N,S,D]
-    lm.{l}.mlp_out                 what the MLP branch adds, after its norm (Gemma) [N,S,D]
-    lm.{l}.resid_post              residual stream leaving block l                  [N,S,D]
-    lm.final                       what enters the final norm                       [N,S,D]
-    vision.{b}.*                   the same kinds in block b of the vision tower    [views,patches,D]
-    bridge.out                     what leaves the projector for the language model [images,tokens,D]
-    bridge.{i}.out                 what is added after decoder layer i (Qwen3-VL)   [tokens,D]
-
-Queries, keys, values, scores, pattern and z exist only inside the attention function, so while one of them is asked for
-the decoder or the tower runs an attention function of ours, registered with transformers together with a mask function:
-without the latter the model would silently stop being causal. In a call with a key-value cache the query axis of these
-sites is the new tokens only, and keys are those in the cache, of which a sliding layer keeps its window.
-
-Towers that run the patches of all images as one sequence (Qwen) have [patches,D] sites, in the tower's own order, and
-N = 1 inside attention; patterns are zero between images and, in Qwen2.5-VL's windowed blocks, between windows. A block
-computes all of it, zeros too, while one of these sites is asked for.
+Queries, keys, values, scores, pattern and z exist only inside the attention function. While one of them is requested,
+the decoder or tower runs the attention function of this module, registered with transformers together with a mask
+function; without the latter the model would silently stop being causal.
 """
 
 from __future__ import annotations
@@ -49,9 +25,9 @@ if TYPE_CHECKING:
 Edit = Callable[[Tensor], Tensor]
 
 _ATTENTION = "clt_sites"
-#: Sites tapped on each attention module, newest `attach` first; read by `_attention` when that module runs.
+#: Requested sites of each attention module, newest `attach` first; read by `_attention` when the module runs.
 _taps: WeakKeyDictionary[nn.Module, list[Mapping[str, _Site]]] = WeakKeyDictionary()
-#: Where the images or windows of a packed sequence begin and end, in the running call of a tapped attention module.
+#: Boundaries of the images or windows of a packed sequence, in the current call of such an attention module.
 _bounds: WeakKeyDictionary[nn.Module, Tensor] = WeakKeyDictionary()
 
 
@@ -59,23 +35,23 @@ _bounds: WeakKeyDictionary[nn.Module, Tensor] = WeakKeyDictionary()
 def attach(
     adapter: ModelAdapter, read: Iterable[str] = (), edit: Mapping[str, Edit] | None = None
 ) -> Iterator[dict[str, Tensor]]:
-    """Records and edits sites during the forward passes made inside the `with` block.
+    """Records and edits sites during the forward passes inside the `with` block.
 
-    Edits run in every call, the decoding steps of `generate` included; a recorded site keeps its last call, and its
-    value after edits. Recorded tensors are the model's own, not copies, and carry gradients where the model does.
-    When blocks are nested, the inner one acts first and the outer one sees its result.
+    Edits run in every call, including the decoding steps of `generate`; a recorded site holds the value of the last
+    call, after edits. Recorded tensors are those of the model, not copies, and carry gradients if the model's do. Of
+    nested blocks the inner one acts first; the outer one receives its result.
 
     Args:
         adapter: the model.
         read: sites to record, by name or by shell pattern such as `lm.*.mlp_out`.
-        edit: site to a function of its tensor that returns the tensor to go on with, same shape, dtype and device.
+        edit: site -> function from its tensor to the replacement, of the same shape, dtype and device.
 
     Yields:
-        Site to recorded tensor, filled as the model runs.
+        Site -> recorded tensor, filled as the model runs.
 
     Raises:
         ModelError: a site is unknown or a pattern matches none (similar names are listed), or an edit returns a tensor
-            of another kind.
+            of another shape, dtype or device.
     """
     recorded: dict[str, Tensor] = {}
     edits = dict(edit or {})
@@ -109,9 +85,9 @@ class _Site:
         object.__setattr__(self, "kind", self.name.rpartition(".")[2])
 
     def pass_through(self, value: Tensor) -> Tensor:
-        """Edits and records a value; returns what the model goes on with."""
+        """Edits and records a value; returns the value that the model continues with."""
         if self.edit is not None:
-            # A clone, so that writing the result back into the residual stream leaves what autograd saved alone.
+            # A clone, so that writing the result back into the residual stream keeps the tensor saved by autograd.
             before, value = value, self.edit(value.clone() if self.kind == "resid_mid" else value)
             if (value.shape, value.dtype, value.device) != (before.shape, before.dtype, before.device):
                 raise ModelError(
@@ -119,7 +95,7 @@ class _Site:
                     f"{tuple(before.shape)} {before.dtype} on {before.device}"
                 )
             if self.kind == "resid_mid":
-                # The block adds this very tensor to the MLP's output later: only a write in place reaches both uses.
+                # The block later adds this same tensor to the MLP's output: only a write in place reaches both uses.
                 value = before.copy_(value)
         if self.record is not None:
             self.record[self.name] = value
@@ -127,8 +103,8 @@ class _Site:
 
 
 def _hook(site: _Site, place: Place) -> Callable[[], None]:
-    """Registers the hook of a site that is a module's input or output; returns what removes it."""
-    # First in line: transformers' own recorders of hidden states are hooks too and must see the edited tensor.
+    """Registers the hook of a site that is a module's input or output; returns the function that removes it."""
+    # Prepended: the recorders of hidden states in transformers are hooks too and must receive the edited tensor.
     if place.end == "output":
 
         def after(_module: nn.Module, _args: Any, output: Any) -> Any:
@@ -150,7 +126,7 @@ def _hook(site: _Site, place: Place) -> Callable[[], None]:
 def _own_attention(
     adapter: ModelAdapter, tower: str, tapped: Mapping[nn.Module, Mapping[str, _Site]]
 ) -> Iterator[None]:
-    """Runs the decoder ("lm") or the vision tower with our attention function, the given modules tapped."""
+    """Runs the decoder ("lm") or the vision tower with `_attention`, for the sites of the given modules."""
     from transformers import AttentionInterface
     from transformers.masking_utils import AttentionMaskInterface, eager_mask
 
@@ -160,7 +136,7 @@ def _own_attention(
     before = module.config._attn_implementation
     for attention, sites in tapped.items():
         _taps.setdefault(attention, []).insert(0, sites)
-    # Where an `attach` around this one taps the module too, its hook is there.
+    # An enclosing `attach` on the same module has registered the hook.
     hooks = [
         attention.register_forward_pre_hook(_make_whole, with_kwargs=True)
         for attention in tapped
@@ -179,7 +155,7 @@ def _own_attention(
 
 
 def _make_whole(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[tuple[Any, ...], Any]:
-    """Has a packed sequence attended to in one call, which `_attention` masks, instead of one per image or window."""
+    """Makes a packed sequence one attention call, masked by `_attention`, instead of one per image or window."""
     if "cu_seqlens" not in kwargs:
         return args, kwargs
     _bounds[module] = kwargs["cu_seqlens"]
@@ -202,7 +178,7 @@ def _attention(
     softcap: float | None = None,
     **_: Any,
 ) -> tuple[Tensor, Tensor]:
-    """Attention as transformers calls it: query [N,H,S,dh], key, value [N,Hkv,T,dh] to z [N,S,H,dh] and pattern."""
+    """Attention function of transformers: query [N,H,S,dh], key, value [N,G,T,dh] to z [N,S,H,dh] and pattern."""
     assert dropout == 0.0, "the adapter keeps its model in eval mode"
     taps = _taps.get(module, [])
 
@@ -225,7 +201,7 @@ def _attention(
         scores = scores.masked_fill(part[:, None] != part, -torch.inf)
     if attention_mask is not None:
         scores = scores + attention_mask[..., : key.shape[2]]
-    # float16 and bfloat16 are summed in float32; float64 stays float64.
+    # Softmax of float16 and bfloat16 is in float32; float64 stays float64.
     wide = torch.promote_types(query.dtype, torch.float32)
     pattern = site("pattern", torch.softmax(scores, dim=-1, dtype=wide).to(query.dtype))
     z = site("z", pattern @ value)

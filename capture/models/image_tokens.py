@@ -1,12 +1,10 @@
-"""What images become in a prompt: pixels for the vision tower, and which token shows which part of the picture.
+"""Images to model inputs: pixels for the vision tower, and the row and column of each image token.
 
-Each family of vision-language models cuts pictures up in its own way. `ImageTokens` hides that: a picture's placeholder
-in the prompt is replaced by a text in which the image token stands once per block of patches, and every block says
-which row and column of the picture's grid each of its tokens shows. Only image processors are needed, which work on PIL
-images: processors that expand prompts themselves need torchvision for some models.
-
-Where a model sees a picture twice, whole at low resolution and in parts at high resolution, the grid is the fine one,
-and a token of the coarse view bears the row and column at its middle.
+Families of vision-language models split images in different ways. For each, an `ImageTokens` replaces the placeholder
+of an image in the prompt by text with one image token per block of patches; the block lists the row and column of each
+of its tokens in the grid of the image. Only PIL image processors are used: processors that expand prompts need
+torchvision for some models. If a model sees an image twice, whole at low resolution and in parts at high resolution,
+the grid is the fine one, and a token of the coarse view has the row and column of its centre.
 """
 
 from __future__ import annotations
@@ -31,11 +29,11 @@ NO_PATCH: Patch = (-1, -1)
 
 @dataclass(frozen=True, kw_only=True)
 class ImageText:
-    """What one image becomes in the prompt.
+    """Text and patches of an image in a prompt.
 
     Attributes:
-        text: stands in the placeholder's stead; has the image token once per block.
-        blocks: patches of the tokens that each image token becomes.
+        text: replaces the placeholder; has one image token per block.
+        blocks: patch of each token that an image token expands to, by image token.
     """
 
     text: str
@@ -47,8 +45,8 @@ class EncodedImages:
     """The images of one prompt.
 
     Attributes:
-        model_inputs: what the model takes beside the tokens, float32.
-        texts: what each image becomes in the prompt.
+        model_inputs: inputs of the model beside the tokens; pixels are float32.
+        texts: text and patches of each image.
     """
 
     model_inputs: dict[str, Tensor]
@@ -57,20 +55,21 @@ class EncodedImages:
 
 @dataclass(frozen=True, kw_only=True)
 class ImageTokens:
-    """Turns images into tokens for one model; subclasses say how.
+    """Turns images into tokens for one model; a subclass per way of splitting images.
 
     Attributes:
         model_name: for error messages.
-        image_processor: Hugging Face image processor; None where the model was loaded without: no images then.
-        token: the image token as text; it takes the place of every patch.
+        image_processor: Hugging Face image processor; None if the model was loaded without one and takes no images.
+        token: the image token as text.
         token_id: its vocabulary id.
-        placeholder: what stands for an image in a prompt.
-        grid: rows and columns of tokens of one view of the tower; zeros where the picture decides.
-        view_size: height and width in pixels of one view; zeros where the picture decides.
-        size_matters: whether the number of tokens depends on the size of the picture.
-        join_axis: axis along which the model inputs of several prompts are joined.
-        type_ids: the model input that tells image tokens (1) from text (0), if the model takes one.
-        counts_positions: the model numbers the positions of image tokens itself, along rows and columns.
+        placeholder: text that marks the place of an image in a prompt.
+        marks: text before and after a placeholder in the notation of the model.
+        grid: rows and columns of tokens of one view of the tower; zeros if they depend on the image.
+        view_size: height and width in pixels of one view; zeros if they depend on the image.
+        size_matters: whether the number of tokens depends on the size of the image.
+        join_axis: axis along which the model inputs of several prompts are concatenated.
+        type_ids: name of the model input that is 1 at image tokens and 0 at text, if the model has one.
+        counts_positions: whether the model computes position ids itself, along rows and columns of images.
     """
 
     model_name: str
@@ -78,6 +77,7 @@ class ImageTokens:
     token: str
     token_id: int
     placeholder: str
+    marks: tuple[str, str] = ("", "")
     grid: Patch = (0, 0)
     view_size: Patch = (0, 0)
     size_matters: bool = False
@@ -85,14 +85,19 @@ class ImageTokens:
     type_ids: str | None = None
     counts_positions: bool = False
 
+    @property
+    def written(self) -> str:
+        """An image as it is written in a prompt: its placeholder between its marks."""
+        return self.placeholder.join(self.marks)
+
     def encode(self, images: Sequence[Image.Image]) -> EncodedImages:
         """Pixels and tokens of the images of one prompt.
 
         Args:
-            images: at least one RGB picture.
+            images: at least one RGB image.
 
         Raises:
-            ModelError: the image processor does not make images of the size that the vision tower takes.
+            ModelError: the image size of the image processor is not that of the vision tower.
         """
         raise NotImplementedError
 
@@ -104,7 +109,7 @@ class ImageTokens:
             found, expected = "x".join(map(str, pixels.shape[-2:])), "x".join(map(str, self.view_size))
             raise ModelError(
                 f"{self.model_name}: its image processor makes {found} pixels, its vision tower takes {expected}; "
-                f"correct the size in the processor's configuration"
+                f"correct the size in preprocessor_config.json or processor_config.json"
             )
 
 
@@ -113,10 +118,10 @@ MakeImageTokens = Callable[[Any, Any, Any], ImageTokens]
 
 @dataclass(frozen=True, kw_only=True)
 class OneView(ImageTokens):
-    """Every picture is resized to one view (LLaVA-1.5, Gemma 3).
+    """Every image is resized to one view (LLaVA-1.5, Gemma 3).
 
     Attributes:
-        has_class_token: the class token of the tower comes before the patches.
+        has_class_token: whether the class token of the tower comes before the patches.
         before: text before the tokens of an image.
         after: text after them.
     """
@@ -138,7 +143,7 @@ class OneView(ImageTokens):
 
 @dataclass(frozen=True, kw_only=True)
 class AnyResolution(ImageTokens):
-    """A picture is seen whole and, at the best of some resolutions, in parts without the padding (LLaVA-Next).
+    """An image is encoded whole and, at the best of several resolutions, in parts without padding (LLaVA-Next).
 
     Attributes:
         resolutions: the model's `image_grid_pinpoints`.
@@ -159,14 +164,14 @@ class AnyResolution(ImageTokens):
         parts = official.get_anyres_image_grid_shape(tuple(size), list(self.resolutions), self.view_size[0])
         padded = torch.empty(1, parts[0] * self.grid[0], parts[1] * self.grid[1])
         _, rows, cols = official.unpad_image(padded, tuple(size)).shape
-        # A learned vector ends every row.
+        # Each row ends with a learned vector.
         fine = tuple((row, col) if col < cols else NO_PATCH for row in range(rows) for col in range(cols + 1))
         return ImageText(text=self.token, blocks=(coarse_view(self.grid, (rows, cols)) + fine,))
 
 
 @dataclass(frozen=True, kw_only=True)
 class MergedGrid(ImageTokens):
-    """A picture keeps its shape, and square groups of patches are merged into tokens (Qwen2-VL, 2.5 and 3).
+    """An image keeps its shape; square groups of patches are merged into tokens (Qwen2-VL, 2.5 and 3).
 
     Attributes:
         merge: side of a group in patches.
@@ -184,11 +189,11 @@ class MergedGrid(ImageTokens):
 
 @dataclass(frozen=True, kw_only=True)
 class SplitGrid(ImageTokens):
-    """A picture is split into views with their place written before them, then seen whole (Idefics3, SmolVLM)."""
+    """An image is split into views, each after its row and column as text, then encoded whole (Idefics3, SmolVLM)."""
 
     def encode(self, images: Sequence[Image.Image]) -> EncodedImages:
         """See `ImageTokens.encode`."""
-        # Nested: the images of one prompt. The views of all of them stand along the second axis.
+        # Nested list: the images of one prompt. The second axis holds the views of all images.
         inputs = dict(self.image_processor([list(images)], return_tensors="pt", return_row_col_info=True))
         self._require_view_size(inputs["pixel_values"])
         parts = zip(inputs["rows"][0], inputs["cols"][0], strict=True)
@@ -217,7 +222,7 @@ def rows_of(grid: Patch) -> tuple[Patch, ...]:
 
 
 def coarse_view(grid: Patch, fine: Patch) -> tuple[Patch, ...]:
-    """Patches of a view of the whole picture, each as the patch of a finer grid that lies at its middle."""
+    """Patches of a view of the whole image, each as the patch of a finer grid at its centre."""
     return tuple(
         (int((row + 0.5) * fine[0] / grid[0]), int((col + 0.5) * fine[1] / grid[1])) for row, col in rows_of(grid)
     )
@@ -235,7 +240,7 @@ def _common(model: Any, tokenizer: Any, image_processor: Any) -> dict[str, Any]:
 
 
 def _view(model: Any, merge: int = 1) -> dict[str, Any]:
-    """Size of a view in pixels and in tokens, from the configuration of the tower."""
+    """Size of a view in pixels and in tokens, from the config of the vision tower."""
     vision = model.config.vision_config
     size = vision.image_size
     height, width = (size, size) if isinstance(size, int) else (size[0], size[1])
@@ -255,8 +260,10 @@ def _llava_next(model: Any, tokenizer: Any, image_processor: Any) -> ImageTokens
 
 
 def _qwen_vl(model: Any, tokenizer: Any, image_processor: Any) -> ImageTokens:
+    start, end = tokenizer.convert_ids_to_tokens([model.config.vision_start_token_id, model.config.vision_end_token_id])
     return MergedGrid(
         **_common(model, tokenizer, image_processor),
+        marks=(start, end),
         size_matters=True,
         type_ids="mm_token_type_ids",
         counts_positions=True,
@@ -278,7 +285,7 @@ def _idefics3(model: Any, tokenizer: Any, image_processor: Any) -> ImageTokens:
     return SplitGrid(**_common(model, tokenizer, image_processor), **view, size_matters=True, join_axis=1)
 
 
-#: Model class -> what makes its image tokens.
+#: Model class -> function that makes its `ImageTokens`.
 IMAGE_TOKENS: dict[str, MakeImageTokens] = {
     "Gemma3ForConditionalGeneration": _gemma3,
     "Idefics3ForConditionalGeneration": _idefics3,

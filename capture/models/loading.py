@@ -1,7 +1,7 @@
-"""Loads a model, its tokenizer and its image processor from a folder or the hub, and tells models apart.
+"""Loads a model, its tokenizer and its image processor from a folder or the hub, and computes its fingerprint.
 
 Used by `ModelAdapter.from_pretrained` only. Weights are read from safetensors, never from pickles; every failure that
-a user can cause becomes a one-line `ModelError`.
+a user can cause is a one-line `ModelError`.
 """
 
 from __future__ import annotations
@@ -9,7 +9,7 @@ from __future__ import annotations
 import hashlib
 import json
 import re
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from importlib.util import find_spec
@@ -31,20 +31,27 @@ _DTYPES = ("float32", "bfloat16", "float16", "float64")
 
 @dataclass(frozen=True, kw_only=True)
 class Processor:
-    """Tokenizer and image processor of a vision-language model."""
+    """Tokenizer and image processor of a vision-language model.
+
+    Attributes:
+        tokenizer: Hugging Face tokenizer.
+        image_processor: Hugging Face image processor.
+        chat_template: Jinja template of the model's processor, or several by name; None: the tokenizer's, if any.
+    """
 
     tokenizer: Any
     image_processor: Any
+    chat_template: str | Mapping[str, str] | None = None
 
 
 @dataclass(frozen=True, kw_only=True)
 class Placement:
-    """Where the weights of a model go, and as what.
+    """Devices and quantisation of the weights of a model.
 
     Attributes:
-        device: torch device of all of them.
-        device_map: instead of `device`, how they are spread over all GPUs.
-        quantization: how the weights of linear layers are rounded.
+        device: torch device of all weights.
+        device_map: instead of `device`, strategy for spreading them over all GPUs.
+        quantization: type of quantised weights of linear layers.
     """
 
     device: str
@@ -52,7 +59,7 @@ class Placement:
     quantization: Quantization | None = None
 
     def check(self, path: str) -> None:
-        """Raises ModelError when the device cannot be used or a package is missing."""
+        """ModelError if the device cannot be used or a package is missing."""
         try:
             torch.empty(0, device=self.device)
         except (RuntimeError, AssertionError) as error:
@@ -66,7 +73,7 @@ class Placement:
                 )
 
     def arguments(self, dtype: str) -> dict[str, Any]:
-        """Of `from_pretrained`."""
+        """Arguments of `from_pretrained` in transformers."""
         from transformers import BitsAndBytesConfig
 
         if self.device_map is None and self.quantization is None:
@@ -81,14 +88,14 @@ class Placement:
         return arguments
 
     def put(self, model: Any, path: str) -> Any:
-        """The model where it shall be; ModelError when parts of it found no place on a device."""
+        """Moves the model to its device; ModelError if a weight fits on no device."""
         if self.device_map is None and self.quantization is None:
             return model.to(self.device)
-        homeless = next((name for name, weight in model.named_parameters() if weight.device.type == "meta"), None)
-        if homeless is not None:
+        unplaced = next((name for name, weight in model.named_parameters() if weight.device.type == "meta"), None)
+        if unplaced is not None:
             raise ModelError(
-                f"{path}: the devices are too small for the model, first for {homeless}; use more GPUs, a narrower "
-                f"dtype or quantization"
+                f"{path}: the model does not fit the devices, first weight without one: {unplaced}; use more GPUs, a "
+                f"narrower dtype or quantization"
             )
         return model
 
@@ -100,10 +107,10 @@ def load_model(path: str, revision: str | None, dtype: str, placement: Placement
         path: folder or hub name.
         revision: hub revision; ignored for folders.
         dtype: float32, bfloat16, float16 or float64.
-        placement: where its weights go.
+        placement: devices and quantisation.
 
     Returns:
-        The model, and its `Processor`, or its tokenizer if it takes no images.
+        The model; its `Processor`, or its tokenizer for a text model.
 
     Raises:
         ModelError: a file is missing or damaged, or the class, dtype or device is not supported.
@@ -126,7 +133,7 @@ def load_model(path: str, revision: str | None, dtype: str, placement: Placement
 def _load(path: str, revision: str | None, dtype: str, placement: Placement) -> tuple[Any, Any]:
     import transformers
 
-    # By its module: older versions guard the top-level name with torchvision.
+    # Older versions guard the top-level name with torchvision.
     from transformers.models.auto.image_processing_auto import AutoImageProcessor
 
     config = transformers.AutoConfig.from_pretrained(path, revision=revision)
@@ -137,7 +144,8 @@ def _load(path: str, revision: str | None, dtype: str, placement: Placement) -> 
         raise ModelError(f"{path}: {error}") from None
     model_class = getattr(transformers, architecture, None)
     if model_class is None:
-        raise ModelError(f"{path}: transformers {transformers.__version__} has no {architecture}; load it yourself")
+        version = transformers.__version__
+        raise ModelError(f"{path}: transformers {version} has no {architecture}; call ModelAdapter with a loaded model")
     model, report = model_class.from_pretrained(
         path,
         revision=revision,
@@ -147,7 +155,7 @@ def _load(path: str, revision: str | None, dtype: str, placement: Placement) -> 
         output_loading_info=True,
         **placement.arguments(dtype),
     )
-    # transformers would fill these with random numbers and only warn.
+    # transformers initialises these at random and only warns.
     missing = sorted(str(key) for key in [*report["missing_keys"], *report["mismatched_keys"]])
     if missing:
         raise ModelError(f"{path}: weights are missing or have another shape, first {missing[0]}; check its files")
@@ -157,12 +165,14 @@ def _load(path: str, revision: str | None, dtype: str, placement: Placement) -> 
         return model, tokenizer
     # The PIL backend gives the same pixels with and without torchvision installed.
     images = AutoImageProcessor.from_pretrained(path, revision=revision, backend="pil")
-    return model, Processor(tokenizer=tokenizer, image_processor=images)
+    # Reads processor_config.json and the files of chat templates, without the processor's class: some need torchvision.
+    settings, _ = transformers.ProcessorMixin.get_processor_dict(path, revision=revision)
+    return model, Processor(tokenizer=tokenizer, image_processor=images, chat_template=settings.get("chat_template"))
 
 
 @contextmanager
 def _quiet_transformers() -> Iterator[None]:
-    """No progress bars and no load reports: what is wrong with a model is told in our one line."""
+    """Disables progress bars and load reports of transformers: errors are raised as a `ModelError`."""
     from transformers.utils import logging
 
     verbosity, bars = logging.get_verbosity(), logging.is_progress_bar_enabled()
@@ -188,7 +198,7 @@ def _check_folder(path: str) -> None:
             raise ModelError(f"{config}: not valid JSON ({_first_line(error)}); save the model again") from None
         return
     hub_name = re.fullmatch(r"\w[\w.-]*(/[\w.-]+)?", path) is not None
-    # A name below an existing folder is a mistyped path: say so instead of asking the hub.
+    # A name below an existing folder is a mistyped path, not a hub name.
     if folder.exists() or not hub_name or (len(folder.parts) > 1 and folder.parent.is_dir()):
         raise ModelError(f"{path}: no such model folder; check the path")
 
@@ -198,16 +208,16 @@ def _first_line(error: Exception) -> str:
 
 
 def identify(model: nn.Module, name: str, revision: str) -> ModelIdentity:
-    """Describes a model so that it can be recognised later.
+    """Name, size and fingerprint of a model.
 
     Args:
         model: a supported Hugging Face model.
-        name: path or hub name as the user gave it.
+        name: path or hub name as given by the user.
         revision: hub revision, or "local".
 
     Returns:
-        Its identity. The fingerprint is a SHA-256 over shape and a strided sample of every weight; it leaves out
-        parameter names and storage types, so that a lossless cast or a renaming between library versions keeps it.
+        Its identity. The fingerprint is a SHA-256 over shape and a strided sample of every weight, without parameter
+        names and dtypes, so that a lossless cast or a renaming between library versions keeps it.
     """
     digests = []
     for tensor in model.state_dict().values():

@@ -1,4 +1,4 @@
-"""Which model a job runs: the keys that every job with a model shares."""
+"""Settings of the model that a job runs, shared by capture, attribution and evaluation."""
 
 from __future__ import annotations
 
@@ -15,29 +15,29 @@ from clt.config import STRICT
 
 @dataclass(frozen=True, kw_only=True, config=STRICT)
 class ModelChoice:
-    """A model by name, and how to run it."""
+    """Settings of the model: its name, number type and devices."""
 
     model: str
     """Folder or hub name of the model."""
     revision: str | None = None
-    """Hub revision of the model."""
+    """Hub revision of the model: branch, tag or commit; default: its main branch; not used for folders."""
     dtype: Literal["float32", "bfloat16", "float16", "float64"] = "float32"
-    """Floating-point type the model runs in."""
+    """Floating-point type of the weights and of the forward pass."""
     device: str = "cpu"
-    """Torch device the model runs on; "cuda" is the GPU of its own for each process that torchrun starts."""
+    """Torch device of the model; under torchrun, "cuda" is the GPU of each process."""
     device_map: DeviceMap | None = None
-    """Spreads a model over all GPUs, when one does not hold it; needs the package `accelerate`."""
+    """Spreads the layers over all GPUs, instead of `device`; needs the package `accelerate`; default: one device."""
     quantization: Quantization | None = None
-    """Rounds the weights while they are loaded; needs the packages `bitsandbytes` and `accelerate`."""
+    """Quantises the weights of linear layers; needs `bitsandbytes` and `accelerate`; default: not quantised."""
 
     @model_validator(mode="after")
-    def _has_one_place(self) -> ModelChoice:
+    def _has_one_placement(self) -> ModelChoice:
         if self.device_map is not None and self.device != "cpu":
-            raise ValueError(f"device_map chooses the devices itself; remove it, or device: {self.device}")
+            raise ValueError(f"device={self.device} and device_map={self.device_map} exclude each other; remove one")
         return self
 
     def load(self) -> ModelAdapter:
-        """The model; ModelError when it cannot be loaded."""
+        """Loads the model; ModelError if that fails."""
         device = self.device
         if device == "cuda" and "LOCAL_RANK" in os.environ:
             device = f"cuda:{os.environ['LOCAL_RANK']}"

@@ -1,7 +1,7 @@
-"""Prompts and images to model inputs, every token knowing what it is and which image patch it shows.
+"""Prompts and images to model inputs, with the modality and image patch of every token.
 
-`ModelAdapter.prepare` and `ModelAdapter.collate` are the public doors. The image placeholder of a prompt is expanded
-here, as `clt.capture.models.image_tokens` says for the model's family.
+Called through `ModelAdapter.prepare` and `ModelAdapter.collate`. Image placeholders are expanded as defined for the
+model's family in `clt.capture.models.image_tokens`.
 
 Shape letters: N prompts, S prompt length with padding.
 """
@@ -22,25 +22,25 @@ from clt.records import Modality, TokenTable
 if TYPE_CHECKING:
     from PIL import Image
 
-#: Height and width of a picture in pixels.
-Size = tuple[int, int]
-#: Stands for any size where sizes do not matter.
-_ANY_SIZE: Size = (64, 64)
-#: Model inputs [N,S], which are padded on the left; all others belong to images.
+#: Height and width of an image in pixels.
+ImageSize = tuple[int, int]
+#: Used where the number of tokens does not depend on the size.
+_ANY_SIZE: ImageSize = (64, 64)
+#: Model inputs [N,S], padded on the left; all others are of images.
 _TOKEN_INPUTS = ("input_ids", "attention_mask", "position_ids", "mm_token_type_ids", "token_type_ids")
 
 
 @dataclass(frozen=True, kw_only=True)
 class PromptInputs:
-    """N prompts as the model takes them; padding is on the left.
+    """Model inputs of N prompts, padded on the left.
 
     Attributes:
         model_inputs: keyword arguments of the model: input_ids, attention_mask, position_ids [N,S] int64 and, where
             there are images, pixel_values in the model's own shape ([images,3,height,width] in LLaVA).
-        tokens: [N,S] where each token comes from; modality PAD and position -1 for padding.
-        answer_start: [N] int64, column of the first answer token; S when there is no answer.
-        images: the pictures of each prompt.
-        prompts: the prompts as text.
+        tokens: [N,S] modality, position and image patch of each token; padding has modality PAD and position -1.
+        answer_start: [N] int64, column of the first answer token; S without an answer.
+        images: PIL images of each prompt.
+        prompts: texts of the prompts.
     """
 
     model_inputs: dict[str, Tensor]
@@ -62,7 +62,7 @@ class PromptInputs:
 
     @property
     def answer_mask(self) -> Tensor:
-        """[N,S] bool: columns whose next token is an answer token or the end of sequence, those that predict it."""
+        """[N,S] bool: columns that predict an answer token, the end of sequence included."""
         length = self.tokens.modality.shape[1]
         column = torch.arange(length, device=self.answer_start.device)
         return (column >= self.answer_start[:, None] - 1) & (column < length - 1)
@@ -70,7 +70,7 @@ class PromptInputs:
 
 @dataclass(frozen=True, kw_only=True)
 class _Column:
-    """One token of a prompt before it becomes tensors."""
+    """A token of a prompt, before conversion to tensors."""
 
     token_id: int
     modality: Modality = Modality.TEXT
@@ -86,26 +86,51 @@ class PromptEncoder:
     Attributes:
         model_name: for error messages.
         tokenizer: Hugging Face tokenizer.
-        images: what turns images into tokens; None for text models.
+        images: conversion of images to tokens; None for text models.
     """
 
     model_name: str
     tokenizer: Any
     images: ImageTokens | None
-    _texts_of_sizes: dict[Size, ImageText] = field(default_factory=dict, init=False, repr=False, compare=False)
+    _texts_of_sizes: dict[ImageSize, ImageText] = field(default_factory=dict, init=False, repr=False, compare=False)
 
-    def count(self, prompt: str, images: int | Sequence[Size], answer: str | Sequence[int] | None) -> int:
-        """Number of tokens that `encode` would give, without looking at the images."""
-        sizes: Sequence[Size] = [_ANY_SIZE] * images if isinstance(images, int) else images
+    def count(self, prompt: str, images: int | Sequence[ImageSize], answer: str | Sequence[int] | None) -> int:
+        """Number of tokens that `encode` would give, without decoding images.
+
+        Args:
+            prompt: formatted text with one placeholder per image.
+            images: sizes of the images; their number is enough if `size_matters` is false.
+            answer: text or token ids after the prompt.
+
+        Returns:
+            Number of tokens of prompt, images and answer.
+
+        Raises:
+            InputError: the placeholders do not match the images, or sizes are needed and not given.
+        """
+        sizes: Sequence[ImageSize] = [_ANY_SIZE] * images if isinstance(images, int) else images
         if isinstance(images, int) and images and self.images is not None and self.images.size_matters:
-            raise InputError(f"{self.model_name}: the size of an image decides how many tokens it has; give the sizes")
+            raise InputError(f"{self.model_name}: the number of tokens of an image depends on its size; give the sizes")
         return len(self._columns(prompt, [self._text_of_size(size) for size in sizes])) + len(self._answer_ids(answer))
 
     def encode(self, prompt: str, images: Sequence[Image.Image], answer: str | Sequence[int] | None) -> PromptInputs:
-        """A batch of one on the CPU, pixels in float32; see `ModelAdapter.prepare`."""
+        """Tokenizes a prompt; see `ModelAdapter.prepare`.
+
+        Args:
+            prompt: formatted text with one placeholder per image.
+            images: PIL images in the order of their placeholders.
+            answer: text or token ids after the prompt.
+
+        Returns:
+            A batch of one on the CPU, pixels in float32.
+
+        Raises:
+            InputError: the placeholders do not match the images.
+            ModelError: the image size of the image processor is not that of the vision tower.
+        """
         encoded = EncodedImages(model_inputs={}, texts=())
         if images:
-            encoded = self._image_tokens(prompt, images).encode([image.convert("RGB") for image in images])
+            encoded = self.image_tokens(prompt, len(images)).encode([image.convert("RGB") for image in images])
         columns = self._columns(prompt, encoded.texts)
         answer_start = len(columns)
         columns += [_Column(token_id=token_id) for token_id in self._answer_ids(answer)]
@@ -118,15 +143,31 @@ class PromptEncoder:
             prompts=(prompt,),
         )
 
+    def image_tokens(self, prompt: str, n_images: int) -> ImageTokens:
+        """Conversion of images to tokens; InputError for a model that takes no images."""
+        if self.images is None or self.images.image_processor is None:
+            raise InputError(f"{self.model_name} takes no images; {quoted(prompt)} comes with {n_images}")
+        return self.images
+
+    def split(self, prompt: str, n_images: int) -> list[str]:
+        """Cuts a prompt at its image placeholders; InputError unless it has one per image."""
+        if n_images:
+            self.image_tokens(prompt, n_images)
+        pieces = [prompt] if self.images is None else prompt.split(self.images.placeholder)
+        if len(pieces) - 1 != n_images:
+            counts = f"{len(pieces) - 1} image placeholders but {n_images} images"
+            raise InputError(f"{quoted(prompt)} has {counts}; make them equal")
+        return pieces
+
     def _columns(self, prompt: str, texts: Sequence[ImageText]) -> list[_Column]:
-        """The prompt's tokens, image tokens included."""
+        """Tokens of the prompt, image tokens included."""
         blocks = [(number, block) for number, text in enumerate(texts) for block in text.blocks]
         columns: list[_Column] = []
         for index, token_id in enumerate(self._prompt_ids(prompt, texts)):
             if self.images is not None and token_id == self.images.token_id:
                 if self.images.counts_positions and columns and columns[-1].image >= 0:
-                    # The model takes neighbours for one picture and numbers its positions wrongly.
-                    raise InputError(f"{_quoted(prompt)} has an image right after an image; write text between them")
+                    # The model would take the two for one image and compute wrong position ids.
+                    raise InputError(f"{quoted(prompt)} has an image right after an image; write text between them")
                 columns += self._block_columns(*blocks.pop(0))
             else:
                 bos = index == 0 and token_id == self.tokenizer.bos_token_id
@@ -135,12 +176,7 @@ class PromptEncoder:
 
     def _prompt_ids(self, prompt: str, texts: Sequence[ImageText]) -> list[int]:
         """Token ids with one image token per block of patches."""
-        if texts:
-            self._image_tokens(prompt, texts)
-        pieces = [prompt] if self.images is None else prompt.split(self.images.placeholder)
-        if len(pieces) - 1 != len(texts):
-            counts = f"{len(pieces) - 1} image placeholders but {len(texts)} images"
-            raise InputError(f"{_quoted(prompt)} has {counts}; make them equal")
+        pieces = self.split(prompt, len(texts))
         written = "".join(piece + text for piece, text in zip(pieces, [*(t.text for t in texts), ""], strict=True))
         ids = [*self.tokenizer(written)["input_ids"]]
         bos = self.tokenizer.bos_token_id
@@ -150,11 +186,9 @@ class PromptEncoder:
         n_blocks = sum(len(text.blocks) for text in texts)
         if self.images is not None and ids.count(self.images.token_id) != n_blocks:
             found = ids.count(self.images.token_id)
-            raise InputError(
-                f"{_quoted(prompt)} becomes {found} image tokens, expected {n_blocks}; check the tokenizer"
-            )
+            raise InputError(f"{quoted(prompt)} becomes {found} image tokens, expected {n_blocks}; check the tokenizer")
         if not ids:
-            raise InputError(f"{_quoted(prompt)} has no tokens; write a prompt")
+            raise InputError(f"{quoted(prompt)} has no tokens; write a prompt")
         return ids
 
     def _answer_ids(self, answer: str | Sequence[int] | None) -> list[int]:
@@ -163,18 +197,13 @@ class PromptEncoder:
         eos = self.tokenizer.eos_token_id
         return [*self.tokenizer(answer, add_special_tokens=False)["input_ids"], *([] if eos is None else [eos])]
 
-    def _image_tokens(self, prompt: str, images: Sequence[object]) -> ImageTokens:
-        if self.images is None or self.images.image_processor is None:
-            raise InputError(f"{self.model_name} takes no images; {_quoted(prompt)} comes with {len(images)}")
-        return self.images
-
-    def _text_of_size(self, size: Size) -> ImageText:
-        """What a picture of some height and width becomes; a blank one tells, once per size."""
+    def _text_of_size(self, size: ImageSize) -> ImageText:
+        """Text and patches of an image of a size, from a blank image, cached by size."""
         if size not in self._texts_of_sizes:
             from PIL import Image
 
             blank = Image.new("RGB", (size[1], size[0]))
-            self._texts_of_sizes[size] = self._image_tokens("a prompt", [size]).encode([blank]).texts[0]
+            self._texts_of_sizes[size] = self.image_tokens("a prompt", 1).encode([blank]).texts[0]
         return self._texts_of_sizes[size]
 
     def _block_columns(self, image: int, block: Sequence[Patch]) -> list[_Column]:
@@ -216,15 +245,15 @@ def _token_table(columns: Sequence[_Column]) -> TokenTable:
 
 
 def collate(batch: Sequence[PromptInputs], pad_id: int, image_axis: int = 0) -> PromptInputs:
-    """Joins batches into one, padded on the left to the longest.
+    """Concatenates batches, padded on the left to the longest.
 
     Args:
         batch: at least one batch.
-        pad_id: token id written into the padding, which nothing attends to.
-        image_axis: axis along which the model inputs of images are joined.
+        pad_id: token id of the padding, which is masked.
+        image_axis: axis along which the model inputs of images are concatenated.
 
     Returns:
-        A batch of all their prompts, in order.
+        A batch of all prompts, in order.
     """
     length = max(item.tokens.modality.shape[1] for item in batch)
 
@@ -250,7 +279,7 @@ def collate(batch: Sequence[PromptInputs], pad_id: int, image_axis: int = 0) -> 
 
 
 def _join_images(parts: Sequence[Tensor], axis: int) -> Tensor:
-    """Joins along an axis; the others are filled up with zeros, as for pictures with fewer views (LLaVA-Next)."""
+    """Concatenates along an axis; other axes are padded with zeros, for images with fewer views (LLaVA-Next)."""
     shape = [max(sizes) for sizes in zip(*(part.shape for part in parts), strict=True)]
     padded = []
     for part in parts:
@@ -259,5 +288,6 @@ def _join_images(parts: Sequence[Tensor], axis: int) -> Tensor:
     return torch.cat(padded, dim=axis)
 
 
-def _quoted(prompt: str) -> str:
+def quoted(prompt: str) -> str:
+    """The beginning of a prompt, for error messages."""
     return f"prompt {prompt[:60]!r}"

@@ -1,4 +1,4 @@
-"""Names of sites and where they hang; what each holds is told in `clt.capture.models.hooks`."""
+"""Names of sites and the modules they belong to; docs/models.md lists the tensor of each."""
 
 from __future__ import annotations
 
@@ -14,11 +14,15 @@ from torch import nn
 from clt.capture.models.structure import Block, Structure
 from clt.errors import ModelError
 
-#: The end of a module at which a site's tensor passes; "attention": inside the attention function of the module.
+#: The kinds of site of a block, in the order of the forward pass.
+SiteKind = Literal[
+    "resid_pre", "q", "k", "v", "scores", "pattern", "z", "attn_out", "resid_mid", "mlp_in", "mlp_out", "resid_post"
+]
+#: Position of a site's tensor at a module; "attention": inside its attention function.
 End = Literal["input", "output", "attention"]
 
-#: Kind of site -> part of the block and its end, in the order of the forward pass.
-_KINDS: dict[str, tuple[str, End]] = {
+#: Kind of site -> part of the block and position at it, in the order of the forward pass.
+_KINDS: dict[SiteKind, tuple[str, End]] = {
     "resid_pre": ("block", "input"),
     "q": ("attn", "attention"),
     "k": ("attn", "attention"),
@@ -34,13 +38,23 @@ _KINDS: dict[str, tuple[str, End]] = {
 }
 
 
+def decoder_site(layer: int, kind: SiteKind) -> str:
+    """Name of a site of a decoder layer, such as `lm.3.mlp_out`."""
+    return f"lm.{layer}.{kind}"
+
+
+def decoder_sites(layers: Iterable[int], kind: SiteKind) -> list[str]:
+    """Names of the sites of one kind of several decoder layers, in their order."""
+    return [decoder_site(layer, kind) for layer in layers]
+
+
 @dataclass(frozen=True, kw_only=True, eq=False)
 class Place:
-    """Where a site hangs.
+    """Module and position of a site.
 
     Attributes:
-        module: the module whose input, output or attention function the site's tensor passes.
-        end: which of them.
+        module: the module whose input, output or attention function holds the tensor.
+        end: which of these.
     """
 
     module: nn.Module
@@ -51,7 +65,7 @@ class Sites:
     """All sites of a model.
 
     Args:
-        structure: its parts.
+        structure: parts of the model.
         model_name: for error messages.
     """
 
@@ -75,7 +89,7 @@ class Sites:
         return tuple(self._places)
 
     def place(self, name: str) -> Place:
-        """Where a site hangs; ModelError with similar names when there is none of that name."""
+        """Module and position of a site; ModelError with similar names if the name is unknown."""
         if name not in self._places:
             raise self._unknown("site", name)
         return self._places[name]
@@ -105,5 +119,5 @@ def _of_block(prefix: str, block: Block) -> dict[str, Place]:
 
 
 def _near(name: str, names: Sequence[str]) -> list[str]:
-    """Names that look alike; in a pattern, a star stands for the first number."""
+    """Similar names; a star in a pattern is taken as 0."""
     return difflib.get_close_matches(re.sub(r"\*", "0", name), names, n=4, cutoff=0.5)

@@ -1,10 +1,10 @@
-"""The parts of a model, found by name: decoder blocks, vision blocks, bridges, norms and the language-model head.
+"""Parts of a model, found by name: decoder blocks, vision blocks, bridges, norms and the language-model head.
 
-Blocks of all supported models are the same thing under different names: a norm, attention, a norm, an MLP, each branch
-added to the residual stream, in some with one more norm on the branch. `discover` finds these parts through the
-public accessors of transformers (`get_decoder`, `get_encoder`, `get_output_embeddings`) and the names below, and
-refuses what it does not recognise, such as parallel branches. A model under other names is described by hand and
-registered; see `clt.capture.models.architectures.register_adapter`.
+Blocks of all supported models have the same parts under different names: norm, attention, norm, MLP, each branch added
+to the residual stream, in some models after one more norm. `discover` finds these parts by the public accessors of
+transformers (`get_decoder`, `get_encoder`, `get_output_embeddings`) and the names below, and raises an error for other
+structures. A model with other names is described by a function and registered
+(`clt.capture.models.architectures.register_adapter`).
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from clt.errors import ModelError
 
 _ATTENTION = ("self_attn", "attn")
 _ATTENTION_NORMS = ("input_layernorm", "ln_1", "layer_norm1", "norm1")
-#: The first that a block has: Gemma's blocks have the first two, and the second is then on the attention branch.
+#: The first that exists is used: Gemma's blocks have the first two, the second of them on the attention branch.
 _MLP_NORMS = ("pre_feedforward_layernorm", "post_attention_layernorm", "ln_2", "layer_norm2", "norm2")
 _OUTPUT_PROJECTIONS = ("o_proj", "c_proj", "out_proj", "proj", "dense")
 _BLOCKS = ("layers", "h", "blocks", "encoder.layers")
@@ -29,14 +29,14 @@ _BRIDGES = ("multi_modal_projector", "connector", "merger")
 
 @dataclass(frozen=True, kw_only=True, eq=False)
 class Block:
-    """Modules of one transformer block; its residual stream is `block in`, then `+ attn_out`, then `+ mlp_out`.
+    """Modules of a transformer block, which computes resid_mid = input + attn_out, output = resid_mid + mlp_out.
 
     Attributes:
-        block: the whole; takes and gives the residual stream.
+        block: the whole block, from residual stream to residual stream.
         attn_norm: norm before attention.
-        attn: attention.
+        attn: the attention.
         attn_out: the module whose output the attention branch adds: `attn`, or a norm after it.
-        mlp_norm: norm before the MLP; takes the residual stream between the branches.
+        mlp_norm: norm before the MLP; its input is the residual stream between the branches.
         mlp: the MLP.
         mlp_out: the module whose output the MLP branch adds: `mlp`, or a norm after it.
     """
@@ -56,7 +56,7 @@ class Block:
 
     @property
     def v_proj(self) -> nn.Module:
-        """Value projection of the attention; ModelError where queries, keys and values are one projection."""
+        """Value projection of the attention; ModelError if queries, keys and values are one projection."""
         return part(self.attn, "v_proj")
 
 
@@ -66,12 +66,12 @@ class Structure:
 
     Attributes:
         decoder: the language model without its head.
-        layers: its blocks in order.
+        layers: blocks of the language model in order.
         final_norm: norm after the last block.
         lm_head: unembedding.
         vision: the vision tower; None for text models.
-        vision_blocks: its blocks in order.
-        bridges: site name -> module from the tower to the language model.
+        vision_blocks: blocks of the vision tower in order.
+        bridges: site name -> module between the tower and the language model.
     """
 
     decoder: nn.Module
@@ -113,7 +113,7 @@ def discover(model: Any) -> Structure:
 
 
 def discover_block(block: nn.Module) -> Block:
-    """Finds the parts of one transformer block by their usual names.
+    """Finds the parts of a transformer block by their usual names.
 
     Args:
         block: a block with sequential branches: norm, attention, norm, MLP.
@@ -122,12 +122,14 @@ def discover_block(block: nn.Module) -> Block:
         Its parts.
 
     Raises:
-        ModelError: a part is not found, or the block has a norm whose place is unknown.
+        ModelError: a part is not found, or the block has a norm at an unknown position.
     """
     attn, mlp, mlp_norm = part(block, *_ATTENTION), part(block, "mlp"), part(block, *_MLP_NORMS)
     before, after = (getattr(block, f"{name}_feedforward_layernorm", None) for name in ("pre", "post"))
     if (before is None) != (after is None):
-        raise ModelError(f"{type(block).__name__}: norms after branches without norms before; describe it by hand")
+        raise ModelError(
+            f"{type(block).__name__}: norms after branches but none before; register its Structure (docs/models.md)"
+        )
     return Block(
         block=block,
         attn_norm=part(block, *_ATTENTION_NORMS),
@@ -143,11 +145,11 @@ def part(module: nn.Module, *paths: str) -> nn.Module:
     """The first submodule that exists.
 
     Args:
-        module: where to look.
-        paths: names with dots, in order of preference.
+        module: the parent module.
+        paths: dotted names, in order of preference.
 
     Raises:
-        ModelError: there is none.
+        ModelError: none exists.
     """
     for path in paths:
         found: Any = module
@@ -161,12 +163,12 @@ def part(module: nn.Module, *paths: str) -> nn.Module:
 def _blocks(module: nn.Module) -> list[nn.Module]:
     blocks = part(module, *_BLOCKS)
     if not isinstance(blocks, nn.ModuleList) or not len(blocks):
-        raise ModelError(f"{type(module).__name__}: its blocks are no list of modules; this structure is not supported")
+        raise ModelError(f"{type(module).__name__}: its blocks are not a ModuleList; this structure is not supported")
     return list(blocks)
 
 
 def _bridges(model: Any, vision: nn.Module) -> dict[str, nn.Module]:
-    """Bridges by site name; those that feed later decoder layers are numbered (Qwen3-VL)."""
+    """Bridges by site name; those into later decoder layers are numbered (Qwen3-VL)."""
     places = [vision, model.get_decoder(), getattr(model, model.base_model_prefix, model)]
     found = [getattr(place, name) for name in _BRIDGES for place in places if hasattr(place, name)]
     if not found:

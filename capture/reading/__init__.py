@@ -1,1 +1,1 @@
-"""Reading a store: `open_store`, token filters, and shuffled batches for training."""
+"""Reading of stores: `open_store`, token filters, and shuffled batches for training."""

@@ -1,4 +1,4 @@
-"""Reading a store: blocks for the loader, samples, tokens and statistics for analysis."""
+"""Read access to a store: blocks for the loader; samples, tokens and statistics for analysis."""
 
 from __future__ import annotations
 
@@ -17,10 +17,10 @@ from clt.capture.reading.token_filter import filtered_moments
 from clt.capture.storage.base import Storage
 from clt.capture.storage.local import LocalStorage
 from clt.capture.store.arrays import DATA, TOKEN_DTYPES, ArraySpec
-from clt.capture.store.build_manifest import merged_moments, stats_arrays
+from clt.capture.store.committed_units import merged_moments
 from clt.capture.store.file_records import FileRecord, check_contents, read_checked
 from clt.capture.store.json_files import unsealed
-from clt.capture.store.layout import StoreArrays, commit_path
+from clt.capture.store.layout import StoreArrays, commit_path, stats_arrays
 from clt.capture.store.moments import Moments
 from clt.capture.store.quantise import Standardiser, unpack_standardisers
 from clt.capture.store.schema import QUANTISATION, TOKEN_CLASSES, Manifest, SiteGroup, UnitRecord
@@ -40,11 +40,11 @@ class SampleView:
     """Activations of one sample, its tokens in the order of the prompt.
 
     Attributes:
-        sample: its number.
-        example_id: its name in the source.
-        acts: [s,T,D] at the sites asked for; float32 for int8 stores, else the stored type.
-        tokens: [T] what its tokens are.
-        answer_tokens: how many of the last ones are the answer; 0 in a store that does not say (schema 2.0).
+        sample: number of the sample.
+        example_id: its id in the source.
+        acts: [s,T,D] at the requested sites; float32 for int8 stores, else the stored type.
+        tokens: [T] origin of each token.
+        answer_tokens: number of answer tokens at its end; 0 in stores of schema 2.0, which do not record it.
     """
 
     sample: int
@@ -55,15 +55,15 @@ class SampleView:
 
 
 class ActivationStore:
-    """A store to read from; made by `open_store`. It can be used by threads, forked and pickled.
+    """A store opened for reading by `open_store`; can be shared by threads, forked and pickled.
 
     Attributes:
-        location: its folder or URL.
+        location: folder or URL.
         storage: its files.
         id: hash of its contents.
-        manifest: what it consists of.
-        spec: what it holds.
-        units: its units, ascending; those of `open_committed` need not begin at 0 or be neighbours.
+        manifest: every file of the store.
+        spec: contents of the store.
+        units: its units, ascending; those of `open_committed` need not start at 0 or be consecutive.
     """
 
     def __init__(self, storage: Storage, store_id: str, manifest: Manifest) -> None:
@@ -79,9 +79,15 @@ class ActivationStore:
         self._readers: dict[str, ShardReader] = {}
         self._moments: dict[str, Moments] = {}
 
+    def __repr__(self) -> str:
+        return (
+            f"ActivationStore(id={self.id[:12]}, model={self.model.name!r}, tokens={self.num_tokens}, "
+            f"sites={len(self.sites)}, dtype={self.spec.store_dtype}, location={self.location!r})"
+        )
+
     @property
     def model(self) -> ModelIdentity:
-        """Whose activations these are."""
+        """Model whose activations are stored."""
         return self.spec.model
 
     @property
@@ -106,24 +112,24 @@ class ActivationStore:
 
     @cached_property
     def num_tokens(self) -> int:
-        """Tokens in the store; padding was never stored."""
+        """Number of tokens in the store; padding is never stored."""
         return sum(unit.n_tokens for unit in self.units)
 
     def n_tokens(self, unit: int) -> int:
-        """Rows of a unit."""
+        """Number of rows of a unit."""
         return self._n_tokens[unit]
 
     def place(self, sites: Sequence[str]) -> tuple[str, list[int]]:
-        """Where sites are stored.
+        """The array that holds some sites.
 
         Args:
             sites: names, all of the same group.
 
         Returns:
-            The group, and the positions on its site axis.
+            Name of the group, and the positions on its site axis.
 
         Raises:
-            StoreError: a site is not stored, or they are of different groups.
+            StoreError: a site is not stored, or the sites are of different groups.
         """
         missing = [site for site in sites if site not in self.sites]
         if missing:
@@ -138,17 +144,17 @@ class ActivationStore:
         return name, [group.sites.index(site) for site in sites]
 
     def read_block_into(self, unit: int, block: int, group: str, sites: Sequence[int], out: NDArray[Any]) -> None:
-        """Reads chunk_tokens rows of some sites, checksums verified, neighbouring sites in one piece.
+        """Reads C = chunk_tokens rows of some sites and verifies checksums; adjacent sites are one read.
 
         Args:
             unit: number of the unit.
-            block: the rows [block C, (block + 1) C) of the unit, in the order of storage.
-            group: name of the group of sites.
-            sites: positions on its site axis, in the order wanted.
+            block: selects rows [block C, (block + 1) C) of the unit, in the stored order.
+            group: name of the site group.
+            sites: positions on its site axis, in output order.
             out: [len(sites), C, width] stored bits, bfloat16 as uint16; rows past the unit's last become zero.
 
         Raises:
-            StoreError: the shard is missing, truncated or damaged; names the file.
+            StoreError: the shard is missing, truncated or damaged.
         """
         array = self._acts[group]
         reader = self._reader(array, unit)
@@ -160,19 +166,29 @@ class ActivationStore:
                 begin = end
 
     def read_scales_into(self, unit: int, block: int, group: str, out: NDArray[Any]) -> None:
-        """Reads the scales [C, S] float32 of a block of an int8 store; raises StoreError as `read_block_into` does."""
-        self._reader(self._arrays.scales(self._group(group)), unit).read_into(block, [out])
-
-    def standardiser(self, group: str) -> Standardiser:
-        """Fixed moments of an int8 store's group of sites."""
-        return self._standardisers[group]
-
-    def read(self, unit: int, start: int, stop: int, sites: Sequence[str]) -> Tensor:
-        """Activations of neighbouring rows of a unit.
+        """Reads the scales of a block of an int8 store.
 
         Args:
             unit: number of the unit.
-            start: first row within the unit, in the order of storage.
+            block: as for `read_block_into`.
+            group: name of the site group.
+            out: [C, S] float32, written.
+
+        Raises:
+            StoreError: the shard is missing, truncated or damaged.
+        """
+        self._reader(self._arrays.scales(self._group(group)), unit).read_into(block, [out])
+
+    def standardiser(self, group: str) -> Standardiser:
+        """Fixed moments of a site group of an int8 store."""
+        return self._standardisers[group]
+
+    def read(self, unit: int, start: int, stop: int, sites: Sequence[str]) -> Tensor:
+        """Activations of consecutive rows of a unit.
+
+        Args:
+            unit: number of the unit.
+            start: first row within the unit, in the stored order.
             stop: one past the last row.
             sites: names, of one group.
 
@@ -200,12 +216,12 @@ class ActivationStore:
         return self.standardiser(name).restore(values, mine, index)
 
     def read_unit(self, unit: int, sites: Sequence[str]) -> Tensor:
-        """All rows of a unit [n_tokens, len(sites), width] in natural order, its samples laid end to end."""
+        """All rows of a unit [n_tokens, len(sites), width] in natural order: its samples laid end to end."""
         stored = self.read(unit, 0, self._n_tokens[unit], sites)
         return torch.empty_like(stored).index_copy_(0, self.natural_index(unit), stored)
 
     def token_block(self, unit: int, block: int) -> dict[str, NDArray[Any]]:
-        """Token columns, named as in `TOKEN_DTYPES`, of the rows of a block that are filled."""
+        """Token columns, named as in `TOKEN_DTYPES`, of the filled rows of a block."""
         size = self.spec.chunk_tokens
         filled = min(size, self._n_tokens[unit] - block * size)
         columns = {name: np.empty(size, dtype) for name, dtype in TOKEN_DTYPES.items()}
@@ -214,29 +230,29 @@ class ActivationStore:
         return {name: column[:filled] for name, column in columns.items()}
 
     def tokens(self, unit: int) -> TokenTable:
-        """Where the tokens of a unit come from, [n_tokens] in the order of storage."""
+        """Origin of the tokens of a unit, [n_tokens] in the stored order."""
         return TokenTable(**{f.name: torch.from_numpy(self._column(unit, f.name)) for f in fields(TokenTable)})
 
     def modality(self, unit: int) -> Tensor:
-        """[n_tokens] uint8: what the tokens of a unit are, a `Modality`, in the order of storage."""
+        """[n_tokens] uint8: `Modality` of the tokens of a unit, in the stored order."""
         return torch.from_numpy(self._column(unit, "modality"))
 
     def natural_index(self, unit: int) -> Tensor:
-        """[n_tokens] int64: row of each stored token when the unit's samples are laid end to end."""
+        """[n_tokens] int64: natural row of each stored token, its row when the unit's samples are laid end to end."""
         return torch.from_numpy(self._column(unit, "natural_index").astype(np.int64))
 
     def norms(self, unit: int, group: str) -> Tensor:
-        """[n_tokens, S] float32: Euclidean norm of each token at each site of a group, in the order of storage."""
+        """[n_tokens, S] float32: Euclidean norm of each token at each site of a group, in the stored order."""
         array = self._arrays.norms(self._group(group))
         return torch.from_numpy(read_rows(self._reader(array, unit), array, self._n_tokens[unit]))
 
     def commit(self, unit: int) -> UnitRecord:
-        """Commit record of a unit, with the names and lengths of its samples."""
+        """Commit record of a unit, with the ids and lengths of its samples."""
         path = commit_path(unit)
         return unsealed(UnitRecord, read_checked(self.storage, self._files[path]), self.storage.name(path))[1]
 
     def samples(self, unit: int, sites: Sequence[str]) -> Iterator[SampleView]:
-        """All samples of a unit in order, read at once.
+        """All samples of a unit in order; the unit is read at once.
 
         Args:
             unit: number of the unit.
@@ -263,10 +279,10 @@ class ActivationStore:
             )
 
     def sample(self, sample: int | str, sites: Sequence[str]) -> SampleView:
-        """One sample; its unit is read as a whole, because rows are permuted within units.
+        """One sample; reads its whole unit, because rows are permuted within units.
 
         Args:
-            sample: its number, or its `example_id`, for which commit records are searched in order.
+            sample: its number, or its `example_id`, which is searched in the commit records in order.
             sites: names, of one group.
 
         Raises:
@@ -284,7 +300,7 @@ class ActivationStore:
         raise StoreError(f"{self.location}: holds no sample {sample!r}; samples are numbered from 0")
 
     def moments(self, group: str) -> Moments:
-        """Moments of all sites of a group over the whole store, by class of token."""
+        """Moments of all sites of a group over the whole store, by token class."""
         if group not in self._moments:
             arrays = stats_arrays(self._group(group))
             if all(array.shard(0) in self._files for array in arrays.values()):
@@ -295,19 +311,19 @@ class ActivationStore:
         return self._moments[group]
 
     def mean_norms(self, group: str) -> Tensor:
-        """[S] float64: mean norm at each site over all tokens but beginning-of-sequence tokens."""
+        """[S] float64: mean norm at each site over all tokens except beginning-of-sequence tokens."""
         total = self.moments(group).over([c for c, name in enumerate(TOKEN_CLASSES) if name != "bos"])
         return total.norm[0] / total.count.clamp_min(1)
 
     def stats(self, sites: Sequence[str], where: TokenFilter | None = None) -> SiteStats:
-        """Moments of sites over the tokens that pass a filter.
+        """Count, mean and rms of sites over the tokens that pass a filter.
 
         Args:
             sites: names, of one group.
-            where: which tokens count; absent: all. A norm cap costs a pass over the store.
+            where: token filter; default: all tokens. A norm cap costs a pass over the store.
 
         Returns:
-            Count, mean and rms in float64, merged in unit order and so always the same bits.
+            Count, mean [s,D] and rms [s] in float64, merged in unit order and therefore bit-reproducible.
 
         Raises:
             StoreError: a site is not stored, or a file is missing or damaged.
@@ -320,7 +336,7 @@ class ActivationStore:
 
     @property
     def zarr(self) -> zarr.Group:
-        """The store as a group of zarr-python, read only; its metadata is checked first."""
+        """The store as a read-only group of zarr-python, after checking its metadata files."""
         import zarr
 
         for record in self.manifest.files:

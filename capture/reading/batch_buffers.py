@@ -1,9 +1,9 @@
-"""Memory that windows are read into and batches are gathered from.
+"""Buffers that windows are read into and batches are gathered from, in host memory.
 
-Rows lie in slots, one window each, in the stored type; site first, as on disk. A batch is gathered with one take over
-all slots and widened once. Memory is used again, because fresh pages cost as much as reading; tensors that were handed
-out are never written while anything refers to them. `clt.capture.reading.cuda_batch_buffers` does the same for a CUDA
-device.
+A buffer is divided into slots of one window each, site first and in the stored type, as on disk. A batch is one gather
+over all slots and one conversion to float32. Memory is reused, because fresh pages cost as much as reading; tensors
+handed to the caller are never overwritten while they are referenced. `clt.capture.reading.cuda_batch_buffers` has the
+buffers for a CUDA device.
 """
 
 from __future__ import annotations
@@ -22,24 +22,24 @@ from torch import Tensor
 from clt.capture.reading.blocks import BlockSource
 from clt.capture.store.quantise import Standardiser
 
-#: Types of arrays that hold the bits of tensors.
+#: numpy types that hold the bits of tensors.
 BITS: dict[torch.dtype, Any] = {torch.bfloat16: np.uint16, torch.float32: np.float32, torch.int8: np.int8}
 
-#: Reads a window into [S,rows,D] stored bits and [S,rows] scales (None unless int8); returns the rows that are wanted,
-#: in order, and how many rows it filled.
+#: Reads a window into [S,rows,D] stored bits and [S,rows] scales (None unless int8); returns the requested rows, in
+#: order, and the number of rows it filled.
 Fill = Callable[[NDArray[Any], NDArray[np.float32] | None], tuple[NDArray[np.int64], int]]
 
 
 @dataclass(frozen=True, kw_only=True)
-class SlotSizes:
-    """What slots and batches hold.
+class BufferSizes:
+    """Sizes of slots and batches.
 
     Attributes:
         slots: number of slots.
         slot_rows: rows of a slot.
-        batch_rows: most rows of a batch.
-        batches: batches whose memory is kept to be used again.
-        widen: whether batches are float32 whatever is stored; int8 always becomes float32.
+        batch_rows: largest number of rows of a batch.
+        batches: number of batches whose memory is kept for reuse.
+        widen: convert batches to float32; int8 is always converted.
     """
 
     slots: int
@@ -58,39 +58,39 @@ class SlotSizes:
         return torch.float32 if self.widen or stored == torch.int8 else stored
 
     def memory_bytes(self, source: BlockSource) -> int:
-        """Bytes of activations in slots and batches: slots, one batch in the stored type, and the batches kept."""
+        """Bytes of the slots, of one batch in the stored type, and of the batches kept for reuse."""
         row = source.n_sites * (source.width * source.dtype.itemsize + (4 if source.dtype == torch.int8 else 0))
         wide = source.n_sites * source.width * self.batch_dtype(source.dtype).itemsize
         return self.rows * row + self.batch_rows * (row + self.batches * wide)
 
 
-class Slots(Protocol):
-    """Slots and the batch that is being gathered from them."""
+class BatchBuffers(Protocol):
+    """Slots, and the batch that is being gathered from them."""
 
     def fill(self, slot: int, fill: Fill) -> NDArray[np.int64]:
-        """Reads a window into a slot that no batch needs any more; several threads may do so at once.
+        """Reads a window into a slot that no batch needs any more; may be called by several threads at once.
 
         Returns:
-            The rows that are wanted, in order, as `add` counts them.
+            The requested rows, in order, numbered as for `add`.
         """
 
     def begin(self, rows: int) -> None:
-        """Starts a batch of so many rows."""
+        """Starts a batch of the given number of rows."""
 
     def add(self, first: int, index: NDArray[np.int64]) -> None:
-        """Gathers rows of the slots into the batch, from its row `first` on; their slots may be filled anew then."""
+        """Gathers rows of the slots into the batch from its row `first` on; their slots may be refilled afterwards."""
 
     def finish(self) -> tuple[Tensor, torch.cuda.Event | None]:
         """The batch [S,B,D] and, on a CUDA device, the event after which it may be read."""
 
 
 class Recycler:
-    """Host arrays of one shape that are used again once nothing refers to the tensors made from them.
+    """Host arrays of one shape that are reused once no tensor made from them is referenced.
 
     Args:
-        shape: of the arrays.
-        bits: their type.
-        most: arrays that are kept; those needed beyond them are allocated and forgotten.
+        shape: shape of the arrays.
+        bits: their numpy type.
+        most: number of arrays kept; further ones are allocated and not kept.
     """
 
     def __init__(self, shape: tuple[int, ...], bits: Any, most: int) -> None:
@@ -100,8 +100,8 @@ class Recycler:
     def take(self) -> NDArray[Any]:
         """An array of unspecified values; it is free again when it and all tensors made from it are gone.
 
-        Slices of the array do not keep it, slices of tensors do: `torch.from_numpy` makes the storage, which all views
-        share, refer to the array it was given.
+        Slices of the array do not keep it in use, slices of tensors do: all views of a tensor share a storage that
+        refers to the array given to `torch.from_numpy`.
         """
         for i, (array, user) in enumerate(self._kept):
             if user() is None:
@@ -115,15 +115,15 @@ class Recycler:
         return view
 
 
-class HostSlots:
-    """Slots in host memory, and batches for the CPU.
+class HostBuffers:
+    """Slots and batches in host memory; a `BatchBuffers`.
 
     Args:
-        source: where the rows come from.
-        sizes: of slots and batches.
+        source: source of the rows.
+        sizes: sizes of slots and batches.
     """
 
-    def __init__(self, source: BlockSource, sizes: SlotSizes) -> None:
+    def __init__(self, source: BlockSource, sizes: BufferSizes) -> None:
         self._source, self._slot_rows = source, sizes.slot_rows
         self._acts, self._scales = allocate(source, sizes.rows)
         self._dtype = sizes.batch_dtype(source.dtype)
@@ -134,18 +134,18 @@ class HostSlots:
         self._out: NDArray[Any] | None = None
 
     def fill(self, slot: int, fill: Fill) -> NDArray[np.int64]:
-        """As `Slots.fill`."""
+        """Implements `BatchBuffers.fill`."""
         base = slot * self._slot_rows
         rows = slice(base, base + self._slot_rows)
         picks, _ = fill(self._acts[:, rows], None if self._scales is None else self._scales[:, rows])
         return picks + base
 
     def begin(self, rows: int) -> None:
-        """As `Slots.begin`."""
+        """Implements `BatchBuffers.begin`."""
         self._rows, self._out = rows, self._recycler.take()
 
     def add(self, first: int, index: NDArray[np.int64]) -> None:
-        """As `Slots.add`."""
+        """Implements `BatchBuffers.add`."""
         part = slice(first, first + len(index))
         stored = self._scratch if self._widens else self._out
         assert stored is not None
@@ -154,7 +154,7 @@ class HostSlots:
             gather(self._scales, index, self._scratch_scales[:, part])
 
     def finish(self) -> tuple[Tensor, torch.cuda.Event | None]:
-        """As `Slots.finish`."""
+        """Implements `BatchBuffers.finish`."""
         assert self._out is not None
         out = torch.from_numpy(self._out).view(self._dtype)[:, : self._rows]
         self._out = None
@@ -175,12 +175,12 @@ def allocate(source: BlockSource, rows: int, pin: bool = False) -> tuple[NDArray
     """Host memory for rows of a source.
 
     Args:
-        source: the source.
+        source: source of the rows, which sets S, D and the type.
         rows: number of rows.
-        pin: whether a CUDA device shall copy from it.
+        pin: pin the memory for copies to a CUDA device.
 
     Returns:
-        [S,rows,D] stored bits, and [S,rows] scales if they are int8.
+        [S,rows,D] stored bits, and [S,rows] float32 scales if they are int8.
     """
 
     def array(shape: tuple[int, ...], bits: Any) -> NDArray[Any]:
@@ -194,10 +194,15 @@ def allocate(source: BlockSource, rows: int, pin: bool = False) -> tuple[NDArray
 
 
 def gather(rows: NDArray[Any], index: NDArray[np.int64], out: NDArray[Any]) -> None:
-    """`rows[:, index]` into `out`, by one thread and with the interpreter's lock let go as rarely as possible.
+    """Writes `rows[:, index]` into `out` in a single thread, releasing the GIL as rarely as possible.
 
-    numpy's take never starts threads, unlike torch's: a team of threads that spins beside a busy training loop costs
-    far more than it brings.
+    Unlike torch's, numpy's take starts no threads; a thread team spinning beside a busy training loop costs more than
+    it gains.
+
+    Args:
+        rows: [S,R,...].
+        index: [n] positions on the second axis.
+        out: [S,n,...], written.
     """
     if out.flags.c_contiguous:
         np.take(rows, index, axis=1, out=out, mode="clip")
@@ -207,12 +212,12 @@ def gather(rows: NDArray[Any], index: NDArray[np.int64], out: NDArray[Any]) -> N
 
 
 def restore(stored: Tensor, scales: Tensor | None, moments: Standardiser | None, out: Tensor) -> None:
-    """Widens rows to float32, on any device.
+    """Converts stored rows to float32, on any device.
 
     Args:
         stored: [S,B,D] in the stored type.
-        scales: [S,B] of int8 values.
-        moments: [S,D] of int8 values.
+        scales: [S,B] for int8, else None.
+        moments: [S,D] for int8, else None.
         out: [S,B,D] float32, written.
     """
     if scales is None or moments is None:

@@ -1,4 +1,4 @@
-"""A store as a list of blocks, the pieces that are read together; what the loader reads from."""
+"""A store as a list of blocks, its units of reading, for the loader."""
 
 from __future__ import annotations
 
@@ -10,15 +10,15 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from clt.capture.reading.open_store import ActivationStore
+from clt.capture.reading.activation_store import ActivationStore
 from clt.capture.reading.token_filter import TokenFilter
 from clt.capture.store.arrays import TOKEN_DTYPES
 from clt.capture.store.quantise import Standardiser
 from clt.errors import StoreError
 from clt.records import TokenTable
 
-#: Stores of at most so many tokens have their token columns, some 20 bytes each, kept in memory once they were read:
-#: where rows are small, reading eight columns block by block costs a quarter as much as reading the activations.
+#: Stores up to this number of tokens keep their token columns, about 20 bytes per token, in memory once read: with
+#: small rows, reading eight columns block by block costs a quarter as much as reading the activations.
 _KEPT_TOKENS = 8_000_000
 
 
@@ -26,12 +26,12 @@ class BlockSource(Protocol):
     """Blocks of rows; every method may be called by several threads at once.
 
     Attributes:
-        rows: [blocks] int64, rows of each block that are used.
-        chunk_tokens: C, rows that a block takes in memory.
+        rows: [blocks] int64, number of rows of each block that pass the filter.
+        chunk_tokens: C, rows of a block in memory.
         n_sites: S.
         width: D.
-        dtype: stored type, torch.bfloat16, torch.float32 or torch.int8.
-        standardiser: moments [S,D] that int8 values are restored with; None for the other types.
+        dtype: stored type: torch.bfloat16, torch.float32 or torch.int8.
+        standardiser: moments [S,D] to restore int8 values; None for the other types.
     """
 
     rows: NDArray[np.int64]
@@ -42,35 +42,35 @@ class BlockSource(Protocol):
     standardiser: Standardiser | None
 
     def kept(self, block: int) -> NDArray[np.int64] | None:
-        """Numbers, ascending, of the rows of a block that are used; None for the first `rows[block]`."""
+        """Ascending numbers of the rows of a block that pass the filter; None for the first `rows[block]` rows."""
 
     def read_into(self, block: int, acts: NDArray[Any], scales: NDArray[np.float32] | None) -> None:
         """Reads a block.
 
         Args:
-            block: its number.
-            acts: [S,C,D] stored bits, bfloat16 as uint16; each [C,D] is contiguous.
-            scales: [S,C] of int8 values, else None.
+            block: number of the block.
+            acts: [S,C,D] stored bits, bfloat16 as uint16, written; each [C,D] is contiguous.
+            scales: [S,C] for int8, written; else None.
 
         Raises:
             StoreError: a shard is missing, truncated or damaged.
         """
 
     def tokens(self, block: int) -> Mapping[str, NDArray[Any]]:
-        """Columns [rows of the block, used or not], named as the fields of `TokenTable`."""
+        """Columns of all rows of a block, named as the fields of `TokenTable`."""
 
 
 class StoreBlocks:
-    """The blocks of a store, chunk_tokens rows each but for the last of a unit; a `BlockSource`.
+    """Blocks of a store, of chunk_tokens rows each except the last of a unit; a `BlockSource`.
 
     Args:
         store: the store.
-        x_sites: sites that come first on the site axis.
-        y_sites: sites that come after them; they may be of another group of the same width.
-        where: which tokens are used; decided here, once, and kept as one bit per token.
+        x_sites: first sites on the site axis.
+        y_sites: sites that follow them; may be of another group of the same width.
+        where: token filter; evaluated here once and kept as one bit per token.
 
     Attributes:
-        kept_bytes: bytes of the token columns that are kept in memory, if they are.
+        kept_bytes: bytes of the token columns kept in memory; 0 if they are not kept.
 
     Raises:
         StoreError: a site is not stored, the widths differ, or a token array cannot be read.
@@ -95,13 +95,13 @@ class StoreBlocks:
         self.rows: NDArray[np.int64] = np.concatenate(rows)
 
     def kept(self, block: int) -> NDArray[np.int64] | None:
-        """As `BlockSource.kept`."""
+        """Implements `BlockSource.kept`."""
         unit, within = self._place_of(block)
         bits = self._bits[unit]
         return None if bits is None else np.flatnonzero(np.unpackbits(bits[within], count=self.chunk_tokens))
 
     def read_into(self, block: int, acts: NDArray[Any], scales: NDArray[np.float32] | None) -> None:
-        """As `BlockSource.read_into`."""
+        """Implements `BlockSource.read_into`."""
         unit, within = self._place_of(block)
         for group, sites, mine in self._parts:
             self._store.read_block_into(unit, within, group, sites, acts[mine])
@@ -109,7 +109,7 @@ class StoreBlocks:
                 scales[mine] = self._read_scales(unit, within, group)[:, sites].T
 
     def tokens(self, block: int) -> Mapping[str, NDArray[Any]]:
-        """As `BlockSource.tokens`."""
+        """Implements `BlockSource.tokens`."""
         unit, within = self._place_of(block)
         if not self.kept_bytes:
             return self._store.token_block(unit, within)
@@ -121,7 +121,7 @@ class StoreBlocks:
         return {name: column[rows] for name, column in columns.items()}
 
     def _plan(self, unit: int, n_tokens: int, where: TokenFilter) -> NDArray[np.int64]:
-        """Rows that are used of each block of a unit."""
+        """Number of rows of each block of a unit that pass the filter."""
         n_blocks = -(-n_tokens // self.chunk_tokens)
         keep = where.keep(self._store, unit)
         mask = np.zeros(n_blocks * self.chunk_tokens, dtype=np.bool_)
@@ -131,7 +131,7 @@ class StoreBlocks:
         return by_block.sum(axis=1, dtype=np.int64)
 
     def _place_of(self, block: int) -> tuple[int, int]:
-        """Unit of a block, and the block's number in it."""
+        """Unit of a block, and the block's number within it."""
         position = int(np.searchsorted(self._first_block, block, side="right")) - 1
         return self._store.units[position].unit, block - int(self._first_block[position])
 
@@ -142,12 +142,12 @@ class StoreBlocks:
         return scales
 
 
-#: Group, positions on its site axis, and where these sites go on the site axis of the block.
+#: Group, positions on its site axis, and the destination of these sites on the site axis of the block.
 _Part = tuple[str, list[int], slice]
 
 
 def _place(store: ActivationStore, x_sites: Sequence[str], y_sites: Sequence[str]) -> list[_Part]:
-    """The groups that sites are read from; one if all sites are of one group, so that a block is read in one piece."""
+    """The groups that hold some sites; a single part, read in one piece, if all sites are of one group."""
     parts: list[_Part] = []
     for sites in filter(None, (x_sites, y_sites)):
         group, numbers = store.place(sites)

@@ -1,7 +1,7 @@
-"""Slots for batches on a CUDA device: gathered there when all slots fit into its memory, else on the host.
+"""Buffers for batches on a CUDA device: slots on the device if they fit into its memory, else on the host.
 
-Everything is allocated and runs on one side stream, so that a slot is neither overwritten nor given back before the
-batches that need it are gathered; training waits for a batch's event only.
+All allocations, copies and gathers are on one side stream, so that a slot is neither overwritten nor freed before the
+batches that need it are gathered; training waits only for the event of each batch.
 """
 
 from __future__ import annotations
@@ -14,26 +14,32 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from clt.capture.reading.batch_buffers import Fill, HostSlots, Slots, SlotSizes, allocate, restore
+from clt.capture.reading.batch_buffers import BatchBuffers, BufferSizes, Fill, HostBuffers, allocate, restore
 from clt.capture.reading.blocks import BlockSource
 from clt.capture.store.quantise import Standardiser
 
-#: Share of the device's free memory that slots may take.
+#: Fraction of the device's free memory that slots may take.
 _MEMORY_SHARE = 0.25
 
 
-def cuda_slots(source: BlockSource, sizes: SlotSizes, device: torch.device) -> Slots:
-    """Slots on the device if they take at most a quarter of its free memory, else on the host."""
+def cuda_buffers(source: BlockSource, sizes: BufferSizes, device: torch.device) -> BatchBuffers:
+    """Buffers with slots on the device if they take at most a quarter of its free memory, else on the host.
+
+    Args:
+        source: source of the rows.
+        sizes: sizes of slots and batches.
+        device: the CUDA device.
+    """
     free, _ = torch.cuda.mem_get_info(device)
     if sizes.memory_bytes(source) <= _MEMORY_SHARE * free:
-        return DeviceSlots(source, sizes, device)
-    return UploadingSlots(source, sizes, device)
+        return DeviceBuffers(source, sizes, device)
+    return UploadingBuffers(source, sizes, device)
 
 
 class _Widening:
-    """Turns stored rows on a device into a batch."""
+    """Converts stored rows on a device to a batch."""
 
-    def __init__(self, source: BlockSource, sizes: SlotSizes, device: torch.device) -> None:
+    def __init__(self, source: BlockSource, sizes: BufferSizes, device: torch.device) -> None:
         moments = source.standardiser
         self.stream = torch.cuda.Stream(device)
         self._dtype = sizes.batch_dtype(source.dtype)
@@ -41,7 +47,7 @@ class _Widening:
             self._moments = moments and Standardiser(mean=moments.mean.to(device), std=moments.std.to(device))
 
     def __call__(self, stored: Tensor, scales: Tensor | None) -> tuple[Tensor, torch.cuda.Event]:
-        """The batch and its event; the current stream must be `stream`."""
+        """The batch and the event of its completion; the current stream must be `stream`."""
         out = stored
         if self._dtype != stored.dtype:
             out = torch.empty(stored.shape, dtype=self._dtype, device=stored.device)
@@ -49,16 +55,16 @@ class _Widening:
         return out, self.stream.record_event()
 
 
-class DeviceSlots:
-    """Slots in the memory of a CUDA device, filled through pinned memory, one piece per reading thread.
+class DeviceBuffers:
+    """Slots in the memory of a CUDA device, filled through one pinned buffer per reading thread.
 
     Args:
-        source: where the rows come from.
-        sizes: of slots and batches.
+        source: source of the rows.
+        sizes: sizes of slots and batches.
         device: the device.
     """
 
-    def __init__(self, source: BlockSource, sizes: SlotSizes, device: torch.device) -> None:
+    def __init__(self, source: BlockSource, sizes: BufferSizes, device: torch.device) -> None:
         self._source, self._slot_rows, self._device = source, sizes.slot_rows, device
         self._widen = _Widening(source, sizes, device)
         shape = (source.n_sites, sizes.rows, source.width)
@@ -69,7 +75,7 @@ class DeviceSlots:
         self._parts: list[tuple[Tensor, Tensor | None]] = []
 
     def fill(self, slot: int, fill: Fill) -> NDArray[np.int64]:
-        """As `Slots.fill`."""
+        """Implements `BatchBuffers.fill`."""
         if not hasattr(self._staging, "rows"):
             self._staging.rows = allocate(self._source, self._slot_rows, pin=True)
         acts, scales = self._staging.rows
@@ -85,18 +91,18 @@ class DeviceSlots:
         return picks + base
 
     def begin(self, rows: int) -> None:
-        """As `Slots.begin`."""
+        """Implements `BatchBuffers.begin`."""
         self._parts = []
 
     def add(self, first: int, index: NDArray[np.int64]) -> None:
-        """As `Slots.add`."""
+        """Implements `BatchBuffers.add`."""
         with torch.cuda.stream(self._widen.stream):
             rows = torch.from_numpy(index).to(self._device)
             scales = None if self._scales is None else self._scales.index_select(1, rows)
             self._parts.append((self._acts.index_select(1, rows), scales))
 
     def finish(self) -> tuple[Tensor, torch.cuda.Event | None]:
-        """As `Slots.finish`."""
+        """Implements `BatchBuffers.finish`."""
         with torch.cuda.stream(self._widen.stream):
             stored = torch.cat([acts for acts, _ in self._parts], dim=1)
             scales = [scales for _, scales in self._parts if scales is not None]
@@ -106,30 +112,30 @@ class DeviceSlots:
         return torch.from_numpy(bits).view(self._source.dtype)
 
 
-class UploadingSlots(HostSlots):
-    """Slots in host memory, and batches that are copied to a CUDA device in the stored type and widened there.
+class UploadingBuffers(HostBuffers):
+    """Slots in host memory, and batches copied to a CUDA device in the stored type and converted there.
 
     Args:
-        source: where the rows come from.
-        sizes: of slots and batches.
+        source: source of the rows.
+        sizes: sizes of slots and batches.
         device: the device.
     """
 
-    def __init__(self, source: BlockSource, sizes: SlotSizes, device: torch.device) -> None:
+    def __init__(self, source: BlockSource, sizes: BufferSizes, device: torch.device) -> None:
         super().__init__(source, sizes)
         self._device, self._widens = device, True
         self._scratch, self._scratch_scales = allocate(source, sizes.batch_rows, pin=True)
         self._widen = _Widening(source, sizes, device)
 
     def begin(self, rows: int) -> None:
-        """As `Slots.begin`."""
+        """Implements `BatchBuffers.begin`."""
         self._rows = rows
 
     def finish(self) -> tuple[Tensor, torch.cuda.Event | None]:
-        """As `Slots.finish`."""
+        """Implements `BatchBuffers.finish`."""
         with torch.cuda.stream(self._widen.stream):
             stored, scales = self.stored()
             acts = stored.to(self._device, non_blocking=True)
             batch, ready = self._widen(acts, None if scales is None else scales.to(self._device))
-        ready.synchronize()  # the pinned memory is written again by the next batch
+        ready.synchronize()  # the next batch overwrites the pinned memory
         return batch, ready

@@ -1,8 +1,7 @@
-"""Reads a store for training: a shuffled, resumable stream of batches, the same for every number of ranks.
+"""Shuffled, resumable batches of a store for training, the same for any number of ranks; and one pass in stored order.
 
-The order is `clt.capture.store.read_order.ReadOrder`; `clt.capture.reading.window_pool` reads its windows ahead and
-gathers batches from them; this module joins the two, for one rank. One background thread works a few batches ahead;
-what goes wrong there is raised where the batches are consumed.
+`clt.capture.reading.read_order.ReadOrder` gives the order, `clt.capture.reading.window_pool` reads its windows ahead
+and gathers batches. One background thread prefetches a few batches; its errors are raised where batches are consumed.
 """
 
 from __future__ import annotations
@@ -18,57 +17,57 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from clt.capture.reading.batch_buffers import Slots, SlotSizes
+from clt.capture.reading.activation_store import ActivationStore
+from clt.capture.reading.batch_buffers import BatchBuffers, BufferSizes
 from clt.capture.reading.blocks import BlockSource, StoreBlocks
-from clt.capture.reading.open_store import ActivationStore
-from clt.capture.reading.prefetch import ahead
+from clt.capture.reading.prefetch import prefetch
+from clt.capture.reading.read_order import ReadOrder, Visit
 from clt.capture.reading.token_filter import ALL_TOKENS, TokenFilter
-from clt.capture.reading.window_pool import Reading, Rows, WindowPool, pool_bytes
-from clt.capture.store.read_order import ReadOrder, Visit
+from clt.capture.reading.window_pool import GatheredRows, WindowPool, WindowRead, pool_bytes
 from clt.errors import CheckpointError, ConfigError
 from clt.records import ActivationBatch
 
 log = logging.getLogger(__name__)
 
-#: Batches in use besides those made ahead: the one that is consumed, and the one before until it is let go.
+#: Batches in use besides the prefetched ones: the current one, and the previous one until it is freed.
 _BATCHES_IN_USE = 2
 _MOST_READERS = 4
-#: Spare slots double the windows as long as all slots take no more than this, else there are a quarter as many.
+#: There are as many spare slots as windows while all slots fit into this, else a quarter as many.
 _SMALL_POOL_BYTES = 2**30
 
 
 class ActivationLoader:
-    """Shuffled batches of a store, epoch after epoch, without end.
+    """Shuffled batches of a store, an endless iterator over epochs.
 
-    The ranks' batches of a step, joined in rank order, are the batch that a single rank would read. Every token comes
-    once in an epoch, but for the (tokens mod batch_tokens) that are left out, other ones each epoch. Threads and memory
-    belong to iterators: a loader that is not being iterated can be pickled and forked.
+    The ranks' batches of a step, joined in rank order, are the batch that a single rank would read. An epoch reads each
+    token once, except (tokens mod batch_tokens) dropped tokens, different ones each epoch. Threads and memory belong to
+    iterators: a loader that is not being iterated can be pickled and forked.
 
     Args:
         store: the store.
-        x_sites: sites that become `ActivationBatch.x`; only these and `y_sites` are read.
-        y_sites: sites that become `ActivationBatch.y`.
+        x_sites: sites of `ActivationBatch.x`; only these and `y_sites` are read.
+        y_sites: sites of `ActivationBatch.y`.
         batch_tokens: tokens of a step over all ranks.
-        window_tokens: most tokens shuffled together in memory, over all ranks; at least one block of chunk_tokens for
-            each of gcd(batch_tokens, 64) streams is.
-        seed: seed of the order.
-        data_rank: this rank on the data axis.
+        window_tokens: most tokens shuffled together in memory, over all ranks; at least one block of chunk_tokens per
+            stream, of which there are gcd(batch_tokens, 64).
+        seed: random seed of the order.
+        data_rank: rank on the data axis.
         data_world: ranks on the data axis, a divisor of gcd(batch_tokens, 64).
-        where: which tokens are read.
-        device: where `x` and `y` shall be; tokens stay on the host.
-        as_stored: hand out bfloat16 as it is stored and not as float32; int8 always becomes float32.
-        reader_threads: threads that read; absent: as many as there are cores beside the one that gathers, four at most.
-        read_ahead: batches that are made before they are asked for.
+        where: token filter.
+        device: device of `x` and `y`; tokens stay on the host.
+        as_stored: return bfloat16 as stored instead of float32; int8 always becomes float32.
+        reader_threads: reading threads; default: number of cores - 1, at most four.
+        read_ahead: number of prefetched batches.
 
     Attributes:
         steps_per_epoch: steps of an epoch.
-        dropped_tokens: tokens that pass `where` and are left out of an epoch.
-        memory_bytes: what an iterator takes: window_tokens as stored, twice up to 1 GiB and else 1.25 times, one batch
-            as stored, and read_ahead + 2 batches; and the token columns that the loader keeps of a small store.
+        dropped_tokens: tokens that pass `where` and are not read in an epoch.
+        memory_bytes: memory of an iterator: window_tokens as stored, twice up to 1 GiB and else 1.25 times, one batch
+            as stored, and read_ahead + 2 batches; plus the token columns that the loader keeps of a small store.
 
     Raises:
         StoreError: a site is not stored, or token tables cannot be read.
-        ConfigError: fewer tokens pass than a batch has, or the ranks cannot share it.
+        ConfigError: fewer tokens than a batch pass the filter, or the ranks cannot share a batch evenly.
     """
 
     def __init__(
@@ -101,7 +100,7 @@ class ActivationLoader:
         self._streams, self._share = order.streams_of(data_rank, data_world), order.share
         self.steps_per_epoch: int = order.steps
         self.dropped_tokens: int = order.dropped_rows
-        sizes = SlotSizes(
+        sizes = BufferSizes(
             slots=len(self._streams),
             slot_rows=order.window_rows - 1 + self._blocks.chunk_tokens,
             batch_rows=batch_tokens // data_world,
@@ -111,7 +110,8 @@ class ActivationLoader:
         self._sizes = _with_spare(sizes, self._blocks)
         self.memory_bytes: int = pool_bytes(self._blocks, self._sizes) + self._blocks.kept_bytes
         log.info(
-            "%s: %d of %d tokens pass (%s), %d steps of %d an epoch, %d tokens left out, %d of %d streams, %.1f GB",
+            "loader: store=%s tokens=%d (of %d after filter %s) steps_per_epoch=%d batch_tokens=%d dropped_tokens=%d "
+            "streams=%d (of %d) memory_gb=%.1f",
             store.location,
             passing,
             store.num_tokens,
@@ -125,35 +125,35 @@ class ActivationLoader:
         )
 
     def __iter__(self) -> Iterator[ActivationBatch]:
-        with closing(self._ahead(self._epoch, self._step)) as stream:
+        with closing(self._prefetched(self._epoch, self._step)) as stream:
             for epoch, step, rows in stream:
                 last = step + 1 == self.steps_per_epoch
                 self._epoch, self._step = (epoch + 1, 0) if last else (epoch, step + 1)
                 yield self._batch(rows)
 
     def epoch(self, number: int, first_step: int = 0) -> Iterator[ActivationBatch]:
-        """Batches of one epoch; what `state_dict` says does not move.
+        """Batches of one epoch; leaves `state_dict` unchanged.
 
         Args:
-            number: of the epoch.
-            first_step: step to start at.
+            number: number of the epoch.
+            first_step: first step within it.
         """
-        with closing(self._ahead(number, first_step, number + 1)) as stream:
+        with closing(self._prefetched(number, first_step, number + 1)) as stream:
             for _, _, rows in stream:
                 yield self._batch(rows)
 
     def state_dict(self) -> dict[str, int | str]:
-        """Where the stream stands: the next batch is step `step` of epoch `epoch`; the rest guards against misuse."""
+        """Position: the next batch is step `step` of epoch `epoch`; the other keys are checked on load."""
         return {"epoch": self._epoch, "step": self._step, **self._settings()}
 
     def load_state_dict(self, state: dict[str, int | str]) -> None:
-        """Goes on where another loader stood; iterators made before are not moved.
+        """Continues at the position of another loader; existing iterators are not affected.
 
         Args:
-            state: from `state_dict` of a loader of the same store and settings, on any number of ranks.
+            state: `state_dict` of a loader of the same store and settings, with any number of ranks.
 
         Raises:
-            CheckpointError: it comes from another store or from other settings.
+            CheckpointError: it is of another store or other settings.
         """
         require_same(state, self._settings())
         self._epoch, self._step = int(state["epoch"]), int(state["step"])
@@ -176,23 +176,23 @@ class ActivationLoader:
             window_rows=self._window_tokens,
         )
 
-    def _readings(self, epoch: int, step: int, stop: int | None) -> Iterator[Reading]:
-        """What the batches from a step on need."""
+    def _readings(self, epoch: int, step: int, stop: int | None) -> Iterator[WindowRead]:
+        """Windows that the batches from a step on need, in that order."""
         while epoch != stop:
             order = self._order(epoch)
             for visit in order.visits(self._streams, step):
-                yield Reading(
+                yield WindowRead(
                     stream=visit.stream,
                     segments=order.window_segments(visit.stream, visit.window),
                     picks=partial(_picks, order, visit),
                 )
             epoch, step = epoch + 1, 0
 
-    def _ahead(self, epoch: int, step: int, stop: int | None = None) -> Generator[tuple[int, int, Rows]]:
-        return ahead(partial(self._batches, epoch, step, stop), self._read_ahead, "activation-loader")
+    def _prefetched(self, epoch: int, step: int, stop: int | None = None) -> Generator[tuple[int, int, GatheredRows]]:
+        return prefetch(partial(self._batches, epoch, step, stop), self._read_ahead, "activation-loader")
 
-    def _batches(self, epoch: int, step: int, stop: int | None) -> Generator[tuple[int, int, Rows]]:
-        """Batches with their epoch and step, up to an epoch or without end."""
+    def _batches(self, epoch: int, step: int, stop: int | None) -> Generator[tuple[int, int, GatheredRows]]:
+        """Batches with their epoch and step, up to an epoch or endlessly."""
         slots = _slots(self._blocks, self._sizes, self._device)
         readings = self._readings(epoch, step, stop)
         with closing(WindowPool(self._blocks, self._sizes, readings, self._reader_threads, slots)) as pool:
@@ -201,7 +201,7 @@ class ActivationLoader:
                     yield epoch, now, pool.batch((stream, self._share) for stream in self._streams)
                 epoch, step = epoch + 1, 0
 
-    def _batch(self, rows: Rows) -> ActivationBatch:
+    def _batch(self, rows: GatheredRows) -> ActivationBatch:
         if rows.ready is not None:
             stream = torch.cuda.current_stream(self._device)
             stream.wait_event(rows.ready)
@@ -210,14 +210,16 @@ class ActivationLoader:
 
 
 def require_same(state: Mapping[str, int | str], settings: Mapping[str, int | str]) -> None:
-    """Makes sure that a loader's state was saved under the same settings.
+    """Checks that a loader's state was saved with the same settings.
 
     Raises:
-        CheckpointError: one differs; names it.
+        CheckpointError: a setting differs.
     """
     for key, mine in settings.items():
         if state.get(key) != mine:
-            raise CheckpointError(f"loader state: {key} was {state.get(key)!r} and is now {mine!r}; make them equal")
+            raise CheckpointError(
+                f"loader state: {key} was {state.get(key)!r} and is now {mine!r}; resume with the saved value"
+            )
 
 
 def iterate_store(
@@ -230,17 +232,17 @@ def iterate_store(
     data_rank: int = 0,
     data_world: int = 1,
 ) -> Iterator[ActivationBatch]:
-    """Goes through a store once, in the order of storage, for evaluation.
+    """Reads a store once in the stored order, for evaluation.
 
     Args:
         store: the store.
-        x_sites: sites that become `ActivationBatch.x`.
-        y_sites: sites that become `ActivationBatch.y`.
+        x_sites: sites of `ActivationBatch.x`.
+        y_sites: sites of `ActivationBatch.y`.
         batch_tokens: tokens of a batch; the last one may have fewer.
-        where: which tokens are read.
-        max_tokens: stop after so many tokens; absent: all.
-        data_rank: which of `data_world` stretches of these tokens is read; it may be empty.
-        data_world: stretches, as even as can be.
+        where: token filter.
+        max_tokens: number of tokens to read; default: all.
+        data_rank: index of the range of these tokens to read, one of `data_world`; it may be empty.
+        data_world: number of ranges, of nearly equal size.
 
     Yields:
         Batches in float32.
@@ -254,7 +256,7 @@ def iterate_store(
     start, stop = (total * rank // data_world for rank in (data_rank, data_rank + 1))
     if start == stop:
         return
-    sizes = SlotSizes(
+    sizes = BufferSizes(
         slots=3,
         slot_rows=source.chunk_tokens,
         batch_rows=min(batch_tokens, stop - start),
@@ -267,13 +269,13 @@ def iterate_store(
             yield ActivationBatch(x=rows.acts[: len(x_sites)], y=rows.acts[len(x_sites) :], tokens=rows.tokens)
 
 
-def _stretch(source: BlockSource, start: int, stop: int) -> Iterator[Reading]:
-    """What holds the used rows from `start` to `stop` of a store, block by block."""
+def _stretch(source: BlockSource, start: int, stop: int) -> Iterator[WindowRead]:
+    """Reads the rows `start` to `stop` of those that pass the filter, block by block."""
     first_row = 0
     for block, rows in enumerate(source.rows.tolist()):
         first, last = max(0, start - first_row), min(rows, stop - first_row)
         if first < last:
-            yield Reading(stream=0, segments=[(block, first, last)], picks=partial(np.arange, last - first))
+            yield WindowRead(stream=0, segments=[(block, first, last)], picks=partial(np.arange, last - first))
         first_row += rows
 
 
@@ -281,17 +283,17 @@ def _picks(order: ReadOrder, visit: Visit) -> NDArray[np.int64]:
     return order.window_permutation(visit.stream, visit.window)[visit.first : visit.stop]
 
 
-def _with_spare(sizes: SlotSizes, source: BlockSource) -> SlotSizes:
-    """Adds slots that are filled ahead: all windows of an epoch end at once, and the next epoch needs as many."""
+def _with_spare(sizes: BufferSizes, source: BlockSource) -> BufferSizes:
+    """Adds spare slots for prefetching: all windows of an epoch end together, and the next epoch needs as many."""
     slot_bytes = pool_bytes(source, replace(sizes, slots=1, batch_rows=0))
     spare = min(sizes.slots, _SMALL_POOL_BYTES // slot_bytes - sizes.slots)
     return replace(sizes, slots=sizes.slots + max(1, sizes.slots // 4, spare))
 
 
-def _slots(source: BlockSource, sizes: SlotSizes, device: torch.device) -> Slots | None:
-    """Memory for batches of a device; None for the host's."""
+def _slots(source: BlockSource, sizes: BufferSizes, device: torch.device) -> BatchBuffers | None:
+    """Buffers for batches on a CUDA device; None on the CPU."""
     if device.type == "cpu":
         return None
-    from clt.capture.reading.cuda_batch_buffers import cuda_slots
+    from clt.capture.reading.cuda_batch_buffers import cuda_buffers
 
-    return cuda_slots(source, sizes, device)
+    return cuda_buffers(source, sizes, device)

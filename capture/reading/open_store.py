@@ -1,22 +1,6 @@
-"""The activation store: what it consists of, and how it is opened.
+"""Opens stores for reading: complete ones, or the committed units of an unfinished one.
 
-    <store>/
-      store.json                  what is captured: model, sites, types, sizes, seed, source (schema_version first)
-      plan.json                   which samples each unit holds; decided once, before the first forward pass
-      quantisation.safetensors    int8 stores: the moments that standardise the channels
-      data.zarr/                  a Zarr v3 hierarchy, see `clt.capture.store.arrays`
-        acts/<group>              [token, site, channel] activations
-        scales/<group>            [token, site] int8 stores: what one step is worth
-        norms/<group>             [token, site] Euclidean norms
-        tokens/<name>             [token] where each token comes from
-        stats/<group>/<name>      moments of the whole store by class of token
-      units/stats/000042.safetensors   float64 moments of unit 42
-      units/commits/000042.json   unit 42 exists: its samples, and size and crc32c of each of its files; written last
-      units/leases/               who is capturing what; only while a capture runs
-      manifest.json               the store is complete: every file with its size and crc32c; its hash is the store's id
-
-Only a store with a manifest is opened. `clt.capture.writing.writer` makes stores, `clt.capture.reading.loader` reads
-them for training.
+`docs/store.md` shows the files of a store. `clt.capture.reading.loader` reads an opened store for training.
 """
 
 from __future__ import annotations
@@ -24,34 +8,30 @@ from __future__ import annotations
 import itertools
 from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING
 
+from clt.capture.reading.activation_store import ActivationStore
 from clt.capture.storage.base import Storage
-from clt.capture.storage.local import open_storage
-from clt.capture.store.build_manifest import committed_units, read_commit, unit_entry
+from clt.capture.storage.open_storage import open_storage
+from clt.capture.store.committed_units import committed_units, read_commit, unit_entry
 from clt.capture.store.file_records import check_size, record_file
 from clt.capture.store.json_files import parse, read_manifest, sealed, store_digest
 from clt.capture.store.schema import MANIFEST, PLAN, QUANTISATION, SPEC, CapturePlan, Manifest, StoreSpec
 from clt.errors import StoreError
-
-if TYPE_CHECKING:
-    pass
-from clt.capture.reading.activation_store import ActivationStore
 
 
 def open_store(location: str | Path | Storage) -> ActivationStore:
     """Opens a complete store for reading.
 
     Args:
-        location: folder or URL that `capture` wrote, or its files.
+        location: folder or URL of the store, or its storage.
 
     Returns:
-        The store; existence and size of every file are checked, contents are checked when they are read.
+        The store. Existence and size of every file are checked now, contents when they are read.
 
     Raises:
         StoreError: there is no store, its capture has not finished, or a file is missing, truncated or damaged.
     """
-    storage = location if isinstance(location, Storage) else open_storage(location)
+    storage = open_storage(location)
     if storage.size(MANIFEST) is None:
         if storage.size(SPEC) is None:
             raise StoreError(f"{storage.url}: no activation store here; check the path or run the capture first")
@@ -64,19 +44,19 @@ def open_store(location: str | Path | Storage) -> ActivationStore:
 
 
 def open_committed(location: str | Path | Storage, units: Sequence[int] | None = None) -> ActivationStore:
-    """Opens units of a store whose capture need not have finished, as they stand now.
+    """Opens committed units of a store whose capture may still be running.
 
     Args:
-        location: folder or URL of the store, or its files.
-        units: numbers of committed units; absent: all that are committed.
+        location: folder or URL of the store, or its storage.
+        units: numbers of committed units; default: all.
 
     Returns:
-        A store of these units in ascending order; its id is the hash of what they consist of.
+        A store of these units in ascending order; its id is the hash of their files.
 
     Raises:
         StoreError: there is no store, a unit is not committed, or a file is missing, truncated or damaged.
     """
-    storage = location if isinstance(location, Storage) else open_storage(location)
+    storage = open_storage(location)
     if storage.size(SPEC) is None:
         raise StoreError(f"{storage.url}: no activation store here; check the path or run the capture first")
     spec = parse(StoreSpec, storage.read(SPEC), storage.name(SPEC))
@@ -85,7 +65,7 @@ def open_committed(location: str | Path | Storage, units: Sequence[int] | None =
     numbers = sorted(committed_units(storage) if units is None else units)
     entries = tuple(unit_entry(*read_commit(storage, unit, digest)) for unit in numbers)
     if not entries:
-        raise StoreError(f"{storage.url}: no unit is committed yet; wait for the capture or start it")
+        raise StoreError(f"{storage.url}: no unit is committed yet; start the capture or wait for it")
     for record in itertools.chain(*(entry.files for entry in entries)):
         check_size(storage, record, storage.size(record.path))
     files = (record_file(storage, QUANTISATION),) if spec.store_dtype == "int8" else ()

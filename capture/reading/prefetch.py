@@ -1,4 +1,4 @@
-"""Runs an iterator ahead of whoever consumes it."""
+"""Prefetching of an iterator in a background thread."""
 
 from __future__ import annotations
 
@@ -11,16 +11,16 @@ from typing import TypeVar
 T = TypeVar("T")
 
 
-def ahead(source: Callable[[], Generator[T]], depth: int, name: str) -> Generator[T]:
-    """Runs an iterator in one thread, which lives as long as the generator that is returned is open.
+def prefetch(source: Callable[[], Generator[T]], depth: int, name: str) -> Generator[T]:
+    """Runs an iterator in a thread that lives until the returned generator is closed.
 
     Args:
-        source: makes the iterator; called in that thread, which also closes it.
-        depth: items that are made before they are asked for.
-        name: of the thread.
+        source: makes the iterator; called in the thread, which also closes it.
+        depth: number of prefetched items.
+        name: name of the thread.
 
     Yields:
-        Its items; its exception is raised in its turn.
+        The items of the iterator, in order; its exception is raised after the items before it.
     """
     items: SimpleQueue[tuple[T] | BaseException | None] = SimpleQueue()
     room = threading.Semaphore(depth)
@@ -33,7 +33,7 @@ def ahead(source: Callable[[], Generator[T]], depth: int, name: str) -> Generato
                     items.put((next(iterator),))
         except StopIteration:
             items.put(None)
-        except BaseException as error:  # handed over, raised by the consumer
+        except BaseException as error:  # raised in the consumer
             items.put(error)
 
     thread = threading.Thread(target=run, name=name, daemon=True)

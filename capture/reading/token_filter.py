@@ -1,4 +1,4 @@
-"""Which tokens of a store are used, decided from what is known about them without reading activations."""
+"""Token filter: selects tokens of a store by class and norm, without reading activations."""
 
 from __future__ import annotations
 
@@ -23,13 +23,13 @@ TokenClass = Literal["text", "image", "image_special", "bos"]
 
 @dataclass(frozen=True, kw_only=True)
 class TokenFilter:
-    """Which tokens pass; by default all do.
+    """Selection of tokens; by default all tokens pass.
 
     Attributes:
-        modalities: classes of tokens that pass; absent: all.
-        drop_bos: leave out beginning-of-sequence tokens.
-        norm_cap: leave out a token whose norm at any stored site exceeds so many times that site's mean norm, which is
-            taken over all tokens but beginning-of-sequence tokens; absent: no cap.
+        modalities: token classes that pass; default: all.
+        drop_bos: drop beginning-of-sequence tokens.
+        norm_cap: drop a token whose norm at any stored site exceeds `norm_cap` times the site's mean norm over all
+            tokens except beginning-of-sequence tokens; default: no cap.
     """
 
     modalities: tuple[TokenClass, ...] | None = None
@@ -39,17 +39,15 @@ class TokenFilter:
     def __post_init__(self) -> None:
         for name in self.modalities or ():
             if name not in TOKEN_CLASSES:
-                raise ConfigError(
-                    f"modalities: '{name}' is no class of tokens; take some of {', '.join(TOKEN_CLASSES)}"
-                )
+                raise ConfigError(f"modalities: '{name}' is not a token class; use some of {', '.join(TOKEN_CLASSES)}")
         if not self.classes:
-            raise ConfigError("modalities: only 'bos', and drop_bos is true: no token passes; add a class of tokens")
+            raise ConfigError("modalities: no token passes with 'bos' alone and drop_bos=true; add a token class")
         if self.norm_cap is not None and not self.norm_cap > 0:
-            raise ConfigError(f"norm_cap={self.norm_cap} lets no token pass; take a number above 1, or leave it out")
+            raise ConfigError(f"norm_cap={self.norm_cap}: no token passes; use a number above 1, or remove the key")
 
     @property
     def classes(self) -> tuple[int, ...]:
-        """Numbers, in `TOKEN_CLASSES`, of the classes whose tokens pass but for the norm cap."""
+        """Indices in `TOKEN_CLASSES` of the classes that pass, before the norm cap."""
         chosen = TOKEN_CLASSES if self.modalities is None else self.modalities
         return tuple(
             number
@@ -58,14 +56,14 @@ class TokenFilter:
         )
 
     def keep(self, store: ActivationStore, unit: int) -> NDArray[np.bool_] | None:
-        """Which tokens of a unit pass.
+        """Mask of the tokens of a unit that pass.
 
         Args:
             store: the store.
             unit: number of the unit.
 
         Returns:
-            [n_tokens] bool in the order of storage, or None if all pass.
+            [n_tokens] bool in the stored order, or None if all pass.
 
         Raises:
             StoreError: a shard is missing, truncated or damaged.
@@ -80,7 +78,7 @@ class TokenFilter:
         return None if passes.all() else passes
 
     def counts(self, moments: Moments) -> Tensor:
-        """[c] int64: tokens of each class that pass but for the norm cap."""
+        """[c] int64: tokens of each class that pass, before the norm cap."""
         passing = torch.zeros_like(moments.count)
         passing[list(self.classes)] = moments.count[list(self.classes)]
         return passing
@@ -90,16 +88,16 @@ class TokenFilter:
         return classes if self.norm_cap is None else f"{classes} norm_cap={self.norm_cap!r}"
 
 
-#: Lets every token pass.
+#: All tokens pass.
 ALL_TOKENS = TokenFilter()
 
 
 def token_counts(store: ActivationStore, where: TokenFilter) -> Tensor:
-    """Tokens that pass a filter, by class; reads recorded counts, or with a norm cap what is known about each token.
+    """Number of tokens that pass a filter, by class; with a norm cap, reads the norms of all tokens.
 
     Args:
         store: the store.
-        where: which tokens count.
+        where: token filter.
 
     Returns:
         [c] int64, in the order of `TOKEN_CLASSES`.
@@ -118,12 +116,15 @@ def token_counts(store: ActivationStore, where: TokenFilter) -> Tensor:
 
 
 def filtered_moments(store: ActivationStore, sites: Sequence[str], where: TokenFilter) -> Moments:
-    """Moments of sites over the tokens that pass a filter, all counted as the first class; reads the store once.
+    """Moments of sites over the tokens that pass a filter; reads the store once.
 
     Args:
         store: the store.
         sites: names, of one group.
-        where: which tokens count.
+        where: token filter.
+
+    Returns:
+        The moments, with all tokens counted as the first class.
 
     Raises:
         StoreError: a site is not stored, or a file is missing or damaged.

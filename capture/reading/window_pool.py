@@ -1,7 +1,7 @@
-"""Windows of a store in memory, filled ahead of need by reading threads, and the batches gathered from them.
+"""Windows of a store in memory, prefetched by reading threads, and the batches gathered from them.
 
-Rows lie in slots of one window each. What will be read is known in the order of need, so a slot that becomes free is
-at once given to the next window, and a batch is one gather over all slots.
+Each window has a slot. The windows are known in the order in which batches need them, so a free slot is immediately
+assigned to the next window, and a batch is one gather over all slots.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from clt.capture.reading.batch_buffers import HostSlots, Slots, SlotSizes
+from clt.capture.reading.batch_buffers import BatchBuffers, BufferSizes, HostBuffers
 from clt.capture.reading.blocks import BlockSource
 from clt.capture.store.arrays import TOKEN_DTYPES
 from clt.records import TokenTable
@@ -27,13 +27,14 @@ _TOKEN_DTYPES = {field.name: np.dtype(TOKEN_DTYPES[field.name]) for field in fie
 
 
 @dataclass(frozen=True, kw_only=True)
-class Reading:
-    """A window that a stream will take rows of.
+class WindowRead:
+    """A window to read, and the rows of it that a stream takes.
 
     Attributes:
         stream: number of the stream.
-        segments: (block, first row, one past last row) among the rows used of each block, laid end to end.
-        picks: gives the rows of that line that the stream takes, in order; called by a reading thread.
+        segments: (block, first row, one past the last row), counting the rows of each block that pass the filter.
+        picks: returns the rows of the concatenated segments that the stream takes, in order; called by a reading
+            thread.
     """
 
     stream: int
@@ -42,8 +43,8 @@ class Reading:
 
 
 @dataclass(frozen=True, kw_only=True)
-class Rows:
-    """Rows of a batch, streams in order.
+class GatheredRows:
+    """A gathered batch, streams in order.
 
     Attributes:
         acts: [S,B,D].
@@ -56,50 +57,53 @@ class Rows:
     ready: torch.cuda.Event | None
 
 
-def pool_bytes(source: BlockSource, sizes: SlotSizes) -> int:
-    """Bytes that a pool takes: the slots with their token columns, one batch as stored, and the batches kept."""
+def pool_bytes(source: BlockSource, sizes: BufferSizes) -> int:
+    """Bytes of a pool: the slots with their token columns, one batch as stored, and the batches kept for reuse."""
     return sizes.memory_bytes(source) + sizes.rows * sum(dtype.itemsize for dtype in _TOKEN_DTYPES.values())
 
 
 class WindowPool:
-    """Reads windows ahead and gathers batches from them; used by one thread.
+    """Prefetches windows and gathers batches from them; used by one thread.
 
-    It cannot lock up with at least one slot per stream: slots are given in the order of need, so when the next window
-    has none, all slots are held by windows needed before it, at most one per other stream once used-up windows have
-    given theirs back, which leaves one free. A batch that needs a window which is not there yet first gathers what it
-    has, so used-up windows always do give their slots back.
+    With at least one slot per stream it cannot deadlock: slots are assigned in the order of need, so when the next
+    window has none, all slots hold windows needed before it; once finished windows have freed theirs, that is at most
+    one per other stream, which leaves one slot. A batch that has to wait for a window first gathers the rows it has, so
+    that finished windows always free their slots.
 
     Args:
-        source: where the rows come from.
-        sizes: of the slots; at least one slot per stream, each with room for a whole block, because blocks are read
-            whole, behind all used rows of a window's other blocks.
-        readings: what will be read, in the order in which the batches need it.
-        reader_threads: threads that read.
-        slots: memory of the slots; by default on the host.
+        source: source of the rows.
+        sizes: sizes of the buffers; at least one slot per stream. A slot has room for a whole block behind the rows of
+            a window's other blocks, because blocks are read whole.
+        readings: the windows to read, in the order in which batches need them.
+        reader_threads: number of reading threads.
+        slots: the buffers; default: in host memory.
     """
 
     def __init__(
         self,
         source: BlockSource,
-        sizes: SlotSizes,
-        readings: Iterator[Reading],
+        sizes: BufferSizes,
+        readings: Iterator[WindowRead],
         reader_threads: int,
-        slots: Slots | None = None,
+        slots: BatchBuffers | None = None,
     ) -> None:
         self._source, self._slot_rows, self._readings = source, sizes.slot_rows, readings
-        self._slots = HostSlots(source, sizes) if slots is None else slots
+        self._slots = HostBuffers(source, sizes) if slots is None else slots
         self._tokens = {name: np.empty(sizes.rows, dtype) for name, dtype in _TOKEN_DTYPES.items()}
         self._free = deque(range(sizes.slots))
-        self._coming: deque[_Coming] = deque()
-        self._open: dict[int, _Open] = {}
+        self._coming: deque[_PendingWindow] = deque()
+        self._open: dict[int, _OpenWindow] = {}
         self._spent: list[int] = []
         self._readers = ThreadPoolExecutor(reader_threads, thread_name_prefix="activation-reader")
 
-    def batch(self, takes: Iterable[tuple[int, int]]) -> Rows:
+    def batch(self, takes: Iterable[tuple[int, int]]) -> GatheredRows:
         """The next batch.
 
         Args:
-            takes: (stream, rows) in the order of the batch; the readings must be in the order that follows from it.
+            takes: (stream, number of rows) in the order of the batch, which `readings` must follow.
+
+        Returns:
+            The batch.
 
         Raises:
             StoreError: a shard is missing, truncated or damaged.
@@ -126,17 +130,17 @@ class WindowPool:
         self._gather(parts, tokens, gathered)
         acts, ready = self._slots.finish()
         table = TokenTable(**{name: torch.from_numpy(column) for name, column in tokens.items()})
-        return Rows(acts=acts, tokens=table, ready=ready)
+        return GatheredRows(acts=acts, tokens=table, ready=ready)
 
     def close(self) -> None:
-        """Ends the reading threads; what they have begun is finished first."""
+        """Stops the reading threads after their current reads."""
         self._readers.shutdown(wait=True, cancel_futures=True)
 
     def _is_next_there(self) -> bool:
         return bool(self._coming) and self._coming[0].rows.done()
 
     def _gather(self, parts: list[NDArray[np.int64]], tokens: dict[str, NDArray[Any]], first: int) -> int:
-        """Gathers the batch's rows from `first` on, then gives used-up slots to the next windows; returns the end."""
+        """Gathers the batch's rows from `first` on, then assigns free slots to the next windows; returns the end."""
         stop = first
         if parts:
             index = np.concatenate(parts)
@@ -152,25 +156,25 @@ class WindowPool:
                 break
             slot = self._free.popleft()
             rows = self._readers.submit(self._read, slot, reading)
-            self._coming.append(_Coming(reading.stream, slot, rows))
+            self._coming.append(_PendingWindow(reading.stream, slot, rows))
         return stop
 
-    def _enter(self, stream: int) -> _Open:
-        """Waits for the next window."""
+    def _enter(self, stream: int) -> _OpenWindow:
+        """Waits for the next window and opens it for its stream."""
         window = self._coming.popleft()
         assert window.stream == stream, "readings are not in the order in which batches need them"
-        entered = self._open[stream] = _Open(window.slot, window.rows.result())
+        entered = self._open[stream] = _OpenWindow(window.slot, window.rows.result())
         return entered
 
-    def _read(self, slot: int, reading: Reading) -> NDArray[np.int64]:
+    def _read(self, slot: int, reading: WindowRead) -> NDArray[np.int64]:
         rows = slice(slot * self._slot_rows, (slot + 1) * self._slot_rows)
         tokens = {name: column[rows] for name, column in self._tokens.items()}
         return self._slots.fill(slot, partial(_fill, self._source, reading, tokens))
 
 
 @dataclass(frozen=True)
-class _Coming:
-    """A window that has a slot and may still be being read."""
+class _PendingWindow:
+    """A window with a slot, possibly still being read."""
 
     stream: int
     slot: int
@@ -178,8 +182,8 @@ class _Coming:
 
 
 @dataclass
-class _Open:
-    """A window that a stream takes rows of: the pool's rows in order, and how many are taken."""
+class _OpenWindow:
+    """A window that a stream is reading: its rows in the pool, in order, and the number already taken."""
 
     slot: int
     rows: NDArray[np.int64]
@@ -188,18 +192,18 @@ class _Open:
 
 def _fill(
     source: BlockSource,
-    reading: Reading,
+    reading: WindowRead,
     tokens: dict[str, NDArray[Any]],
     acts: NDArray[Any],
     scales: NDArray[np.float32] | None,
 ) -> tuple[NDArray[np.int64], int]:
-    """Reads a window's blocks one behind the other into a slot.
+    """Reads a window's blocks consecutively into a slot.
 
-    A block takes C rows, and the next one starts right behind the rows of it that are used: used rows further back are
-    first moved into the places of unused ones, so few are moved when few are unused.
+    A block needs C rows; the next one starts right behind the n rows of it that pass the filter. Passing rows beyond
+    the first n are first moved into the places of dropped ones, so few rows move when few are dropped.
 
     Returns:
-        The slot's rows that the stream takes, in order, and how many rows are filled.
+        The slot's rows that the stream takes, in order, and the number of filled rows.
     """
     places, base = [], 0
     for block, first, stop in reading.segments:
@@ -211,7 +215,7 @@ def _fill(
         place = _compact(rows, block_acts, block_scales)
         columns = source.tokens(block)
         for name, column in tokens.items():
-            if kept is None and first == 0:  # slices, which are several times as fast
+            if kept is None and first == 0:  # slices are several times faster
                 column[base : base + stop] = columns[name][:stop]
             else:
                 column[area][place] = columns[name][rows]
@@ -221,7 +225,7 @@ def _fill(
 
 
 def _compact(rows: NDArray[np.int64], acts: NDArray[Any], scales: NDArray[np.float32] | None) -> NDArray[np.int64]:
-    """Moves the n ascending rows of a block that are used among its first n; returns where each of them is."""
+    """Moves the n passing rows (ascending) of a block among its first n; returns the place of each."""
     n = len(rows)
     stay = int(np.searchsorted(rows, n))
     if stay == n:

@@ -1,1 +1,1 @@
-"""Prompts and images for a capture: files, Hugging Face datasets, and the toy tasks."""
+"""Sources of prompts and images: files, folders, Hugging Face datasets and the toy tasks."""

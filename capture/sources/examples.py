@@ -1,7 +1,6 @@
-"""Where prompts come from: the toy tasks, files with images beside them, a folder of images, or a dataset.
+"""Examples of a source: the toy tasks, JSON files, a folder of images, or a dataset.
 
-A source knows the text of all its examples at once, which is what planning a capture needs, and decodes the images of
-one example at a time.
+A source holds the texts of all examples, which planning a capture needs, and decodes images one example at a time.
 """
 
 from __future__ import annotations
@@ -15,7 +14,7 @@ from typing import IO, Protocol
 
 from PIL import ExifTags, Image, ImageOps
 
-from clt.capture.models.prompts import Size
+from clt.capture.models.prompts import ImageSize
 from clt.capture.sources.settings import JsonlSource, SourceSettings, ToySource
 from clt.errors import InputError
 
@@ -28,11 +27,14 @@ __all__ = [
     "ToySource",
     "image_size",
     "load_image",
+    "load_images",
     "open_source",
 ]
 
-#: EXIF orientations of pictures that have to be turned by a quarter.
-_LYING = (5, 6, 7, 8)
+#: An image as a user gives it: a path or a PIL image.
+ImageLike = str | Path | Image.Image
+#: EXIF orientations that rotate an image by a quarter turn.
+_QUARTER_TURNS = (5, 6, 7, 8)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -42,7 +44,7 @@ class Example:
     Attributes:
         example_id: unique within its source.
         prompt: formatted text with one `<image>` per image.
-        images: RGB pictures.
+        images: RGB images.
         answer: text that follows the prompt, or None.
     """
 
@@ -54,12 +56,12 @@ class Example:
 
 @dataclass(frozen=True, kw_only=True)
 class ExampleText:
-    """An example without its pictures.
+    """An example without its images.
 
     Attributes:
         example_id: unique within its source.
         prompt: formatted text with one `<image>` per image.
-        n_images: how many pictures it has.
+        n_images: number of images.
         answer: text that follows the prompt, or None.
     """
 
@@ -70,25 +72,25 @@ class ExampleText:
 
 
 class ExampleSource(Protocol):
-    """A fixed list of examples; their texts are at hand, their images are loaded one example at a time."""
+    """A fixed list of examples; texts are in memory, images are loaded one example at a time."""
 
     texts: tuple[ExampleText, ...]
 
     def load(self, index: int) -> Example:
-        """The example of that number; InputError when an image cannot be decoded."""
+        """Loads an example; InputError if an image cannot be decoded."""
 
-    def sizes(self, index: int) -> tuple[Size, ...]:
-        """Sizes of the images of an example, from their headers; InputError when one is no image."""
+    def sizes(self, index: int) -> tuple[ImageSize, ...]:
+        """Sizes of the images of an example, from their headers; InputError if one is not an image."""
 
     def digest(self) -> str:
-        """Hex digest of everything that decides the examples, image pixels apart."""
+        """Hex digest of the examples, without image pixels."""
 
 
 def open_source(settings: SourceSettings) -> ExampleSource:
-    """Opens the source that the settings name.
+    """Opens a source.
 
     Args:
-        settings: exactly one source.
+        settings: settings of exactly one source.
 
     Returns:
         Its examples.
@@ -96,7 +98,7 @@ def open_source(settings: SourceSettings) -> ExampleSource:
     Raises:
         InputError: a file or a dataset cannot be read, or a toy task is unknown.
     """
-    # These build on Example above, so they are imported when they are needed.
+    # These modules import Example from this one.
     from clt.capture.sources.file_sources import open_folder, open_json, open_jsonl
     from clt.capture.sources.hf_datasets import DatasetExamples
 
@@ -112,29 +114,49 @@ def open_source(settings: SourceSettings) -> ExampleSource:
     return DatasetExamples(settings.dataset)
 
 
+def load_images(images: ImageLike | Sequence[ImageLike]) -> list[Image.Image]:
+    """The images of one prompt.
+
+    Args:
+        images: an image or several, each a path or a PIL image.
+
+    Returns:
+        RGB images, turned upright as their EXIF data says.
+
+    Raises:
+        InputError: a file is missing, or is not a complete image.
+    """
+    several = [images] if isinstance(images, (str, Path, Image.Image)) else images
+    return [_upright(image) if isinstance(image, Image.Image) else load_image(image) for image in several]
+
+
 def load_image(file: Path | str | IO[bytes], name: str | None = None) -> Image.Image:
-    """Decodes an image whole.
+    """Decodes an image.
 
     Args:
         file: path or contents, in any format that Pillow reads.
-        name: for error messages; absent: the path.
+        name: name in error messages; default: the path.
 
     Returns:
         An RGB image, turned upright as its EXIF data says.
 
     Raises:
-        InputError: the file is missing, or is not a whole image.
+        InputError: the file is missing, or is not a complete image.
     """
     with _opened(file, name) as image:
-        return ImageOps.exif_transpose(image).convert("RGB")
+        return _upright(image)
 
 
-def image_size(file: Path | str | IO[bytes], name: str | None = None) -> Size:
-    """Height and width that `load_image` would give, for most formats without decoding; same arguments and errors."""
+def image_size(file: Path | str | IO[bytes], name: str | None = None) -> ImageSize:
+    """Height and width of the image from `load_image`, for most formats without decoding; same arguments and errors."""
     with _opened(file, name) as image:
-        # Pillow turns TIFF pictures itself.
-        lies = image.format != "TIFF" and image.getexif().get(ExifTags.Base.Orientation) in _LYING
-        return (image.width, image.height) if lies else (image.height, image.width)
+        # Pillow rotates TIFF images itself.
+        rotated = image.format != "TIFF" and image.getexif().get(ExifTags.Base.Orientation) in _QUARTER_TURNS
+        return (image.width, image.height) if rotated else (image.height, image.width)
+
+
+def _upright(image: Image.Image) -> Image.Image:
+    return ImageOps.exif_transpose(image).convert("RGB")
 
 
 @contextmanager
@@ -142,7 +164,7 @@ def _opened(file: Path | str | IO[bytes], name: str | None) -> Iterator[Image.Im
     try:
         with Image.open(file) as image:
             yield image
-    # Pillow reports damaged PNG data as a SyntaxError, and absurd sizes as a decompression bomb.
+    # Pillow raises SyntaxError for damaged PNG data, and DecompressionBombError for absurd sizes.
     except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
         reason = " ".join(str(error).split()) or type(error).__name__
         raise InputError(f"{name or file}: the image cannot be decoded ({reason}); repair or remove it") from None
@@ -167,7 +189,7 @@ class _ToyExamples:
     def load(self, index: int) -> Example:
         return self._samples[index].to_example(self._id(index))
 
-    def sizes(self, index: int) -> tuple[Size, ...]:
+    def sizes(self, index: int) -> tuple[ImageSize, ...]:
         return tuple((image.height, image.width) for image in self.load(index).images)
 
     def digest(self) -> str:

@@ -1,4 +1,4 @@
-"""Examples that a file or a folder lists: rows of text, and the names of the images that belong to them."""
+"""Examples of JSON files and image folders: texts, and the names of their images."""
 
 from __future__ import annotations
 
@@ -10,22 +10,22 @@ from typing import Any
 
 from PIL import Image
 
-from clt.capture.models.prompts import Size
+from clt.capture.models.prompts import ImageSize
 from clt.capture.sources.examples import Example, ExampleText, image_size, load_image, text_digest
-from clt.capture.sources.settings import Columns, FolderSource, JsonlSource, JsonSource, RowsSource
+from clt.capture.sources.settings import ColumnNames, FolderSource, JsonlSource, JsonSource, RowsSource
 from clt.errors import InputError
 
-#: A row with its number, and where it stands for error messages.
-Row = tuple[int, str, Mapping[str, Any]]
+#: Number of a row, its location for error messages, and its fields.
+SourceRow = tuple[int, str, Mapping[str, Any]]
 
 
 class ListedExamples:
     """Examples whose images are files.
 
     Args:
-        texts: of all examples.
-        names: file names of the images of each.
-        folder: where the images lie.
+        texts: texts of all examples.
+        names: file names of the images of each example.
+        folder: folder of the images.
     """
 
     def __init__(self, texts: Sequence[ExampleText], names: Sequence[tuple[str, ...]], folder: Path) -> None:
@@ -33,13 +33,13 @@ class ListedExamples:
         self._names, self._folder = names, folder
 
     def load(self, index: int) -> Example:
-        """The example of that number; InputError when an image cannot be decoded."""
+        """Loads an example; InputError if an image cannot be decoded."""
         text = self.texts[index]
         images = tuple(load_image(self._folder / name) for name in self._names[index])
         return Example(example_id=text.example_id, prompt=text.prompt, images=images, answer=text.answer)
 
-    def sizes(self, index: int) -> tuple[Size, ...]:
-        """Sizes of the images of an example; InputError when one is no image."""
+    def sizes(self, index: int) -> tuple[ImageSize, ...]:
+        """Sizes of the images of an example; InputError if one is not an image."""
         return tuple(image_size(self._folder / name) for name in self._names[index])
 
     def digest(self) -> str:
@@ -48,48 +48,51 @@ class ListedExamples:
 
 
 def open_jsonl(settings: JsonlSource) -> ListedExamples:
-    """Examples of a JSON-lines file; InputError names the line that is wrong."""
+    """Examples of a JSON-lines file; InputError names the wrong line."""
     return _from_rows(_jsonl_rows(settings.file, settings.limit), settings)
 
 
 def open_json(settings: JsonSource) -> ListedExamples:
-    """Examples of a JSON list; InputError names the row that is wrong."""
+    """Examples of a JSON list; InputError names the wrong row."""
     return _from_rows(_json_rows(settings.file, settings.limit), settings)
 
 
 def open_folder(settings: FolderSource) -> ListedExamples:
-    """One example per image below a folder, in the order of their paths, which are their ids.
+    """One example per image of a folder and its subfolders, in the order of their paths, which are their ids.
 
     Raises:
-        InputError: the folder is missing, or holds no image.
+        InputError: the folder is missing or has no image.
     """
-    # Pillow names the formats that it reads once its plugins are there.
+    # Loads the plugins of Pillow, then lists the suffixes of all formats.
     known = Image.registered_extensions()
     paths = (path for path in settings.path.rglob("*") if path.suffix.lower() in known and path.is_file())
     names = sorted(path.relative_to(settings.path).as_posix() for path in paths)[: settings.limit]
     if not names:
-        raise InputError(f"{settings.path}: no images in the folder; check source.folder.path")
+        raise InputError(f"{settings.path}: the folder has no images; check source.folder.path")
     texts = [ExampleText(example_id=name, prompt=settings.prompt, n_images=1, answer=None) for name in names]
     return ListedExamples(texts, [(name,) for name in names], settings.path)
 
 
-def row_text(row: Row, settings: RowsSource, n_images: int) -> ExampleText:
-    """The text of a row.
+def row_text(row: SourceRow, settings: RowsSource, n_images: int) -> ExampleText:
+    """Text of the example of a row.
 
     Args:
-        row: its fields.
-        settings: what they are called, and the template.
-        n_images: how many images belong to it.
+        row: number, location and fields.
+        settings: names of the fields, and the template of the prompt.
+        n_images: number of images of the row.
+
+    Returns:
+        Id, prompt and answer.
 
     Raises:
-        InputError: its prompt or its answer is no text.
+        InputError: the prompt or the answer is not a text.
     """
     number, where, record = row
     columns = settings.columns
     prompt = "" if columns.prompt is None else record.get(columns.prompt)
     answer, example_id = record.get(columns.answer), record.get(columns.id)
     if not isinstance(prompt, str) or not isinstance(answer, str | None):
-        raise InputError(f"{where}: '{columns.prompt}' must be a text, and '{columns.answer}' a text if there is one")
+        raise InputError(f"{where}: '{columns.prompt}' must be a text, '{columns.answer}' a text or missing")
     return ExampleText(
         example_id=str(number if example_id is None else example_id),
         prompt=settings.prompt_template.replace("{prompt}", prompt),
@@ -98,20 +101,25 @@ def row_text(row: Row, settings: RowsSource, n_images: int) -> ExampleText:
     )
 
 
-def check_columns(columns: Columns, found: Collection[str], where: object) -> None:
-    """Finds columns that the configuration names and no row has; the usual names need not be there.
+def check_columns(columns: ColumnNames, found: Collection[str], where: object) -> None:
+    """Checks that columns named in the settings exist; those of default names may be missing.
+
+    Args:
+        columns: names of the fields.
+        found: columns that exist.
+        where: location for error messages.
 
     Raises:
-        InputError: one is missing; lists those that are there.
+        InputError: a column is missing; lists the existing ones.
     """
-    for column in fields(Columns):
+    for column in fields(ColumnNames):
         name = getattr(columns, column.name)
-        if name is not None and name not in found and name != getattr(Columns(), column.name):
+        if name is not None and name not in found and name != getattr(ColumnNames(), column.name):
             known = ", ".join(sorted(found))
-            raise InputError(f"{where}: no column '{name}' for columns.{column.name}, the columns are {known}")
+            raise InputError(f"{where}: columns.{column.name}={name}: no such column; choose from {known}")
 
 
-def _from_rows(rows: Sequence[Row], settings: JsonlSource | JsonSource) -> ListedExamples:
+def _from_rows(rows: Sequence[SourceRow], settings: JsonlSource | JsonSource) -> ListedExamples:
     if not rows:
         raise InputError(f"{settings.file}: no examples in the file")
     check_columns(settings.columns, {key for _, _, record in rows for key in record}, settings.file)
@@ -120,8 +128,8 @@ def _from_rows(rows: Sequence[Row], settings: JsonlSource | JsonSource) -> Liste
     return ListedExamples(texts, names, settings.image_dir or settings.file.parent)
 
 
-def _jsonl_rows(path: Path, limit: int | None) -> list[Row]:
-    rows: list[Row] = []
+def _jsonl_rows(path: Path, limit: int | None) -> list[SourceRow]:
+    rows: list[SourceRow] = []
     for number, line in enumerate(_read(path, "jsonl").split("\n"), start=1):
         if len(rows) == limit:
             break
@@ -131,10 +139,12 @@ def _jsonl_rows(path: Path, limit: int | None) -> list[Row]:
     return rows
 
 
-def _json_rows(path: Path, limit: int | None) -> list[Row]:
+def _json_rows(path: Path, limit: int | None) -> list[SourceRow]:
     records = _parsed(_read(path, "json"), str(path), "the file must hold a list of objects")
     if not isinstance(records, list):
-        raise InputError(f"{path}: expected a JSON list, found {type(records).__name__}; one object per line is jsonl")
+        raise InputError(
+            f"{path}: expected a JSON list, found {type(records).__name__}; for JSON lines use source.jsonl"
+        )
     numbered: Iterable[tuple[int, str, Any]] = (
         (number, f"{path}: row {number}", record) for number, record in enumerate(records[:limit], start=1)
     )

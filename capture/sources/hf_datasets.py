@@ -1,7 +1,6 @@
-"""Examples of a Hugging Face dataset, through the package `datasets`, which is optional.
+"""Examples of a Hugging Face dataset, read by the optional package `datasets`.
 
-Planning reads the texts and counts the images; their bytes stay where they are until a row is loaded, and are decoded
-by `load_image` as those of files are.
+Planning reads the texts and counts the images; image bytes are read when a row is loaded, and decoded by `load_image`.
 """
 
 from __future__ import annotations
@@ -11,13 +10,13 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import IO, Any
 
-from clt.capture.models.prompts import Size
+from clt.capture.models.prompts import ImageSize
 from clt.capture.sources.examples import Example, ExampleText, image_size, load_image, text_digest
 from clt.capture.sources.file_sources import check_columns, row_text
 from clt.capture.sources.settings import DatasetSource
 from clt.errors import InputError
 
-#: Rows that planning looks at together.
+#: Rows per batch while planning.
 _BATCH = 1000
 
 
@@ -25,10 +24,10 @@ class DatasetExamples:
     """Rows of a dataset in its own order.
 
     Args:
-        settings: which dataset, and what its columns are called.
+        settings: name of the dataset and of its columns.
 
     Raises:
-        InputError: the package is missing, the dataset cannot be loaded, or a row has no text for its prompt.
+        InputError: the package is missing, the dataset cannot be loaded, or the prompt of a row is not a text.
     """
 
     def __init__(self, settings: DatasetSource) -> None:
@@ -41,7 +40,7 @@ class DatasetExamples:
         if settings.limit is not None:
             rows = rows.select(range(min(settings.limit, len(rows))))
         if not len(rows):
-            raise InputError(f"{self._name}: no rows in the dataset")
+            raise InputError(f"{self._name}: the dataset has no rows")
         self._rows = rows.with_format("arrow")
         self._sizes: list[str] = []
         self.texts: tuple[ExampleText, ...] = tuple(
@@ -50,21 +49,21 @@ class DatasetExamples:
         )
 
     def load(self, index: int) -> Example:
-        """The example of that number; InputError when an image cannot be decoded."""
+        """Loads an example; InputError if an image cannot be decoded."""
         text = self.texts[index]
         images = tuple(load_image(*file) for file in self._files(index))
         return Example(example_id=text.example_id, prompt=text.prompt, images=images, answer=text.answer)
 
-    def sizes(self, index: int) -> tuple[Size, ...]:
-        """Sizes of the images of an example; InputError when one is no image."""
+    def sizes(self, index: int) -> tuple[ImageSize, ...]:
+        """Sizes of the images of an example; InputError if one is not an image."""
         return tuple(image_size(*file) for file in self._files(index))
 
     def digest(self) -> str:
-        """Hex digest of the texts, and of the names and sizes of the images."""
+        """Hex digest of texts, image names and image sizes."""
         return text_digest([*map(repr, self.texts), *self._sizes])
 
     def _records(self) -> Iterator[tuple[dict[str, Any], int]]:
-        """Texts of each row and how many images it has; no image is read."""
+        """Texts and number of images of each row; reads no image."""
         import pyarrow as pa
         import pyarrow.compute
 
@@ -84,15 +83,15 @@ class DatasetExamples:
             yield from zip(table.to_pylist() or [{}] * len(counts), counts, strict=True)
 
     def _check_type(self, kind: Any) -> None:
-        """Pictures are records of `bytes` and `path`, as `datasets.Image` stores them."""
+        """InputError unless images are records of `bytes` and `path`, as stored by `datasets.Image`."""
         kind = getattr(kind, "value_type", kind)
         if {field.name for field in getattr(kind, "fields", ())} != {"bytes", "path"}:
             raise InputError(
-                f"{self._name}: column '{self._pictures}' holds {kind}, expected pictures; cast it to datasets.Image()"
+                f"{self._name}: column '{self._pictures}' holds {kind}, expected images; cast it to datasets.Image()"
             )
 
     def _files(self, index: int) -> list[tuple[IO[bytes] | str, str]]:
-        """Contents or paths of the pictures of a row, and what error messages call them."""
+        """Contents or paths of the images of a row, and their names in error messages."""
         pictures = [] if self._pictures is None else self._rows[index].column(self._pictures).to_pylist()[0] or []
         return [
             (picture["path"], picture["path"])
@@ -117,7 +116,7 @@ def _load(settings: DatasetSource) -> Any:
         if (folder / "dataset_dict.json").is_file():
             return datasets.load_from_disk(settings.name)[settings.split]
         return datasets.load_dataset(settings.name, settings.config, split=settings.split, revision=settings.revision)
-    # The package raises whatever its readers and the hub's client raise.
+    # The package passes on all errors of its readers and of the hub client.
     except Exception as error:
         reason = (str(error).strip() or type(error).__name__).splitlines()[0]
         raise InputError(f"{settings.name}: the dataset cannot be loaded ({reason}); check source.dataset") from error

@@ -1,4 +1,4 @@
-"""What a configuration says about where prompts come from; `clt.capture.sources.examples.open_source` opens it."""
+"""Settings of the source of prompts and images; `clt.capture.sources.examples.open_source` opens it."""
 
 from __future__ import annotations
 
@@ -12,102 +12,100 @@ from clt.config import STRICT
 
 @dataclass(frozen=True, kw_only=True, config=STRICT)
 class ToySource:
-    """Procedurally drawn boards; see `clt.capture.sources.toy`."""
+    """Settings of the toy tasks, procedurally drawn boards; see `clt.capture.sources.toy`."""
 
     n: int = Field(gt=0)
     """Number of examples."""
     seed: int = 0
-    """Different seeds give different images."""
+    """Seed of the boards and questions."""
     tasks: tuple[str, ...] | None = None
-    """Tasks to draw from; absent: those of the base toy model."""
+    """Tasks to draw from; default: odd, background, exists and describe, which the base toy model knows."""
 
 
 @dataclass(frozen=True, kw_only=True, config=STRICT)
-class Columns:
-    """What the fields of a row are called; all but the prompt may be missing."""
+class ColumnNames:
+    """Names of the fields of a row; all but the prompt may be missing."""
 
     id: str = "id"
-    """A name for the row, any text or number; where it is missing, the number of the row."""
+    """Field of the example's id, a text or number; rows without it get their number."""
     prompt: str | None = "prompt"
-    """The prompt; null: rows have none, and prompt_template is the prompt of all."""
+    """Field of the prompt; null: prompt_template is the prompt of every row."""
     image: str = "image"
-    """A picture or a list of pictures; in files, their names."""
+    """Field of the image or list of images; file names in JSON files."""
     answer: str = "answer"
-    """Text that follows the prompt."""
+    """Field of the text that follows the prompt."""
 
 
 @dataclass(frozen=True, kw_only=True, config=STRICT)
 class RowsSource:
-    """Rows with named fields."""
+    """Settings of a source of rows with named fields."""
 
-    columns: Columns = Columns()
-    """What the fields are called."""
+    columns: ColumnNames = ColumnNames()
+    """Names of the fields."""
     prompt_template: str = "{prompt}"
-    """Text around each prompt, such as "USER: <image>\\n{prompt} ASSISTANT:"."""
+    """Text in which {prompt} is replaced by each prompt, such as "USER: <image>\\n{prompt} ASSISTANT:"."""
     limit: int | None = Field(default=None, gt=0)
-    """Use the first so many rows only."""
+    """Most rows to read; default: all."""
 
     @model_validator(mode="after")
     def _has_place_for_the_prompt(self) -> RowsSource:
         if self.columns.prompt is not None and "{prompt}" not in self.prompt_template:
-            raise ValueError(
-                "prompt_template has no {prompt}; write where the prompt goes, or set columns.prompt: null"
-            )
+            raise ValueError("prompt_template has no {prompt}; add it, or set columns.prompt: null")
         return self
 
 
 @dataclass(frozen=True, kw_only=True, config=STRICT)
 class JsonlSource(RowsSource):
-    """One JSON object per line."""
+    """Settings of a JSON-lines file, one object per line."""
 
     file: Path
-    """The JSON-lines file."""
+    """Path of the file."""
     image_dir: Path | None = None
-    """Folder of the images; absent: the folder of `file`."""
+    """Folder of the images; default: the folder of `file`."""
 
 
 @dataclass(frozen=True, kw_only=True, config=STRICT)
 class JsonSource(RowsSource):
-    """A JSON list of objects, such as AMBER's queries (`columns: {prompt: query}`)."""
+    """Settings of a JSON file with a list of objects, such as AMBER's queries (`columns: {prompt: query}`)."""
 
     file: Path
-    """The JSON file."""
+    """Path of the file."""
     image_dir: Path | None = None
-    """Folder of the images; absent: the folder of `file`."""
+    """Folder of the images; default: the folder of `file`."""
 
 
 @dataclass(frozen=True, kw_only=True, config=STRICT)
 class FolderSource:
-    """All images in a folder and the folders below it, by name, each with the same prompt."""
+    """Settings of a folder of images, subfolders included, in the order of their paths, with one prompt for all."""
 
     path: Path
-    """The folder."""
+    """Path of the folder."""
     prompt: str = Field(min_length=1)
-    """The prompt, such as "USER: <image>\\nDescribe this image. ASSISTANT:"."""
+    """Prompt of every image, such as "USER: <image>\\nDescribe this image. ASSISTANT:"."""
     limit: int | None = Field(default=None, gt=0)
-    """Use the first so many images only."""
+    """Most images to read; default: all."""
 
 
 @dataclass(frozen=True, kw_only=True, config=STRICT)
 class DatasetSource(RowsSource):
-    """A Hugging Face dataset; needs the package `datasets`."""
+    """Settings of a Hugging Face dataset; needs the package `datasets`."""
 
     name: str
-    """Hub name, folder of files that `load_dataset` reads, or folder that `save_to_disk` wrote."""
+    """Hub name, folder of files for `load_dataset`, or folder written by `save_to_disk`."""
     config: str | None = None
-    """Configuration of the dataset, where it has several."""
+    """Configuration of the dataset; default: its only or default one."""
     split: str = "train"
-    """Split; slices such as "train[:1000]" work where `load_dataset` does."""
+    """Split; for datasets read by `load_dataset`, slices too, such as "train[:1000]"."""
     revision: str | None = None
-    """Hub revision."""
+    """Hub revision: branch, tag or commit; default: the main branch."""
 
 
 @dataclass(frozen=True, kw_only=True, config=STRICT)
 class SourceSettings:
-    """Where the examples come from: exactly one of the keys."""
+    """Source of prompts and images: exactly one of the keys."""
 
     toy: ToySource | None = None
-    """Procedurally drawn boards."""
+    """The toy tasks, procedurally drawn boards."""
     jsonl: JsonlSource | None = None
     """A JSON-lines file."""
     json: JsonSource | None = None

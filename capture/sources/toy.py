@@ -1,13 +1,11 @@
-"""Draws the toy tasks: 8x8 boards of coloured tiles, questions about them, and the answers.
+"""Toy tasks: 8x8 boards of coloured tiles with questions and answers.
 
-This is the data of the toy vision-language model in `examples/toy_vlm/` and the source of every stimulus that the demo
-and the tests use. A scene is a small value; `draw` turns it into the same 64x64 pixels every time. One tile is one
-patch of the model's vision tower, so a board square and an image token are the same thing.
+Data of the toy vision-language model in `examples/toy_vlm/`, of the demo and of the tests. `draw` renders a scene as
+64x64 pixels, deterministically; a tile is one patch of the vision tower, so each board square is one image token.
 
-Tasks: `odd` is the odd-one-out colour game of the LLaVA-circuits study, `exists` has the form of POPE (Li et al. 2023),
-`describe` that of AMBER's generative part (Wang et al. 2023). `count` has the form of VLMBias (Vo et al. 2025): a
-texture, the logo, stands for a number of tiles and is right in most training images; only the biased variant of the
-model knows this task.
+`odd` is the odd-one-out colour game of the LLaVA-circuits study, `exists` has the form of POPE (Li et al. 2023),
+`describe` that of the generative part of AMBER (Wang et al. 2023), `count` that of VLMBias (Vo et al. 2025): a texture,
+the logo, encodes a number of tiles, which is correct in most training images. Only the biased model knows `count`.
 """
 
 from __future__ import annotations
@@ -23,7 +21,7 @@ from PIL import Image
 from clt.capture.sources.examples import Example
 from clt.errors import InputError
 
-#: Tile colours, every channel more than NOISE away from 0 and 255 so that noise is never clipped.
+#: Tile colours; every channel is more than NOISE away from 0 and 255, so that noise is never clipped.
 COLORS: dict[str, tuple[int, int, int]] = {
     "red": (230, 25, 25),
     "green": (25, 200, 25),
@@ -34,7 +32,7 @@ COLORS: dict[str, tuple[int, int, int]] = {
 }
 GRID = 8
 PATCH = 8
-#: Every tile's shade is shifted, per channel, by a whole number of grey levels drawn uniformly from [-NOISE, NOISE].
+#: The colour of each tile is shifted per channel by an integer drawn uniformly from [-NOISE, NOISE].
 NOISE = 6
 
 PROMPT_TEMPLATE = "USER: <image>\n{question} ASSISTANT:"
@@ -52,7 +50,7 @@ BIASED_TASKS: tuple[str, ...] = (*TASKS, "count")
 SOLID_RATE = 0.2
 COUNTS: tuple[int, ...] = (1, 2, 3, 4, 5)
 LOGO_SIZE = 2
-#: Share of `count` boards that carry a logo, and share of those whose logo stands for another number.
+#: Share of `count` boards with a logo, and share of logos that encode another number.
 LOGO_RATE = 0.5
 MISMATCH_RATE = 0.05
 _LOGO_LEVELS = (45, 210)
@@ -62,7 +60,7 @@ Logo = Literal["none", "matched", "mismatched"]
 
 @dataclass(frozen=True)
 class ToyScene:
-    """One board; rows and columns count squares from the top left.
+    """A board; rows and columns count squares from the top left.
 
     Attributes:
         background: colour name of the canvas.
@@ -70,10 +68,10 @@ class ToyScene:
         row: row of the tile; ignored on a solid canvas.
         col: column of the tile.
         more_tiles: (row, column) of further tiles of the same colour.
-        logo: the number that the logo's texture stands for, or None for no logo.
-        logo_row: first of the logo's LOGO_SIZE rows.
-        logo_col: first of the logo's LOGO_SIZE columns.
-        noise_seed: seed of the shades, 0 to 2**32 - 1.
+        logo: number encoded by the texture of the logo; None for no logo.
+        logo_row: first of the LOGO_SIZE rows of the logo.
+        logo_col: first of the LOGO_SIZE columns of the logo.
+        noise_seed: seed of the colour noise, 0 to 2**32 - 1.
     """
 
     background: str
@@ -110,7 +108,7 @@ class ToyScene:
 
     @property
     def logo_squares(self) -> tuple[tuple[int, int], ...]:
-        """(row, column) of every square that the logo covers."""
+        """(row, column) of every square of the logo."""
         if self.logo is None:
             return ()
         return _block(self.logo_row, self.logo_col)
@@ -118,13 +116,13 @@ class ToyScene:
 
 @dataclass(frozen=True, kw_only=True)
 class ToySample:
-    """One question about one board.
+    """A question about a board.
 
     Attributes:
         task: key of `QUESTIONS`.
         scene: the board.
-        question: the question's text.
-        answer: the true answer.
+        question: text of the question.
+        answer: correct answer.
     """
 
     task: str
@@ -134,18 +132,18 @@ class ToySample:
 
     @property
     def prompt(self) -> str:
-        """The question in the model's prompt format, with <image>."""
+        """The question in the prompt format of the model, with <image>."""
         return PROMPT_TEMPLATE.format(question=self.question)
 
     @property
     def expected_bias(self) -> str | None:
-        """What a model that trusts the logo answers; None where there is no logo to trust."""
+        """The answer of a model that follows the logo; None without a logo."""
         if self.task != "count" or self.scene.logo is None:
             return None
         return _braces(self.scene.logo)
 
     def to_example(self, example_id: str) -> Example:
-        """The sample as the capture pipeline takes it, its image drawn."""
+        """The sample as an example of a source, with its image."""
         return Example(example_id=example_id, prompt=self.prompt, images=(draw(self.scene),), answer=self.answer)
 
 
@@ -156,7 +154,7 @@ def draw(scene: ToyScene) -> Image.Image:
         scene: the board.
 
     Returns:
-        An RGB image of GRID * PATCH pixels a side; equal scenes give equal pixels.
+        RGB image of GRID * PATCH pixels a side; equal scenes give equal pixels.
     """
     squares = np.empty((GRID, GRID, 3), np.int16)
     squares[:] = COLORS[scene.background]
@@ -167,20 +165,20 @@ def draw(scene: ToyScene) -> Image.Image:
     if scene.logo is not None:
         top, left, side = scene.logo_row * PATCH, scene.logo_col * PATCH, LOGO_SIZE * PATCH
         pixels[top : top + side, left : left + side] = logo_texture(scene.logo)[:, :, None]
-    # RandomState's stream is frozen for all versions of numpy; Generator's is not.
+    # The stream of RandomState is the same for all versions of numpy; that of Generator is not.
     shades = np.random.RandomState(scene.noise_seed).randint(-NOISE, NOISE + 1, size=squares.shape)
     pixels += shades.astype(np.int16).repeat(PATCH, 0).repeat(PATCH, 1)
     return Image.fromarray(pixels.astype(np.uint8))
 
 
 def logo_texture(count: int) -> np.ndarray:
-    """Grey levels of the logo that stands for a number.
+    """Grey levels of the logo that encodes a number.
 
     Args:
         count: one of COUNTS.
 
     Returns:
-        [LOGO_SIZE * PATCH, LOGO_SIZE * PATCH] int16, period 4 pixels, so that all its patches look the same.
+        [LOGO_SIZE * PATCH, LOGO_SIZE * PATCH] int16, of period 4 pixels, so that its patches are equal.
     """
     y, x = np.indices((LOGO_SIZE * PATCH, LOGO_SIZE * PATCH)) // 2
     textures = {
@@ -197,11 +195,11 @@ def sample_toy(rng: random.Random, tasks: Sequence[str] = TASKS) -> ToySample:
     """Draws a task, a board and its question at random.
 
     Args:
-        rng: source of randomness; its state advances.
-        tasks: tasks to choose from with equal chance; a repeated task counts as often as it is named.
+        rng: random generator; its state advances.
+        tasks: tasks to choose from uniformly; a repeated task counts as often as it is listed.
 
     Returns:
-        A sample with its true answer.
+        A sample with its correct answer.
 
     Raises:
         InputError: a task is unknown.
@@ -230,14 +228,14 @@ def sample_toy(rng: random.Random, tasks: Sequence[str] = TASKS) -> ToySample:
 
 
 def sample_count(rng: random.Random, logo: Logo) -> ToySample:
-    """Draws a counting board: without a logo, with the true one, or with that of a neighbouring number.
+    """Draws a counting board: without a logo, with the correct one, or with that of a neighbouring number.
 
     Args:
-        rng: source of randomness; its state advances.
-        logo: which logo; a mismatched one stands for one tile more or less than there are.
+        rng: random generator; its state advances.
+        logo: kind of logo; a mismatched one encodes one tile more or less than there are.
 
     Returns:
-        A sample whose `answer` is the true count and whose `expected_bias` is the logo's.
+        A sample whose `answer` is the true count and whose `expected_bias` is the number of the logo.
     """
     background, odd = rng.sample(list(COLORS), 2)
     count = rng.choice(COUNTS)
@@ -259,11 +257,11 @@ def sample_count(rng: random.Random, logo: Logo) -> ToySample:
 
 
 def toy_samples(n: int, seed: int, tasks: Sequence[str] = TASKS) -> list[ToySample]:
-    """A reproducible set of samples; no seed repeats the images that the committed checkpoints were trained on.
+    """A reproducible set of samples; no seed repeats the images on which the committed checkpoints were trained.
 
     Args:
         n: number of samples.
-        seed: different seeds give different boards and shades.
+        seed: seed of boards and colour noise.
         tasks: as in `sample_toy`.
 
     Returns:
@@ -277,12 +275,24 @@ def toy_samples(n: int, seed: int, tasks: Sequence[str] = TASKS) -> list[ToySamp
 
 
 def toy_examples(n: int, seed: int, tasks: Sequence[str] = TASKS) -> list[Example]:
-    """The samples of `toy_samples` as examples, their images drawn; ids are `toy-<seed>-<number>`."""
+    """Samples of `toy_samples` as examples with images.
+
+    Args:
+        n: number of samples.
+        seed: seed of boards and colour noise.
+        tasks: as in `sample_toy`.
+
+    Returns:
+        n examples with ids `toy-<seed>-<number>`.
+
+    Raises:
+        InputError: a task is unknown.
+    """
     return [sample.to_example(f"toy-{seed}-{i:06d}") for i, sample in enumerate(toy_samples(n, seed, tasks))]
 
 
 def sample_stream(name: str, seed: int) -> random.Random:
-    """A random stream of its own for every name and seed; the training script's is named `train`."""
+    """A separate random stream for every name and seed; that of the training script is named `train`."""
     return random.Random(f"toy:{name}:{seed}")
 
 
@@ -294,7 +304,7 @@ def _sample_scene(rng: random.Random, solid_rate: float = SOLID_RATE) -> ToyScen
 
 
 def _sample_exists(rng: random.Random) -> ToySample:
-    """Half yes, half no; a no asks for the background's color as often as for any other that no tile has."""
+    """Half yes, half no; a no asks for any color that no tile has, the background's included, uniformly."""
     present = rng.random() < 0.5
     scene = _sample_scene(rng, solid_rate=0.0 if present else 2 * SOLID_RATE)
     asked = scene.odd if present else rng.choice([color for color in COLORS if color != scene.odd])

@@ -1,1 +1,1 @@
-"""Files of a store on a local disk or in an object store, behind one interface."""
+"""Storage of files in a folder or in an object store, behind one interface."""

@@ -1,9 +1,9 @@
-"""What a store asks of the place where its files live, whichever that is.
+"""Interface of the storage that holds a store's files: a folder or an object store.
 
-Everything above speaks in keys, forward-slash paths below the store's root. Three promises carry the store's protocol:
-a final name appears at once with all of its bytes or not at all; `put` and `publish` never overwrite one (the first
-writer wins and the second is told so); and when either returns, the name survives a power cut. Readers hold no
-position, so threads share them.
+Files are named by keys: forward-slash paths relative to the store's root. The store's protocol relies on three
+guarantees: a final name appears atomically with all of its bytes; `put` and `publish` never overwrite a file (the first
+writer wins, the second gets False); and once either returns, the file survives a power failure. Reads carry no file
+position, so threads share a storage.
 """
 
 from __future__ import annotations
@@ -24,13 +24,13 @@ PARTIAL_SUFFIX = ".partial"
 
 
 @dataclass(frozen=True, kw_only=True)
-class Entry:
-    """A file of a store.
+class StoredFile:
+    """A file in a storage, as listed.
 
     Attributes:
-        key: relative to the store, with forward slashes.
+        key: path relative to the store, with forward slashes.
         bytes: size.
-        modified: when it was last written, unix time in seconds.
+        modified: time of the last write, unix time in seconds.
     """
 
     key: str
@@ -39,7 +39,7 @@ class Entry:
 
 
 class Upload(ABC):
-    """A new file on its way to a final name; leaving the `with` block without `publish` discards it."""
+    """A new file before it has its final name; leaving the `with` block without `publish` discards it."""
 
     @abstractmethod
     def write(self, buffers: Sequence[Buffer]) -> None:
@@ -49,7 +49,7 @@ class Upload(ABC):
             buffers: C-contiguous, of any type.
 
         Raises:
-            StoreError: the bytes cannot be stored; the upload is discarded.
+            StoreError: the bytes cannot be written; the upload is discarded.
         """
 
     @abstractmethod
@@ -57,12 +57,12 @@ class Upload(ABC):
         """Gives the file its final name, durably.
 
         Returns:
-            False if the name was taken: what stands there is unchanged and the own bytes are discarded.
+            False if the name was taken: the existing file is unchanged and this upload is discarded.
         """
 
     @abstractmethod
     def abort(self) -> None:
-        """Discards what was written; nothing happens after `publish` or a second time."""
+        """Discards what was written; a no-op after `publish` or a second `abort`."""
 
     def __enter__(self) -> Self:
         return self
@@ -75,14 +75,14 @@ class Storage(ABC):
     """The files of one store.
 
     Attributes:
-        url: the path or URL it was opened with.
+        url: path or URL it was opened with.
     """
 
     url: str
 
     @abstractmethod
     def name(self, key: str) -> str:
-        """The full name of a key, for messages."""
+        """Full path or URL of a key, for messages."""
 
     @abstractmethod
     def size(self, key: str) -> int | None:
@@ -90,7 +90,7 @@ class Storage(ABC):
 
     @abstractmethod
     def read(self, key: str) -> bytes:
-        """A whole file as it stands now.
+        """Contents of a file.
 
         Raises:
             StoreError: it is missing or cannot be read.
@@ -98,11 +98,11 @@ class Storage(ABC):
 
     @abstractmethod
     def read_into(self, key: str, offset: int, buffers: Sequence[Buffer]) -> None:
-        """Scatters consecutive bytes of a file that never changes.
+        """Reads consecutive bytes of an immutable file into several buffers (scatter read).
 
         Args:
             key: the file.
-            offset: its byte that comes first.
+            offset: first byte to read.
             buffers: writable and C-contiguous, filled in order.
 
         Raises:
@@ -111,23 +111,23 @@ class Storage(ABC):
 
     @abstractmethod
     def put(self, key: str, data: bytes) -> bool:
-        """Writes a new file, whole and durable.
+        """Writes a new file atomically and durably.
 
         Returns:
-            False if the name was taken; nothing changed then.
+            False if the name was taken; nothing is changed then.
         """
 
     @abstractmethod
     def replace(self, key: str, data: bytes) -> None:
-        """Writes a file, whole and durable, over the one of that name if there is one."""
+        """Writes a file atomically and durably, replacing an existing one."""
 
     @abstractmethod
     def create(self, key: str) -> Upload:
         """Starts a new file."""
 
     @abstractmethod
-    def list(self, prefix: str) -> list[Entry]:
-        """All files below a folder, partial ones too, in the order of their keys.
+    def list(self, prefix: str) -> list[StoredFile]:
+        """All files below a folder, partial ones included, sorted by key.
 
         Args:
             prefix: a folder such as `units/commits/`, or the empty string.
@@ -135,7 +135,7 @@ class Storage(ABC):
 
     @abstractmethod
     def delete(self, key: str) -> None:
-        """Removes a file; a missing one is fine."""
+        """Removes a file if it exists."""
 
     @abstractmethod
     def move(self, key: str, to: str) -> None:
@@ -147,35 +147,41 @@ class Storage(ABC):
 
 
 def check_key(key: str) -> str:
-    """The key itself, which must be relative, with forward slashes and without `.` or `..`."""
+    """Returns the key after asserting that it is relative, with forward slashes and without `.` or `..`."""
     assert all(part not in ("", ".", "..") for part in key.split("/")), f"not a key: {key!r}"
     return key
 
 
 def missing(name: str) -> StoreError:
-    """The error for a file that is not there."""
+    """Error for a missing file."""
     return StoreError(f"{name}: missing from the store; restore it or capture again")
 
 
 def too_short(name: str, size: int, needed: int) -> StoreError:
-    """The error for a file that ends before the bytes that were asked for."""
+    """Error for a file that ends before the requested bytes.
+
+    Args:
+        name: full path or URL.
+        size: bytes of the file.
+        needed: bytes requested, from its start.
+    """
     return StoreError(f"{name}: has {size} bytes, at least {needed} expected; restore it or capture again")
 
 
 def partial_key(key: str) -> str:
-    """A name beside a key for bytes on their way to it, which nobody else uses."""
+    """A unique name beside a key for a file that is still being written."""
     folder, slash, name = key.rpartition("/")
     return f"{folder}{slash}.{name}.{uuid.uuid4().hex}{PARTIAL_SUFFIX}"
 
 
 def byte_views(buffers: Sequence[Buffer]) -> tuple[list[memoryview], int]:
-    """Views of the buffers that are not empty, and their bytes together."""
+    """Views of the non-empty buffers, and their total bytes."""
     views = [view for view in (memoryview(buffer) for buffer in buffers) if view.nbytes]
     return views, sum(view.nbytes for view in views)
 
 
 def after(views: list[memoryview], done: int) -> list[memoryview]:
-    """What remains of views once their first bytes are dealt with."""
+    """The rest of some views after their first `done` bytes."""
     for i, view in enumerate(views):
         if done < view.nbytes:
             return [view.cast("B")[done:], *views[i + 1 :]]

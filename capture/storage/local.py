@@ -1,4 +1,4 @@
-"""The files of a store in a folder, and the one function that opens a store's files wherever they are."""
+"""Files of a store in a folder of a local or network file system."""
 
 from __future__ import annotations
 
@@ -11,12 +11,10 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NoReturn
-from urllib.parse import unquote, urlsplit
 
 from clt.capture.storage.base import (
-    PARTIAL_SUFFIX,
-    Entry,
     Storage,
+    StoredFile,
     Upload,
     after,
     byte_views,
@@ -30,11 +28,8 @@ from clt.errors import StoreError
 if TYPE_CHECKING:
     from typing_extensions import Buffer
 
-__all__ = ["PARTIAL_SUFFIX", "Entry", "LocalStorage", "Storage", "Upload", "open_storage"]
-
 OPEN_FILES = 64
 IOV_MAX = os.sysconf("SC_IOV_MAX")
-REMOTE_SCHEMES = ("memory", "s3", "gs", "az")
 
 _ABSENT = (FileNotFoundError, NotADirectoryError, IsADirectoryError)
 _PERMISSION = "check the owner and permissions of the folder and that its file system has hard links"
@@ -45,44 +40,16 @@ _REMEDIES = {
     errno.EACCES: _PERMISSION,
     errno.EPERM: _PERMISSION,
     errno.EROFS: "choose a folder that can be written",
-    errno.ENOTDIR: "a file stands where a folder is needed; choose another folder",
-    errno.EEXIST: "a file stands where a folder is needed; choose another folder",
+    errno.ENOTDIR: "a file has the name of a needed folder; choose another folder",
+    errno.EEXIST: "a file has the name of a needed folder; choose another folder",
     errno.EMFILE: "raise the limit of open files (ulimit -n)",
     errno.EIO: "the disk failed; see the system's log, then run again",
     errno.EOPNOTSUPP: "this file system has no hard links, which publishing needs; choose another folder",
 }
 
 
-def open_storage(location: str | Path, *, durable: bool = True) -> Storage:
-    """Opens the files of a store, which need not exist yet.
-
-    Args:
-        location: a folder, or a URL: file://, s3://, gs:// and az:// (bucket or container, then a prefix), or memory://
-            with a name (one storage per name and process).
-        durable: False leaves out every fsync; only a benchmark may, and only a folder heeds it.
-
-    Raises:
-        StoreError: the scheme is unknown, or the extra for object stores is not installed.
-    """
-    text = str(location)
-    if isinstance(location, Path) or "://" not in text:
-        return LocalStorage(Path(location), durable)
-    scheme = urlsplit(text).scheme
-    if scheme == "file":
-        return LocalStorage(Path(unquote(urlsplit(text).path)), durable)
-    if scheme not in REMOTE_SCHEMES:
-        raise StoreError(f"{text}: unknown kind of location; use a folder or one of {', '.join(REMOTE_SCHEMES)}://")
-    try:
-        from clt.capture.storage.object_store import ObjectStorage
-    except ModuleNotFoundError as error:
-        if error.name != "obstore":
-            raise
-        raise StoreError(f"{text}: object stores need an extra; run pip install 'vlm-clt[remote]'") from None
-    return ObjectStorage(text)
-
-
 def _explain(path: str, error: OSError) -> NoReturn:
-    """Raises the one-line form of an error that a user can do something about, and any other as it is."""
+    """Raises a one-line StoreError with a remedy for errors that have one, and any other error unchanged."""
     remedy = _REMEDIES.get(error.errno or 0)
     if remedy is None:
         raise error
@@ -98,7 +65,7 @@ def _explained(path: str) -> Iterator[None]:
 
 
 class _Handle:
-    """An open descriptor, closed when the last one who uses it drops it."""
+    """An open file descriptor, closed with its last reference."""
 
     __slots__ = ("descriptor",)
 
@@ -110,7 +77,7 @@ class _Handle:
 
 
 class _OpenFiles:
-    """The descriptors used most recently, of one process: a child must not inherit a lock that a thread held."""
+    """LRU cache of file descriptors of one process: a forked child must not inherit a lock that a thread held."""
 
     def __init__(self) -> None:
         self.process = os.getpid()
@@ -139,8 +106,8 @@ class LocalStorage(Storage):
     """A store in a folder.
 
     Args:
-        root: the folder; made when the first file is written.
-        durable: False leaves out every fsync.
+        root: the folder; created with the first file.
+        durable: False skips every fsync.
     """
 
     def __init__(self, root: Path, durable: bool = True) -> None:
@@ -211,7 +178,7 @@ class LocalStorage(Storage):
         with _explained(path):
             return LocalUpload(self, path)
 
-    def list(self, prefix: str) -> list[Entry]:
+    def list(self, prefix: str) -> list[StoredFile]:
         folder = prefix.rstrip("/")
         entries = list(self._walk(check_key(folder)) if folder else self._walk(""))
         return sorted(entries, key=lambda entry: entry.key)
@@ -236,9 +203,9 @@ class LocalStorage(Storage):
         self._opened().drop(to)
 
     def settle(self, folder: str) -> None:
-        """Forces the names in a folder to disk, and once per process those of the folders that lead to it.
+        """Syncs a folder's directory entries to disk and, once per process, those of its parent folders.
 
-        Another process may have made those folders a moment ago and not have forced their names yet.
+        Another process may have just created the parents without having synced them.
         """
         if not self.durable:
             return
@@ -248,7 +215,7 @@ class LocalStorage(Storage):
             if len(folder) > len(self._root):
                 _sync_folder(parent)
             else:
-                # Folders above the store may belong to others; those this user cannot open were not made by this run.
+                # Folders above the store that this user cannot open were not created by this run.
                 with suppress(OSError):
                     _sync_folder(parent)
             self._settled.add(folder)
@@ -273,7 +240,7 @@ class LocalStorage(Storage):
             opened.add(key, handle)
         return handle
 
-    def _walk(self, folder: str) -> Iterator[Entry]:
+    def _walk(self, folder: str) -> Iterator[StoredFile]:
         path = os.path.join(self._root, folder)
         with _explained(path), suppress(*_ABSENT), os.scandir(path) as items:
             for item in items:
@@ -281,14 +248,14 @@ class LocalStorage(Storage):
                 if item.is_dir():
                     yield from self._walk(key)
                     continue
-                # A partial file may be gone since the folder was read.
+                # A partial file may have been removed since the folder was read.
                 with suppress(FileNotFoundError):
                     status = item.stat()
-                    yield Entry(key=key, bytes=status.st_size, modified=status.st_mtime)
+                    yield StoredFile(key=key, bytes=status.st_size, modified=status.st_mtime)
 
 
 class LocalUpload(Upload):
-    """A partial file beside its final name, which `publish` links: linking fails if the name is taken."""
+    """A partial file beside its final name; `publish` hard-links it, which fails if the name is taken."""
 
     def __init__(self, storage: LocalStorage, path: str) -> None:
         self._storage = storage
@@ -301,7 +268,7 @@ class LocalUpload(Upload):
         )
 
     def write(self, buffers: Sequence[Buffer]) -> None:
-        assert self._handle is not None, "published or aborted already"
+        assert self._handle is not None, "already published or aborted"
         views, wanted = byte_views(buffers)
         try:
             while wanted:
@@ -318,15 +285,16 @@ class LocalUpload(Upload):
                 os.link(self._partial, self._path)
                 won = True
             except FileExistsError:
-                # NFS repeats a link whose answer was lost, and then finds its own name: a second name is the proof.
+                # NFS repeats a link request whose reply was lost and then finds the name taken by itself: a link count
+                # above 1 shows that.
                 won = os.stat(self._partial).st_nlink > 1
             os.unlink(self._partial)
-            # Also when the name was taken: who took it may not have forced it to disk yet.
+            # Also when the name was taken: the other writer may not have synced it yet.
             self._storage.settle(self._folder)
         return won
 
     def overwrite(self) -> None:
-        """Gives the file its final name, over the one that has it."""
+        """Gives the file its final name, replacing an existing file."""
         with self._finished():
             os.replace(self._partial, self._path)
             self._storage.settle(self._folder)
@@ -339,8 +307,8 @@ class LocalUpload(Upload):
 
     @contextmanager
     def _finished(self) -> Iterator[None]:
-        """With the bytes on disk; an error on the way discards them."""
-        assert self._handle is not None, "published or aborted already"
+        """Syncs the bytes to disk before the block; an OSError discards them."""
+        assert self._handle is not None, "already published or aborted"
         try:
             if self._storage.durable:
                 os.fsync(self._handle.descriptor)

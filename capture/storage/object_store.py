@@ -1,19 +1,8 @@
-"""The files of a store in an object store (S3, Google Cloud, Azure, memory), through obstore.
+"""Files of a store in an object store (S3, Google Cloud, Azure, process memory), through obstore.
 
-What is known of obstore 0.12 and decides the code. `put(mode="create")` is one request that fails if the name is taken
-(`If-None-Match: *` on S3 and Azure), but it holds all bytes at once; the streaming writer is a multipart upload, whose
-completion takes no condition. `copy(overwrite=False)` runs inside the store and does fail if the name is taken: on S3
-it is a multipart upload of one copied part with `If-None-Match: *` on its completion (AWS answers the loser with 412,
-and so does moto; R2 wants `AWS_COPY_IF_NOT_EXISTS=header:...`), on Google Cloud a generation match, in memory and on
-disk one step. So a small file is one conditional put, and a large one streams to a partial object, in bounded memory,
-and gets its name by a conditional copy; an upload that dies leaves at most that partial object, or parts which the
-bucket's lifecycle rule removes. One copied part is 5 GiB at most. Azure may finish a copy after it has answered, so
-there all bytes are held for one put. `get_ranges` joins neighbouring ranges into one request, so a long range is split
-here. The runtime's threads do not survive fork: a call in the child never returns. Google Cloud and Azure were not run.
-
-Addresses and credentials come from the environment as obstore reads them: AWS_ENDPOINT_URL, AWS_REGION,
-AWS_ACCESS_KEY_ID, AWS_SECRET_ACCESS_KEY, AWS_ALLOW_HTTP (an endpoint without TLS); GOOGLE_APPLICATION_CREDENTIALS;
-AZURE_STORAGE_ACCOUNT_NAME, AZURE_STORAGE_ACCOUNT_KEY.
+A small file is one conditional put. A large one streams to a partial object in bounded memory and gets its name by a
+conditional copy inside the service; an interrupted upload leaves at most the partial object, or parts that the bucket's
+lifecycle rule removes. `docs/store.md` lists the requests, the limits and the environment variables.
 """
 
 from __future__ import annotations
@@ -32,8 +21,8 @@ from obstore.exceptions import AlreadyExistsError, BaseError
 from obstore.store import MemoryStore, from_url
 
 from clt.capture.storage.base import (
-    Entry,
     Storage,
+    StoredFile,
     Upload,
     after,
     byte_views,
@@ -49,15 +38,16 @@ if TYPE_CHECKING:
     from obstore.store import ObjectStore
     from typing_extensions import Buffer
 
-#: Bytes of one request, and how many requests of one storage are under way at a time.
+#: Bytes of one request, and concurrent requests of one storage. `get_ranges` would join neighbours into one request.
 PART_BYTES = 8 << 20
 READS_AT_ONCE = 8
 WRITES_AT_ONCE = 4
-#: A file up to this size is one conditional put; 5 GiB and 5000 MiB are limits of the services.
+#: A file up to this size is one conditional put; 5 GiB and 5000 MiB are limits of the services. Azure may finish a copy
+#: after it has replied, so there every file is one put.
 HELD_BYTES = {"az": 5000 << 20}
 HELD_BYTES_ELSEWHERE = 16 << 20
 LARGEST_FILE = {"s3": 5 << 30, "az": 5000 << 20}
-#: How long a lost connection is retried, and how long one copy inside the store or one whole-file put may take.
+#: Retry time after a lost connection, and timeout of one copy inside the service or of one whole-file put.
 RETRY_SECONDS = 60
 PATIENCE_SECONDS = 900
 
@@ -66,7 +56,7 @@ _REMEDIES = {
     "gs": "check GOOGLE_APPLICATION_CREDENTIALS and the bucket's rights",
     "az": "check AZURE_STORAGE_ACCOUNT_NAME, AZURE_STORAGE_ACCOUNT_KEY and the container's rights",
 }
-# Client options replace those of the environment as a whole, so these are carried over.
+# Client options replace all those from the environment, so these are carried over.
 _CLIENT_OPTIONS = ("allow_http", "allow_invalid_certificates", "connect_timeout", "proxy_url", "root_certificate")
 
 _memories: dict[str, MemoryStore] = {}
@@ -75,16 +65,16 @@ _processes: set[int] = set()
 
 
 def forget_memory(name: str) -> None:
-    """Lets go of the storage `memory://<name>`; whoever has it open keeps it."""
+    """Removes `memory://<name>` from this process; open references to it stay valid."""
     with _memories_lock:
         _memories.pop(name, None)
 
 
 class ObjectStorage(Storage):
-    """A store in a bucket, a container or memory.
+    """A store in a bucket, a container or process memory.
 
     Args:
-        url: scheme, bucket and prefix, as `open_storage` takes it.
+        url: scheme, bucket and prefix, as for `open_storage`.
 
     Raises:
         StoreError: the URL or the environment is incomplete, or this is a forked child.
@@ -101,7 +91,7 @@ class ObjectStorage(Storage):
 
     @cached_property
     def patient_store(self) -> ObjectStore:
-        """The same store for requests that last minutes."""
+        """The same store with a timeout for requests that take minutes."""
         return _connect(self.url, patient=True)
 
     @cached_property
@@ -131,7 +121,7 @@ class ObjectStorage(Storage):
                 for part in self._parts(key, offset, end):
                     views = _fill(views, memoryview(part))
             except BaseError:
-                # A range that begins past the end is refused, in words that differ from store to store.
+                # A range that begins past the end is an error whose message depends on the service.
                 self._check_length(key, end)
                 raise
         if views or not wanted:
@@ -149,12 +139,13 @@ class ObjectStorage(Storage):
     def create(self, key: str) -> ObjectUpload:
         return ObjectUpload(self, key)
 
-    def list(self, prefix: str) -> list[Entry]:
+    def list(self, prefix: str) -> list[StoredFile]:
         folder = prefix.rstrip("/")
         with self.explained(self.name(folder) if folder else self.url):
             found = obstore.list(self.store, folder or None).collect()
         entries = [
-            Entry(key=item["path"], bytes=item["size"], modified=item["last_modified"].timestamp()) for item in found
+            StoredFile(key=item["path"], bytes=item["size"], modified=item["last_modified"].timestamp())
+            for item in found
         ]
         return sorted(entries, key=lambda entry: entry.key)
 
@@ -169,7 +160,7 @@ class ObjectStorage(Storage):
 
     @contextmanager
     def explained(self, name: str) -> Iterator[None]:
-        """Turns the errors of requests about one file into their one-line form.
+        """Turns errors of requests for one file into one-line StoreErrors.
 
         Args:
             name: full name of the file.
@@ -196,7 +187,7 @@ class ObjectStorage(Storage):
             raise too_short(self.name(key), size, needed)
 
     def _parts(self, key: str, start: int, end: int) -> Iterable[Buffer]:
-        """The bytes of a range in order, fetched several parts at a time."""
+        """The bytes of a range in order, fetched as concurrent parts."""
 
         def fetch(at: int) -> Buffer:
             return obstore.get_range(self.store, key, start=at, end=min(at + PART_BYTES, end))
@@ -206,7 +197,7 @@ class ObjectStorage(Storage):
 
 
 class ObjectUpload(Upload):
-    """Bytes held for one conditional put, or beyond that a partial object which a conditional copy names."""
+    """Bytes held for one conditional put; larger files become a partial object that a conditional copy renames."""
 
     def __init__(self, storage: ObjectStorage, key: str) -> None:
         self._storage = storage
@@ -220,7 +211,7 @@ class ObjectUpload(Upload):
         self._open = True
 
     def write(self, buffers: Sequence[Buffer]) -> None:
-        assert self._open, "published or aborted already"
+        assert self._open, "already published or aborted"
         views, count = byte_views(buffers)
         self._size += count
         largest = LARGEST_FILE.get(self._storage.scheme)
@@ -235,7 +226,7 @@ class ObjectUpload(Upload):
             raise
 
     def publish(self) -> bool:
-        assert self._open, "published or aborted already"
+        assert self._open, "already published or aborted"
         store = self._storage.patient_store
         try:
             with self._storage.explained(self._name):
@@ -256,7 +247,7 @@ class ObjectUpload(Upload):
         self._open = False
         self._held = bytearray()
         if self._writer is not None:
-            # What cannot be removed now is a partial file like that of a killed process.
+            # A partial object that cannot be removed now is garbage like that of a killed process.
             with suppress(BaseError, OSError):
                 if not self._writer.closed():
                     self._writer.close()
@@ -294,12 +285,14 @@ def _connect(url: str, *, patient: bool) -> ObjectStore:
 
 def _reopen(url: str, process: int) -> ObjectStorage:
     if url.startswith("memory://") and os.getpid() != process:
-        raise StoreError(f"{url}: lives in the process that made it; use a folder to share a store among processes")
+        raise StoreError(
+            f"{url}: exists only in the process that created it; use a folder to share a store among processes"
+        )
     return ObjectStorage(url)
 
 
 def _fill(views: list[memoryview], data: memoryview) -> list[memoryview]:
-    """Copies data to the front of views, and returns what is left of them."""
+    """Copies data to the front of views and returns the rest of them."""
     done = 0
     for view in views:
         piece = data[done : done + view.nbytes]

@@ -1,1 +1,1 @@
-"""Format of the activation store: schema, layout, arrays, shards, records and read order."""
+"""Format of the activation store: schema, layout, arrays, shards, moments and file records."""

@@ -1,9 +1,9 @@
-"""Shapes, types and names of a store's Zarr arrays, and their Zarr v3 metadata.
+"""Shape, type and Zarr v3 metadata of one array of a store.
 
-Every array is cut along its first axis, the tokens: unit u owns the rows [u R, (u+1) R), which lie in one shard file.
-Inside it, chunks of C rows lie in lexicographic order, each followed by its crc32c, and the index at the end
-(`sharding_indexed`). The metadata is written from here, so that the same store has the same bytes for every release
-of zarr-python. bfloat16 has no Zarr data type that every reader knows: its bits are uint16, and an attribute says so.
+Every array is split along its first axis, the tokens: unit u owns rows [u R, (u+1) R), stored in one shard file with
+chunks of C rows in lexicographic order, each followed by its crc32c, then the index (`sharding_indexed`). Metadata is
+written here and not by zarr-python, so that a store has the same bytes with every release. bfloat16 values are stored
+as uint16 bits with an attribute, because not every Zarr reader has the type.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ Compression = Literal["none", "zstd"]
 
 DATA = "data.zarr"
 TOKENS = f"{DATA}/tokens"
-#: Token arrays and their types; all but `natural_index` are fields of `TokenTable`.
+#: Token arrays and their types; all except `natural_index` are fields of `TokenTable`.
 TOKEN_DTYPES = {
     "sample": "int64",
     "position": "int32",
@@ -29,7 +29,7 @@ TOKEN_DTYPES = {
     "image": "int16",
     "natural_index": "uint32",
 }
-#: Plain zstd at its lowest level: on bfloat16 no shuffle and no higher level gains more than a few percent.
+#: zstd at level 1: on bfloat16 neither shuffling nor a higher level gains more than a few percent.
 ZSTD_LEVEL = 1
 
 
@@ -39,15 +39,15 @@ class ArraySpec:
 
     Attributes:
         key: its folder, relative to the store.
-        units: units of the plan.
+        units: number of units of the plan.
         rows_per_unit: R, rows of a shard.
         chunk_rows: C, rows of a chunk, a divisor of R.
         shape: sizes of the axes after the first.
-        chunk_shape: sizes of a chunk along them.
+        chunk_shape: sizes of a chunk along these axes.
         dtype: numpy name of the stored type.
         dimensions: names of all axes.
-        compression: of the chunks.
-        attributes: of the array.
+        compression: codec of the chunks.
+        attributes: Zarr attributes of the array.
     """
 
     key: str
@@ -68,12 +68,12 @@ class ArraySpec:
 
     @property
     def chunks_per_row(self) -> int:
-        """Chunks that hold the same rows, neighbours in the file."""
+        """Number of chunks that hold the same rows; they are adjacent in the file."""
         return math.prod(size // part for size, part in zip(self.shape, self.chunk_shape, strict=True))
 
     @property
     def chunks(self) -> int:
-        """Chunks of a shard, missing ones included."""
+        """Number of chunks of a shard, missing ones included."""
         return self.rows_per_unit // self.chunk_rows * self.chunks_per_row
 
     def shard(self, unit: int) -> str:

@@ -1,4 +1,4 @@
-"""What a store remembers of each of its files, and how a file is compared with it."""
+"""Size and checksum of each file of a store, and the comparison of a file with them."""
 
 from __future__ import annotations
 
@@ -18,8 +18,8 @@ class FileRecord:
     Attributes:
         path: key relative to the store, with forward slashes.
         bytes: size.
-        crc32c: checksum of the file; of a shard, of its chunks and its index without the checksums that follow them,
-            because data followed by its own checksum has the same checksum whatever it is.
+        crc32c: checksum of the file. For a shard: of its chunks and index without the crc32c that follows each, because
+            the crc32c of any data followed by its own crc32c is a constant.
     """
 
     path: str
@@ -28,29 +28,34 @@ class FileRecord:
 
 
 def record_of(path: str, contents: bytes) -> FileRecord:
-    """Record of a small file from its contents."""
+    """Record of a file from its contents."""
     return FileRecord(path=path, bytes=len(contents), crc32c=crc32c(contents))
 
 
 def put_same(storage: Storage, key: str, contents: bytes) -> None:
-    """Writes a file whose contents follow from the store's spec; if it is there, it must be the same.
+    """Writes a file whose contents follow from the store's spec; an existing file must have the same contents.
+
+    Args:
+        storage: the store's files.
+        key: the file.
+        contents: its bytes.
 
     Raises:
-        StoreError: it is another.
+        StoreError: the existing file differs.
     """
     if not storage.put(key, contents) and storage.read(key) != contents:
-        raise StoreError(f"{storage.name(key)}: is not what this store needs; delete the file, run again")
+        raise StoreError(f"{storage.name(key)}: differs from what this store needs; delete the file, run again")
 
 
 def record_file(storage: Storage, path: str) -> FileRecord:
-    """Record of a file that is there, read in pieces.
+    """Record of an existing file, read in pieces.
 
     Raises:
         StoreError: it is missing or cannot be read.
     """
     size = storage.size(path)
     if size is None:
-        raise StoreError(f"{storage.name(path)}: missing from the store; restore it or run 'clt store repair'")
+        raise _missing(storage, path)
     checksum, buffer = 0, memoryview(bytearray(min(size, _PIECE)))
     for start in range(0, size, _PIECE):
         piece = buffer[: min(_PIECE, size - start)]
@@ -64,16 +69,16 @@ def check_size(storage: Storage, record: FileRecord, size: int | None) -> None:
 
     Args:
         storage: the store's files.
-        record: what the file was when it was committed.
-        size: what it is now; None if it is missing.
+        record: size and checksum at commit.
+        size: size now; None if the file is missing.
 
     Raises:
         StoreError: the file is missing or has another size.
     """
-    name = storage.name(record.path)
     if size is None:
-        raise StoreError(f"{name}: missing from the store; restore it or run 'clt store repair'")
+        raise _missing(storage, record.path)
     if size != record.bytes:
+        name = storage.name(record.path)
         raise StoreError(f"{name}: has {size} bytes, expected {record.bytes}; restore it or run 'clt store repair'")
 
 
@@ -81,10 +86,7 @@ def check_contents(storage: Storage, record: FileRecord) -> None:
     """Compares size and checksum of a file with its record; raises StoreError as `check_size` does."""
     check_size(storage, record, storage.size(record.path))
     if record_file(storage, record.path) != record:
-        raise StoreError(
-            f"{storage.name(record.path)}: checksum does not match; the file is damaged, restore it or run "
-            f"'clt store repair'"
-        )
+        raise _damaged(storage, record.path)
 
 
 def read_checked(storage: Storage, record: FileRecord) -> bytes:
@@ -92,8 +94,14 @@ def read_checked(storage: Storage, record: FileRecord) -> bytes:
     check_size(storage, record, storage.size(record.path))
     contents = storage.read(record.path)
     if crc32c(contents) != record.crc32c:
-        raise StoreError(
-            f"{storage.name(record.path)}: checksum does not match; the file is damaged, restore it or run "
-            f"'clt store repair'"
-        )
+        raise _damaged(storage, record.path)
     return contents
+
+
+def _missing(storage: Storage, path: str) -> StoreError:
+    return StoreError(f"{storage.name(path)}: missing from the store; restore it or run 'clt store repair'")
+
+
+def _damaged(storage: Storage, path: str) -> StoreError:
+    name = storage.name(path)
+    return StoreError(f"{name}: checksum does not match, the file is damaged; restore it or run 'clt store repair'")

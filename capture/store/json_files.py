@@ -1,7 +1,7 @@
-"""How the JSON files of a store are written and read.
+"""Reading and writing a store's JSON files.
 
-The manifest and the commit records are sealed: the file holds the hash of the rest of its text, so that no byte of it
-can change unnoticed.
+The manifest and the commit records are sealed: the file holds the SHA-256 of the rest of its text, so that any changed
+byte is detected.
 """
 
 from __future__ import annotations
@@ -20,34 +20,37 @@ from clt.errors import StoreError
 T = TypeVar("T")
 
 _HEAD, _TAIL = '{"id": "%s", "record": ', "}\n"
-#: Kept, because an adapter takes longer to make than to use.
+#: Cached, because an adapter takes longer to make than to use.
 _adapters: dict[type, TypeAdapter[Any]] = {}
 
 
 def to_json(record: Any) -> bytes:
-    """A record as JSON text, the same text for the same record."""
+    """A record as JSON text; equal records give equal text."""
     return json.dumps(asdict(record), indent=1).encode()
 
 
 def store_digest(spec: StoreSpec, plan: CapturePlan) -> str:
-    """Hash of what a store is to hold; every commit record carries it, so that none strays into another store."""
+    """Hash of the spec and plan of a store; commit records carry it, so that those of another store are detected."""
     return hashlib.sha256(to_json(spec) + to_json(plan)).hexdigest()
 
 
 def sealed(record: Any) -> tuple[str, bytes]:
-    """Hash of a record, and the contents of the file that holds both."""
+    """SHA-256 of a record, and the contents of the file with both."""
     body = json.dumps(asdict(record), separators=(",", ":"))
     digest = hashlib.sha256(body.encode()).hexdigest()
     return digest, (_HEAD % digest + body + _TAIL).encode()
 
 
 def unsealed(cls: type[T], contents: bytes, name: str) -> tuple[str, T]:
-    """Hash and record from the contents of a sealed file.
+    """Reads a sealed file.
 
     Args:
         cls: dataclass of the record.
-        contents: of the file.
-        name: of the file, for error messages.
+        contents: bytes of the file.
+        name: full name of the file, for error messages.
+
+    Returns:
+        The hash and the record.
 
     Raises:
         StoreError: the file is damaged, or its schema has another major version.
@@ -75,7 +78,7 @@ def parse(cls: type[T], contents: bytes, name: str) -> T:
     Args:
         cls: dataclass of the record.
         contents: the text.
-        name: of the file, for error messages.
+        name: full name of the file, for error messages.
 
     Returns:
         The record.
@@ -97,7 +100,7 @@ def parse(cls: type[T], contents: bytes, name: str) -> T:
 
 
 def check_version(contents: bytes, name: str) -> None:
-    """Says plainly that a file is of another major version, before its missing keys are called damage."""
+    """Raises StoreError if a file has another major schema version; missing keys are damage only in this one."""
     try:
         tree = json.loads(contents)
     except ValueError:

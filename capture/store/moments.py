@@ -1,7 +1,7 @@
-"""Moments of activations per class of token, in float64, mergeable (Chan, Golub and LeVeque 1979).
+"""Moments of activations per token class, in float64, mergeable (Chan, Golub and LeVeque 1979).
 
-Each unit of a store keeps its own moments, so that the statistics of any choice of sites and of token classes are exact
-without reading activations again: beginning-of-sequence tokens, whose norms are enormous, never mix with the others.
+Each unit of a store has its own moments, so that statistics over any sites and token classes are exact without reading
+activations again; beginning-of-sequence tokens, whose norms are very large, are kept apart from the others.
 """
 
 from __future__ import annotations
@@ -19,13 +19,13 @@ from clt.errors import StoreError
 from clt.records import SiteStats
 
 _N = len(TOKEN_CLASSES)
-#: Values that are widened to float64 at a time: small enough for a core's cache.
+#: Number of values converted to float64 at a time: small enough for a core's cache.
 _PIECE = 1 << 17
 
 
 @dataclass(frozen=True, kw_only=True)
 class Moments:
-    """Moments of S sites over the same tokens, by class c of token (`TOKEN_CLASSES`).
+    """Moments of S sites over the same tokens, by token class c (`TOKEN_CLASSES`).
 
     Attributes:
         count: [c] int64, number of tokens.
@@ -33,7 +33,7 @@ class Moments:
         m2: [c,S,D] float64, sum of squared deviations from the mean.
         absmax: [c,S,D] float32, largest absolute value.
         norm: [c,S] float64, sum of Euclidean norms.
-        error: [c,S,D] float64, sum of squared errors of the stored values; zero where nothing was rounded.
+        error: [c,S,D] float64, sum of squared rounding errors of the stored values; zero if nothing was rounded.
     """
 
     count: Tensor
@@ -93,19 +93,19 @@ class Moments:
         return SiteStats(count=count, mean=total.mean[0], rms=rms)
 
     def pack(self, prefix: str) -> dict[str, Tensor]:
-        """Tensors of a statistics file, named `prefix.field`."""
+        """Tensors of a moments file, named `prefix.field`."""
         return {f"{prefix}.{f.name}": getattr(self, f.name).contiguous() for f in fields(self)}
 
 
 def measure(
     shape: Sequence[int], modality: Tensor, values: Callable[[int, Tensor], tuple[Tensor, Tensor | None]]
 ) -> tuple[Moments, Tensor]:
-    """Moments and norms of the tokens of a unit, in pieces, so that the wide copy stays small.
+    """Computes moments and norms of a unit's tokens in pieces, so that the float64 copy stays small.
 
     Args:
-        shape: n rows, S sites, D channels.
-        modality: [n] uint8 class of each row.
-        values: gives the stored values [r,D] of rows [r] at a site, and what was rounded to them; None if nothing was.
+        shape: (n, S, D): rows, sites, channels.
+        modality: [n] uint8, token class of each row.
+        values: maps a site and rows [r] to the stored values [r,D] and the values before rounding; None if not rounded.
 
     Returns:
         The moments, and the norms [n,S] float32.
@@ -130,7 +130,7 @@ def measure(
                 moments.absmax[place] = torch.maximum(moments.absmax[place], squares.amax(0).sqrt_().float())
                 if original is not None:
                     moments.error[place] += wide.sub_(original).square_().sum(0)
-    # float64 carries sums of squares through this difference with (mean / std)^2 * 1e-16 of relative error.
+    # In float64 the relative error of this difference is (mean / std)^2 * 1e-16.
     count = moments.count.clamp_min(1)[:, None, None]
     moments.mean.div_(count)
     moments.m2.sub_(count * moments.mean.square()).clamp_min_(0)
@@ -138,17 +138,20 @@ def measure(
 
 
 def pack_moments(groups: dict[str, Moments]) -> bytes:
-    """Contents of a unit's statistics file."""
+    """Contents of a unit's moments file."""
     return save({name: tensor for key, moments in groups.items() for name, tensor in moments.pack(key).items()})
 
 
 def unpack_moments(contents: bytes, groups: Sequence[str], name: str) -> dict[str, Moments]:
-    """Moments by group from a statistics file.
+    """Reads a moments file.
 
     Args:
-        contents: of the file.
+        contents: bytes of the file.
         groups: names of the groups.
-        name: of the file, for the error message.
+        name: full name of the file, for the error message.
+
+    Returns:
+        Moments by group.
 
     Raises:
         StoreError: the file is damaged.

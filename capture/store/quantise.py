@@ -1,7 +1,7 @@
-"""int8 activations: channels standardised by fixed moments, one scale per token and site.
+"""int8 activations: channels standardised by fixed moments, with one scale per token and site.
 
-value = q * scale * std + mean. The standard deviation keeps small channels alive beside outlier channels, the scale
-follows the token's norm, and no value is clipped. The moments come from the first samples of the store, once.
+value = q * scale * std + mean. Dividing by the standard deviation preserves small channels beside outlier channels, the
+scale follows the token's norm, and no value is clipped. The moments come from the first samples of the store.
 """
 
 from __future__ import annotations
@@ -16,13 +16,13 @@ from torch import Tensor
 from clt.errors import StoreError
 
 _LARGEST = 127
-#: Rows that are widened to float32 at a time.
+#: Number of rows converted to float32 at a time.
 _ROWS = 256
 
 
 @dataclass(frozen=True, kw_only=True)
 class Standardiser:
-    """Fixed moments of a group of sites.
+    """Fixed mean and standard deviation of a group of sites.
 
     Attributes:
         mean: [S,D] float32.
@@ -34,7 +34,7 @@ class Standardiser:
 
     @classmethod
     def of(cls, values: Tensor) -> Standardiser:
-        """Moments of values [tokens, S, D]; a channel that does not vary is scaled by its site's spread."""
+        """Moments of values [tokens, S, D]; std is at least 1e-4 of the site's, for channels that do not vary."""
         mean, std = torch.empty(values.shape[1:]), torch.empty(values.shape[1:])
         for site in range(values.shape[1]):
             wide = values[:, site].double()
@@ -44,7 +44,7 @@ class Standardiser:
         return cls(mean=mean, std=std)
 
     def scales(self, values: Tensor) -> Tensor:
-        """Scales [tokens, S] float32 of values [tokens, S, D]: the largest standardised value becomes 127."""
+        """Scales [tokens, S] float32 of values [tokens, S, D]: the largest absolute standardised value becomes 127."""
         pieces = [self._standard(rows).abs_().amax(-1) / _LARGEST for rows in values.split(_ROWS)]
         largest = torch.cat(pieces)
         return torch.where(largest > 0, largest, 1.0)
@@ -60,7 +60,16 @@ class Standardiser:
         return (values.float() - self.mean).div_(self.std)
 
     def restore(self, quantised: Tensor, scales: Tensor, sites: list[int] | slice = slice(None)) -> Tensor:
-        """Values [tokens, s, D] float32 of some of the sites from int8 [tokens, s, D] and their scales [tokens, s]."""
+        """Restores float32 values.
+
+        Args:
+            quantised: [tokens, s, D] int8.
+            scales: [tokens, s] float32.
+            sites: the s positions on the site axis; default: all.
+
+        Returns:
+            [tokens, s, D] float32.
+        """
         return quantised * scales[..., None] * self.std[sites] + self.mean[sites]
 
 

@@ -1,7 +1,7 @@
-"""Records of the activation store: what its JSON files say.
+"""Contents of a store's JSON files, as dataclasses.
 
-A store is described by `StoreSpec` (store.json), `CapturePlan` (plan.json), one `UnitRecord` per committed unit and the
-`Manifest` that joins them; `clt.capture.reading.open_store` shows the tree.
+`StoreSpec` is store.json, `CapturePlan` plan.json, `UnitRecord` a unit's commit record and `Manifest` manifest.json;
+`docs/store.md` shows the file tree.
 """
 
 from __future__ import annotations
@@ -20,16 +20,16 @@ StoreDtype = Literal["bfloat16", "float32", "int8"]
 
 SCHEMA_VERSION = "2.1"
 SPEC, PLAN, MANIFEST, QUANTISATION = "store.json", "plan.json", "manifest.json", "quantisation.safetensors"
-#: Classes of tokens that have statistics of their own, in the order of `Modality`; padding is never stored.
+#: Token classes with statistics of their own, in the order of `Modality`; padding is never stored.
 TOKEN_CLASSES = ("text", "image", "image_special", "bos")
 
 
 @dataclass(frozen=True, kw_only=True)
 class SiteGroup:
-    """Sites of equal width, which share an array.
+    """Sites of equal width, stored in one array.
 
     Attributes:
-        name: of the array.
+        name: name of the array.
         sites: site names, in the order of the site axis.
         width: channels of every site.
     """
@@ -41,20 +41,20 @@ class SiteGroup:
 
 @dataclass(frozen=True, kw_only=True)
 class StoreSpec:
-    """What a store holds, decided before the first unit is captured.
+    """Contents of a store, fixed before the first unit is captured.
 
     Attributes:
-        schema_version: "major.minor"; readers accept their own major.
-        created_by: versions of the software that began the store.
-        model: whose activations these are.
-        model_dtype: floating-point type the model ran in.
-        groups: the sites.
+        schema_version: "major.minor"; readers accept their own major version.
+        created_by: software versions that created the store.
+        model: model whose activations are stored.
+        model_dtype: floating-point type in which the model ran.
+        groups: the sites, by width.
         store_dtype: type of the stored values.
-        compression: of the stored values.
-        rows_per_unit: rows that a unit owns, a multiple of `chunk_tokens`.
-        chunk_tokens: rows of an inner chunk, what is read together.
-        batch_size: prompts per forward pass; it decides the last bits of the activations.
-        seed: seed of the order of rows within units.
+        compression: codec of the stored values.
+        rows_per_unit: rows of a full unit, a multiple of `chunk_tokens`.
+        chunk_tokens: rows of an inner chunk, the unit of reading.
+        batch_size: prompts per forward pass; affects the last bits of the activations.
+        seed: random seed of the row order within units.
         source: hex digest of the examples.
     """
 
@@ -86,11 +86,11 @@ class StoreSpec:
 
 @dataclass(frozen=True, kw_only=True)
 class CapturePlan:
-    """Which samples each unit holds.
+    """Assignment of samples to units.
 
     Attributes:
-        sample_starts: first sample of each unit, and the number of samples at the end.
-        unit_tokens: tokens of each unit.
+        sample_starts: first sample of each unit, followed by the number of samples.
+        unit_tokens: number of tokens of each unit.
     """
 
     sample_starts: tuple[int, ...]
@@ -108,17 +108,17 @@ class CapturePlan:
 
 @dataclass(frozen=True, kw_only=True)
 class UnitRecord:
-    """A committed unit.
+    """Commit record of a unit.
 
     Attributes:
         store: `store_digest` of the store it belongs to.
-        unit: its number.
-        n_tokens: rows it holds.
+        unit: number of the unit.
+        n_tokens: number of rows.
         sample_start: number of its first sample.
-        sample_ids: `example_id` of its samples.
-        sample_tokens: tokens of its samples.
-        files: its shards and its statistics.
-        answer_tokens: of its samples, the number of their last tokens that are an answer; empty before schema 2.1.
+        sample_ids: `example_id` of each sample.
+        sample_tokens: number of tokens of each sample.
+        files: its shards and its moments.
+        answer_tokens: number of answer tokens at the end of each sample; empty before schema 2.1.
     """
 
     store: str
@@ -133,14 +133,14 @@ class UnitRecord:
 
 @dataclass(frozen=True, kw_only=True)
 class UnitEntry:
-    """What the manifest says of a unit.
+    """A unit in the manifest.
 
     Attributes:
-        unit: its number.
-        n_tokens: rows it holds.
+        unit: number of the unit.
+        n_tokens: number of rows.
         sample_start: number of its first sample.
-        n_samples: samples it holds.
-        files: its commit record, its shards and its statistics.
+        n_samples: number of samples.
+        files: its commit record, its shards and its moments.
     """
 
     unit: int
@@ -152,11 +152,11 @@ class UnitEntry:
 
 @dataclass(frozen=True, kw_only=True)
 class QuantisationError:
-    """What rounding to the stored type cost at a site, as a fraction of the variance.
+    """Rounding error of the stored type at a site, as fraction of variance unexplained.
 
     Attributes:
         fvu: squared error over squared deviation from the mean, pooled over channels.
-        fvu_p99: the same of single channels, their 99th percentile; pooling hides small channels that are ruined.
+        fvu_p99: 99th percentile of the same per channel; pooling hides large errors of small channels.
     """
 
     fvu: float
@@ -165,13 +165,13 @@ class QuantisationError:
 
 @dataclass(frozen=True, kw_only=True)
 class Manifest:
-    """Everything that makes up a complete store.
+    """Every file of a complete store.
 
     Attributes:
-        spec: what it holds.
+        spec: contents of the store.
         units: its units in order, all committed.
-        files: all files that belong to no unit, but the manifest itself.
-        quantisation: error of the stored type by site.
+        files: all files that belong to no unit, except the manifest.
+        quantisation: rounding error of the stored type by site.
     """
 
     spec: StoreSpec

@@ -1,8 +1,8 @@
-"""Writes and reads shards: the files of a Zarr v3 array with the `sharding_indexed` codec.
+"""Reading and writing of shards: files of a Zarr v3 array with the `sharding_indexed` codec.
 
-A shard is written as a stream, chunk after chunk, its index last, so that no more than a chunk is held in memory and a
-torn file has no index. It is read with one scatter read per run of chunks, straight into the caller's arrays. Checksums
-are always verified. zarr-python, zarrs and tensorstore open the same files.
+A shard is streamed chunk by chunk with the index last, so that one chunk is in memory at a time and a truncated file
+has no index. It is read with one scatter read per run of chunks, directly into the caller's arrays. Checksums are
+always verified. zarr-python, zarrs and tensorstore read the same files.
 """
 
 from __future__ import annotations
@@ -25,12 +25,12 @@ _TRAILER = 4
 
 
 class ShardWriter:
-    """Writes one shard; what is published is whole, durable and never replaced.
+    """Writes one shard; a published shard is complete, durable and never replaced.
 
     Args:
         storage: the store's files.
         array: the array.
-        unit: whose rows these are.
+        unit: number of the unit.
     """
 
     def __init__(self, storage: Storage, array: ArraySpec, unit: int) -> None:
@@ -40,10 +40,10 @@ class ShardWriter:
         self._upload = storage.create(self._key)
 
     def append(self, chunk: NDArray[Any]) -> None:
-        """Writes the next chunk, in lexicographic order; those never written are missing and read as zeros.
+        """Writes the next chunk, in lexicographic order; chunks never written are missing and read as zeros.
 
         Args:
-            chunk: contiguous, of the array's chunk shape and type.
+            chunk: C-contiguous, of the array's chunk shape and type.
         """
         array = self._array
         assert chunk.shape == array.chunk and chunk.dtype == array.dtype and chunk.flags.c_contiguous
@@ -56,10 +56,10 @@ class ShardWriter:
         self._next, self._size = self._next + 1, self._size + size
 
     def publish(self) -> FileRecord | None:
-        """Writes the index and puts the shard under its name.
+        """Writes the index and gives the shard its name.
 
         Returns:
-            Size and checksum of the file; None if the name is taken, and what stands there stays.
+            Size and checksum of the file; None if the name is taken, whose file is left unchanged.
         """
         index = self._index.tobytes()
         self._upload.write([index, crc32c(index).to_bytes(_TRAILER, "little")])
@@ -80,7 +80,7 @@ class ShardReader:
     Args:
         storage: the store's files.
         array: the array.
-        unit: whose rows these are.
+        unit: number of the unit.
         n_bytes: size of the file.
     """
 
@@ -90,14 +90,14 @@ class ShardReader:
         self._storage, self._array, self._key, self._n_bytes = storage, array, array.shard(unit), n_bytes
 
     def read_into(self, first: int, outs: Sequence[NDArray[Any]]) -> None:
-        """Reads neighbouring chunks, checksums verified.
+        """Reads consecutive chunks and verifies their checksums.
 
         Args:
             first: number of the first chunk.
-            outs: one array of the chunk's shape and type per chunk, each contiguous; missing chunks give zeros.
+            outs: one C-contiguous array of the chunk's shape and type per chunk; missing chunks become zeros.
 
         Raises:
-            StoreError: the shard is missing, truncated or damaged; names the file.
+            StoreError: the shard is missing, truncated or damaged.
         """
         present = max(0, min(len(outs), self._present - first))
         for out in outs[present:]:
@@ -110,10 +110,10 @@ class ShardReader:
             self._read_raw(first, outs[:present])
 
     def record(self) -> FileRecord:
-        """Record of the shard as it stands; reads every byte once.
+        """Size and checksum of the existing shard; reads every byte once.
 
         Raises:
-            StoreError: the shard is missing, truncated or damaged; names the file, and the chunk if it is one.
+            StoreError: the shard is missing, truncated or damaged; names the file, and the damaged chunk.
         """
         present, checksum, start = self._present, 0, 0
         index = bytearray(self._array.chunks * 16)
@@ -130,7 +130,7 @@ class ShardReader:
         return FileRecord(path=self._key, bytes=self._n_bytes, crc32c=crc32c(index, checksum))
 
     def check_index(self) -> int:
-        """Number of chunks in the shard; raises StoreError if the index is damaged or does not fit the file."""
+        """Number of chunks in the shard; raises StoreError if the index is damaged or does not match the file."""
         return self._present
 
     @property
@@ -139,7 +139,7 @@ class ShardReader:
 
     @cached_property
     def _ends(self) -> NDArray[np.uint64] | int:
-        """Where chunks end in the file; for chunks of equal size, which need no table, how many there are."""
+        """End offsets of the chunks; for uncompressed chunks, which have equal size, only their number."""
         size = self._array.chunks * 16 + _TRAILER
         raw = bytearray(size)
         name = self._storage.name(self._key)
@@ -155,11 +155,11 @@ class ShardReader:
         total = int(ends[-1]) if present else 0
         in_order = (index[present:] == _MISSING).all() and (index[:present, 0] == starts).all()
         if not in_order or total + size != self._n_bytes:
-            raise StoreError(f"{name}: index does not fit the file; run 'clt store repair'")
+            raise StoreError(f"{name}: index does not match the file size; run 'clt store repair'")
         if self._array.compression == "zstd":
             return ends
         if total != present * self._chunk_bytes:
-            raise StoreError(f"{name}: chunks have another size than the array's; run 'clt store repair'")
+            raise StoreError(f"{name}: chunk sizes differ from the array's; run 'clt store repair'")
         return present
 
     @property
@@ -197,7 +197,12 @@ class ShardReader:
 
 
 def standing_shard(storage: Storage, array: ArraySpec, unit: int) -> ShardReader:
-    """Reader of a shard of which no record is known yet.
+    """Reader of an existing shard that has no record yet.
+
+    Args:
+        storage: the store's files.
+        array: the array.
+        unit: number of the unit.
 
     Raises:
         StoreError: it is missing.

@@ -1,4 +1,4 @@
-"""Rows of a unit to and from its shards."""
+"""Reading and writing a unit's rows as one shard, and the conversion between stored bits and tensors."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from clt.capture.store.file_records import FileRecord
 from clt.capture.store.schema import StoreDtype
 from clt.capture.store.shard import ShardReader, ShardWriter
 
-#: What torch calls the stored types.
+#: torch types of the stored types.
 TORCH_DTYPES: dict[StoreDtype, torch.dtype] = {
     "bfloat16": torch.bfloat16,
     "float32": torch.float32,
@@ -26,17 +26,17 @@ TORCH_DTYPES: dict[StoreDtype, torch.dtype] = {
 def write_rows(
     storage: Storage, array: ArraySpec, unit: int, rows: NDArray[Any], order: NDArray[Any] | None = None
 ) -> FileRecord | None:
-    """Writes one shard, one block of rows in memory at a time.
+    """Writes one shard, with one block of rows in memory at a time.
 
     Args:
         storage: the store's files.
         array: the array.
-        unit: whose shard.
+        unit: number of the unit.
         rows: [n, ...] in the stored type, n <= rows_per_unit.
-        order: [n] number of the row that comes first, second, ...; absent: as they are.
+        order: [n] stored row i is `rows[order[i]]`; default: as given.
 
     Returns:
-        Record of the file; None if its name was taken.
+        Size and checksum of the file; None if its name was taken.
     """
     size = array.chunk_rows
     with ShardWriter(storage, array, unit) as shard:
@@ -44,7 +44,7 @@ def write_rows(
             block = rows[start : start + size] if order is None else rows[order[start : start + size]]
             if len(block) < size:
                 block = np.concatenate([block, np.zeros((size - len(block), *block.shape[1:]), block.dtype)])
-            # Chunks of activations hold one site each, chunks of other arrays all columns.
+            # A chunk of activations holds one site, a chunk of any other array all columns.
             parts = np.split(block, array.chunks_per_row, axis=1) if array.chunks_per_row > 1 else [block]
             for part in parts:
                 shard.append(np.ascontiguousarray(part))
@@ -52,7 +52,15 @@ def write_rows(
 
 
 def read_rows(reader: ShardReader, array: ArraySpec, n_rows: int) -> NDArray[Any]:
-    """The first rows [n_rows, ...] of a shard, in the order of storage.
+    """Reads the first rows of a shard.
+
+    Args:
+        reader: of the shard.
+        array: its array.
+        n_rows: number of rows.
+
+    Returns:
+        [n_rows, ...] in the stored order and type.
 
     Raises:
         StoreError: the shard is missing, truncated or damaged.
@@ -68,11 +76,11 @@ def read_rows(reader: ShardReader, array: ArraySpec, n_rows: int) -> NDArray[Any
 
 
 def bits_of(values: Tensor) -> NDArray[Any]:
-    """Values as the array that is stored; bfloat16 as uint16."""
+    """Values as the stored array; bfloat16 as uint16."""
     return (values.view(torch.uint16) if values.dtype == torch.bfloat16 else values).numpy()
 
 
 def values_of(bits: NDArray[Any], store_dtype: StoreDtype) -> Tensor:
-    """Stored bits as a tensor of their logical type, memory shared."""
+    """Stored bits as a tensor of their logical type that shares their memory."""
     stored = torch.from_numpy(bits)
     return stored.view(torch.bfloat16) if store_dtype == "bfloat16" else stored

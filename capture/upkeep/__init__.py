@@ -1,1 +1,1 @@
-"""Checks, repairs, statistics and exports of a store."""
+"""Status, verification, repair, statistics and export of stores."""

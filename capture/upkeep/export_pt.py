@@ -1,25 +1,9 @@
-"""Writes a store as `.pt` files in the two layouts of the seed documents, for programs that read nothing else.
+"""Export of a store as `.pt` files in the two layouts of the vlm-clt-training format.
 
-`export_activations` writes what their transcoder training reads, B samples a file:
-
-    OUT/L3/batch_7_x.pt   {"x": [B,T,D], "mask": [B,T] bool, "sample_ids": [B]}
-    OUT/L3/batch_7_y.pt   {"y": [B,T,D], "targets": [[B,T,D], ...], "n_targets": 2}, or {"y": [B,T,D]} for one target
-
-`x` is what encoders read at layer 3, the targets are the MLP outputs of layers 4, 5, ...; `y` is the first of them.
-Targets beyond the last layer are absent, never zeros, and the last layer, which has none, has no folder. Samples are
-padded on the right with zeros; `mask` is true where a token is.
-
-`export_samples` writes what their feature analysis reads, one file a sample and one vector a layer:
-
-    OUT/sample_0007.pt    {"activations": {layer: [D]}, "mean": {layer: [D]}, "meta": {...}}
-
-"activations" holds the largest value over the sample's tokens, "mean" their mean, both without the
-beginning-of-sequence token; a sample without any other token gives zeros, and meta["tokens"] is 0. With a transcoder
-they are those of its features, [F] by source layer.
-
-Files hold plain tensors, lists and dicts, so that `torch.load(weights_only=True)` reads them. `export.json` says what
-the folder is. A file is there as a whole or not at all, and an export that was stopped goes on where it was; one
-process at a time writes a folder.
+`export_activations` writes the files of its transcoder training, `export_samples` those of its feature analysis;
+`docs/store.md` describes both. Files hold plain tensors, lists and dicts, so that `torch.load(weights_only=True)` reads
+them. Each file is written atomically, and an interrupted export continues where it stopped; `export.json` records its
+settings. Only one process at a time may write a folder.
 """
 
 from __future__ import annotations
@@ -29,14 +13,16 @@ import json
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, cast
 
 import torch
 from torch import Tensor
 
 from clt.capture.capacity import GIB, free_bytes
+from clt.capture.models.sites import SiteKind, decoder_sites
 from clt.capture.reading.activation_store import ActivationStore, SampleView
-from clt.capture.storage.local import PARTIAL_SUFFIX, Storage, open_storage
+from clt.capture.storage.base import PARTIAL_SUFFIX, Storage
+from clt.capture.storage.open_storage import open_storage
 from clt.checksum import crc32c
 from clt.errors import CheckpointError, ConfigError, NonFiniteError, StoreError
 from clt.records import Modality
@@ -50,13 +36,13 @@ SETTINGS_FILE = "export.json"
 
 @dataclass(frozen=True, kw_only=True)
 class ExportReport:
-    """What an export left on disk.
+    """Files of an export.
 
     Attributes:
-        samples: samples exported.
-        files: `.pt` files in the folder.
-        written: how many of them this run wrote.
-        bytes: size of all of them.
+        samples: number of samples exported.
+        files: number of `.pt` files in the folder.
+        written: number of files written by this run.
+        bytes: size of all files.
     """
 
     samples: int
@@ -74,18 +60,24 @@ def export_activations(
     dtype: PtDtype | None = None,
     read_site: str | None = None,
 ) -> ExportReport:
-    """Writes encoder inputs and MLP outputs by layer and batch; one unit of the store is in memory at a time.
+    """Writes encoder inputs and MLP outputs by layer and batch, with one unit of the store in memory at a time.
+
+        OUT/L3/batch_7_x.pt   {"x": [B,T,D], "mask": [B,T] bool, "sample_ids": [B]}
+        OUT/L3/batch_7_y.pt   {"y": [B,T,D], "targets": [[B,T,D], ...], "n_targets": 2}; only "y" for one target
+
+    `x` is the encoder input at layer 3, the targets are the MLP outputs of layers 4, 5, ... and `y` is the first of
+    them. Targets beyond the last layer are left out. Samples are padded on the right with zeros where `mask` is false.
 
     Args:
         store: a complete store.
-        out: folder, empty or with an unfinished export of the same kind.
-        n_targets: most target layers of a source layer.
-        batch_samples: samples of a file; the seed's reader knows no mask, so that more than one trains it on padding.
-        dtype: type of the tensors; absent: the stored type, float32 for int8 stores.
-        read_site: what the encoders read; absent: the only such site that the store has.
+        out: folder, empty or with an unfinished export with the same settings.
+        n_targets: largest number of target layers of a source layer.
+        batch_samples: B, samples of a file; the reader of that format ignores the mask and trains on padding if B > 1.
+        dtype: type of the tensors; default: the stored type, float32 for int8 stores.
+        read_site: site that the encoders read; default: the only such site of the store.
 
     Returns:
-        What is there now.
+        The files of the export.
 
     Raises:
         ConfigError: a number is not positive, or the model has a single layer.
@@ -117,7 +109,7 @@ def export_activations(
     def names(number: int) -> list[str]:
         return [f"L{layer}/batch_{number}_{part}.pt" for layer in goals for part in "xy"]
 
-    sites = [f"lm.{layer}.{site}" for layer in goals] + [f"lm.{layer}.mlp_out" for layer in layers[1:]]
+    sites = decoder_sites(goals, site) + decoder_sites(layers[1:], "mlp_out")
     for number, views in _batches(store, sites, batch_samples, lambda number: export.has(names(number))):
         tensors_BTD, mask_BT = _padded(views, kind)
         x_files = {"mask": mask_BT, "sample_ids": [view.example_id for view in views]}
@@ -137,17 +129,22 @@ def export_samples(
     dtype: PtDtype | None = None,
     read_site: str | None = None,
 ) -> ExportReport:
-    """Writes one file per sample, pooled over its tokens; one unit of the store is in memory at a time.
+    """Writes one file per sample, pooled over its tokens, with one unit of the store in memory at a time.
+
+        OUT/sample_0007.pt    {"activations": {layer: [D]}, "mean": {layer: [D]}, "meta": {...}}
+
+    "activations" is the maximum over the sample's tokens, "mean" their mean, both without the beginning-of-sequence
+    token; zeros if there is no other token. With a transcoder they are those of its features, [F] by source layer.
 
     Args:
         store: a complete store.
-        out: folder, empty or with an unfinished export of the same kind.
-        transcoder: checkpoint of the transcoder whose features are pooled; absent: what encoders read is pooled.
-        dtype: type of the tensors; absent: the stored type, float32 for int8 stores and for features.
-        read_site: what the encoders read; absent: the transcoder's, or the only such site that the store has.
+        out: folder, empty or with an unfinished export with the same settings.
+        transcoder: folder or hub name of the transcoder whose features are pooled; default: pool the encoder inputs.
+        dtype: type of the tensors; default: the stored type, float32 for int8 stores and for features.
+        read_site: site that the encoders read; default: the transcoder's, or the only such site of the store.
 
     Returns:
-        What is there now.
+        The files of the export.
 
     Raises:
         ConfigError: the transcoder reads another site.
@@ -155,7 +152,7 @@ def export_samples(
         StoreError: a site is not stored, a file is missing or damaged, or the folder is in use or its disk full.
         NonFiniteError: a value does not fit into float16.
     """
-    features = None if transcoder is None else _Features(store, Path(transcoder))
+    features = None if transcoder is None else _Features(store, transcoder)
     if features is not None and read_site not in (None, features.read_site):
         raise ConfigError(f"read_site={read_site}: {transcoder} reads {features.read_site}; leave read_site out")
     site = _read_site(store, read_site if features is None else features.read_site)
@@ -168,7 +165,7 @@ def export_samples(
         {"layout": "samples", "dtype": str(kind), **origin},
         needed=2 * n_samples * len(layers) * width * kind.itemsize,
     )
-    sites = [f"lm.{layer}.{site}" for layer in layers]
+    sites = decoder_sites(layers, site)
     for number, (view,) in _batches(store, sites, 1, lambda number: export.has([_sample_file(number)])):
         x_LBD = view.acts[:, view.tokens.modality != Modality.BOS].float()
         pooled = _pool(x_LBD) if features is None else features.pool(x_LBD)
@@ -180,7 +177,7 @@ def export_samples(
 
 
 class _Export:
-    """A folder of `.pt` files: begun, or gone on with if it was begun with the same settings."""
+    """A folder of `.pt` files, new or begun with the same settings."""
 
     def __init__(self, out: str | Path, settings: dict[str, Any], needed: int) -> None:
         self._storage: Storage = open_storage(out)
@@ -194,7 +191,7 @@ class _Export:
         needed, free = needed - sum(entry.bytes for entry in there), free_bytes(out)
         if free is not None and needed > free:
             raise StoreError(
-                f"{out}: {needed / GIB:.1f} GiB are needed, {free / GIB:.1f} GiB are free; choose another folder"
+                f"{out}: needs {needed / GIB:.1f} GiB, {free / GIB:.1f} GiB are free; choose another folder"
             )
         for entry in entries:
             if entry.key.endswith(PARTIAL_SUFFIX):
@@ -221,38 +218,38 @@ class _Export:
 
 
 class _Features:
-    """The features of a transcoder that reads a store's model."""
+    """The features of a transcoder of the store's model."""
 
-    def __init__(self, store: ActivationStore, folder: Path) -> None:
-        self._transcoder = CrossLayerTranscoder.from_pretrained(folder)
+    def __init__(self, store: ActivationStore, name: str | Path) -> None:
+        self._transcoder = CrossLayerTranscoder.from_pretrained(name)
         trained_on = self._transcoder.provenance.model
         if trained_on is not None and trained_on.fingerprint != store.model.fingerprint:
             raise CheckpointError(
-                f"{folder}: trained on {trained_on.name} (weights {trained_on.fingerprint[:12]}), {store.location} "
-                f"holds {store.model.name} (weights {store.model.fingerprint[:12]}); take a transcoder of that model"
+                f"{name}: trained on {trained_on.name} (weights {trained_on.fingerprint[:12]}), {store.location} "
+                f"holds {store.model.name} (weights {store.model.fingerprint[:12]}); use a transcoder of that model"
             )
         self.layers = source_layers(self._transcoder.config)
         self.width, self.read_site = self._transcoder.config.n_features, self._transcoder.config.read_site
         checksum = 0
         for parameter in self._transcoder.parameters():
             checksum = crc32c(parameter.detach().numpy().tobytes(), checksum)
-        self.origin = {"clt": str(folder), "clt_crc32c": checksum}
+        self.origin = {"clt": str(name), "clt_crc32c": checksum}
 
     @torch.no_grad()
     def pool(self, x_LBD: Tensor) -> tuple[Tensor, Tensor]:
-        """Largest value and mean [L,F] of every feature over the tokens of raw encoder inputs."""
+        """Maximum and mean [L,F] of every feature over the tokens of unscaled encoder inputs [L,B,D]."""
         most = torch.zeros(len(self.layers), self.width)
         if x_LBD.shape[1] == 0:
             return most, most.clone()
         codes = self._transcoder.encode(self._transcoder.scaling.standardise_x(x_LBD, self.layers))
         values, indices = codes.values.flatten(1), codes.indices.flatten(1).long()
-        # Empty slots carry value 0 and index 0, which changes neither.
+        # Empty code slots have value 0 and index 0, which changes neither.
         total = torch.zeros_like(most).scatter_add_(1, indices, values)
         return most.scatter_reduce_(1, indices, values, "amax"), total / x_LBD.shape[1]
 
 
 def _pool(x_LBD: Tensor) -> tuple[Tensor, Tensor]:
-    """Largest value and mean [L,D] of every channel over tokens."""
+    """Maximum and mean [L,D] of every channel over tokens."""
     if x_LBD.shape[1] == 0:
         zeros = torch.zeros(x_LBD.shape[0], x_LBD.shape[2])
         return zeros, zeros.clone()
@@ -262,7 +259,7 @@ def _pool(x_LBD: Tensor) -> tuple[Tensor, Tensor]:
 def _batches(
     store: ActivationStore, sites: Sequence[str], size: int, done: Callable[[int], bool]
 ) -> Iterator[tuple[int, list[SampleView]]]:
-    """Batches of samples in order, but for those that are done; units of which nothing is missing are not read."""
+    """Batches of samples in order, without the finished ones; units without missing batches are not read."""
     n_samples = sum(unit.n_samples for unit in store.units)
     held: list[SampleView] = []
     for unit in store.units:
@@ -276,15 +273,15 @@ def _batches(
             if view.sample + 1 == min((number + 1) * size, n_samples):
                 yield number, held
                 held = []
-        # What the next unit completes must not keep this whole unit in memory.
+        # Copies, so that samples of an incomplete batch do not keep this whole unit in memory.
         held = [replace(view, acts=view.acts.clone()) for view in held]
 
 
 def _padded(views: Sequence[SampleView], kind: torch.dtype) -> tuple[list[Tensor], Tensor]:
-    """Samples side by side, one tensor [B,T,D] per site, and the mask [B,T] of their tokens."""
+    """Padded samples as one tensor [B,T,D] per site, and the mask [B,T] of their tokens."""
     n_sites, _, width = views[0].acts.shape
     longest = max(view.acts.shape[1] for view in views)
-    # A tensor per site and not one for all: torch.save writes the whole memory that a view belongs to.
+    # One tensor per site, because torch.save writes the whole storage of a view.
     tensors = [torch.zeros(len(views), longest, width, dtype=kind) for _ in range(n_sites)]
     mask = torch.zeros(len(views), longest, dtype=torch.bool)
     for row, view in enumerate(views):
@@ -296,7 +293,7 @@ def _padded(views: Sequence[SampleView], kind: torch.dtype) -> tuple[list[Tensor
 
 
 def _cast(values: Tensor, kind: torch.dtype, view: SampleView) -> Tensor:
-    """Values in another type, in memory of their own."""
+    """A copy of the values in another type."""
     result = values.to(kind, copy=True)
     if kind == torch.float16 and not bool(result.isfinite().all()):
         raise NonFiniteError(
@@ -305,13 +302,13 @@ def _cast(values: Tensor, kind: torch.dtype, view: SampleView) -> Tensor:
     return result
 
 
-def _read_site(store: ActivationStore, chosen: str | None) -> str:
+def _read_site(store: ActivationStore, chosen: str | None) -> SiteKind:
     stored = sorted({site.rpartition(".")[2] for site in store.sites if site.startswith("lm.")} - {"mlp_out"})
     if chosen is None and len(stored) != 1:
-        raise StoreError(f"{store.location}: holds the sites {', '.join(stored)}; name one of them as read_site")
+        raise StoreError(f"{store.location}: holds the sites {', '.join(stored)}; set read_site to one of them")
     if chosen is not None and chosen not in stored:
         raise StoreError(f"{store.location}: site '{chosen}' is not stored; it holds {', '.join(stored)}")
-    return chosen or stored[0]
+    return cast(SiteKind, chosen or stored[0])
 
 
 def _dtype(store: ActivationStore, chosen: PtDtype | None) -> torch.dtype:

@@ -1,7 +1,7 @@
-"""What a store says that it consists of, and which files are there.
+"""Inventory of a store: its description and the files that exist.
 
-A store without a manifest is unfinished: its plan and its commit records say what exists. Every name that the store may
-ever give to a file follows from its spec and its plan, so that what is not ours is told from what is left over.
+A store without a manifest is unfinished and described by its plan and commit records. All file names that a store can
+have follow from its spec and plan, which distinguishes foreign files from garbage of interrupted workers.
 """
 
 from __future__ import annotations
@@ -10,13 +10,14 @@ import itertools
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from functools import cached_property
+from pathlib import Path
 from typing import TypeVar
 
-from clt.capture.storage.base import PARTIAL_SUFFIX, Entry, Storage
-from clt.capture.store.build_manifest import metadata_keys, stats_arrays
+from clt.capture.storage.base import PARTIAL_SUFFIX, Storage, StoredFile
+from clt.capture.storage.open_storage import open_storage
 from clt.capture.store.file_records import FileRecord
 from clt.capture.store.json_files import check_version, parse, read_manifest, store_digest
-from clt.capture.store.layout import StoreArrays, commit_path, stats_path
+from clt.capture.store.layout import StoreArrays, commit_path, stats_arrays, stats_path
 from clt.capture.store.schema import MANIFEST, PLAN, QUANTISATION, SPEC, CapturePlan, Manifest, StoreSpec
 from clt.capture.writing.leases import LEASES
 from clt.errors import StoreError
@@ -27,13 +28,13 @@ QUARANTINE = "quarantine/"
 
 
 @dataclass(frozen=True, kw_only=True)
-class Problem:
-    """Something wrong with a store.
+class StoreProblem:
+    """A fault in a store.
 
     Attributes:
         path: key of the file.
-        unit: whose file it is; None if it belongs to no unit.
-        message: one line that names the file, what is wrong, and the remedy.
+        unit: unit of the file; None if it belongs to no unit.
+        message: one line with the file, the fault and the remedy.
     """
 
     path: str
@@ -43,15 +44,15 @@ class Problem:
 
 @dataclass(frozen=True, kw_only=True)
 class Inventory:
-    """What a store is made of.
+    """Description of a store and its existing files.
 
     Attributes:
         storage: its files.
-        store_id: hash of its contents; None while there is no readable manifest.
-        manifest: None while there is no readable one.
-        spec: what it holds.
-        plan: which samples each unit holds.
-        entries: every file that is there, by key.
+        store_id: hash of its contents; None without a readable manifest.
+        manifest: None without a readable one.
+        spec: contents of the store.
+        plan: assignment of samples to units.
+        entries: every existing file, by key.
     """
 
     storage: Storage
@@ -59,26 +60,26 @@ class Inventory:
     manifest: Manifest | None
     spec: StoreSpec
     plan: CapturePlan
-    entries: Mapping[str, Entry]
+    entries: Mapping[str, StoredFile]
 
     @cached_property
     def arrays(self) -> StoreArrays:
-        """Its arrays."""
+        """Zarr arrays of the store."""
         return StoreArrays(self.spec, self.plan.n_units)
 
     @cached_property
     def digest(self) -> str:
-        """What its commit records carry."""
+        """`store_digest` that its commit records carry."""
         return store_digest(self.spec, self.plan)
 
     @cached_property
     def committed(self) -> tuple[int, ...]:
-        """Units that have a commit record, in order."""
+        """Units with a commit record, in order."""
         return tuple(unit for unit in range(self.plan.n_units) if commit_path(unit) in self.entries)
 
     @cached_property
     def recorded(self) -> dict[str, FileRecord]:
-        """Every file that the manifest lists, by key; empty for an unfinished store."""
+        """Every file in the manifest, by key; empty for an unfinished store."""
         if self.manifest is None:
             return {}
         units = (unit.files for unit in self.manifest.units)
@@ -86,7 +87,7 @@ class Inventory:
 
     @cached_property
     def unit_of(self) -> dict[str, int]:
-        """Unit by key, of every file that the plan's units may have."""
+        """Unit of every file that the plan's units can have, by key."""
         return {key: unit for unit in range(self.plan.n_units) for key in self.unit_keys(unit)}
 
     def unit_keys(self, unit: int) -> tuple[str, ...]:
@@ -96,7 +97,7 @@ class Inventory:
 
     @cached_property
     def stats_keys(self) -> tuple[str, ...]:
-        """Keys of the merged statistics, which follow from those of the units."""
+        """Keys of the merged moments, which follow from those of the units."""
         arrays = [array for group in self.spec.groups for array in stats_arrays(group).values()]
         return tuple(key for array in arrays for key in (f"{array.key}/zarr.json", array.shard(0)))
 
@@ -104,16 +105,16 @@ class Inventory:
     def common_keys(self) -> frozenset[str]:
         """Keys of all files that belong to no unit."""
         quantisation = (QUANTISATION,) if self.spec.store_dtype == "int8" else ()
-        return frozenset((SPEC, PLAN, MANIFEST, *quantisation, *metadata_keys(self.arrays), *self.stats_keys))
+        return frozenset((SPEC, PLAN, MANIFEST, *quantisation, *self.arrays.metadata_files(), *self.stats_keys))
 
     def foreign(self) -> Iterator[str]:
-        """Keys of files that this store would never write."""
+        """Keys of files that this store never writes."""
         for key in self.entries:
             if key not in self.unit_of and key not in self.common_keys and not is_scratch(key):
                 yield key
 
-    def leftovers(self) -> Iterator[Entry]:
-        """What workers left that no record speaks of: partial files, and files of units that were never committed."""
+    def leftovers(self) -> Iterator[StoredFile]:
+        """Unrecorded files of interrupted workers: partial files, and files of uncommitted units."""
         committed = set(self.committed)
         for key, entry in self.entries.items():
             if key.startswith(QUARANTINE):
@@ -125,32 +126,32 @@ class Inventory:
 
 
 def is_scratch(key: str) -> bool:
-    """Whether a file is none of the store's data: a partial file, a lease, or one that was moved to quarantine."""
+    """Whether a file is not part of the data: a partial file, a lease, or a file in quarantine."""
     return key.endswith(PARTIAL_SUFFIX) or key.startswith((LEASES, QUARANTINE))
 
 
-def take_inventory(storage: Storage) -> tuple[Inventory | None, list[Problem]]:
-    """Finds out what a store consists of, from its manifest or, where that is missing or damaged, from its plan.
+def take_inventory(storage: Storage) -> tuple[Inventory | None, list[StoreProblem]]:
+    """Takes the inventory from the manifest or, if that is missing or damaged, from spec and plan.
 
     Args:
         storage: the store's files.
 
     Returns:
-        The inventory, None if neither says what the store is; and what is wrong with those files.
+        The inventory, None if both are unreadable; and the faults of these files.
 
     Raises:
-        StoreError: there is no store, or it is one of another major version.
+        StoreError: there is no store, or it has another major schema version.
     """
     entries = {entry.key: entry for entry in storage.list("")}
     if not entries.keys() & {SPEC, MANIFEST}:
         raise StoreError(f"{storage.url}: no activation store here; check the path or run the capture first")
     _require_version(storage, [key for key in (MANIFEST, SPEC) if key in entries])
-    problems: list[Problem] = []
+    problems: list[StoreProblem] = []
     if MANIFEST in entries:
         try:
             store_id, manifest = read_manifest(storage)
         except StoreError as error:
-            problems.append(Problem(path=MANIFEST, unit=None, message=str(error)))
+            problems.append(StoreProblem(path=MANIFEST, unit=None, message=str(error)))
         else:
             spec, plan = manifest.spec, plan_of(manifest)
             return Inventory(
@@ -161,29 +162,41 @@ def take_inventory(storage: Storage) -> tuple[Inventory | None, list[Problem]]:
     if found_spec is None or found_plan is None:
         return None, problems
     if not _plausible(found_spec, found_plan):
-        message = f"{storage.name(PLAN)}: does not fit {SPEC}, one of them is damaged; restore both"
-        return None, [*problems, Problem(path=PLAN, unit=None, message=message)]
+        message = f"{storage.name(PLAN)}: does not match {SPEC}, one of them is damaged; restore both"
+        return None, [*problems, StoreProblem(path=PLAN, unit=None, message=message)]
     return Inventory(
         storage=storage, store_id=None, manifest=None, spec=found_spec, plan=found_plan, entries=entries
     ), problems
 
 
+def sound_inventory(location: str | Path | Storage) -> Inventory:
+    """Inventory of a store whose description is undamaged.
+
+    Raises:
+        StoreError: there is no store, or its manifest, spec or plan is damaged.
+    """
+    inventory, problems = take_inventory(open_storage(location))
+    if inventory is None or problems:
+        raise StoreError(problems[0].message)
+    return inventory
+
+
 def plan_of(manifest: Manifest) -> CapturePlan:
-    """The plan of a complete store, from its units."""
+    """Plan of a complete store, from its units."""
     starts = (0, *(unit.sample_start + unit.n_samples for unit in manifest.units))
     return CapturePlan(sample_starts=starts, unit_tokens=tuple(unit.n_tokens for unit in manifest.units))
 
 
-def _read(storage: Storage, key: str, cls: type[T], problems: list[Problem]) -> T | None:
+def _read(storage: Storage, key: str, cls: type[T], problems: list[StoreProblem]) -> T | None:
     try:
         return parse(cls, storage.read(key), storage.name(key))
     except StoreError as error:
-        problems.append(Problem(path=key, unit=None, message=str(error)))
+        problems.append(StoreProblem(path=key, unit=None, message=str(error)))
         return None
 
 
 def _plausible(spec: StoreSpec, plan: CapturePlan) -> bool:
-    """Whether a plan can be one for a spec; nothing protects the two files of an unfinished store but what they say."""
+    """Whether a plan is consistent with a spec; in an unfinished store no checksum protects the two files."""
     starts, rows, chunk = plan.sample_starts, spec.rows_per_unit, spec.chunk_tokens
     return (
         0 < chunk <= rows
@@ -196,7 +209,7 @@ def _plausible(spec: StoreSpec, plan: CapturePlan) -> bool:
 
 
 def _require_version(storage: Storage, keys: list[str]) -> None:
-    """A store of another major version is not a damaged one; a single file that claims so is."""
+    """Raises StoreError if all the files have another major version; a single such file is damage."""
     errors: list[StoreError] = []
     for key in keys:
         try:

@@ -1,4 +1,4 @@
-"""What a store's recorded moments say of each site and class of tokens; no activation is read."""
+"""Statistics of each site and token class from a store's recorded moments, without reading activations."""
 
 from __future__ import annotations
 
@@ -6,28 +6,28 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from clt.capture.reading.open_store import ActivationStore
+from clt.capture.reading.activation_store import ActivationStore
 from clt.capture.store.moments import Moments
 from clt.capture.store.schema import TOKEN_CLASSES
 
-#: The class of all tokens but those at the beginning of a sequence, whose variance would hide everything else.
+#: All tokens except those at the beginning of a sequence, whose variance would dominate.
 ALL_BUT_BOS = "all but bos"
 
 
 @dataclass(frozen=True, kw_only=True)
 class ClassStats:
-    """Moments of a site over the tokens of a class.
+    """Statistics of a site over the tokens of a class.
 
     Attributes:
         site: name of the site.
         token_class: one of `TOKEN_CLASSES`, or `ALL_BUT_BOS`.
-        tokens: how many.
+        tokens: number of tokens.
         mean_norm: mean Euclidean norm.
-        rms: root of the centred square averaged over tokens and channels.
+        rms: root mean square of the centred values over tokens and channels.
         absmax: largest absolute value.
-        fvu: squared error of the stored type over squared deviation from the mean, pooled over channels; 0 if nothing
-            was rounded, None if no channel varies.
-        fvu_p99: 99th percentile of the same of single channels that vary.
+        fvu: squared rounding error of the stored type over squared deviation from the mean, pooled over channels; 0 if
+            nothing was rounded, None if all channels are constant.
+        fvu_p99: 99th percentile of the same per channel, over channels that are not constant.
     """
 
     site: str
@@ -41,7 +41,7 @@ class ClassStats:
 
 
 def store_stats(store: ActivationStore) -> tuple[ClassStats, ...]:
-    """Statistics of every site, for each class that has tokens and for all but the beginning-of-sequence tokens.
+    """Statistics of every site, for each class with tokens and for all tokens except the beginning-of-sequence ones.
 
     Args:
         store: a complete store.

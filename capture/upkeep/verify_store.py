@@ -1,7 +1,7 @@
-"""Compares a store with what its records say of it: the indexes, every byte, or also what the bytes mean.
+"""Verification of a store against its records: file sizes and indexes, every byte, or also the stored values.
 
-A problem never ends the search. Whole-file checksums settle every question about bytes, because the manifest holds one
-for each file and a hash of itself; the checksum of each chunk, taken in the same pass, says where a file is damaged.
+Damage does not end the search. Whole-file checksums detect any changed byte, because the manifest has one for each
+file and a hash of itself; chunk checksums, computed in the same pass, locate the damage within a file.
 """
 
 from __future__ import annotations
@@ -16,39 +16,40 @@ from typing import get_args
 
 import torch
 
-from clt.capture.storage.local import Storage, open_storage
+from clt.capture.storage.base import Storage
+from clt.capture.storage.open_storage import open_storage
 from clt.capture.store.arrays import ArraySpec
-from clt.capture.store.build_manifest import merged_moments, stats_arrays
+from clt.capture.store.committed_units import merged_moments
 from clt.capture.store.file_records import read_checked
 from clt.capture.store.json_files import parse
+from clt.capture.store.layout import stats_arrays
 from clt.capture.store.moments import Moments
 from clt.capture.store.quantise import unpack_standardisers
 from clt.capture.store.schema import MANIFEST, PLAN, QUANTISATION, SPEC, TOKEN_CLASSES, CapturePlan, StoreSpec
 from clt.capture.store.shard import ShardReader, standing_shard
 from clt.capture.store.shard_rows import read_rows
-from clt.capture.upkeep.inventory import Inventory, Problem, is_scratch, take_inventory
-from clt.capture.upkeep.unit_contents import moments_fault
+from clt.capture.upkeep.inventory import Inventory, StoreProblem, is_scratch, take_inventory
 from clt.capture.upkeep.verify_unit import REPAIR, Findings, Level, check_presence, check_record, check_unit
-from clt.capture.writing.writer import metadata_files
+from clt.capture.upkeep.verify_values import moments_fault
 from clt.errors import ConfigError, StoreError
 
 
 @dataclass(frozen=True, kw_only=True)
 class VerifyReport:
-    """What was compared, and what is wrong.
+    """Result of a verification.
 
     Attributes:
         location: folder or URL of the store.
-        level: how much was compared.
+        level: level of the comparison.
         store_id: hash of its contents; None if it is unfinished or its manifest is damaged.
-        complete: whether there is a manifest; a store without one is unfinished, which is no problem.
-        units: units of the plan.
-        committed: units that have a commit record.
-        checked: numbers of the units whose files were looked into.
-        files: files that were looked at.
-        bytes: of the files of which every byte was compared.
-        seconds: how long it took.
-        problems: what is wrong, units in order.
+        complete: whether there is a manifest; an unfinished store is not a fault.
+        units: number of units of the plan.
+        committed: number of units with a commit record.
+        checked: number of units whose files were read.
+        files: number of files compared.
+        bytes: size of the files of which every byte was compared.
+        seconds: duration.
+        problems: faults, units in order.
     """
 
     location: str
@@ -61,11 +62,11 @@ class VerifyReport:
     files: int
     bytes: int
     seconds: float
-    problems: tuple[Problem, ...]
+    problems: tuple[StoreProblem, ...]
 
     @property
     def ok(self) -> bool:
-        """Whether nothing is wrong."""
+        """Whether no fault was found."""
         return not self.problems
 
     def to_json(self) -> str:
@@ -76,30 +77,29 @@ class VerifyReport:
 def verify_store(
     location: str | Path | Storage, level: Level = "chunk", *, sample: float = 1.0, seed: int = 0, jobs: int = 1
 ) -> VerifyReport:
-    """Compares a store with its records; an unfinished one as far as it is committed.
+    """Compares a store with its records; of an unfinished store, the committed part.
 
     Args:
-        location: folder or URL of the store, or its files.
-        level: "index" compares sizes, small files and the indexes of shards; "chunk" every byte; "full" also what the
-            values mean: finite, where they belong, and with the recorded statistics.
-        sample: share of the units that are looked into, in (0, 1]; the presence and size of all files are compared
-            anyway.
-        seed: decides which units those are.
-        jobs: threads.
+        location: folder or URL of the store, or its storage.
+        level: "index" compares sizes, small files and shard indexes; "chunk" every byte; "full" also the values: they
+            are finite, in the planned rows, and have the recorded moments.
+        sample: fraction of the units to read, in (0, 1]; presence and size of files are compared for all units.
+        seed: random seed of the choice of units.
+        jobs: number of threads.
 
     Returns:
-        The report; damage is a problem in it and not an error.
+        The report; damage is listed in it and not raised.
 
     Raises:
-        StoreError: there is no store, or it is one of another major version.
-        ConfigError: the share is not in (0, 1], or there is no such level.
+        StoreError: there is no store, or it has another major schema version.
+        ConfigError: `sample` is not in (0, 1], or the level is unknown.
     """
     if not 0 < sample <= 1:
-        raise ConfigError(f"sample={sample} is not a share of the units; use a number above 0 and up to 1")
+        raise ConfigError(f"sample={sample}: must be a fraction of the units in (0, 1]")
     if level not in get_args(Level):
         raise ConfigError(f"level={level!r} is unknown; use one of {', '.join(get_args(Level))}")
     started = time.perf_counter()
-    storage = location if isinstance(location, Storage) else open_storage(location)
+    storage = open_storage(location)
     inventory, problems = take_inventory(storage)
     total, chosen = Findings(problems=problems), set[int]()
     if inventory is not None:
@@ -127,7 +127,7 @@ def verify_store(
 
 
 def _check_common(inventory: Inventory, level: Level) -> Findings:
-    """Compares the files that belong to no unit, and looks for those that belong to nothing."""
+    """Compares the files that belong to no unit, and finds foreign files."""
     found = Findings()
     if inventory.manifest is None:
         _check_unfinished(inventory, found)
@@ -140,7 +140,7 @@ def _check_common(inventory: Inventory, level: Level) -> Findings:
 
 
 def _check_recorded(inventory: Inventory, found: Findings) -> None:
-    """Files of a complete store that belong to no unit: the manifest knows them."""
+    """Compares a complete store's files that belong to no unit with the manifest."""
     assert inventory.manifest is not None
     storage = inventory.storage
     merged = {array.shard(0): array for array in _merged_arrays(inventory)}
@@ -155,23 +155,23 @@ def _check_recorded(inventory: Inventory, found: Findings) -> None:
             if record.path == SPEC and parse(StoreSpec, contents, storage.name(SPEC)) != inventory.spec:
                 raise StoreError(f"{storage.name(SPEC)}: describes another store than {MANIFEST}; {REPAIR}")
             if record.path == PLAN and parse(CapturePlan, contents, storage.name(PLAN)) != inventory.plan:
-                raise StoreError(f"{storage.name(PLAN)}: plans other units than {MANIFEST} has; {REPAIR}")
+                raise StoreError(f"{storage.name(PLAN)}: has other units than {MANIFEST}; {REPAIR}")
     with found.about(MANIFEST):
         listed = {record.path for record in inventory.manifest.files}
         if other := sorted(listed ^ (inventory.common_keys - {MANIFEST})):
-            raise StoreError(f"{storage.name(MANIFEST)}: lists other files than a store has, first '{other[0]}'")
+            raise StoreError(f"{storage.name(MANIFEST)}: lists other files than a store has ('{other[0]}'); {REPAIR}")
 
 
 def _check_unfinished(inventory: Inventory, found: Findings) -> None:
-    """Files of an unfinished store that belong to no unit: they follow from its spec or are read to see."""
+    """Checks an unfinished store's files that belong to no unit: against its spec, or by reading them."""
     storage, entries = inventory.storage, inventory.entries
     merged = _merged_arrays(inventory)
-    expected = metadata_files(inventory.arrays) | {f"{array.key}/zarr.json": array.metadata() for array in merged}
+    expected = inventory.arrays.metadata_files() | {f"{array.key}/zarr.json": array.metadata() for array in merged}
     for key in sorted(expected.keys() & entries.keys()):
         with found.about(key):
             found.bytes += len(expected[key])
             if storage.read(key) != expected[key]:
-                raise StoreError(f"{storage.name(key)}: is not what this store needs; {REPAIR}")
+                raise StoreError(f"{storage.name(key)}: differs from what this store needs; {REPAIR}")
     for array in merged:
         if array.shard(0) in entries:
             with found.about(array.shard(0)):
@@ -186,7 +186,7 @@ def _merged_arrays(inventory: Inventory) -> list[ArraySpec]:
 
 
 def _check_merged_values(inventory: Inventory, found: Findings) -> None:
-    """Whether the merged statistics are those of the units."""
+    """Compares the merged moments with those of the units."""
     assert inventory.manifest is not None
     storage, groups = inventory.storage, inventory.spec.groups
     with found.about(MANIFEST):
@@ -202,27 +202,27 @@ def _check_merged_values(inventory: Inventory, found: Findings) -> None:
             stored = Moments(**{name: torch.from_numpy(part) for name, part in rows.items()})
             if fault := moments_fault(stored, merged[group.name]):
                 path = arrays[fault].shard(0)
-                message = f"{storage.name(path)}: is not merged from the units' statistics; {REPAIR} --level full"
-                found.problems.append(Problem(path=path, unit=None, message=message))
+                message = f"{storage.name(path)}: does not match the moments of the units; {REPAIR} --level full"
+                found.problems.append(StoreProblem(path=path, unit=None, message=message))
 
 
 def _check_unknown(inventory: Inventory, found: Findings) -> None:
-    """Files that no record speaks of."""
+    """Finds files that are in no record."""
     for key in sorted(inventory.entries):
         ours = key in inventory.unit_of or key in inventory.common_keys
         recorded = key in inventory.recorded or key == MANIFEST
         if is_scratch(key) or recorded or (ours and inventory.manifest is None):
             continue
         remedy = "run 'clt store gc'" if ours else f"move it away or {REPAIR}"
-        message = f"{inventory.storage.name(key)}: is no part of the store; {remedy}"
-        found.problems.append(Problem(path=key, unit=None, message=message))
+        message = f"{inventory.storage.name(key)}: is not part of the store; {remedy}"
+        found.problems.append(StoreProblem(path=key, unit=None, message=message))
 
 
-def _blamed(inventory: Inventory, found: Findings) -> list[Problem]:
-    """Problems, where commit records that all name one other store speak against the store's description instead."""
+def _blamed(inventory: Inventory, found: Findings) -> list[StoreProblem]:
+    """The faults, but if all commit records name one other store, the store's description is at fault instead."""
     if len(found.strays) < 2 or len(found.strays) < len(inventory.committed) or len(set(found.strays)) > 1:
         return found.problems
     name = inventory.storage.name(SPEC)
-    message = f"{name}: neither it nor {PLAN} is what the committed units were captured with; restore both"
+    message = f"{name}: does not match the committed units (with {PLAN}); restore both files"
     others = [problem for problem in found.problems if not problem.path.startswith("units/commits/")]
-    return [Problem(path=SPEC, unit=None, message=message), *others]
+    return [StoreProblem(path=SPEC, unit=None, message=message), *others]

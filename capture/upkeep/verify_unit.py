@@ -1,4 +1,4 @@
-"""Compares one unit of a store with its records; `clt.capture.upkeep.verify_store` does so for all of them."""
+"""Verification of one unit against its records; `clt.capture.upkeep.verify_store` verifies all of them."""
 
 from __future__ import annotations
 
@@ -7,8 +7,8 @@ from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Literal
 
-from clt.capture.storage.local import Storage
-from clt.capture.store.build_manifest import unit_entry
+from clt.capture.storage.base import Storage
+from clt.capture.store.committed_units import unit_entry
 from clt.capture.store.file_records import FileRecord, check_size, read_checked
 from clt.capture.store.json_files import unsealed
 from clt.capture.store.layout import commit_path, stats_path
@@ -16,8 +16,8 @@ from clt.capture.store.moments import Moments, unpack_moments
 from clt.capture.store.quantise import unpack_standardisers
 from clt.capture.store.schema import MANIFEST, QUANTISATION, UnitRecord
 from clt.capture.store.shard import ShardReader
-from clt.capture.upkeep.inventory import Inventory, Problem
-from clt.capture.upkeep.unit_contents import UnitContents
+from clt.capture.upkeep.inventory import Inventory, StoreProblem
+from clt.capture.upkeep.verify_values import UnitContents
 from clt.errors import StoreError
 
 Level = Literal["index", "chunk", "full"]
@@ -27,22 +27,22 @@ REPAIR = "run 'clt store repair'"
 
 @dataclass
 class Findings:
-    """What a comparison found.
+    """Faults found so far, and the amount compared.
 
     Attributes:
-        problems: in the order in which they were found.
-        files: files that were looked at.
-        bytes: of the files of which every byte was compared.
-        strays: commit records that name another store: what they name.
+        problems: faults in the order found.
+        files: number of files compared.
+        bytes: size of the files of which every byte was compared.
+        strays: `store_digest`s of commit records that name another store.
     """
 
-    problems: list[Problem] = field(default_factory=list)
+    problems: list[StoreProblem] = field(default_factory=list)
     files: int = 0
     bytes: int = 0
     strays: list[str] = field(default_factory=list)
 
     def join(self, other: Findings) -> None:
-        """Adds what another comparison found."""
+        """Adds the findings of another comparison."""
         self.problems += other.problems
         self.files += other.files
         self.bytes += other.bytes
@@ -50,24 +50,33 @@ class Findings:
 
     @contextmanager
     def about(self, path: str, unit: int | None = None) -> Iterator[None]:
-        """Turns a StoreError of the block into a problem of a file."""
+        """Turns a StoreError of the `with` block into a fault of a file."""
         self.files += 1
         try:
             yield
         except StoreError as error:
-            self.problems.append(Problem(path=path, unit=unit, message=str(error)))
+            self.problems.append(StoreProblem(path=path, unit=unit, message=str(error)))
 
 
 def check_presence(inventory: Inventory, record: FileRecord) -> None:
-    """Compares a file's size with its record; one that was not listed may have come since."""
+    """Compares a file's size with its record; a file that was not listed may have been written since."""
     entry = inventory.entries.get(record.path)
     check_size(inventory.storage, record, entry.bytes if entry else inventory.storage.size(record.path))
 
 
 def check_record(storage: Storage, record: FileRecord, recorded: FileRecord) -> None:
-    """Raises StoreError if a shard is not the one that was recorded, although all of its chunks are whole."""
+    """Compares a shard with its record.
+
+    Args:
+        storage: the store's files.
+        record: size and checksum of the existing file.
+        recorded: size and checksum at commit.
+
+    Raises:
+        StoreError: they differ.
+    """
     if record != recorded:
-        raise StoreError(f"{storage.name(record.path)}: is another file than the one that was committed; {REPAIR}")
+        raise StoreError(f"{storage.name(record.path)}: differs from the file that was committed; {REPAIR}")
 
 
 def check_unit(inventory: Inventory, unit: int, level: Level, look: bool) -> Findings:
@@ -75,12 +84,12 @@ def check_unit(inventory: Inventory, unit: int, level: Level, look: bool) -> Fin
 
     Args:
         inventory: the store.
-        unit: its number.
-        level: how much is compared.
-        look: False compares presence and size alone, by the manifest.
+        unit: number of the unit.
+        level: level of the comparison.
+        look: False compares only presence and size with the manifest.
 
     Returns:
-        What was found.
+        The findings.
     """
     found = Findings()
     files: tuple[FileRecord, ...] = ()
@@ -110,7 +119,7 @@ def check_unit(inventory: Inventory, unit: int, level: Level, look: bool) -> Fin
 
 
 def _read_record(inventory: Inventory, unit: int, found: Findings, known: FileRecord | None) -> UnitRecord:
-    """Commit record of a unit, compared with the manifest and the plan."""
+    """Reads the commit record of a unit and compares it with the manifest and the plan."""
     storage, plan, path = inventory.storage, inventory.plan, commit_path(unit)
     contents = read_checked(storage, known) if known else storage.read(path)
     found.bytes += len(contents)
@@ -122,16 +131,16 @@ def _read_record(inventory: Inventory, unit: int, found: Findings, known: FileRe
         raise StoreError(f"{name}: belongs to another store or unit; {REPAIR}")
     samples = plan.samples(unit)
     if (record.n_tokens, record.sample_start) != (plan.unit_tokens[unit], samples.start):
-        raise StoreError(f"{name}: holds other tokens or samples than the plan says; {REPAIR}")
+        raise StoreError(f"{name}: holds other tokens or samples than the plan; {REPAIR}")
     if not len(samples) == len(record.sample_ids) == len(record.sample_tokens):
-        raise StoreError(f"{name}: has {len(record.sample_ids)} samples, the plan says {len(samples)}; {REPAIR}")
+        raise StoreError(f"{name}: has {len(record.sample_ids)} samples, the plan {len(samples)}; {REPAIR}")
     if sum(record.sample_tokens) != record.n_tokens or min(record.sample_tokens, default=1) < 1:
-        raise StoreError(f"{name}: the tokens of its samples do not add up to {record.n_tokens}; {REPAIR}")
+        raise StoreError(f"{name}: token counts of its samples do not add up to {record.n_tokens}; {REPAIR}")
     answers = record.answer_tokens or (0,) * len(samples)
     if len(answers) != len(samples) or any(
         not 0 <= a <= n for a, n in zip(answers, record.sample_tokens, strict=False)
     ):
-        raise StoreError(f"{name}: the answers of its samples do not fit their tokens; {REPAIR}")
+        raise StoreError(f"{name}: answer lengths do not match its samples; {REPAIR}")
     if other := sorted({file.path for file in record.files} ^ set(inventory.unit_keys(unit)[:-1])):
         raise StoreError(f"{name}: lists other files than a unit has, first '{other[0]}'; {REPAIR}")
     if known and inventory.manifest and unit_entry(known, record) != inventory.manifest.units[unit]:
@@ -140,7 +149,7 @@ def _read_record(inventory: Inventory, unit: int, found: Findings, known: FileRe
 
 
 def _check_file(inventory: Inventory, unit: int, level: Level, file: FileRecord, found: Findings) -> dict[str, Moments]:
-    """Compares a file of a unit; gives the moments if it is the one that holds them."""
+    """Compares a file of a unit; returns the moments if it is the moments file."""
     storage, name = inventory.storage, inventory.storage.name(file.path)
     if file.path == stats_path(unit):
         found.bytes += file.bytes
@@ -149,7 +158,7 @@ def _check_file(inventory: Inventory, unit: int, level: Level, file: FileRecord,
     blocks = -(-inventory.plan.unit_tokens[unit] // array.chunk_rows)
     reader = ShardReader(storage, array, unit, file.bytes)
     if reader.check_index() != blocks * array.chunks_per_row:
-        raise StoreError(f"{name}: holds another number of chunks than its rows need; {REPAIR}")
+        raise StoreError(f"{name}: its number of chunks does not match its rows; {REPAIR}")
     if level != "index":
         found.bytes += file.bytes
         check_record(storage, reader.record(), file)
@@ -157,7 +166,7 @@ def _check_file(inventory: Inventory, unit: int, level: Level, file: FileRecord,
 
 
 def _check_leftovers(inventory: Inventory, unit: int, level: Level, found: Findings) -> None:
-    """Files that a worker left before it committed: whole ones are kept by the next, so they must not be damaged."""
+    """Checks files of an uncommitted unit: the next worker keeps complete ones, so they must not be damaged."""
     for array in inventory.arrays.per_unit():
         key = array.shard(unit)
         if key in inventory.entries:
@@ -186,4 +195,4 @@ def _check_contents(inventory: Inventory, record: UnitRecord, moments: dict[str,
     )
     for path, fault in contents.faults():
         message = f"{storage.name(path)}: {fault}; {REPAIR} --level full"
-        found.problems.append(Problem(path=path, unit=record.unit, message=message))
+        found.problems.append(StoreProblem(path=path, unit=record.unit, message=message))

@@ -1,1 +1,1 @@
-"""Writing a store: units of rows, leases, and any number of worker processes."""
+"""Writing of stores: units, manifest, leases, and the assignment of units to workers."""

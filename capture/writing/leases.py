@@ -1,12 +1,11 @@
-"""Who is capturing which unit, so that workers do not do each other's work.
+"""Leases on units, so that workers do not capture the same unit twice.
 
-A lease is a small file, `units/leases/000042.0001.json` for unit 42, generation 1. A unit without one is free; one
-whose newest lease has expired is free too, and whoever creates the next generation owns it. A lease expires when its
-owner has not renewed it for its time to live, or at once when the owner was a process on this host that is gone.
+A lease is a file such as `units/leases/000042.0001.json` (unit 42, generation 1). A unit is free if it has no lease or
+its newest lease has expired; the worker that creates the next generation owns it. A lease expires when it has not been
+renewed for its time to live, or immediately when its owner was a process of this host that has ended.
 
-Leases only save work. A store is safe without them, because names are written once and a second owner of a unit agrees
-with the first (`clt.capture.writing.writer`): two workers that both believe they own a unit, because one of them was
-paused or the clocks of their hosts disagree by more than the time to live, waste time and harm nothing.
+Leases avoid duplicate work; correctness does not depend on them (`clt.capture.writing.writer`): two workers with the
+same unit, because one was paused or their clocks differ by more than the time to live, only lose time.
 """
 
 from __future__ import annotations
@@ -30,7 +29,7 @@ from clt.errors import StoreError
 log = logging.getLogger(__name__)
 
 LEASES = "units/leases/"
-#: Times a lease is renewed in its time to live.
+#: Renewals per time to live.
 _RENEWALS = 4
 
 _NAME = re.compile(re.escape(LEASES) + r"(\d+)\.(\d+)\.json")
@@ -38,17 +37,17 @@ _NAME = re.compile(re.escape(LEASES) + r"(\d+)\.(\d+)\.json")
 
 @dataclass(frozen=True, kw_only=True)
 class Lease:
-    """A claim on a unit.
+    """A worker's claim on a unit.
 
     Attributes:
-        unit: its number.
-        generation: how often the unit has been claimed, from 1.
-        owner: random name of the `Leases` that made the claim.
+        unit: number of the unit.
+        generation: number of claims on the unit so far, from 1.
+        owner: random name of the worker's `Leases`.
         host: machine, boot and process namespace of the owner.
-        process: id of its process there.
-        started: when that process started, in clock ticks since boot; None where the system does not say.
+        process: process id of the owner on that host.
+        started: start time of that process, in clock ticks since boot; None where the system does not report it.
         renewed_at: unix time in seconds.
-        ttl: seconds after which a claim that was not renewed is void.
+        ttl: seconds without renewal after which the claim is void.
     """
 
     unit: int
@@ -63,18 +62,18 @@ class Lease:
     @property
     def expired(self) -> bool:
         """Whether the unit is free again."""
-        # A claim from the future is the work of a wrong clock and would never end.
+        # A renewal time in the future comes from a wrong clock; such a lease would never expire.
         if abs(time.time() - self.renewed_at) > self.ttl:
             return True
         return self.started is not None and self.host == _host() and _started(self.process) != self.started
 
 
 class Leases:
-    """The claims of one worker, renewed by a thread of its own inside the `with` block and given up at its end.
+    """The leases of one worker, renewed by a background thread inside the `with` block and released at its end.
 
     Args:
         storage: the store's files.
-        ttl_seconds: time to live; longer than any pause of a healthy worker, and than clocks disagree.
+        ttl_seconds: time to live; longer than any pause of a working process and than the difference of clocks.
 
     Attributes:
         owner: random name of this worker.
@@ -85,7 +84,7 @@ class Leases:
         self._storage, self._ttl = storage, ttl_seconds
         self._held: dict[int, Lease] = {}
         self._failure: Exception | None = None
-        # Held while files are written, so that a renewal never brings back a lease that is being given up.
+        # Held while files are written, so that a renewal never restores a lease that is being released.
         self._lock = threading.Lock()
         self._stop = threading.Event()
         self._thread = threading.Thread(target=self._renew_until_stopped, name="leases", daemon=True)
@@ -94,13 +93,13 @@ class Leases:
         """Claims a unit.
 
         Args:
-            unit: its number; not one that is held already.
+            unit: number of a unit that this worker does not hold.
 
         Returns:
             False if another worker holds it.
 
         Raises:
-            Exception: what the last renewal of a lease failed with, if none has succeeded since.
+            Exception: the error of the last failed renewal, if none has succeeded since.
         """
         assert self._thread.is_alive() and unit not in self._held
         with self._lock:
@@ -131,23 +130,23 @@ class Leases:
         return True
 
     def release(self, unit: int) -> None:
-        """Gives up a unit; nothing happens if another worker has taken it over."""
+        """Releases a unit; a no-op if another worker has taken it over."""
         with self._lock:
             lease = self._held.pop(unit, None)
-            if lease is not None and self._stands(lease):
+            if lease is not None and self._is_current(lease):
                 self._storage.delete(_path(unit, lease.generation))
 
     def claimed(self) -> set[int]:
-        """Units that have a lease, expired or not; costs one listing."""
+        """Units with a lease, expired or not; costs one listing."""
         return set(self._generations())
 
     def live(self) -> list[Lease]:
-        """Leases of all workers that have not expired, by unit; each is read."""
+        """Unexpired leases of all workers, by unit; reads each of them."""
         newest = [self._read(unit, generations[-1]) for unit, generations in sorted(self._generations().items())]
         return [lease for lease in newest if lease is not None and not lease.expired]
 
     def sweep(self) -> None:
-        """Deletes the leases that have expired."""
+        """Deletes expired leases."""
         for unit, generations in self._generations().items():
             for generation in generations:
                 lease = self._read(unit, generation)
@@ -172,29 +171,29 @@ class Leases:
                         self._renew(lease)
                     self._failure = None
                 except Exception as error:
-                    # The next renewal may succeed; `take` raises it otherwise.
-                    log.warning("%s: leases could not be renewed: %s", self._storage.url, error)
+                    # The next renewal may succeed; otherwise `take` raises the error.
+                    log.warning("leases not renewed: store=%s error=%s", self._storage.url, error)
                     self._failure = error
 
     def _renew(self, lease: Lease) -> None:
-        if self._stands(lease):
+        if self._is_current(lease):
             renewed = self._held[lease.unit] = replace(lease, renewed_at=time.time())
             self._storage.replace(_path(lease.unit, lease.generation), to_json(renewed))
         else:
             del self._held[lease.unit]
             log.warning(
-                "%s: another worker took unit %d over, because its lease was not renewed within %g s; both go on",
-                self._storage.url,
+                "another worker took over unit=%d, not renewed within ttl_seconds=%g; both continue: store=%s",
                 lease.unit,
                 lease.ttl,
+                self._storage.url,
             )
 
-    def _stands(self, lease: Lease) -> bool:
+    def _is_current(self, lease: Lease) -> bool:
         found = self._read(lease.unit, lease.generation)
         return found is not None and found.owner == self.owner
 
     def _generations(self) -> dict[int, list[int]]:
-        """Generations of each unit that have a file, oldest first."""
+        """Generations of each unit's lease files, oldest first."""
         found: dict[int, list[int]] = {}
         for entry in self._storage.list(LEASES):
             if match := _NAME.fullmatch(entry.key):
@@ -202,7 +201,7 @@ class Leases:
         return {unit: sorted(generations) for unit, generations in found.items()}
 
     def _read(self, unit: int, generation: int) -> Lease | None:
-        """A lease; None if it is gone or damaged."""
+        """Reads a lease; None if it is gone or damaged."""
         key = _path(unit, generation)
         try:
             contents = self._storage.read(key)
@@ -221,7 +220,7 @@ def _path(unit: int, generation: int) -> str:
 
 
 def _host() -> str:
-    """Machine, boot and process namespace: where a process id means the same process as here."""
+    """Machine, boot and process namespace, within which a process id is unique."""
     parts = [socket.gethostname()]
     if (boot := Path("/proc/sys/kernel/random/boot_id")).is_file():
         parts += [boot.read_text().strip(), os.readlink("/proc/self/ns/pid")]
@@ -229,11 +228,11 @@ def _host() -> str:
 
 
 def _started(process: int) -> int | None:
-    """When a process of this host started, in clock ticks since boot; None if it is gone or the system does not say."""
+    """Start time of a process of this host, in clock ticks since boot; None if it has ended or is not reported."""
     try:
         status = Path(f"/proc/{process}/stat").read_text()
     except (FileNotFoundError, ProcessLookupError):
         return None
-    # The second field is the program's name in parentheses, which may hold anything.
+    # The second field is the program's name in parentheses, which may contain any character.
     state, *rest = status.rpartition(")")[2].split()
     return None if state in "ZX" else int(rest[18])

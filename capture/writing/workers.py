@@ -1,7 +1,7 @@
-"""Deals the units of a capture to workers, none of which needs to know of the others.
+"""Assignment of a capture's units to workers, without a coordinator.
 
-A worker asks the store what is left, so any number of them may start, stop, die and come back at any time; as long as
-one goes on, all units are captured.
+Each worker asks the store which units are left, so that workers may start, stop, fail and restart at any time; all
+units are captured as long as one of them runs.
 """
 
 from __future__ import annotations
@@ -21,22 +21,22 @@ from clt.config import STRICT
 
 log = logging.getLogger(__name__)
 
-#: Seconds between looks at units that others hold, first and at most.
+#: Seconds between checks of units that others hold: the first pause and the longest.
 _PAUSES = (0.05, 5.0)
 
 
 @dataclass(frozen=True, kw_only=True, config=STRICT)
 class Schedule:
-    """Which units a worker captures."""
+    """Share of the units that a worker captures."""
 
     kind: Literal["lease", "static"] = "lease"
-    """lease: its share first, then whatever others leave; static: its share and nothing else."""
+    """lease: its own share first, then units that others leave; static: its own share only."""
     rank: int = Field(default=0, ge=0)
-    """Number of this worker; its share are the units u with u mod world = rank."""
+    """Rank of this worker; its share is the units u with u mod world = rank."""
     world: int = Field(default=1, gt=0)
-    """Number of shares."""
+    """Number of workers among which the units are shared."""
     ttl_seconds: float = Field(default=600.0, gt=0, le=86_400)
-    """A worker on another host that has been silent for so long is taken to be dead and its unit is done again."""
+    """Seconds without lease renewal after which a worker on another host counts as dead and its unit is free again."""
 
     @model_validator(mode="after")
     def _rank_fits(self) -> Schedule:
@@ -45,29 +45,29 @@ class Schedule:
         return self
 
 
-class Work(Protocol):
-    """Numbered units, each of which is done when its commit record is there: a `StoreWriter`, for instance."""
+class UnitQueue(Protocol):
+    """Numbered units, each done when its commit record exists; for example a `StoreWriter`."""
 
     @property
     def storage(self) -> Storage:
-        """Where the commit records are."""
+        """Storage of the commit records."""
 
     def pending(self) -> list[int]:
         """Units without a commit record."""
 
 
-def assigned_units(writer: Work, schedule: Schedule, among: Collection[int] | None = None) -> Generator[int]:
-    """Units to capture, one at a time, each leased to this worker while the caller works on it.
+def assigned_units(queue: UnitQueue, schedule: Schedule, among: Collection[int] | None = None) -> Generator[int]:
+    """Units to capture, one at a time, each leased to this worker until the next is requested.
 
-    When all that is left is leased to others, waits until they have committed it, or takes over what they abandon.
+    When all remaining units are leased to other workers, waits until they are committed or their leases expire.
 
     Args:
-        writer: of the store, or of whatever has units.
-        schedule: which units this worker captures.
-        among: units of the plan to which it is limited; absent: all.
+        queue: the writer of a store, or anything else that has numbered units.
+        schedule: share of the units that this worker captures.
+        among: units to choose from; default: all.
 
     Yields:
-        A unit, which must be committed before the next is asked for. Its lease ends then, or when the generator is
+        A unit, which must be committed before the next is requested. Its lease ends then, or when the generator is
         closed (`contextlib.closing`).
 
     Raises:
@@ -75,38 +75,38 @@ def assigned_units(writer: Work, schedule: Schedule, among: Collection[int] | No
     """
     first, longest = _PAUSES
     pause = first
-    with Leases(writer.storage, schedule.ttl_seconds) as leases:
-        while pending := _in_order(writer, schedule, among):
+    with Leases(queue.storage, schedule.ttl_seconds) as leases:
+        while pending := _in_order(queue, schedule, among):
             unit = _take_one(leases, pending)
             if unit is None:
                 if pause == first:
-                    log.info("%s: waiting for %d units of other workers", writer.storage.url, len(pending))
+                    log.info("waiting for units of other workers: store=%s units=%d", queue.storage.url, len(pending))
                 time.sleep(pause)
                 pause = min(2 * pause, longest)
                 continue
             pause = first
-            # Its last owner may have committed it after the commits were listed, but only before it gave up the lease.
-            if writer.storage.size(commit_path(unit)) is None:
+            # Its last owner may have committed it after the listing; owners commit before they release.
+            if queue.storage.size(commit_path(unit)) is None:
                 yield unit
-                assert writer.storage.size(commit_path(unit)) is not None, "committed before the next is asked for"
+                assert queue.storage.size(commit_path(unit)) is not None, "committed before the next is requested"
             leases.release(unit)
         leases.sweep()
 
 
-def _in_order(writer: Work, schedule: Schedule, among: Collection[int] | None) -> list[int]:
+def _in_order(queue: UnitQueue, schedule: Schedule, among: Collection[int] | None) -> list[int]:
     """Pending units that a worker may capture, its own share first."""
     rank, world = schedule.rank, schedule.world
-    pending = writer.pending() if among is None else sorted(set(writer.pending()).intersection(among))
+    pending = queue.pending() if among is None else sorted(set(queue.pending()).intersection(among))
     units = [unit for unit in pending if schedule.kind == "lease" or unit % world == rank]
     return sorted(units, key=lambda unit: ((unit - rank) % world, unit))
 
 
 def _take_one(leases: Leases, units: list[int]) -> int | None:
-    """The first of some units that can be leased."""
+    """Leases the first free unit; None if all are leased to others."""
     claimed = leases.claimed()
     unit = next((unit for unit in units if unit not in claimed and leases.take(unit)), None)
     if unit is None:
-        # Only now is it worth reading who holds the others and whether they are alive.
+        # Leases are only read when every unit has one.
         live = {lease.unit for lease in leases.live()}
         unit = next((unit for unit in units if unit not in live and leases.take(unit)), None)
     return unit

@@ -1,10 +1,9 @@
-"""Makes stores: one unit at a time, each committed as a whole or not at all, by any number of workers.
+"""Writes stores one unit at a time, each committed atomically, by any number of workers.
 
-Every name is written once. A unit's shards and statistics come first, durable before they get their names; only then
-does its commit record appear. What has no commit record does not exist. A worker that was killed leaves partial files
-and complete files without a record; the next one who captures that unit keeps the complete ones: it reads the
-activations under the name back and commits those. Two owners of a unit therefore agree on every file whichever was
-first, and a capture that was killed ends with the same bytes as one that was not. The manifest comes last.
+Every file name is written once: a unit's shards and moments, then its commit record, and after all units the manifest.
+A unit without a commit record does not exist. A killed worker leaves partial files, and complete files without a
+record; the next worker of that unit reads the complete ones back and commits those. Two workers with the same unit
+therefore agree on every file, and an interrupted capture ends with the same bytes as an uninterrupted one.
 """
 
 from __future__ import annotations
@@ -20,32 +19,33 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from clt.capture.storage.base import PARTIAL_SUFFIX, Storage
-from clt.capture.storage.local import open_storage
-from clt.capture.store.arrays import TOKEN_DTYPES, ArraySpec, group_metadata
-from clt.capture.store.build_manifest import build_manifest, committed_units
+from clt.capture.storage.open_storage import open_storage
+from clt.capture.store.arrays import TOKEN_DTYPES, ArraySpec
+from clt.capture.store.committed_units import committed_units
 from clt.capture.store.file_records import FileRecord, put_same, record_file
 from clt.capture.store.json_files import parse, read_manifest, sealed, store_digest, to_json
 from clt.capture.store.layout import StoreArrays, commit_path, stats_path
 from clt.capture.store.moments import Moments, measure, pack_moments, unpack_moments
 from clt.capture.store.quantise import Standardiser, pack_standardisers, unpack_standardisers
-from clt.capture.store.read_order import unit_permutation
+from clt.capture.store.row_order import unit_permutation
 from clt.capture.store.schema import MANIFEST, PLAN, QUANTISATION, SPEC, CapturePlan, SiteGroup, StoreSpec, UnitRecord
 from clt.capture.store.shard import standing_shard
 from clt.capture.store.shard_rows import TORCH_DTYPES, bits_of, read_rows, values_of, write_rows
+from clt.capture.writing.build_manifest import build_manifest
 from clt.errors import StoreError
 from clt.records import TokenTable
 
 
 @dataclass(frozen=True, kw_only=True)
 class UnitData:
-    """A unit's tokens, its samples laid end to end.
+    """Activations and tokens of a unit, its samples laid end to end.
 
     Attributes:
-        acts: [n, sites, width] by group; rounded to the stored type where they are not yet.
-        tokens: [n] where they come from.
+        acts: [n, sites, width] by group, in any floating-point type; rounded to the stored type when written.
+        tokens: [n] origin of each token.
         sample_ids: `example_id` of each sample.
-        sample_tokens: tokens of each sample; they add up to n.
-        answer_tokens: how many of the last tokens of each sample are its answer; empty if no sample has one.
+        sample_tokens: number of tokens of each sample; they add up to n.
+        answer_tokens: number of answer tokens at the end of each sample; empty if no sample has an answer.
     """
 
     acts: Mapping[str, Tensor]
@@ -56,27 +56,27 @@ class UnitData:
 
 
 class StoreWriter:
-    """Writes a store; opening one that was begun with the same spec and plan goes on with it.
+    """Writes a store, or continues one that was begun with the same spec and plan.
 
     Args:
         location: folder or URL of the store, or its files.
-        spec: what the store holds.
-        plan: which samples each unit holds.
+        spec: contents of the store.
+        plan: assignment of samples to units.
 
     Raises:
-        StoreError: the place holds something else, or a store of another model, source or plan.
+        StoreError: the location holds other files, or a store of another model, source or plan.
     """
 
     def __init__(self, location: str | Path | Storage, spec: StoreSpec, plan: CapturePlan) -> None:
-        self.storage = location if isinstance(location, Storage) else open_storage(location)
+        self.storage = open_storage(location)
         self.spec, self.plan = self._settle(spec, plan), plan
         self.arrays = StoreArrays(self.spec, plan.n_units)
         self.digest = store_digest(self.spec, plan)
-        for key, contents in metadata_files(self.arrays).items():
+        for key, contents in self.arrays.metadata_files().items():
             put_same(self.storage, key, contents)
 
     def committed(self) -> set[int]:
-        """Units that have a commit record."""
+        """Units with a commit record."""
         return committed_units(self.storage)
 
     def pending(self) -> list[int]:
@@ -84,7 +84,7 @@ class StoreWriter:
         return sorted(set(range(self.plan.n_units)) - self.committed())
 
     def calibrate(self, acts: Mapping[str, Tensor]) -> None:
-        """Fixes the moments by which an int8 store standardises its channels; the first call for a store counts.
+        """Fixes the channel moments that standardise an int8 store; only the first call for a store has an effect.
 
         Args:
             acts: [n, sites, width] by group, the first tokens of unit 0.
@@ -94,21 +94,21 @@ class StoreWriter:
 
     @property
     def calibrated(self) -> bool:
-        """Whether units can be committed: true unless the store holds int8 values and `calibrate` was never called."""
+        """Whether units can be committed: false only for an int8 store before `calibrate`."""
         return self.spec.store_dtype != "int8" or self.storage.size(QUANTISATION) is not None
 
     def commit(self, unit: int, data: UnitData) -> bool:
         """Writes a unit.
 
         Args:
-            unit: its number.
+            unit: number of the unit.
             data: its tokens in natural order; they are stored in the order of `unit_permutation`.
 
         Returns:
-            False if another owner of the unit has committed it meanwhile; the unit is then what that one wrote.
+            False if another worker has committed the unit meanwhile; that worker's files are kept.
 
         Raises:
-            StoreError: a file of this unit is already there and does not belong to it.
+            StoreError: an existing file of this unit belongs to another capture.
         """
         n = len(data.tokens.sample)
         assert n == self.plan.unit_tokens[unit] == sum(data.sample_tokens)
@@ -136,7 +136,7 @@ class StoreWriter:
         return self.storage.put(commit_path(unit), sealed(record)[1])
 
     def finalize(self) -> str:
-        """Completes the store; any worker may, once all units are committed.
+        """Completes the store once all units are committed; any worker may call it.
 
         Returns:
             The store's id.
@@ -147,7 +147,7 @@ class StoreWriter:
         if self.storage.size(MANIFEST) is None:
             if pending := self.pending():
                 raise StoreError(
-                    f"{self.storage.url}: {len(pending)} units are not captured, first {pending[0]}; capture them"
+                    f"{self.storage.url}: {len(pending)} units are not captured, first {pending[0]}; run the capture"
                 )
             manifest = build_manifest(self.storage, self.arrays, self.plan, self.digest)
             self.storage.put(MANIFEST, sealed(manifest)[1])
@@ -156,7 +156,7 @@ class StoreWriter:
     def _write_group(
         self, unit: int, group: SiteGroup, data: UnitData, order: Tensor
     ) -> tuple[list[FileRecord], Moments]:
-        """Shards of a group of sites and its moments, both of what now stands in the store."""
+        """Writes the shards of a site group; returns their records and the moments of the stored values."""
         acts = data.acts[group.name]
         assert acts.shape[1:] == (len(group.sites), group.width)
         files: list[FileRecord] = []
@@ -194,7 +194,7 @@ class StoreWriter:
     def _write_or_adopt(
         self, array: ArraySpec, unit: int, rows: NDArray[Any], order: NDArray[Any] | None = None
     ) -> tuple[FileRecord, NDArray[Any] | None]:
-        """Writes a shard; if its name is taken, gives what stands there, in stored order."""
+        """Writes a shard; if its name is taken, also returns the rows of the existing file, in stored order."""
         record = write_rows(self.storage, array, unit, rows, order)
         if record is not None:
             return record, None
@@ -205,21 +205,21 @@ class StoreWriter:
         return record, read_rows(reader, array, len(rows))
 
     def _write_same(self, array: ArraySpec, unit: int, rows: NDArray[Any]) -> FileRecord:
-        """Writes a shard whose contents follow from others; what stands under its name must be the same."""
+        """Writes a shard whose contents follow from others; an existing file must hold the same values."""
         record, found = self._write_or_adopt(array, unit, rows)
-        # Norms are sums, in an order that depends on the machine; all else is whole numbers.
+        # Norms are sums whose order depends on the machine; all other columns are integers.
         tolerance = 1e-5 if rows.dtype == np.float32 else 0.0
         if found is not None and not np.allclose(found, rows, rtol=tolerance, atol=0.0, equal_nan=True):
             raise self._leftover(record.path)
         return record
 
     def _write_stats(self, unit: int, moments: dict[str, Moments]) -> FileRecord:
-        """Writes a unit's statistics, or keeps those that stand there, which must be of the same values."""
+        """Writes a unit's moments, or keeps an existing file, which must be of the same values."""
         path = stats_path(unit)
         if not self.storage.put(path, pack_moments(moments)):
             found = unpack_moments(self.storage.read(path), list(moments), self.storage.name(path))
             for group, mine in moments.items():
-                # The largest values are the same on every machine, whatever the order.
+                # Maxima are the same on every machine, unlike sums.
                 if not torch.allclose(mine.absmax, found[group].absmax, rtol=0.0, atol=0.0, equal_nan=True):
                     raise self._leftover(path)
         return record_file(self.storage, path)
@@ -232,9 +232,9 @@ class StoreWriter:
         return unpack_standardisers(self.storage.read(QUANTISATION), self.storage.name(QUANTISATION))
 
     def _settle(self, spec: StoreSpec, plan: CapturePlan) -> StoreSpec:
-        """Begins a store, or makes sure that the one that is there is the same."""
+        """Begins a store, or checks that the existing one has the same spec and plan; returns its spec."""
         url = self.storage.url
-        # The spec comes before every other file: another worker that began a moment ago has put it by the second look.
+        # Every worker writes the spec first, so one that started meanwhile has written it by the second check.
         if (
             self.storage.size(SPEC) is None
             and any(not entry.key.endswith(PARTIAL_SUFFIX) for entry in self.storage.list(""))
@@ -250,14 +250,8 @@ class StoreWriter:
         return found
 
 
-def metadata_files(arrays: StoreArrays) -> dict[str, bytes]:
-    """Zarr metadata of all groups and of all arrays that units share, by key."""
-    files = {f"{folder}/zarr.json": group_metadata() for folder in arrays.folders()}
-    return files | {f"{array.key}/zarr.json": array.metadata() for array in arrays.per_unit()}
-
-
 def _require_same(mine: StoreSpec, found: StoreSpec, url: str) -> None:
-    # The path to the model, the software and its minor version of the schema may differ; the weights may not.
+    # The path of the model, the software and the minor schema version may differ; the weights may not.
     one, other = ({**asdict(replace(s, created_by="", schema_version="")), **asdict(s.model)} for s in (mine, found))
     for key in one:
         if key not in ("model", "name", "revision") and one[key] != other[key]:

@@ -11,6 +11,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from clt.distributed.mesh import Mesh
+from clt.tensor_files import as_bytes
 
 #: Dimension along which each tensor of a target is split; the others belong to one rank as a whole.
 COLUMN_DIMS = {"W_dec": -1, "b_dec": -1, "W_skip": 0}
@@ -77,7 +78,7 @@ def _send(tensors: Mapping[str, Tensor], mesh: Mesh) -> None:
     buffer = torch.tensor(list(text.ljust(_HEADER_BYTES)), dtype=torch.uint8)
     dist.send(buffer, group=mesh.column_group, group_dst=0)
     for tensor in tensors.values():
-        dist.send(_bytes(tensor.detach().cpu().contiguous()), group=mesh.column_group, group_dst=0)
+        dist.send(as_bytes(tensor.detach().cpu().contiguous()), group=mesh.column_group, group_dst=0)
 
 
 def _receive(rank: int, mesh: Mesh) -> dict[str, Tensor]:
@@ -87,9 +88,5 @@ def _receive(rank: int, mesh: Mesh) -> dict[str, Tensor]:
     tensors = {}
     for key, (shape, dtype) in header.items():
         tensors[key] = torch.empty(shape, dtype=getattr(torch, dtype))
-        dist.recv(_bytes(tensors[key]), group=mesh.column_group, group_src=rank)
+        dist.recv(as_bytes(tensors[key]), group=mesh.column_group, group_src=rank)
     return tensors
-
-
-def _bytes(tensor: Tensor) -> Tensor:
-    return tensor.reshape(-1).view(torch.uint8)

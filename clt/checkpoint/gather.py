@@ -15,6 +15,7 @@ from torch import Tensor
 from clt.checkpoint.columns import COLUMN_DIMS, own_columns
 from clt.checkpoint.weights import layer_buffers, layer_tensors
 from clt.distributed.mesh import Mesh, deal_layers
+from clt.tensor_files import as_bytes
 from clt.transcoder.layers import LayerShare
 from clt.transcoder.model import CrossLayerTranscoder
 
@@ -36,7 +37,7 @@ def gather_transcoder(transcoder: CrossLayerTranscoder, mesh: Mesh) -> CrossLaye
     if not mesh.is_first:
         for own in _matrices(transcoder, transcoder.share, whole=False):
             # The default group's first ranks are the first model group, in its order.
-            dist.send(_bytes(own.cpu()), dst=0)
+            dist.send(as_bytes(own.cpu().contiguous()), dst=0)
         return None
     whole = CrossLayerTranscoder(transcoder.config, transcoder.scaling, provenance=transcoder.provenance)
     whole.to(next(transcoder.parameters()).dtype).requires_grad_(False).eval()
@@ -48,7 +49,7 @@ def gather_transcoder(transcoder: CrossLayerTranscoder, mesh: Mesh) -> CrossLaye
             continue
         for place in places:
             arrived = torch.empty(place.shape, dtype=place.dtype)
-            dist.recv(_bytes(arrived), src=rank)
+            dist.recv(as_bytes(arrived), src=rank)
             place.copy_(arrived)
     return whole
 
@@ -66,7 +67,3 @@ def _matrices(transcoder: CrossLayerTranscoder, share: LayerShare, *, whole: boo
             if layer in (share.targets if key in COLUMN_DIMS else share.sources):
                 part = own_columns(key, tensor.detach(), share.columns if whole else None)
                 yield from part if part.dim() == 3 else [part]
-
-
-def _bytes(tensor: Tensor) -> Tensor:
-    return tensor.contiguous().reshape(-1).view(torch.uint8)

@@ -58,8 +58,8 @@ def join_transcoders(parts: Sequence[CrossLayerTranscoder]) -> CrossLayerTransco
                 of_whole[key].copy_(tensor)
         for target in part.share.targets:
             row = whole.sources_of(target).index(source)
-            whole.W_dec[str(target)][row] = part.W_dec[str(target)][0]
-            whole.b_dec[str(target)][row] = part.b_dec[str(target)][0]
+            whole.decoder_matrix(target)[row] = part.decoder_matrix(target)[0]
+            whole.decoder_bias(target)[row] = part.decoder_bias(target)[0]
     missing = sorted({*whole.share.sources} - {part.config.source for part in parts})
     if missing:
         raise CheckpointError(f"no part has source {', '.join(map(str, missing))}; train them with clt.source too")

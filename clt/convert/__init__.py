@@ -1,9 +1,10 @@
-"""Transcoders in the formats of other projects, one module per format; what survives is in docs/formats.md."""
+"""Conversion of transcoders between the formats of several projects, one module per format; see docs/formats.md."""
 
 from typing import Literal
 
-#: What `clt convert` reads and writes; native is `CrossLayerTranscoder.save_pretrained`.
-Format = Literal["native", "circuit_tracer", "sparsify", "crosslayer_coding", "kokosdev"]
+#: Formats that `clt convert` reads and writes; native is that of `save_pretrained`, kokosdev the former name of
+#: vlm_clt_training.
+Format = Literal["native", "circuit_tracer", "sparsify", "crosslayer_coding", "vlm_clt_training", "kokosdev"]
 
 #: How sources that were trained independently are combined, as `clt.independent` names it.
 Combination = Literal["sum", "mean", "nearest"]

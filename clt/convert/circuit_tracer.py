@@ -138,19 +138,17 @@ def note_zeros(transcoder: CrossLayerTranscoder, reader: str) -> None:
 
 
 def _encoder_tensors(transcoder: CrossLayerTranscoder, layer: int) -> dict[str, Tensor]:
-    name, F, D = str(layer), transcoder.config.n_features, transcoder.config.d_model
+    F, D, is_source = transcoder.config.n_features, transcoder.config.d_model, layer in transcoder.share.sources
     like = next(transcoder.parameters())
     # A layer that is no source never fires: its pre-activations are 0.
-    W_FD, b_F = transcoder.encoder(layer) if name in transcoder.W_enc else (like.new_zeros(F, D), like.new_zeros(F))
+    W_FD, b_F = transcoder.encoder(layer) if is_source else (like.new_zeros(F, D), like.new_zeros(F))
     tensors = {
         "W_enc": W_FD,
         "b_enc": b_F,
-        "b_dec": transcoder.b_dec[name] if name in transcoder.b_dec else like.new_zeros(D),
+        "b_dec": transcoder.decoder_bias(layer) if layer in transcoder.share.targets else like.new_zeros(D),
     }
     if transcoder.config.sparsity.kind == "jumprelu":
-        tensors["threshold"] = (
-            transcoder.log_threshold[name].exp() if name in transcoder.log_threshold else like.new_zeros(F)
-        )
+        tensors["threshold"] = transcoder.log_thresholds(layer).exp() if is_source else like.new_zeros(F)
     return {f"{key}_{layer}": tensor for key, tensor in tensors.items()}
 
 
@@ -161,22 +159,22 @@ def _load_cross_layer(folder: Path, read_site: ReadSite) -> CrossLayerTranscoder
     L = len(encoders)
     transcoder, F, D = None, 0, 0
     for layer, (path_enc, path_dec) in enumerate(zip(encoders, decoders, strict=True)):
-        file, name = ForeignFile.safetensors(path_enc), str(layer)
+        file = ForeignFile.safetensors(path_enc)
         if transcoder is None:
             transcoder = _like(file, "W_enc_0", f"threshold_{layer}", "W_skip_0", L, None, read_site)
             F, D = transcoder.config.n_features, transcoder.config.d_model
-        transcoder.W_enc[name].copy_(file.take(f"W_enc_{layer}", F, D))
-        transcoder.b_enc[name].copy_(file.take(f"b_enc_{layer}", F))
-        transcoder.b_dec[name].copy_(file.take(f"b_dec_{layer}", D))
+        transcoder.encoder_matrix(layer).copy_(file.take(f"W_enc_{layer}", F, D))
+        transcoder.encoder_bias(layer).copy_(file.take(f"b_enc_{layer}", F))
+        transcoder.decoder_bias(layer).copy_(file.take(f"b_dec_{layer}", D))
         if transcoder.config.sparsity.kind == "jumprelu":
-            transcoder.log_threshold[name].copy_(_log_threshold(file, f"threshold_{layer}", F))
+            transcoder.log_thresholds(layer).copy_(_log_threshold(file, f"threshold_{layer}", F))
         if transcoder.config.skip:
-            transcoder.W_skip[name].copy_(file.take(f"W_skip_{layer}", D, D).T)
+            transcoder.skip_matrix(layer).copy_(file.take(f"W_skip_{layer}", D, D).T)
         file.end()
         file = ForeignFile.safetensors(path_dec)
         W_FTD = file.take(f"W_dec_{layer}", F, L - layer, D)
         for place, target in enumerate(transcoder.targets_of(layer)):
-            transcoder.W_dec[str(target)][layer].copy_(W_FTD[:, place])
+            transcoder.decoder_matrix(target)[layer].copy_(W_FTD[:, place])
         file.end()
     assert transcoder is not None
     return transcoder
@@ -186,17 +184,17 @@ def _load_set(folder: Path, read_site: ReadSite) -> CrossLayerTranscoder:
     paths = numbered(folder, r"layer_(\d+)\.safetensors")
     threshold, transcoder = "activation_function.threshold", None
     for layer, path in enumerate(paths):
-        file, name = ForeignFile.safetensors(path), str(layer)
+        file = ForeignFile.safetensors(path)
         transcoder = transcoder or _like(file, "W_enc", threshold, "W_skip", len(paths), 1, read_site)
         F, D = transcoder.config.n_features, transcoder.config.d_model
-        transcoder.W_enc[name].copy_(file.take("W_enc", F, D))
-        transcoder.b_enc[name].copy_(file.take("b_enc", F))
-        transcoder.b_dec[name].copy_(file.take("b_dec", D))
-        transcoder.W_dec[name][0].copy_(file.take("W_dec", F, D))
+        transcoder.encoder_matrix(layer).copy_(file.take("W_enc", F, D))
+        transcoder.encoder_bias(layer).copy_(file.take("b_enc", F))
+        transcoder.decoder_bias(layer).copy_(file.take("b_dec", D))
+        transcoder.decoder_matrix(layer)[0].copy_(file.take("W_dec", F, D))
         if transcoder.config.sparsity.kind == "jumprelu":
-            transcoder.log_threshold[name].copy_(_log_threshold(file, threshold, F))
+            transcoder.log_thresholds(layer).copy_(_log_threshold(file, threshold, F))
         if transcoder.config.skip:
-            transcoder.W_skip[name].copy_(file.take("W_skip", D, D))
+            transcoder.skip_matrix(layer).copy_(file.take("W_skip", D, D))
         file.end()
     assert transcoder is not None
     return transcoder

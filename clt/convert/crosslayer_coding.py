@@ -106,7 +106,7 @@ def load_crosslayer_coding(folder: Path, *, read_site: ReadSite | None = None) -
         _fill_target(transcoder, layer, file, norms[layer], tying)
     if activation == "jumprelu":
         for layer, log_F in enumerate(file.take(_THRESHOLD, config.n_layers, F)):
-            transcoder.log_threshold[str(layer)].copy_(log_F)
+            transcoder.log_thresholds(layer).copy_(log_F)
     file.end()
     return transcoder
 
@@ -134,7 +134,7 @@ def save_crosslayer_coding(transcoder: CrossLayerTranscoder, folder: Path) -> No
         none_F = torch.zeros(config.n_features, dtype=plain.dtype)
         tensors[_THRESHOLD] = torch.stack(
             [
-                plain.log_threshold[str(layer)] if layer in plain.share.sources else none_F
+                plain.log_thresholds(layer) if layer in plain.share.sources else none_F
                 for layer in range(config.n_layers)
             ]
         )
@@ -211,36 +211,36 @@ def _norm_of(path: Path, stats: dict[str, Any], layer: int, d_model: int) -> _No
 def _fill_source(transcoder: CrossLayerTranscoder, layer: int, file: ForeignFile, norm: _Norm) -> None:
     F, D, key = transcoder.config.n_features, transcoder.config.d_model, _ENCODER.format(layer)
     W_FD = file.take(f"{key}.weight", F, D).double() / norm.std_x
-    transcoder.W_enc[str(layer)].copy_(W_FD)
-    transcoder.b_enc[str(layer)].copy_(file.take(f"{key}.bias_param", F) - W_FD @ norm.mean_x)
+    transcoder.encoder_matrix(layer).copy_(W_FD)
+    transcoder.encoder_bias(layer).copy_(file.take(f"{key}.bias_param", F) - W_FD @ norm.mean_x)
 
 
 def _fill_target(transcoder: CrossLayerTranscoder, target: int, file: ForeignFile, norm: _Norm, tying: str) -> None:
-    F, D, name = transcoder.config.n_features, transcoder.config.d_model, str(target)
+    F, D = transcoder.config.n_features, transcoder.config.d_model
     scale_F = None
     if tying != "none":
         if file.has(_OFFSET.format(target)):
             offset_F = file.take(_OFFSET.format(target), F)
             if transcoder.config.feature_offset:
                 # The same for all sources.
-                transcoder.offset[name].copy_(offset_F)
+                transcoder.feature_offsets(target).copy_(offset_F)
         if file.has(_SCALE.format(target)):
             scale_F = file.take(_SCALE.format(target), F)
     bias_D = torch.zeros(D, dtype=torch.float64)
     for source in transcoder.sources_of(target):
-        place = {"none": f"{source}->{target}", "per_source": str(source), "per_target": name}[tying]
+        place = {"none": f"{source}->{target}", "per_source": str(source), "per_target": str(target)}[tying]
         key = _DECODER.format(place)
         W_FD = file.take(f"{key}.weight", D, F).T.double() * norm.std_y
-        transcoder.W_dec[name][source].copy_(W_FD if scale_F is None else W_FD * scale_F[:, None])
+        transcoder.decoder_matrix(target)[source].copy_(W_FD if scale_F is None else W_FD * scale_F[:, None])
         # One matrix per target is applied once, to the sum of its sources' activations.
         if tying != "per_target" or source == target:
             bias_D += file.take(f"{key}.bias_param", D)
     bias_D = bias_D * norm.std_y + norm.mean_y
     if transcoder.config.skip:
         W_DD = _skip(file, target, tying, D).double() * norm.std_y[:, None] / norm.std_x
-        transcoder.W_skip[name].copy_(W_DD)
+        transcoder.skip_matrix(target).copy_(W_DD)
         bias_D -= W_DD @ norm.mean_x
-    transcoder.b_dec[name].copy_(bias_D)
+    transcoder.decoder_bias(target).copy_(bias_D)
 
 
 def _skip(file: ForeignFile, target: int, tying: str, d_model: int) -> Tensor:
@@ -254,25 +254,24 @@ def _skip(file: ForeignFile, target: int, tying: str, d_model: int) -> Tensor:
 
 
 def _source_tensors(transcoder: CrossLayerTranscoder, layer: int) -> dict[str, Tensor]:
-    like, key, name = next(transcoder.parameters()), _ENCODER.format(layer), str(layer)
+    like, key = next(transcoder.parameters()), _ENCODER.format(layer)
     W_FD, b_F = (
         like.new_zeros(transcoder.config.n_features, transcoder.config.d_model),
         like.new_zeros(transcoder.config.n_features),
     )
-    if name in transcoder.W_enc:
+    if layer in transcoder.share.sources:
         W_FD, b_F = transcoder.encoder(layer)
     return {f"{key}.weight": W_FD, f"{key}.bias_param": b_F}
 
 
 def _target_tensors(transcoder: CrossLayerTranscoder, target: int) -> dict[str, Tensor]:
     """Decoders and skip connections of all pairs into a target; its bias stands with its own layer."""
-    name, D, tensors = str(target), transcoder.config.d_model, {}
+    D, tensors = transcoder.config.d_model, {}
     for source in range(target + 1):
-        key, own = _DECODER.format(f"{source}->{target}"), source == target and name in transcoder.b_dec
+        key, own = _DECODER.format(f"{source}->{target}"), source == target and target in transcoder.share.targets
+        zeros_DD = torch.zeros(D, D, dtype=transcoder.dtype)
         tensors[f"{key}.weight"] = pair_or_zeros(transcoder, source, target).T
-        tensors[f"{key}.bias_param"] = transcoder.b_dec[name] if own else torch.zeros(D, dtype=transcoder.dtype)
+        tensors[f"{key}.bias_param"] = transcoder.decoder_bias(target) if own else zeros_DD[0].clone()
         if transcoder.config.skip:
-            tensors[_SKIP.format(f"{source}->{target}")] = (
-                transcoder.W_skip[name] if own else torch.zeros(D, D, dtype=transcoder.dtype)
-            )
+            tensors[_SKIP.format(f"{source}->{target}")] = transcoder.skip_matrix(target) if own else zeros_DD
     return tensors

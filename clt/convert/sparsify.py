@@ -119,8 +119,8 @@ def load_sparsify(folder: Path, *, read_site: ReadSite | None = None) -> CrossLa
     for layer in layers:
         _fill_target(transcoder, layer, layers)
     for layer in layers:
-        transcoder.W_enc[str(layer.number)].copy_(layer.file.take("encoder.weight", F, D))
-        transcoder.b_enc[str(layer.number)].copy_(layer.file.take("encoder.bias", F))
+        transcoder.encoder_matrix(layer.number).copy_(layer.file.take("encoder.weight", F, D))
+        transcoder.encoder_bias(layer.number).copy_(layer.file.take("encoder.bias", F))
         layer.file.end()
     return transcoder
 
@@ -244,31 +244,27 @@ def _scaling(layers: list[_Layer], d_model: int) -> Scaling:
 
 def _fill_target(transcoder: CrossLayerTranscoder, goal: _Layer, layers: list[_Layer]) -> None:
     """Copies decoders, bias and skip connection of one target."""
-    F, D, name, sources = (
-        transcoder.config.n_features,
-        transcoder.config.d_model,
-        str(goal.number),
-        transcoder.sources_of(goal.number),
-    )
-    if max(1, goal.n_targets) != len(transcoder.targets_of(goal.number)):
-        wanted = f"{len(transcoder.targets_of(goal.number))} is wanted, one horizon for all; are layers missing?"
+    F, D, target = transcoder.config.n_features, transcoder.config.d_model, goal.number
+    sources = transcoder.sources_of(target)
+    if max(1, goal.n_targets) != len(transcoder.targets_of(target)):
+        wanted = f"{len(transcoder.targets_of(target))} is wanted, one horizon for all; are layers missing?"
         refuse(goal.folder / SETTINGS_FILE, "n_targets", goal.settings.get("n_targets"), wanted)
     bias_D = goal.file.take("b_dec", D) if goal.coalesced else torch.zeros(D, dtype=transcoder.dtype)
     for row, source in enumerate(sources):
-        layer, place = layers[source], goal.number - source
+        layer, place = layers[source], target - source
         divided = goal.settings.get("divide_cross_layer") and place and not goal.coalesced
         share = 1 / (len(sources) - 1) if divided else 1.0
-        transcoder.W_dec[name][row].copy_(_decoder(layer, goal, row, place, (len(sources), F, D)) * share)
+        transcoder.decoder_matrix(target)[row].copy_(_decoder(layer, goal, row, place, (len(sources), F, D)) * share)
         offset_F = _offset(layer, place, F)
         if transcoder.config.feature_offset and offset_F is not None:
-            transcoder.offset[name][row].copy_(offset_F)
+            transcoder.feature_offsets(target)[row].copy_(offset_F)
         if not goal.coalesced:
             bias_D = bias_D + share * layer.take("b_dec", place, D)
             if place and transcoder.config.skip:
                 layer.file.take_zeros(f"W_skips.{place}", "it maps a source's input; ours reads the target's own", D, D)
-    transcoder.b_dec[name].copy_(bias_D)
+    transcoder.decoder_bias(target).copy_(bias_D)
     if transcoder.config.skip:
-        transcoder.W_skip[name].copy_(goal.take("W_skip", 0, D, D))
+        transcoder.skip_matrix(target).copy_(goal.take("W_skip", 0, D, D))
 
 
 def _decoder(layer: _Layer, goal: _Layer, row: int, place: int, sizes: tuple[int, int, int]) -> Tensor:
@@ -307,13 +303,13 @@ def _tensors(transcoder: CrossLayerTranscoder, layer: int) -> dict[str, Tensor]:
     tensors = {"encoder.weight": W_FD, "encoder.bias": b_F}
     several = transcoder.config.n_targets != 1
     for place, target in enumerate(transcoder.targets_of(layer)):
-        b_D = transcoder.b_dec[str(target)]
+        b_D = transcoder.decoder_bias(target)
         of_target = {"W_dec": transcoder.decoder(layer, target), "b_dec": torch.zeros_like(b_D) if place else b_D}
         if transcoder.config.skip:
-            W_DD = transcoder.W_skip[str(target)]
+            W_DD = transcoder.skip_matrix(target)
             of_target["W_skip"] = torch.zeros_like(W_DD) if place else W_DD
         if transcoder.config.feature_offset:
-            of_target["post_enc"] = transcoder.offset[str(target)][transcoder.sources_of(target).index(layer)]
+            of_target["post_enc"] = transcoder.feature_offsets(target)[transcoder.sources_of(target).index(layer)]
         tensors |= {f"{key}s.{place}" if several else key: tensor for key, tensor in of_target.items()}
     return tensors
 

@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 from clt.errors import ConfigError
-from clt.evaluation.store_evaluation import StoreReport, evaluate_store
+from clt.evaluation.evaluator import StoreReport, evaluate_store
 from clt.kernels import ops
 from clt.records import ActivationBatch, SparseCodes
 from clt.transcoder.architecture import SparsitySettings
@@ -86,7 +86,7 @@ def to_jumprelu(
         )
         for features in torch.arange(transcoder.config.n_features, device=pre_NF.device).split(_SORTED_TOGETHER):
             log_F = _log_thresholds(pre_NF[:, features], counts_LF[row, features])
-            converted.log_threshold[str(layer)][features] = log_F
+            converted.log_thresholds(layer)[features] = log_F
     report = ConversionReport(
         before=before,
         after=evaluate_store(converted, batches),

@@ -9,7 +9,7 @@ that on other tokens, kept equal by `clt.training.deepspeed_engine`. A world of 
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Literal
@@ -20,6 +20,7 @@ from torch import Tensor
 
 from clt.distributed.traffic import Traffic
 from clt.errors import CLTError, ConfigError
+from clt.tensor_files import as_bytes
 from clt.transcoder.architecture import CLTConfig
 from clt.transcoder.layers import LayerShare, source_layers, sources_of, target_layers
 
@@ -108,6 +109,15 @@ class Mesh:
         dist.all_reduce(tensor, op, group=groups[axis])
         self.traffic.count(axis, "all_reduce", tensor.nbytes, dist.get_world_size(groups[axis]))
         return tensor
+
+    def start_gather(self, parts: Sequence[Tensor], own: Tensor) -> dist.Work:
+        """Starts an all-gather over the model group, as bytes: neither gloo nor NCCL knows int16."""
+        wires = [as_bytes(part) for part in parts]
+        return dist.all_gather(wires, as_bytes(own), group=self.model_group, async_op=True)
+
+    def start_all_to_all(self, parts_R: Tensor, own_R: Tensor) -> dist.Work:
+        """Starts an all-to-all over the model group of one part per rank."""
+        return dist.all_to_all_single(parts_R, own_R, group=self.model_group, async_op=True)
 
     @contextmanager
     def together(self, failure: type[CLTError]) -> Iterator[None]:

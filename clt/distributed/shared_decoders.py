@@ -19,7 +19,8 @@ from torch import Tensor
 from torch.nn.functional import pad
 
 from clt.distributed.mesh import Mesh, deal_layers
-from clt.kernels.dtypes import accumulator
+from clt.kernels.common.dtypes import accumulator
+from clt.tensor_files import as_bytes
 from clt.transcoder.layers import source_layers
 from clt.transcoder.model import CrossLayerTranscoder
 
@@ -43,19 +44,19 @@ class SharedDecoders:
 
     def __init__(self, transcoder: CrossLayerTranscoder, mesh: Mesh) -> None:
         self._transcoder, self._bank = transcoder, _Bank(transcoder, mesh)
-        sources = [str(layer) for layer in transcoder.share.sources]
+        sources = transcoder.share.sources
         # A rank without sources takes part in the way back too: its graph must reach it.
         anchor = torch.zeros((), requires_grad=True)
-        own = [transcoder.W_shared[name] for name in sources] + [transcoder.target_scale[name] for name in sources]
-        like = transcoder.b_dec[str(transcoder.share.targets[0])]
-        self._ticket: Tensor = _Receive.apply(self._bank, anchor, like, *own)
+        own = [read(source) for read in (transcoder.shared_decoder, transcoder.target_scales) for source in sources]
+        like = transcoder.decoder_bias(transcoder.share.targets[0])
+        self._anchor: Tensor = _Receive.apply(self._bank, anchor, like, *own)
 
     def into(self, target: int) -> tuple[Tensor, Tensor]:
         """Decoders [S,F,D_own] and scales [S,F] of a target's sources."""
         rows = self._transcoder.source_rows(target)
         # Which of each source's targets this one is.
         places = [self._transcoder.targets_of(source).index(target) for source in self._transcoder.sources_of(target)]
-        W_SFD, scale_SF = _Into.apply(self._bank, rows, places, self._ticket)
+        W_SFD, scale_SF = _Into.apply(self._bank, rows, places, self._anchor)
         return W_SFD, scale_SF
 
 
@@ -129,7 +130,8 @@ class _Bank:
 
     def _all_to_all(self, arrived: Tensor, wire: Tensor, arriving: list[int], leaving: list[int]) -> None:
         """Exchanges rows as bytes, which every backend knows."""
-        dist.all_to_all_single(_bytes(arrived), _bytes(wire), arriving, leaving, group=self._mesh.model_group)
+        group = self._mesh.model_group
+        dist.all_to_all_single(as_bytes(arrived), as_bytes(wire.contiguous()), arriving, leaving, group=group)
 
 
 class _Receive(torch.autograd.Function):
@@ -152,7 +154,7 @@ class _Into(torch.autograd.Function):
     """Between the buffers and a target that reads some of them."""
 
     @staticmethod
-    def forward(ctx: Any, bank: _Bank, rows: slice, places: Sequence[int], ticket: Tensor) -> tuple[Tensor, Tensor]:
+    def forward(ctx: Any, bank: _Bank, rows: slice, places: Sequence[int], anchor: Tensor) -> tuple[Tensor, Tensor]:
         ctx.set_materialize_grads(False)
         ctx.bank, ctx.rows, ctx.places = bank, rows, places
         return bank.W_LFD[rows], bank.scale_LTF[list(range(rows.start, rows.stop)), places]
@@ -166,7 +168,3 @@ class _Into(torch.autograd.Function):
 def _beside(scale_TF: Tensor, copies: int, width: int) -> Tensor:
     """[F,copies,width]: scales as columns, for each of the ranks that share a layer, 0 where there is no target."""
     return pad(scale_TF.T, (0, width - len(scale_TF)))[:, None].expand(-1, copies, -1)
-
-
-def _bytes(tensor: Tensor) -> Tensor:
-    return tensor.contiguous().view(torch.uint8)

@@ -1,7 +1,7 @@
-"""Sums over held-out tokens, by layer and modality; `clt.evaluation.store_evaluation` derives its measures from them.
+"""Sums over held-out tokens, by layer and modality, from which `clt.evaluation.evaluator` derives its measures.
 
-Every rank adds what its layers see on its tokens to tensors that have a place for every layer, so that one sum over all
-ranks gives what a single process would have. Sums are float64.
+Every rank fills the rows of its own layers with sums over its own tokens; one all-reduce over all ranks gives the sums
+of a single process. Sums are float64.
 
 Shape letters: N layers of the model, G modalities, B tokens.
 """
@@ -30,12 +30,12 @@ _NO_VARIATION = 1e-12
 
 
 class HeldOutSums:
-    """Sums of one rank's layers and tokens.
+    """Sums over one rank's layers and tokens.
 
     Args:
         config: architecture.
         device: where the transcoder is.
-        counts_tokens: whether this rank counts its tokens; of the ranks that see the same tokens one does.
+        counts_tokens: whether this rank counts its tokens; true on one of the ranks that see the same tokens.
 
     Attributes:
         fired_NF: [N,F] int64, tokens on which each feature is active.
@@ -62,8 +62,8 @@ class HeldOutSums:
         Args:
             transcoder: this rank's share.
             batch: raw activations; x of `input_layers` of the share, y of its targets.
-            exchange: gives the codes of all sources for those of the own ones; absent where all are owned.
-            peers: owners of the other layers; absent where all are owned.
+            exchange: returns the codes of all sources given those of the own ones; None where all are owned.
+            peers: owners of the other layers; None where all are owned.
         """
         share, device = transcoder.share, self.fired_NF.device
         modality_GB = torch.arange(len(Modality), device=device)[:, None] == batch.tokens.modality.to(device)
@@ -90,7 +90,7 @@ class HeldOutSums:
             self._sum_NGD[layer, :, transcoder.columns] += modality_GB @ y_BD
 
     def tensors(self) -> tuple[Tensor, ...]:
-        """All sums, to be added up over the ranks in place."""
+        """All sums, for an all-reduce in place."""
         return self._tokens_G, self._active_NG, self._error_NG, self._square_NG, self._sum_NGD, self.fired_NF
 
     def tokens(self, modalities: Sequence[Modality]) -> int:

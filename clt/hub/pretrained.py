@@ -11,6 +11,7 @@ from typing import Any
 
 from clt.checkpoint.manifest import MANIFEST_FILE, read_manifest, verify_file
 from clt.checkpoint.model_card import MODEL_CARD_FILE, model_card
+from clt.checkpoint.training_output import PROGRESS_FILE, training_facts
 from clt.checkpoint.weights import (
     CARD_FILE,
     SCALING_FILE,
@@ -22,11 +23,8 @@ from clt.checkpoint.weights import (
     share_of_layers,
     transcoder_folder,
 )
-from clt.errors import CheckpointError, ConfigError, HubError
+from clt.errors import ConfigError, HubError
 from clt.hub.transfer import cached_files, push_folder
-from clt.records import TrainingFacts
-from clt.training.checkpoints import PROGRESS_FILE
-from clt.training.metrics import METRICS_FILE, read_metrics
 from clt.transcoder.model import CrossLayerTranscoder
 
 
@@ -53,7 +51,7 @@ def open_pretrained(
         CheckpointError, ConfigError, HubError: as for `CrossLayerTranscoder.from_pretrained`.
     """
     folder = Path(name)
-    if folder.exists() or not isinstance(name, str) or not _is_hub_name(name):
+    if folder.exists() or not isinstance(name, str) or not is_hub_name(name):
         if revision is not None:
             raise ConfigError(f"revision={revision}: {folder} is a folder, only repositories of the hub have revisions")
         folder = transcoder_folder(folder)
@@ -64,11 +62,12 @@ def open_pretrained(
             raise HubError(f"{error} (and here is no folder of this name)") from None
     transcoder = load_transcoder(folder, layers, averaged=averaged, **how)
     if (folder / PROGRESS_FILE).exists():
-        transcoder.provenance = replace(transcoder.provenance, training=_training_facts(folder))
+        transcoder.provenance = replace(transcoder.provenance, training=training_facts(folder))
     return transcoder
 
 
-def _is_hub_name(name: str) -> bool:
+def is_hub_name(name: str) -> bool:
+    """Whether a string has the form OWNER/NAME or OWNER/NAME@REVISION and is no relative path."""
     owner, _, repository = name.partition("/")
     return bool(owner and repository) and "/" not in repository and owner not in (".", "..", "~")
 
@@ -84,6 +83,11 @@ def _fetch(name: str, layers: Sequence[int] | None, revision: str | None, averag
     names = [file(layer) for layer in sorted({*share.sources, *share.targets})]
     # The folder of the cache has the name of the commit: all files are of the same one.
     return cached_files(repo_id, names, revision=folder.name)
+
+
+def save_pretrained(transcoder: CrossLayerTranscoder, folder: Path | str) -> None:
+    """As `CrossLayerTranscoder.save_pretrained`."""
+    save_transcoder(transcoder, Path(folder))
 
 
 def push_transcoder(
@@ -153,22 +157,3 @@ def _push(
     # Without this file nothing is read, so an unfinished push is no transcoder.
     last = (CARD_FILE,)
     return push_folder(folder, name, kind="model", private=private, revision=revision, last=last, message=summary)
-
-
-def _training_facts(checkpoint: Path) -> TrainingFacts:
-    """What a checkpoint and the reports beside it say; numbers of held-out tokens where there are some."""
-    path = checkpoint / PROGRESS_FILE
-    try:
-        progress = json.loads(path.read_text(encoding="utf-8"))
-        steps, tokens = int(progress["step"]), int(progress["tokens"])
-    except (OSError, ValueError, TypeError, KeyError):
-        raise CheckpointError(f"{path}: does not say 'step' and 'tokens'; use another checkpoint") from None
-    facts = TrainingFacts(steps=steps, tokens=tokens)
-    metrics = checkpoint.parent / METRICS_FILE
-    reports = read_metrics(metrics) if metrics.exists() else []
-    for prefix in ("heldout/", ""):
-        measured = [report for report in reports if report["step"] <= steps and f"{prefix}fvu/mean" in report]
-        if measured:
-            fvu, l0, dead = (measured[-1].get(f"{prefix}{key}/mean") for key in ("fvu", "l0", "dead_fraction"))
-            return replace(facts, fvu=fvu, l0=l0, dead_fraction=dead, held_out=bool(prefix))
-    return facts

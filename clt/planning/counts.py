@@ -9,8 +9,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from clt.distributed.code_exchange import slot_count
-from clt.distributed.code_flight import index_dtype
+from clt.distributed.code_exchange import index_dtype, slot_count
 from clt.distributed.mesh import input_layers
 from clt.planning.job import Job, Sum, pairs, parameters, width
 from clt.transcoder.architecture import CLTConfig

@@ -10,12 +10,13 @@ from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
 
+from clt.checkpoint.training_output import METRICS_FILE, read_metrics
 from clt.distributed.mesh import check_world
 from clt.errors import ConfigError
 from clt.planning.counts import Flops, Memory, StepTraffic, dense_flops, flops, memory, store_bytes_per_token, traffic
 from clt.planning.job import Job, MeshShape, Numerics, Parameters, numerics_of, pairs, parameters
 from clt.planning.speed import Machine, StepTime, step_time
-from clt.training.metrics import BYTES_PER_STEP, METRICS_FILE, read_metrics
+from clt.training.metrics import BYTES_PER_STEP
 from clt.training.settings import TrainConfig
 from clt.transcoder.architecture import CLTConfig
 from clt.transcoder.layers import target_layers

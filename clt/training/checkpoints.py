@@ -41,6 +41,7 @@ from clt.checkpoint.manifest import (
     write_manifest,
     write_text,
 )
+from clt.checkpoint.training_output import PROGRESS_FILE
 from clt.checkpoint.weights import (
     CARD_FILE,
     SCALING_FILE,
@@ -62,7 +63,6 @@ from clt.training.weight_average import WeightAverage
 from clt.transcoder.dead_features import FiringTracker
 from clt.transcoder.model import CrossLayerTranscoder
 
-PROGRESS_FILE = "progress.json"
 CONFIG_FILE = "config.yaml"
 FIRING_KEY = "tokens_since_fired"
 STEP_PATTERN = "step_*"

@@ -33,6 +33,7 @@ from clt.distributed.job_control import JobControl
 from clt.distributed.mesh import Mesh
 from clt.distributed.rendezvous import meet
 from clt.distributed.watchdog import watched
+from clt.step_phases import phase
 from clt.training.engine import FIRST_MOMENT, SECOND_MOMENT, StepCheck, StepInputs
 from clt.training.metrics import Observations
 from clt.training.settings import MeshSettings, OptimizerSettings
@@ -146,7 +147,8 @@ class DeepSpeedEngine:
         losses, seen = [], []
         for number, inputs in enumerate(parts, start=1):
             loss, observed = self._engine(*inputs)
-            self._engine.backward(loss)
+            with phase("backward"):
+                self._engine.backward(loss)
             if number < self._micro_batches:
                 # Between micro-batches only counts.
                 self._engine.step()

@@ -91,9 +91,9 @@ def encode_dead(
         only.
     """
     for row, layer in enumerate(transcoder.share.sources):
-        exclude_F = torch.zeros_like(transcoder.b_enc[str(layer)]).masked_fill(~dead_LF[row], -torch.inf)
-        bias_F = transcoder.b_enc[str(layer)] + exclude_F
-        yield ops.encode_topk(x_LBD[row], transcoder.W_enc[str(layer)], bias_F, k)
+        exclude_F = torch.zeros_like(transcoder.encoder_bias(layer)).masked_fill(~dead_LF[row], -torch.inf)
+        bias_F = transcoder.encoder_bias(layer) + exclude_F
+        yield ops.encode_topk(x_LBD[row], transcoder.encoder_matrix(layer), bias_F, k)
 
 
 def auxk_error(
@@ -122,7 +122,7 @@ def auxk_error(
         error [], weighted sum over tokens of the mean over all D channels as far as columns are owned here, and the
         residual, reconstruction - missed, detached. Of independent sources the mean of their errors.
     """
-    no_bias = torch.zeros_like(transcoder.b_dec[str(layer)])
+    no_bias = torch.zeros_like(transcoder.decoder_bias(layer))
     error, residual = squared_error(
         transcoder, layer, values_SBK, indices_SBK, no_bias, missed, weights_B, None, csr, shared
     )

@@ -1,7 +1,7 @@
 """What training reports: averages over the steps since the last report, to TensorBoard and to `metrics.jsonl`.
 
 `fvu` of a target is its squared error over the store's variance, averaged over the tokens of the window with the
-weights of `data.token_weights`: the loss itself, not the held-out measure of `clt.evaluation.store_evaluation`, which
+weights of `data.token_weights`: the loss itself, not the held-out measure of `clt.evaluation.evaluator`, which
 knows no weights. `l0` counts active features per token and source layer.
 `dead_fraction` is the share of features that have not fired in the training window of `auxk.dead_after_tokens`.
 The only module that imports tensorboard.
@@ -23,14 +23,12 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from clt.checkpoint.training_output import METRICS_FILE, read_metrics
 from clt.distributed.mesh import Mesh
-from clt.errors import CheckpointError
-from clt.evaluation.density_plot import density_plot
-from clt.evaluation.store_evaluation import Evaluation
+from clt.evaluation.evaluator import Evaluation
 from clt.transcoder.architecture import CLTConfig
 from clt.transcoder.layers import LayerShare, source_layers, target_layers
 
-METRICS_FILE = "metrics.jsonl"
 TENSORBOARD_FOLDER = "tensorboard"
 #: Tags of the bytes that the reporting rank sends, one for each axis of the mesh on which it sends any.
 BYTES_PER_STEP = "bytes_per_step"
@@ -238,6 +236,9 @@ class MetricsWriter:
             evaluation: scalars that are not finite are left out; histograms become lists in the report, and histograms
                 and one heat map on TensorBoard.
         """
+        # Importing matplotlib takes most of a second, and a job without evaluation needs none.
+        from clt.evaluation.density_plot import density_figure, pixels
+
         scalars = {tag: value for tag, value in evaluation.scalars.items() if math.isfinite(value)}
         line: dict[str, Any] = {"step": step, **scalars}
         for tag, value in scalars.items():
@@ -247,8 +248,8 @@ class MetricsWriter:
             for layer, counts in histograms.counts.items():
                 line[f"{tag}/layer_{layer:02d}"] = counts
                 self._add_histogram(f"{tag}/layer_{layer:02d}", histograms.edges, counts, step)
-            plot = density_plot(histograms, f"{tag}, step {step:,}")
-            self._board.add_image(f"{tag}/all_layers", plot, step, dataformats="HWC")
+            figure = density_figure(histograms, f"{tag}, step {step:,}")
+            self._board.add_image(f"{tag}/all_layers", pixels(figure), step, dataformats="HWC")
         self._lines.write(json.dumps(line) + "\n")
         self._lines.flush()
         self._board.flush()
@@ -273,28 +274,6 @@ class MetricsWriter:
         """Flushes and closes both files."""
         self._lines.close()
         self._board.close()
-
-
-def read_metrics(path: Path) -> list[dict[str, Any]]:
-    """The reports of a `metrics.jsonl`; a last line that a killed run left half written is dropped.
-
-    Reports of training have the keys of `TrainingMetrics.scalars`, those of evaluations the tags of `Evaluation`.
-
-    Raises:
-        CheckpointError: another line is not a report.
-    """
-    reports = []
-    lines = path.read_text(encoding="utf-8").splitlines(keepends=True)
-    for number, line in enumerate(lines, start=1):
-        if number == len(lines) and not line.endswith("\n"):
-            break
-        try:
-            report = json.loads(line)
-            report["step"]
-        except (ValueError, TypeError, KeyError):
-            raise CheckpointError(f"{path}: line {number} is not a report of metrics; move the file away") from None
-        reports.append(report)
-    return reports
 
 
 def _cut(path: Path, step: int) -> None:

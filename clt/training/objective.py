@@ -2,16 +2,18 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
 
-from clt.distributed.code_exchange import CodeExchange
-from clt.distributed.code_flight import CodeFlight
+from clt.distributed.code_exchange import CodeExchange, InFlightCodes
 from clt.distributed.mesh import input_layers
-from clt.distributed.shared_decoders import SharedDecoders, shared_decoders
-from clt.kernels.dtypes import accumulator
+from clt.distributed.shared_decoders import shared_decoders
+from clt.kernels import ops
+from clt.kernels.common.dtypes import accumulator
+from clt.step_phases import phase
 from clt.training.loss import LossTerms, auxk_error, combine, encode_dead, revival
 from clt.training.metrics import Observations
 from clt.training.settings import AuxKSettings
@@ -20,6 +22,9 @@ from clt.transcoder.layers import target_layers, target_weight
 from clt.transcoder.model import CrossLayerTranscoder
 from clt.transcoder.penalty import sparsity_loss
 from clt.transcoder.sparsity import Peers
+
+#: Error and residual of one own target from (its row, its layer, values, indices and grouping of its sources' codes).
+Decode = Callable[[int, int, Tensor, Tensor, ops.FeatureCSR | None], tuple[Tensor, Tensor]]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -33,7 +38,7 @@ class DeadPart:
         weights_B: [B] of these tokens, None for 1/B.
     """
 
-    codes: CodeFlight
+    codes: InFlightCodes
     x_LBD: Tensor
     residuals: list[Tensor]
     weights_B: Tensor | None
@@ -56,7 +61,7 @@ class ForwardPass:
     x_LBD: Tensor
     x_MBD: Tensor | None
     weights_B: Tensor | None
-    codes: CodeFlight
+    codes: InFlightCodes
     residuals: list[Tensor]
     dead: DeadPart | None
     terms: LossTerms
@@ -145,12 +150,12 @@ class Objective(nn.Module):
         k: int,
         dead_LF: Tensor | None,
         weights_B: Tensor | None,
-        returns: bool | None = None,
+        needs_gradient: bool | None = None,
     ) -> ForwardPass:
         """The forward pass but for the sparsity penalty; arguments as of `forward`.
 
         Args:
-            returns: whether gradients of codes will be sent back (`CodeExchange.send`).
+            needs_gradient: as of `CodeExchange.send`.
         """
         transcoder = self.transcoder
         x = transcoder.scaling.standardise_x(x_raw, self._x_layers).to(transcoder.dtype)
@@ -163,17 +168,26 @@ class Objective(nn.Module):
             weights_B = weights_B.to(accumulator(x.dtype))
 
         shared = shared_decoders(transcoder, self._exchange.mesh)
-        codes = self._send(x_LBD, k, returns)
+        codes = self._send(x_LBD, k, needs_gradient)
         # Every n-th token of each rank: the share is exact and no random state has to be kept.
         tokens = slice(None, None, round(1 / self.settings.token_fraction))
-        # Sent before anything is decoded: these codes are under way meanwhile, as are their gradients on the way back.
-        dead_codes = None if dead_LF is None else self._send_dead(x_LBD[:, tokens], dead_LF, returns)
-        error_M, residuals = self._decode(codes, y_MBD, x_MBD, weights_B, shared)
+        # Sent before anything is decoded: these codes are in flight meanwhile, and so are their gradients later.
+        dead_codes = None if dead_LF is None else self._send_dead(x_LBD[:, tokens], dead_LF, needs_gradient)
+        error_M, residuals = self._decode_targets(
+            codes,
+            lambda row, layer, values_SBK, indices_SBK, csr: transcoder.decode_loss_layer(
+                layer, values_SBK, indices_SBK, y_MBD[row], _row(x_MBD, row), csr, weights_B, shared
+            ),
+        )
         dead = auxk_M = lift = None
         if dead_codes is not None:
             some_B = None if weights_B is None else _of_some(weights_B, tokens)
-            missed = [-residual[..., tokens, :] for residual in residuals]
-            auxk_M, left = self._decode_dead(dead_codes, missed, some_B, shared)
+            auxk_M, left = self._decode_targets(
+                dead_codes,
+                lambda row, layer, values_SBK, indices_SBK, csr: auxk_error(
+                    transcoder, layer, values_SBK, indices_SBK, -residuals[row][..., tokens, :], csr, some_B, shared
+                ),
+            )
             lift = revival(dead_codes.own, transcoder.n_sources_of_model, some_B)
             dead = DeadPart(codes=dead_codes, x_LBD=x_LBD[:, tokens], residuals=left, weights_B=some_B)
         return ForwardPass(
@@ -186,7 +200,8 @@ class Objective(nn.Module):
             terms=combine(error_M, auxk_M, lift, self.settings, error_M.new_tensor(self._weights)),
         )
 
-    def _send(self, x_LBD: Tensor, k: int, returns: bool | None) -> CodeFlight:
+    @phase("encode")
+    def _send(self, x_LBD: Tensor, k: int, needs_gradient: bool | None) -> InFlightCodes:
         transcoder = self.transcoder
         n_features, tokens = transcoder.config.n_features, x_LBD.shape[1]
         if transcoder.encodes_layers_alone:
@@ -194,53 +209,35 @@ class Objective(nn.Module):
                 transcoder.encode_layer(layer, x_BD, k)
                 for layer, x_BD in zip(transcoder.share.sources, x_LBD, strict=True)
             )
-            return self._exchange.send(pairs, (tokens, k), n_features, x_LBD, returns)
+            return self._exchange.send(pairs, (tokens, k), n_features, x_LBD, needs_gradient)
         codes = transcoder.encode(x_LBD, k, Peers(mesh=self._exchange.mesh))
         pairs_of_all = zip(codes.values, codes.indices, strict=True)
-        return self._exchange.send(pairs_of_all, codes.values.shape[1:], n_features, x_LBD, returns)
+        return self._exchange.send(pairs_of_all, codes.values.shape[1:], n_features, x_LBD, needs_gradient)
 
-    def _send_dead(self, x_LBD: Tensor, dead_LF: Tensor, returns: bool | None) -> CodeFlight:
+    @phase("encode")
+    def _send_dead(self, x_LBD: Tensor, dead_LF: Tensor, needs_gradient: bool | None) -> InFlightCodes:
         config = self.transcoder.config
         k = self.settings.k or config.k
         pairs = encode_dead(self.transcoder, x_LBD, dead_LF, k)
-        return self._exchange.send(pairs, (x_LBD.shape[1], k), config.n_features, x_LBD, returns)
+        return self._exchange.send(pairs, (x_LBD.shape[1], k), config.n_features, x_LBD, needs_gradient)
 
-    def _decode(
-        self,
-        codes: CodeFlight,
-        y_MBD: Tensor,
-        x_MBD: Tensor | None,
-        weights_B: Tensor | None,
-        shared: SharedDecoders | None,
-    ) -> tuple[Tensor, list[Tensor]]:
-        """Errors [M_own] and residuals [B,D_own] of the own targets."""
-        transcoder = self.transcoder
-        found = {}
+    @phase("decode")
+    def _decode_targets(self, codes: InFlightCodes, decode: Decode) -> tuple[Tensor, list[Tensor]]:
+        """Errors [M_own] and residuals [B,D_own] of the own targets, each decoded as soon as its codes have arrived."""
+        transcoder, found = self.transcoder, {}
         for row in self.order:
             layer = transcoder.share.targets[row]
-            values_SBK, indices_SBK, csr = codes.take(transcoder.source_rows(layer))
-            x_BD = None if x_MBD is None else x_MBD[row]
-            found[row] = transcoder.decode_loss_layer(
-                layer, values_SBK, indices_SBK, y_MBD[row], x_BD, csr, weights_B, shared
-            )
-        codes.land()
-        return torch.stack([found[row][0] for row in sorted(found)]), [found[row][1] for row in sorted(found)]
-
-    def _decode_dead(
-        self, codes: CodeFlight, missed: list[Tensor], weights_B: Tensor | None, shared: SharedDecoders | None
-    ) -> tuple[Tensor, list[Tensor]]:
-        """Auxiliary errors [M_own] and their residuals [B,D_own]."""
-        transcoder = self.transcoder
-        found = {}
-        for row in self.order:
-            layer = transcoder.share.targets[row]
-            values_SBK, indices_SBK, csr = codes.take(transcoder.source_rows(layer))
-            found[row] = auxk_error(transcoder, layer, values_SBK, indices_SBK, missed[row], csr, weights_B, shared)
-        codes.land()
-        return torch.stack([found[row][0] for row in sorted(found)]), [found[row][1] for row in sorted(found)]
+            found[row] = decode(row, layer, *codes.take(transcoder.source_rows(layer)))
+        codes.finish()
+        errors, residuals = zip(*(found[row] for row in sorted(found)), strict=True)
+        return torch.stack(errors), list(residuals)
 
     def _rows(self, x: Tensor, layers: tuple[int, ...]) -> Tensor:
         return x if layers == self._x_layers else x[[self._x_layers.index(layer) for layer in layers]]
+
+
+def _row(x_MBD: Tensor | None, row: int) -> Tensor | None:
+    return None if x_MBD is None else x_MBD[row]
 
 
 def _of_some(weights_B: Tensor, tokens: slice) -> Tensor:

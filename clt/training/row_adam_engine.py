@@ -7,7 +7,7 @@ moved once, by the sum of both gradients.
 
 Limits, which follow from moving weights before all gradients are known: no clipping and no micro-batches, one replica,
 and finite is said of the loss alone. With beta1 > 0 momentum is that of Adam only for rows whose feature fires
-(`clt.kernels.adam`).
+(`clt.kernels.common.adam`).
 """
 
 from __future__ import annotations
@@ -24,8 +24,9 @@ from torch.nn.functional import pad
 from clt.checkpoint.columns import LAST_STEP
 from clt.distributed.mesh import Mesh
 from clt.kernels import ops
-from clt.kernels.dtypes import accumulator
+from clt.kernels.common.dtypes import accumulator
 from clt.records import SparseCodes
+from clt.step_phases import phase
 from clt.training.deepspeed_engine import agree
 from clt.training.engine import FIRST_MOMENT, SECOND_MOMENT, StepCheck, StepInputs
 from clt.training.loss import revival
@@ -69,7 +70,7 @@ class RowEngine:
         """As `clt.training.engine.Engine.train_step`, on one part; finite is the loss."""
         (inputs,) = parts
         passed = self._objective.run(
-            inputs.x_raw, inputs.y_raw, inputs.k, inputs.dead_LF, inputs.weights_B, returns=True
+            inputs.x_raw, inputs.y_raw, inputs.k, inputs.dead_LF, inputs.weights_B, needs_gradient=True
         )
         check = agree(self._mesh, passed.terms.total, torch.zeros_like(passed.terms.total), stop)
         if check.finite:
@@ -100,6 +101,7 @@ class RowEngine:
         keys = (SECOND_MOMENT, *(() if self._adam.beta1 == 0 else (FIRST_MOMENT,)))
         own.load({key: state[key].reshape(own.v_RD.shape) for key in keys}, state[LAST_STEP])
 
+    @phase("backward")
     def _backward(self, passed: ForwardPass, hyper: Tensor, bias_hyper: Tensor) -> None:
         """Moves all weights; targets whose codes came last come first, so that sums over ranks start early."""
         merged = _Merged(self._objective, passed)
@@ -108,12 +110,12 @@ class RowEngine:
         layers = self._objective.transcoder.share.sources
         for row in reversed(range(len(layers))):
             grad_b_F = self._move_encoder(row, merged, hyper)
-            self._move(self._objective.transcoder.b_enc[str(layers[row])], grad_b_F, bias_hyper)
+            self._move(self._objective.transcoder.encoder_bias(layers[row]), grad_b_F, bias_hyper)
 
     def _move_target(self, row: int, passed: ForwardPass, merged: _Merged, hyper: Tensor) -> None:
         transcoder = self._objective.transcoder
         layer = transcoder.share.targets[row]
-        rows, W_dec_SFD = transcoder.source_rows(layer), transcoder.W_dec[str(layer)]
+        rows, W_dec_SFD = transcoder.source_rows(layer), transcoder.decoder_matrix(layer)
         # The loss is the mean over targets and channels of the weighted squares.
         scale = hyper.new_tensor(2 / (transcoder.config.d_model * self._objective.n_targets))
         grads_SNK = ops.decoder_step_(
@@ -127,17 +129,17 @@ class RowEngine:
             merged.weights_N,
             scale,
         )
-        merged.give_back(rows, grads_SNK)
+        merged.add_gradient(rows, grads_SNK)
         grad_BD = passed.residuals[row].to(scale.dtype) * (scale * merged.weights_N[: merged.tokens, None])
-        self._move(transcoder.b_dec[str(layer)], grad_BD.sum(dim=0), hyper)
+        self._move(transcoder.decoder_bias(layer), grad_BD.sum(dim=0), hyper)
         if passed.x_MBD is not None:
-            self._move(transcoder.W_skip[str(layer)], grad_BD.T @ passed.x_MBD[row].to(grad_BD.dtype), hyper)
+            self._move(transcoder.skip_matrix(layer), grad_BD.T @ passed.x_MBD[row].to(grad_BD.dtype), hyper)
 
     def _move_encoder(self, row: int, merged: _Merged, hyper: Tensor) -> Tensor:
         """Moves W_enc of an own source; [F] is the gradient of its b_enc."""
         transcoder = self._objective.transcoder
         layer = transcoder.share.sources[row]
-        W_enc_FD, own = transcoder.W_enc[str(layer)], transcoder.source_row(layer)
+        W_enc_FD, own = transcoder.encoder_matrix(layer), transcoder.source_row(layer)
         return ops.encoder_step_(
             merged.own_gradient(row),
             merged.values[own],
@@ -149,6 +151,7 @@ class RowEngine:
             hyper,
         )
 
+    @phase("optimizer")
     def _move(self, parameter: Tensor, grad: Tensor, hyper: Tensor) -> None:
         """An Adam step on all rows of a small parameter."""
         state = self._states[parameter]
@@ -197,11 +200,11 @@ class _Merged:
         own, dead = self._passed.x_LBD[row], self._passed.dead
         return own if dead is None else torch.cat([own, dead.x_LBD[row]])
 
-    def give_back(self, rows: slice, gradient_SNK: Tensor) -> None:
+    def add_gradient(self, rows: slice, gradient_SNK: Tensor) -> None:
         """Sends the gradients of one target's sources on their way."""
-        self._passed.codes.give_back(rows, gradient_SNK[:, : self.tokens, : self._k])
+        self._passed.codes.add_gradient(rows, gradient_SNK[:, : self.tokens, : self._k])
         if self._passed.dead is not None:
-            self._passed.dead.codes.give_back(rows, gradient_SNK[:, self.tokens :, : self._aux_k])
+            self._passed.dead.codes.add_gradient(rows, gradient_SNK[:, self.tokens :, : self._aux_k])
 
     def own_gradient(self, row: int) -> Tensor:
         """[N,K] gradient of an own source's activations, over all targets of all ranks."""

@@ -25,7 +25,7 @@ from clt.distributed.code_exchange import CodeExchange
 from clt.distributed.job_control import JobControl
 from clt.distributed.mesh import Mesh, deal_layers
 from clt.errors import CheckpointError, NonFiniteError, StoreError
-from clt.evaluation.store_evaluation import Evaluator, evaluate_all
+from clt.evaluation.evaluator import Evaluator, evaluate_all
 from clt.records import ActivationBatch
 from clt.training.checkpoints import Checkpoints, Progress, step_folder
 from clt.training.deepspeed_engine import local_device

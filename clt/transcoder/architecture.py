@@ -1,4 +1,4 @@
-"""What a transcoder is: the settings that a user chooses, and all of its sizes and rules as checkpoints keep them."""
+"""Architecture of a transcoder: the settings that a user chooses, and the full configuration in its checkpoint."""
 
 from __future__ import annotations
 
@@ -15,16 +15,16 @@ ReadSite = Literal["resid_mid", "mlp_in", "resid_pre", "resid_post"]
 
 @dataclass(frozen=True, kw_only=True, config=STRICT)
 class SparsitySettings:
-    """Which pre-activations become activations, and what they cost (`clt.transcoder.sparsity`)."""
+    """Selection rule from pre-activations to activations, and its penalty (`clt.transcoder.sparsity`)."""
 
     kind: Literal["topk", "joint_topk", "batch_topk", "jumprelu", "relu"] = "topk"
     """topk: the k largest of a token and layer; joint_topk: the k*L largest of a token over its L source layers;
-    batch_topk: the k*L*B largest of a batch of B tokens; jumprelu: above a learned threshold of the feature; relu: all
-    positive ones. The last two take k as the number at the start of training."""
+    batch_topk: the k*L*B largest of a batch of B tokens; jumprelu: above a learned threshold per feature; relu: all
+    positive ones. For the last two, k sets the number of active features at initialisation."""
     decoder_norm: bool = False
     """topk and batch_topk rank by activation times the norm of the feature's decoder vectors, as joint_topk does."""
     threshold_decay: float = Field(default=0.99, ge=0, lt=1)
-    """batch_topk: decay per step of the running mean of the threshold, by which features fire outside of training."""
+    """batch_topk: decay per step of the running mean of the threshold, which is used outside of training."""
     penalty: float = Field(default=1e-3, ge=0)
     """jumprelu and relu: weight of tanh(penalty_scale * activation * decoder norm), summed over features, mean over
     tokens and source layers."""
@@ -33,9 +33,9 @@ class SparsitySettings:
     penalty_scale: float = Field(default=4.0, gt=0)
     """Steepness of the penalty's tanh."""
     threshold: float = Field(default=0.03, gt=0)
-    """jumprelu: threshold of every feature at the start, in standardised units."""
+    """jumprelu: initial threshold of every feature, in standardised units."""
     bandwidth: float = Field(default=1.0, gt=0)
-    """jumprelu: activations up to so far above the threshold give it a gradient."""
+    """jumprelu: width of the interval above the threshold in which activations give it a gradient."""
 
     @model_validator(mode="after")
     def _ranks_by_norm(self) -> SparsitySettings:
@@ -50,42 +50,41 @@ class SparsitySettings:
 
     @property
     def has_penalty(self) -> bool:
-        """Whether activations cost something."""
+        """Whether the loss has a sparsity penalty."""
         return self.kind in ("jumprelu", "relu")
 
 
 @dataclass(frozen=True, kw_only=True, config=STRICT)
 class TranscoderSettings:
-    """What a user chooses about a transcoder; the model's dimensions come from the store."""
+    """Settings of a transcoder; the model's dimensions come from the store."""
 
     n_features: int = Field(gt=0)
     """Features per source layer, F."""
     k: int = Field(gt=0)
     """Active features per token and source layer, K."""
     n_targets: int | None = Field(default=None, gt=0)
-    """Target layers a source writes to; absent: all from its first target to the last layer."""
+    """Target layers a source writes to; default: all from its first target to the last layer."""
     first_offset: Literal[0, 1] = 0
-    """0: a source writes to its own layer first; 1: to the next (layer 0's MLP then has no source and is kept)."""
+    """First target of a source: 0 its own layer, 1 the next (layer 0's MLP then has no source and is kept)."""
     skip: bool = False
     """Add W_skip x_t, a linear map of the target layer's own input."""
     read_site: ReadSite = "resid_mid"
-    """What the encoders read: the residual stream entering the MLP's norm by default."""
+    """Site that the encoders read; default: the residual stream before the MLP's norm."""
     drop_bos: bool = False
-    """Neither train on nor replace the MLPs at the beginning-of-sequence token."""
+    """Exclude the beginning-of-sequence token from training and from replacement."""
     layer_norm: bool = False
-    """x_t is normalised by the token's own mean and deviation over channels, as in the seed documents' encoders, not by
-    the site's; attribution graphs cannot be computed then."""
+    """Standardise x_t by the token's mean and deviation over channels (LayerNorm), as in the vlm-clt-training format,
+    instead of by the site's statistics; attribution graphs are not supported then."""
     sparsity: SparsitySettings = SparsitySettings()
-    """Which pre-activations become activations."""
+    """Selection rule and sparsity penalty."""
     tied_decoders: Literal["target", "source"] | None = None
-    """target: one decoder matrix per target, which all its sources share; source: one per source, which all its targets
-    share, with a learned scale per target and feature; absent: one per source and target
-    (`clt.transcoder.decoding`)."""
+    """target: one decoder matrix per target, shared by its sources; source: one per source, shared by its targets, with
+    a learned scale per target and feature; default: one per source and target (`clt.transcoder.decoding`)."""
     independent: Literal["sum", "mean", "nearest"] | None = None
-    """Trains each source alone against every whole target, and says how sources are combined afterwards: their sum,
-    their mean, or the nearest one below the target or at it; absent: sources are trained jointly, as a sum."""
+    """Train each source alone against every whole target, and combine their reconstructions afterwards: sum, mean, or
+    nearest (the last source below the target or at it); default: sources are trained jointly, as a sum."""
     source: int | None = Field(default=None, ge=0)
-    """Trains this source layer only, with `independent`; `clt join` makes one transcoder of all layers' outputs."""
+    """Train this source layer only, with `independent`; `clt join` combines the outputs of all layers."""
 
     @model_validator(mode="after")
     def _k_fits(self) -> TranscoderSettings:
@@ -100,33 +99,33 @@ class TranscoderSettings:
                 raise ValueError(f"source={self.source} trains one layer alone; set independent, or remove source")
             return self
         if self.tied_decoders is not None:
-            raise ValueError(f"tied_decoders={self.tied_decoders} does not go with independent; remove one of the two")
+            raise ValueError(f"tied_decoders={self.tied_decoders} is not supported with independent; remove one")
         if self.skip:
-            raise ValueError("skip=true does not go with independent: every source would need its own; set skip=false")
+            raise ValueError("skip=true is not supported with independent; set skip=false")
         if self.sparsity.kind in ("joint_topk", "batch_topk"):
             raise ValueError(
-                f"sparsity.kind={self.sparsity.kind} compares source layers, which does not go with independent; "
-                "take topk, jumprelu or relu"
+                f"sparsity.kind={self.sparsity.kind} compares source layers and is not supported with independent; "
+                "use topk, jumprelu or relu"
             )
         return self
 
 
 @dataclass(frozen=True, kw_only=True, config=STRICT)
 class CLTConfig(TranscoderSettings):
-    """A transcoder's full architecture, as saved in its checkpoint."""
+    """Full architecture of a transcoder, as saved in its checkpoint."""
 
     n_layers: int = Field(gt=0)
     """Decoder layers of the model, L = M."""
     d_model: int = Field(gt=0)
     """Width of the residual stream, D."""
     feature_offset: bool = False
-    """An active feature writes to a target with its activation plus a constant that it has there, as in clt-training
-    (`post_enc`); such transcoders are read from other projects, not trained."""
+    """An active feature writes to a target with its activation plus a constant per feature and target, as in
+    clt-training (`post_enc`); imported from other projects only, not trained."""
 
     @model_validator(mode="after")
     def _offsets_are_of_pairs(self) -> CLTConfig:
         if self.feature_offset and (self.tied_decoders or self.independent):
-            raise ValueError("feature_offset goes with a decoder for every source and target only; untie them")
+            raise ValueError("feature_offset needs a decoder for every source and target; untie them")
         return self
 
     @model_validator(mode="after")
@@ -137,5 +136,5 @@ class CLTConfig(TranscoderSettings):
 
     @classmethod
     def resolve(cls, settings: TranscoderSettings, n_layers: int, d_model: int) -> CLTConfig:
-        """The settings completed by the model's dimensions."""
+        """Adds the model's dimensions to the settings."""
         return cls(**asdict(settings), n_layers=n_layers, d_model=d_model)

@@ -1,6 +1,6 @@
-"""Which features are dead: for training, not fired in a window of tokens; for reports, never active on held-out tokens.
+"""Dead features: in training, those that did not fire within a window of tokens; in reports, on held-out tokens.
 
-The window is in tokens over all ranks, so that it does not depend on the batch size or the mesh.
+The window counts tokens over all ranks, independent of batch size and mesh.
 """
 
 from __future__ import annotations
@@ -12,7 +12,7 @@ from clt.records import SparseCodes
 
 
 def fired_features(codes: SparseCodes) -> Tensor:
-    """Which features are active in any of the tokens.
+    """Features that are active in any of the tokens.
 
     Args:
         codes: codes [L,B,K].
@@ -25,7 +25,7 @@ def fired_features(codes: SparseCodes) -> Tensor:
 
 
 def firing_counts(codes: SparseCodes) -> Tensor:
-    """In how many of the tokens each feature is active, [L,F] int64; empty slots count for nothing."""
+    """Number of tokens in which each feature is active, [L,F] int64; empty slots are not counted."""
     layers = codes.values.shape[0]
     counts_LF = torch.zeros(layers, codes.n_features, dtype=torch.int64, device=codes.values.device)
     filled_LN = (codes.values.detach() > 0).flatten(1).long()
@@ -44,7 +44,7 @@ class FiringTracker:
         self.silent_LF = torch.zeros(n_layers, n_features, dtype=torch.int64)
 
     def update(self, fired_LF: Tensor, n_tokens: int) -> None:
-        """Counts one step: features that fired start again at zero, all others age by the step's tokens.
+        """Updates the counters after a step: zero for features that fired, plus the step's tokens for all others.
 
         Args:
             fired_LF: [L,F] bool, over the tokens of all data ranks.

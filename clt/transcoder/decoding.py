@@ -1,20 +1,20 @@
-"""From codes to reconstructions, for decoders that are free, tied, or trained each for itself.
+"""Decoding: from sparse codes to reconstructions, for free, tied and independently trained decoders.
 
     free         W_dec[t] [S,F,D], a matrix for every source l of a target t
-    target       W_dec[t] [1,F,D], one matrix that all sources of a target share
-    source       W_shared[l] [F,D], one matrix that all targets of a source share; the activation of feature f is
-                 multiplied by target_scale[l] [T,F] of the target first
-    independent  free; each source is held against the whole target, with a bias for every pair, b_dec[t] [S,D]
+    target       W_dec[t] [1,F,D], one matrix shared by all sources of a target
+    source       W_shared[l] [F,D], one matrix shared by all targets of a source; the activation of feature f is
+                 first multiplied by target_scale[l] [T,F]
+    independent  free; each source reconstructs the whole target, with a bias for every pair, b_dec[t] [S,D]
     offset       free; an active feature writes with its activation plus offset[t] [S,F]
 
-The kernels know free decoders only. For them, the sources of a target with one matrix are one source with more slots.
+Kernels support free decoders only: the sources of a target with one matrix are passed as one source with more slots.
 
 Shape letters: S sources of one target, T targets of one source, B tokens, D d_model, F features per layer, K slots.
 """
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Protocol
 
 import torch
 from torch import Tensor
@@ -24,11 +24,18 @@ from clt.transcoder.encoding import sum_by_feature
 from clt.transcoder.lazy_decoder import MappedDecoder
 
 if TYPE_CHECKING:
-    from clt.distributed.shared_decoders import SharedDecoders
     from clt.transcoder.model import CrossLayerTranscoder
 
-#: What the kernels decode: values [S,B,K], indices [S,B,K], decoders [S,F,D_own] and the grouping of the codes.
+#: Arguments of the decode kernels: values [S,B,K], indices [S,B,K], decoders [S,F,D_own] and the grouping of the codes.
 Slots = tuple[Tensor, Tensor, Tensor, ops.FeatureCSR | None]
+
+
+class SourceDecoders(Protocol):
+    """Decoders that belong to sources (`tied_decoders: source`), those of other ranks included."""
+
+    def into(self, target: int) -> tuple[Tensor, Tensor]:
+        """Decoders [S,F,D_own] and scales [S,F] of a target's sources."""
+        ...
 
 
 def decode(
@@ -37,9 +44,9 @@ def decode(
     values_SBK: Tensor,
     indices_SBK: Tensor,
     skip_BD: Tensor | None,
-    shared: SharedDecoders | None,
+    shared: SourceDecoders | None,
 ) -> Tensor:
-    """Reconstruction of a target layer; sources trained independently are combined as the settings say.
+    """Reconstruction of a target layer; independent sources are combined according to the settings.
 
     Args:
         transcoder: the transcoder, or one rank's share.
@@ -47,13 +54,13 @@ def decode(
         values_SBK: [S,B,K] activations of this target's sources.
         indices_SBK: [S,B,K] int32 feature numbers.
         skip_BD: [B,D_own] added to the sum, or None.
-        shared: decoders that belong to sources; None where they are all owned here, or there are none.
+        shared: decoders that belong to sources; None if all are owned here or none exist.
 
     Returns:
         [B,D_own] standardised MLP output, the columns owned here.
     """
     values_SBK, indices_SBK, W_SFD, csr = _slots(transcoder, layer, values_SBK, indices_SBK, None, shared)
-    b_dec = transcoder.b_dec[str(layer)]
+    b_dec = transcoder.decoder_bias(layer)
     if transcoder.config.independent is None:
         values_SBK, indices_SBK, W_SFD, csr = _in_memory(values_SBK, indices_SBK, W_SFD, csr)
         return ops.decode(values_SBK, indices_SBK, W_SFD, b_dec, skip_BD, csr)
@@ -67,9 +74,9 @@ def decode(
 
 
 def combination(transcoder: CrossLayerTranscoder, layer: int) -> Tensor:
-    """[S]: how much of each source's own reconstruction of a target the transcoder takes."""
+    """[S]: weight of each source's reconstruction of a target."""
     n_sources = len(transcoder.sources_of(layer))
-    ones_S = transcoder.b_dec[str(layer)].new_ones(n_sources)
+    ones_S = transcoder.decoder_bias(layer).new_ones(n_sources)
     match transcoder.config.independent:
         case "mean":
             return ones_S / n_sources
@@ -88,25 +95,25 @@ def squared_error(
     weights_B: Tensor | None,
     skip_BD: Tensor | None,
     csr: ops.FeatureCSR | None,
-    shared: SharedDecoders | None,
+    shared: SourceDecoders | None,
 ) -> tuple[Tensor, Tensor]:
-    """Squared error of a reconstruction, or its mean over those of independent sources.
+    """Squared error of a reconstruction, or the mean over independent sources.
 
     Args:
         transcoder: the transcoder, or one rank's share.
         layer: target layer owned here.
         values_SBK: [S,B,K] activations of this target's sources.
         indices_SBK: [S,B,K] int32 feature numbers.
-        b_dec: [D_own] bias; [S,D_own] of independent sources.
-        y: [B,D_own] what is to be reconstructed; also [S,B,D_own] of independent sources.
+        b_dec: [D_own] bias; [S,D_own] for independent sources.
+        y: [B,D_own] target output; also [S,B,D_own] for independent sources.
         weights_B: [B] weight of each token; None for 1/B.
         skip_BD: [B,D_own] added to the reconstruction, or None.
-        csr: grouping of these S layers, which the backward pass else builds itself.
+        csr: grouping of these S layers; default: built in the backward pass.
         shared: as for `decode`.
 
     Returns:
-        error [], of the channels owned here, and the residual, reconstruction - y, detached: [B,D_own], or [S,B,D_own]
-        of independent sources.
+        error [] over the channels owned here, and the residual, reconstruction - y, detached: [B,D_own], or [S,B,D_own]
+        for independent sources.
     """
     values_SBK, indices_SBK, W_SFD, csr = _slots(transcoder, layer, values_SBK, indices_SBK, csr, shared)
     if transcoder.config.independent is None:
@@ -124,17 +131,17 @@ def squared_error(
 
 
 def pair_decoder(transcoder: CrossLayerTranscoder, source: int, target: int) -> Tensor:
-    """[F,D_own]: what each feature of a source adds to the reconstruction of a target per unit of activation."""
+    """[F,D_own]: contribution of each feature of a source to the reconstruction of a target per unit of activation."""
     if transcoder.config.independent is not None:
         row = transcoder.sources_of(target).index(source)
-        return combination(transcoder, target)[row] * transcoder.W_dec[str(target)][row]
+        return combination(transcoder, target)[row] * transcoder.decoder_matrix(target)[row]
     match transcoder.config.tied_decoders:
         case "target":
-            return transcoder.W_dec[str(target)][0]
+            return transcoder.decoder_matrix(target)[0]
         case "source":
-            scale_F = transcoder.target_scale[str(source)][transcoder.targets_of(source).index(target)]
-            return scale_F[:, None] * transcoder.W_shared[str(source)]
-    return transcoder.W_dec[str(target)][transcoder.sources_of(target).index(source)]
+            scale_F = transcoder.target_scales(source)[transcoder.targets_of(source).index(target)]
+            return scale_F[:, None] * transcoder.shared_decoder(source)
+    return transcoder.decoder_matrix(target)[transcoder.sources_of(target).index(source)]
 
 
 def _slots(
@@ -143,44 +150,44 @@ def _slots(
     values_SBK: Tensor,
     indices_SBK: Tensor,
     csr: ops.FeatureCSR | None,
-    shared: SharedDecoders | None,
+    shared: SourceDecoders | None,
 ) -> Slots:
     match transcoder.config.tied_decoders:
         case "target":
             merged = (tensor.transpose(0, 1).flatten(1)[None] for tensor in (values_SBK, indices_SBK))
-            return *merged, transcoder.W_dec[str(layer)], None
+            return *merged, transcoder.decoder_matrix(layer), None
         case "source":
             W_SFD, scale_SF = _own_shared(transcoder, layer) if shared is None else shared.into(layer)
             scaled_SBK: Tensor = _Scaled.apply(values_SBK, scale_SF, indices_SBK)
             return scaled_SBK, indices_SBK, W_SFD, csr
-    return written(transcoder, layer, values_SBK, indices_SBK), indices_SBK, transcoder.W_dec[str(layer)], csr
+    return written(transcoder, layer, values_SBK, indices_SBK), indices_SBK, transcoder.decoder_matrix(layer), csr
 
 
 def written(transcoder: CrossLayerTranscoder, target: int, values_SBK: Tensor, indices_SBK: Tensor) -> Tensor:
-    """[S,B,K]: factors of the decoder vectors of a target, the activations and, where there are some, offsets."""
+    """[S,B,K]: factors of the decoder vectors into a target: activations plus, if the config has them, offsets."""
     if not transcoder.config.feature_offset:
         return values_SBK
-    offset_SBK = _of_slots(transcoder.offset[str(target)], indices_SBK)
+    offset_SBK = _of_slots(transcoder.feature_offsets(target), indices_SBK)
     # An empty slot writes nothing.
     return torch.where(values_SBK == 0, 0, values_SBK + offset_SBK)
 
 
 def _in_memory(values_SBK: Tensor, indices_SBK: Tensor, W_SFD: Tensor, csr: ops.FeatureCSR | None) -> Slots:
-    """The same, but of decoders that are in their file the rows that are needed."""
+    """The same arguments, with the needed rows of decoders that stay in their file."""
     if isinstance(W_SFD, MappedDecoder):
         return *W_SFD.of_active(values_SBK, indices_SBK), None
     return values_SBK, indices_SBK, W_SFD, csr
 
 
 def _own_shared(transcoder: CrossLayerTranscoder, target: int) -> tuple[Tensor, Tensor]:
-    """Copies of the decoders [S,F,D] and scales [S,F] of a target's sources, all of them owned here."""
+    """Copies of the decoders [S,F,D] and scales [S,F] of a target's sources, all owned here."""
     sources = transcoder.sources_of(target)
-    scales = [transcoder.target_scale[str(source)][transcoder.targets_of(source).index(target)] for source in sources]
-    return torch.stack([transcoder.W_shared[str(source)] for source in sources]), torch.stack(scales)
+    scales = [transcoder.target_scales(source)[transcoder.targets_of(source).index(target)] for source in sources]
+    return torch.stack([transcoder.shared_decoder(source) for source in sources]), torch.stack(scales)
 
 
 class _Scaled(torch.autograd.Function):
-    """Activations times the scales of their features; the scales' gradients are summed in a fixed order."""
+    """Activations times the scales of their features; gradients of the scales are summed in a fixed order."""
 
     @staticmethod
     def forward(ctx: Any, values_SBK: Tensor, scale_SF: Tensor, indices_SBK: Tensor) -> Tensor:

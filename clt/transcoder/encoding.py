@@ -1,6 +1,6 @@
-"""Encoding by the rules of `clt.transcoder.sparsity`: pre-activations in, differentiable codes out.
+"""Encoding with the rules of `clt.transcoder.sparsity`: from pre-activations to differentiable codes.
 
-The rules that compare all of a step's pre-activations need them at once: B*F numbers for each own layer.
+Rules that compare all pre-activations of a step hold them in memory at once: B*F numbers per own layer.
 
 Shape letters: L source layers, S sources of one target, B tokens, D d_model, F features per layer, K slots.
 """
@@ -25,17 +25,17 @@ if TYPE_CHECKING:
 def encode(transcoder: CrossLayerTranscoder, x_LBD: Tensor, k: int, peers: Peers | None) -> SparseCodes:
     """Codes of the source layers owned here, by the transcoder's rule.
 
-    A step of training has peers and a transcoder in training mode: it updates decoder norms and the running threshold.
-    Otherwise the norms are those saved, and batch_topk fires above its running threshold.
+    A training step (peers given, transcoder in training mode) updates decoder norms and the running threshold.
+    Otherwise the saved norms are used, and batch_topk fires above its running threshold.
 
     Args:
         transcoder: the transcoder, or one rank's share.
         x_LBD: [L_own,B,D] standardised encoder inputs of its sources.
-        k: as the rule reads it.
-        peers: the processes to agree with; None for one that owns all layers.
+        k: active features per token and layer, as the rule uses it.
+        peers: processes whose activations are compared with these; None for one that owns all layers.
 
     Returns:
-        Codes [L_own,B,K], values differentiable; K alike on all ranks that exchange codes.
+        Codes [L_own,B,K], values differentiable; K is the same on all ranks that exchange codes.
 
     Raises:
         CheckpointError: the rule has no inference threshold yet.
@@ -44,7 +44,7 @@ def encode(transcoder: CrossLayerTranscoder, x_LBD: Tensor, k: int, peers: Peers
     trains = peers is not None and transcoder.training
     peers = peers or Peers()
     assert peers.mesh or kind != "joint_topk" or len(layers) == transcoder.n_sources, (
-        "joint_topk of a share needs its peers"
+        "joint_topk on a share of the layers needs peers"
     )
     if trains and transcoder.config.sparsity.uses_decoder_norm:
         update_decoder_norms(transcoder, peers)
@@ -52,12 +52,12 @@ def encode(transcoder: CrossLayerTranscoder, x_LBD: Tensor, k: int, peers: Peers
     rule = all_positive if fires_above else RULES[kind]
     codes, threshold = _activate(transcoder, layers, x_LBD, k, rule, peers, fires_above)
     if trains and threshold is not None:
-        _follow(transcoder, threshold)
+        _update_threshold(transcoder, threshold)
     return codes
 
 
 def encode_layer(transcoder: CrossLayerTranscoder, layer: int, x_BD: Tensor, k: int) -> tuple[Tensor, Tensor]:
-    """Codes [B,K] of one layer by itself, as inference needs them; see `encode`."""
+    """Codes [B,K] of one layer alone, at inference; see `encode`."""
     compares = transcoder.config.sparsity.kind in ("joint_topk", "batch_topk")
     rule = all_positive if compares else RULES[transcoder.config.sparsity.kind]
     codes, _ = _activate(transcoder, (layer,), x_BD[None], k, rule, Peers(), compares)
@@ -66,7 +66,7 @@ def encode_layer(transcoder: CrossLayerTranscoder, layer: int, x_BD: Tensor, k: 
 
 @torch.no_grad()
 def scores_of(transcoder: CrossLayerTranscoder, layer: int, pre_BF: Tensor) -> Tensor:
-    """What rules compare: pre-activations [B,F], weighted by decoder norm where the settings say so."""
+    """Scores that rules compare: pre-activations [B,F], times decoder norm if the settings say so."""
     if not transcoder.config.sparsity.uses_decoder_norm:
         return pre_BF
     return pre_BF * transcoder.decoder_norm[layer].to(pre_BF.dtype)
@@ -74,13 +74,13 @@ def scores_of(transcoder: CrossLayerTranscoder, layer: int, pre_BF: Tensor) -> T
 
 @torch.no_grad()
 def update_decoder_norms(transcoder: CrossLayerTranscoder, peers: Peers | None = None) -> None:
-    """Sets the norms that rank features to those of the decoders; training does it every step.
+    """Sets the norms that rank features to those of the decoders; called at every training step.
 
     Args:
         transcoder: the transcoder, or one rank's share.
         peers: owners of the other decoders; None for a process that owns all.
     """
-    # To float32: sums in another order differ in the last digits of float64, and must not change how features rank.
+    # Rounded to float32: another order of summation changes the last digits of float64, which must not change ranks.
     norms_LF = decoder_squares(transcoder, peers or Peers()).sqrt().to(torch.float32)
     for layer in transcoder.share.sources:
         transcoder.decoder_norm[layer].copy_(norms_LF[transcoder.source_row(layer)])
@@ -89,32 +89,43 @@ def update_decoder_norms(transcoder: CrossLayerTranscoder, peers: Peers | None =
 def decoder_squares(transcoder: CrossLayerTranscoder, peers: Peers) -> Tensor:
     """Squared norm of every feature's decoder vectors over all its targets, [L,F] float64, differentiable.
 
-    In float64, so that the norms are the same numbers however the decoders are dealt. One all-reduce forward, and one
+    In float64, so that the norms do not depend on how the decoders are distributed. One all-reduce forward and one
     backward.
     """
     device = next(transcoder.parameters()).device
     squares_LF = torch.zeros(transcoder.n_sources, transcoder.config.n_features, dtype=torch.float64, device=device)
     for name, W_SFD in transcoder.W_dec.items():
         rows = transcoder.source_rows(int(name))
-        # Of a matrix that all sources share, each feature counts for every source.
+        # A matrix shared by all sources counts for each of them.
         squares_SF = _RowSquares.apply(W_SFD).expand(rows.stop - rows.start, -1)
         squares_LF = squares_LF + _placed(squares_SF, rows.start, transcoder.n_sources)
     for name, W_FD in transcoder.W_shared.items():
-        squares_F = transcoder.target_scale[name].double().square().sum(dim=0) * _RowSquares.apply(W_FD)
+        squares_F = transcoder.target_scales(int(name)).double().square().sum(dim=0) * _RowSquares.apply(W_FD)
         squares_LF = squares_LF + _placed(squares_F[None], transcoder.source_row(int(name)), transcoder.n_sources)
     summed: Tensor = _SumOverPeers.apply(squares_LF, peers)
     return summed
 
 
+def decoder_norms(transcoder: CrossLayerTranscoder, source: int) -> Tensor:
+    """Norm of every feature's decoder vectors over all targets of one source, [F] float64 on the CPU, detached.
+
+    Unlike `decoder_squares` it reads decoders that stay in their files, and combines independent sources.
+    """
+    squares_F = torch.zeros(transcoder.config.n_features, dtype=torch.float64)
+    for target in transcoder.targets_of(source):
+        squares_F += transcoder.decoder(source, target).detach().double().square().sum(1).cpu()
+    return squares_F.sqrt()
+
+
 def _placed(squares_SF: Tensor, start: int, n_rows: int) -> Tensor:
-    """[L,F]: zeros but for some rows."""
+    """[L,F]: zeros except for these rows."""
     return torch.nn.functional.pad(squares_SF, (0, 0, start, n_rows - start - len(squares_SF)))
 
 
 def sum_by_feature(amounts_BK: Tensor, values_BK: Tensor, indices_BK: Tensor, n_features: int) -> Tensor:
-    """[F]: the sum of what the filled slots of each feature hold, the same bits every time."""
+    """[F]: sum over the filled slots of each feature, bitwise reproducible."""
     csr = ops.feature_csr(values_BK[None], indices_BK[None], n_features)
-    # The gradient of an encoder's bias is this sum.
+    # The gradient of the encoder bias is this sum.
     nothing_BD = amounts_BK.new_zeros(len(amounts_BK), 1)
     return ops.encoder_grad(amounts_BK.contiguous(), values_BK, indices_BK, nothing_BD, n_features, csr)[1]
 
@@ -123,10 +134,10 @@ def jump(values_BK: Tensor, log_threshold_F: Tensor, indices_BK: Tensor, bandwid
     """Activations that passed their thresholds, with a straight-through gradient for the thresholds.
 
     The gradient of log threshold t is -(t/w) * t * sum of dL/dz over the activations in (t, t + w]: a rectangular
-    kernel of width w, on one side only. The usual kernel reaches below the threshold too, where activations are zero
-    and have no slot: it would make the step dense in the window, and put these entries into the exchange of codes.
-    Below the threshold the loss's slope is that above it less what the activation itself changes;
-    `clt.transcoder.penalty` adds that part, so that the two estimates agree as w goes to 0.
+    kernel of width w on the upper side (Rajamanoharan et al. 2024, "Jumping ahead", use both sides). Activations below
+    the threshold are zero and have no slot: including them would make the step dense in the window and enlarge the
+    exchange of codes. `clt.transcoder.penalty` adds the curvature term by which the slope of the loss below the
+    threshold differs from that above it, so that the two estimates agree as w goes to 0.
 
     Args:
         values_BK: [B,K] pre-activations above their thresholds, 0 in empty slots.
@@ -142,7 +153,7 @@ def jump(values_BK: Tensor, log_threshold_F: Tensor, indices_BK: Tensor, bandwid
 
 
 def in_window(values_BK: Tensor, thresholds_BK: Tensor, bandwidth: float) -> Tensor:
-    """Whether a slot is filled and lies at most a bandwidth above its threshold."""
+    """Slots that are filled and at most a bandwidth above their threshold."""
     return (values_BK != 0) & (values_BK <= thresholds_BK + bandwidth)
 
 
@@ -155,7 +166,7 @@ def _activate(
     peers: Peers,
     fires_above: bool,
 ) -> tuple[SparseCodes, Tensor | None]:
-    """Codes of some layers by a rule, and the rule's threshold."""
+    """Codes of these layers by a rule, and the rule's threshold."""
     with torch.no_grad():
         pre = [ops.preactivations(x, *transcoder.encoder(layer)) for layer, x in zip(layers, x_LBD, strict=True)]
         empty = x_LBD.new_zeros(0, x_LBD.shape[1], transcoder.config.n_features)
@@ -172,9 +183,9 @@ def _activate(
     values = []
     for layer, x_BD, picked_BK, indices_BK in zip(layers, x_LBD, picked, selected.indices_LBK, strict=True):
         values_BK = ops.encode_selected(x_BD, *transcoder.encoder(layer), picked_BK, indices_BK)
-        if str(layer) in transcoder.log_threshold:
+        if transcoder.config.sparsity.kind == "jumprelu":
             bandwidth = transcoder.config.sparsity.bandwidth
-            values_BK = jump(values_BK, transcoder.log_threshold[str(layer)], indices_BK, bandwidth)
+            values_BK = jump(values_BK, transcoder.log_thresholds(layer), indices_BK, bandwidth)
         values.append(values_BK)
     values_LBK = torch.stack(values) if values else selected.scores_LBK
     codes = SparseCodes(values=values_LBK, indices=selected.indices_LBK, n_features=transcoder.config.n_features)
@@ -182,18 +193,18 @@ def _activate(
 
 
 def _eligible(transcoder: CrossLayerTranscoder, layer: int, pre_BF: Tensor, fires_above: bool) -> Tensor:
-    """Scores of a layer, 0 for what its thresholds exclude."""
+    """Scores of a layer, 0 where its thresholds exclude them."""
     scores_BF = scores_of(transcoder, layer, pre_BF)
     if transcoder.config.sparsity.kind != "topk":
         scores_BF = _one_nan(scores_BF)
-    if str(layer) in transcoder.log_threshold:
-        return scores_BF.masked_fill(scores_BF <= transcoder.log_threshold[str(layer)].exp(), 0)
+    if transcoder.config.sparsity.kind == "jumprelu":
+        return scores_BF.masked_fill(scores_BF <= transcoder.log_thresholds(layer).exp(), 0)
     if fires_above:
         threshold = transcoder.threshold[layer]
         if bool(threshold.isnan()):
             raise CheckpointError(
-                f"sparsity.kind={transcoder.config.sparsity.kind}: the transcoder has no threshold for a layer by "
-                "itself; set one with clt.convert.thresholds.calibrate_threshold, or convert it with "
+                f"sparsity.kind={transcoder.config.sparsity.kind}: the transcoder has no inference threshold; set "
+                "one with clt.convert.thresholds.calibrate_threshold, or convert it with "
                 "clt.convert.thresholds.to_jumprelu"
             )
         return scores_BF.masked_fill(scores_BF <= threshold.to(scores_BF.dtype), 0)
@@ -201,7 +212,7 @@ def _eligible(transcoder: CrossLayerTranscoder, layer: int, pre_BF: Tensor, fire
 
 
 def _one_nan(scores_BF: Tensor) -> Tensor:
-    """Marks a token with scores that are not finite by a single NaN, so that it does not claim a slot per feature."""
+    """Replaces all scores of a token with non-finite ones by a single NaN, which fills one slot only."""
     broken_BF = ~scores_BF.isfinite()
     scores_BF = scores_BF.masked_fill(broken_BF, 0)
     scores_BF[:, 0].masked_fill_(broken_BF.any(dim=1), torch.nan)
@@ -209,18 +220,18 @@ def _one_nan(scores_BF: Tensor) -> Tensor:
 
 
 def _pick(pre_BF: Tensor, scores_BK: Tensor, indices_BK: Tensor) -> Tensor:
-    """Pre-activations of the filled slots; a NaN score stays one, so that it reaches the loss and is seen."""
+    """Pre-activations of the filled slots; NaN scores are kept, so that they reach the loss and are detected."""
     picked_BK = torch.where(scores_BK != 0, pre_BF.gather(1, indices_BK.long()), 0)
     return picked_BK.masked_fill(scores_BK.isnan(), torch.nan)
 
 
 @torch.no_grad()
-def _follow(transcoder: CrossLayerTranscoder, threshold: Tensor) -> None:
-    """Moves the running threshold towards that of a step; the first one is taken as it is."""
+def _update_threshold(transcoder: CrossLayerTranscoder, threshold: Tensor) -> None:
+    """Updates the running mean of the threshold; the first value initialises it."""
     for layer in transcoder.share.sources:
         old, new = transcoder.threshold[layer], threshold.to(torch.float64)
         followed = torch.where(old.isnan(), new, torch.lerp(new, old, transcoder.config.sparsity.threshold_decay))
-        # A step that is not finite is skipped by all ranks, and leaves no trace here either.
+        # All ranks skip a non-finite step, so it does not change the threshold.
         old.copy_(torch.where(new.isfinite(), followed, old))
 
 
@@ -239,7 +250,7 @@ class _RowSquares(torch.autograd.Function):
 
 
 class _SumOverPeers(torch.autograd.Function):
-    """Sum over the model group; each rank's share of the loss reads it, so the gradient is summed too."""
+    """Sum over the model group; every rank's part of the loss depends on it, so the gradient is summed too."""
 
     @staticmethod
     def forward(ctx: Any, tensor: Tensor, peers: Peers) -> Tensor:

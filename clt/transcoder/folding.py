@@ -1,4 +1,4 @@
-"""The same function in another form: decoders of every pair, and without a scaling."""
+"""Transcoders rewritten as the same function with untied decoders, and with the scaling folded into the weights."""
 
 from __future__ import annotations
 
@@ -16,32 +16,32 @@ from clt.transcoder.scaling import Scaling
 
 @torch.no_grad()
 def untied(transcoder: CrossLayerTranscoder) -> CrossLayerTranscoder:
-    """As `CrossLayerTranscoder.untied`; decoders that are in their file are read."""
+    """See `CrossLayerTranscoder.untied`; lazily loaded decoders are read into memory."""
     if transcoder.config.source is not None:
         raise ConfigError(
-            f"clt.source={transcoder.config.source}: the transcoder has one source layer; join those of all layers "
-            "first ('clt join')"
+            f"clt.source={transcoder.config.source}: the transcoder has one source layer; join all layers first with "
+            "'clt join'"
         )
     config = replace(transcoder.config, tied_decoders=None, independent=None)
     free = CrossLayerTranscoder(config, transcoder.scaling, transcoder.share, provenance=transcoder.provenance)
     free.to(next(transcoder.parameters())).load_state_dict(_common_state(transcoder), strict=False)
     for layer in transcoder.share.targets:
         for row, source in enumerate(transcoder.sources_of(layer)):
-            free.W_dec[str(layer)][row] = transcoder.decoder(source, layer)
+            free.decoder_matrix(layer)[row] = transcoder.decoder(source, layer)
         if transcoder.config.independent is not None:
-            free.b_dec[str(layer)].copy_(decoding.combination(transcoder, layer) @ transcoder.b_dec[str(layer)])
+            free.decoder_bias(layer).copy_(decoding.combination(transcoder, layer) @ transcoder.decoder_bias(layer))
     return free.requires_grad_(False).train(transcoder.training)
 
 
 def _common_state(transcoder: CrossLayerTranscoder) -> dict[str, Tensor]:
-    """Weights and buffers that all forms of decoders have alike."""
+    """Weights and buffers that do not depend on the form of the decoders."""
     own = ("W_dec.", "W_shared.", "target_scale.") + (("b_dec.",) if transcoder.config.independent else ())
     return {key: value for key, value in transcoder.state_dict().items() if not key.startswith(own)}
 
 
 @torch.no_grad()
 def folded(transcoder: CrossLayerTranscoder) -> CrossLayerTranscoder:
-    """As `CrossLayerTranscoder.folded`; decoders of every pair that are in their file stay there."""
+    """See `CrossLayerTranscoder.folded`; lazily loaded free decoders stay in their files."""
     if transcoder.has_variants:
         return folded(untied(transcoder))
     scaling, identity = (
@@ -49,30 +49,30 @@ def folded(transcoder: CrossLayerTranscoder) -> CrossLayerTranscoder:
         Scaling.identity(*transcoder.scaling.mean_x.shape),
     )
     with torch.device("meta"):
-        # All weights are replaced.
+        # All weights are replaced below.
         raw = CrossLayerTranscoder(transcoder.config, identity, transcoder.share, provenance=transcoder.provenance)
     for layer in transcoder.share.sources:
         name = str(layer)
-        raw.W_enc[name] = transcoder.W_enc[name] / scaling.rms_x[layer]
-        raw.b_enc[name] = transcoder.b_enc[name] - raw.W_enc[name] @ scaling.mean_x[layer]
-        # Activations stay in standardised units, and so does what selects them.
-        if name in transcoder.log_threshold:
-            raw.log_threshold[name] = transcoder.log_threshold[name].clone()
+        raw.W_enc[name] = transcoder.encoder_matrix(layer) / scaling.rms_x[layer]
+        raw.b_enc[name] = transcoder.encoder_bias(layer) - raw.encoder_matrix(layer) @ scaling.mean_x[layer]
+        # Activations stay in standardised units, and so do thresholds and norms.
+        if transcoder.config.sparsity.kind == "jumprelu":
+            raw.log_threshold[name] = transcoder.log_thresholds(layer).clone()
         for own, old in ((raw.decoder_norm, transcoder.decoder_norm), (raw.threshold, transcoder.threshold)):
             if layer in old:
                 own[layer] = old[layer].clone()
     for layer in transcoder.share.targets:
-        name, W_SFD, rms_y = str(layer), transcoder.W_dec[str(layer)], scaling.rms_y[layer]
+        name, W_SFD, rms_y = str(layer), transcoder.decoder_matrix(layer), scaling.rms_y[layer]
         if isinstance(W_SFD, MappedDecoder):
             put_mapped(raw.W_dec, name, W_SFD.scaled(rms_y))
         else:
             raw.W_dec[name] = W_SFD * rms_y
-        b_D = transcoder.b_dec[name] * rms_y + scaling.mean_y[layer, transcoder.columns]
+        b_D = transcoder.decoder_bias(layer) * rms_y + scaling.mean_y[layer, transcoder.columns]
         if transcoder.config.skip:
-            raw.W_skip[name] = transcoder.W_skip[name] * rms_y / scaling.rms_x[layer]
-            b_D = b_D - raw.W_skip[name] @ scaling.mean_x[layer]
+            raw.W_skip[name] = transcoder.skip_matrix(layer) * rms_y / scaling.rms_x[layer]
+            b_D = b_D - raw.skip_matrix(layer) @ scaling.mean_x[layer]
         raw.b_dec[name] = b_D
         if transcoder.config.feature_offset:
-            # Of activations, which stay as they are.
-            raw.offset[name] = transcoder.offset[name].clone()
+            # Offsets are added to activations, which do not change.
+            raw.offset[name] = transcoder.feature_offsets(layer).clone()
     return raw.requires_grad_(False)

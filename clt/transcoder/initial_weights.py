@@ -1,4 +1,4 @@
-"""What a transcoder starts from; every number depends on the seed and the layer only, not on who owns it."""
+"""Initial weights; each depends on the random seed and the layer only, not on the rank that owns it."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from clt.transcoder.architecture import CLTConfig
 
 
 class LayerBuffers(nn.Module):
-    """Numbers of each source layer that are saved but not trained; float64 and so kept, whatever the weights are."""
+    """Saved, untrained tensors of each source layer; they stay float64, whatever the dtype of the weights."""
 
     def __setitem__(self, layer: int, value: Tensor) -> None:
         self.register_buffer(str(layer), value.to(torch.float64))
@@ -33,7 +33,7 @@ class LayerBuffers(nn.Module):
         for name, moved in self._buffers.items():
             old = kept[name]
             assert moved is not None and old is not None
-            # A new dtype would cost digits; a new device is what is wanted.
+            # Follow the new device, keep the dtype.
             self._buffers[name] = old.to(moved.device)
         return self
 
@@ -41,8 +41,13 @@ class LayerBuffers(nn.Module):
 def initial_encoder(config: CLTConfig, layer: int, seed: int) -> tuple[Tensor, Tensor]:
     """Rows of norm 1 [F,D], so that pre-activations of standardised inputs have variance 1, and the bias [F].
 
-    The bias is 0 where k says how many features are active. Without k, about k features of a token must pass their
-    thresholds at the start (Ameisen et al. 2025, "Circuit Tracing", section D, set it by the firing rate likewise).
+    The bias is 0 for rules that select k features. For jumprelu and relu it is set so that about k features of a token
+    pass their thresholds at the start (as in Ameisen et al. 2025, "Circuit Tracing", section D).
+
+    Args:
+        config: architecture.
+        layer: source layer.
+        seed: random seed.
     """
     generator = torch.Generator().manual_seed(1_000_003 * (seed + 1) + layer)
     W_FD = torch.randn(config.n_features, config.d_model, generator=generator)
@@ -54,9 +59,16 @@ def initial_encoder(config: CLTConfig, layer: int, seed: int) -> tuple[Tensor, T
 
 
 def initial_decoder(config: CLTConfig, target: int, sources: range, seed: int, columns: slice) -> Tensor:
-    """Decoders [S,F,D_own] into one target, S = 1 for one that its sources share: zeros, or random for norms to rank.
+    """Decoders [S,F,D_own] into one target, S = 1 if its sources share one: zeros, or random if norms rank features.
 
-    Features are ranked by activation times decoder norm: without a norm none would be selected, nor get a gradient.
+    Where features are ranked by activation times decoder norm, zero decoders would never be selected nor trained.
+
+    Args:
+        config: architecture.
+        target: target layer.
+        sources: its source layers owned here.
+        seed: random seed.
+        columns: output channels owned here.
     """
     shared = config.tied_decoders == "target"
     W_SFD = torch.zeros(1 if shared else len(sources), config.n_features, len(range(config.d_model)[columns]))
@@ -64,7 +76,7 @@ def initial_decoder(config: CLTConfig, target: int, sources: range, seed: int, c
         generator = torch.Generator().manual_seed(-1_000_003 * (seed + 1) - target - 1)
         horizon = config.n_targets or config.n_layers
         last = target - config.first_offset
-        # Of all sources, also when one is trained alone.
+        # Draw for all sources, also when one is trained alone.
         for source in range(max(0, last - horizon + 1), last + 1):
             drawn_FD = _uniform(config, generator)[:, columns]
             if shared:
@@ -76,7 +88,13 @@ def initial_decoder(config: CLTConfig, target: int, sources: range, seed: int, c
 
 
 def initial_shared_decoder(config: CLTConfig, source: int, seed: int) -> Tensor:
-    """Decoder [F,D] of a source that all its targets share, as `initial_decoder`."""
+    """Decoder [F,D] of a source, shared by its targets; see `initial_decoder`.
+
+    Args:
+        config: architecture.
+        source: source layer.
+        seed: random seed.
+    """
     if not config.sparsity.uses_decoder_norm:
         return torch.zeros(config.n_features, config.d_model)
     return _uniform(config, torch.Generator().manual_seed(-1_000_003 * (seed + 1) - source - 1))

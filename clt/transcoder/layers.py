@@ -1,4 +1,4 @@
-"""Which layers of a transcoder write to which, what a process owns of them, and how much each weighs in the loss."""
+"""Sources and targets of a transcoder's layers, the share that a process owns, and loss weights of targets."""
 
 from __future__ import annotations
 
@@ -9,12 +9,12 @@ from clt.transcoder.architecture import CLTConfig
 
 @dataclass(frozen=True, kw_only=True)
 class LayerShare:
-    """What one rank owns: encoders of `sources` and all decoders into `targets`, or some columns of these.
+    """Share of one rank: encoders of `sources` and all decoders into `targets`, or some columns of these.
 
     Attributes:
         sources: ascending; may be empty.
         targets: ascending.
-        columns: channels of the targets whose decoders, biases and rows of W_skip are here, or None for all.
+        columns: channels of the targets whose decoders, biases and rows of W_skip are owned here; None for all.
     """
 
     sources: tuple[int, ...]
@@ -55,7 +55,7 @@ def target_layers(config: CLTConfig) -> tuple[int, ...]:
 def error_weight(config: CLTConfig) -> float:
     """Weight of a reconstruction's squared error in the loss: 1/M for M targets; 1/P for P pairs of independent layers.
 
-    What an independent source learns must not depend on which others are trained beside it: P counts all of the model.
+    P counts all pairs of the model, so that an independent source learns the same whichever others are trained with it.
     """
     if config.independent is None:
         return 1 / len(target_layers(config))
@@ -64,5 +64,5 @@ def error_weight(config: CLTConfig) -> float:
 
 
 def target_weight(config: CLTConfig, target: int) -> float:
-    """Weight in the loss of what `CrossLayerTranscoder.decode_loss_layer` gives, a mean over independent sources."""
+    """Loss weight of the error of `CrossLayerTranscoder.decode_loss_layer`, a mean over independent sources."""
     return error_weight(config) * (1 if config.independent is None else len(sources_of(config, target)))

@@ -1,7 +1,7 @@
-"""Decoders that stay in their file: opening a transcoder of any size takes memory for its encoders only.
+"""Decoders that stay in their memory-mapped file, so that a transcoder of any size loads with its encoders only.
 
-What is read is what is used: rows of the active features to decode, single vectors for attribution, one [F,D] matrix
-for `CrossLayerTranscoder.decoder`. The system keeps pages of the file as long as nobody else needs the memory.
+Reads are on demand: rows of the active features for decoding, single vectors for attribution, one [F,D] matrix for
+`CrossLayerTranscoder.decoder`. The operating system caches pages of the file while memory is free.
 """
 
 from __future__ import annotations
@@ -13,18 +13,18 @@ from torch import Tensor, nn
 
 
 class MappedDecoder(nn.Module):
-    """The decoders into one target, in the place of a parameter W_dec[t]; read only.
+    """The decoders into one target, in place of a parameter W_dec[t]; read only.
 
     Args:
-        file_SFD: [S,F,D] memory-mapped tensor, in the type of the file.
-        scale: [] factor of all of it; its type and device are those of what is read, and `to` moves them.
+        file_SFD: [S,F,D] memory-mapped tensor, in the dtype of the file.
+        scale: [] factor; reads have its dtype and device, and `to` moves it.
     """
 
     scale: Tensor
 
     def __init__(self, file_SFD: Tensor, scale: Tensor) -> None:
         super().__init__()
-        # Neither parameter nor buffer: `to` leaves it, and no state dict reads it.
+        # Neither parameter nor buffer: not moved by `to`, not in the state dict.
         self.file_SFD = file_SFD
         self.register_buffer("scale", scale, persistent=False)
 
@@ -37,28 +37,28 @@ class MappedDecoder(nn.Module):
         return len(self.file_SFD)
 
     def __getitem__(self, index: Any) -> Tensor:
-        """What indexing [S,F,D] gives, read now."""
+        """Indexes [S,F,D]; reads only the selected part."""
         places = index if isinstance(index, tuple) else (index,)
         found = self.file_SFD[tuple(place.cpu() if isinstance(place, Tensor) else place for place in places)]
         return found.to(self.scale) * self.scale
 
     def every(self, step: int) -> Tensor:
-        """Every so many numbers of all of them, [N]."""
+        """Every step-th number, [N]."""
         return self.file_SFD.reshape(-1)[::step].to(self.scale) * self.scale
 
     def scaled(self, factor: Tensor) -> MappedDecoder:
-        """The same decoders times a number, still in their file."""
+        """The same decoders times a number, without reading them."""
         return MappedDecoder(self.file_SFD, self.scale * factor.to(self.scale))
 
     def of_active(self, values_SBK: Tensor, indices_SBK: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """The rows that codes need, as decoders of one source with more slots.
+        """Rows that codes use, as decoders of one source with more slots.
 
         Args:
             values_SBK: [S,B,K] activations.
             indices_SBK: [S,B,K] int32 feature numbers.
 
         Returns:
-            values [1,B,S*K], indices [1,B,S*K] int32 of rows, and rows [1,R,D] that are in use, each once.
+            values [1,B,S*K], indices [1,B,S*K] int32 into the rows, and the R distinct rows [1,R,D].
         """
         F = self.shape[1]
         first_S = torch.arange(len(indices_SBK), device=indices_SBK.device) * F
@@ -69,7 +69,7 @@ class MappedDecoder(nn.Module):
 
 
 def put_mapped(decoders: nn.ParameterDict, name: str, decoder: MappedDecoder) -> None:
-    """Gives a mapped decoder the place of a parameter."""
-    # A module cannot have the name of a parameter that is still there.
+    """Replaces a parameter by a mapped decoder."""
+    # A module cannot replace a parameter of the same name in place.
     del decoders[name]
     decoders[name] = decoder

@@ -1,13 +1,12 @@
-"""The cross-layer transcoder: every source layer's features write to its own and later MLP outputs.
+"""The cross-layer transcoder: features of every source layer write to MLP outputs of this and later layers.
 
     z_l    = TopK(ReLU(W_enc[l] x_l + b_enc[l]), k)
     yhat_t = sum over sources l of t of z_l W_dec[t][l] + b_dec[t] (+ W_skip[t] x_t)
 
-with source l writing to targets l + first_offset .. l + first_offset + n_targets - 1 (Ameisen et al. 2025, "Circuit
-Tracing", section 2). `encode` and `decode` work in standardised units, `forward` in the model's own. Weights are
-target-major: one tensor W_dec[t] [S_t,F,D] per target; other forms of decoders are in `clt.transcoder.decoding`, and
-`untied` turns them into this one. A rank may own a share of the layers; the codes it lacks come from
-`clt.distributed.code_exchange`.
+Source l writes to targets l + first_offset .. l + first_offset + n_targets - 1 (Ameisen et al. 2025, "Circuit
+Tracing", section 2). `encode` and `decode` use standardised units, `forward` raw ones. Weights are target-major: one
+tensor W_dec[t] [S_t,F,D] per target; `clt.transcoder.decoding` has other forms of decoders, which `untied` converts to
+this one. A rank may own a share of the layers; `clt.distributed.code_exchange` brings the codes of the others.
 """
 
 from __future__ import annotations
@@ -16,7 +15,7 @@ import math
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Self
+from typing import Self
 
 import torch
 from torch import Tensor, nn
@@ -26,24 +25,22 @@ from clt.kernels import ops
 from clt.records import ModelIdentity, SparseCodes, TrainingFacts
 from clt.transcoder import decoding, encoding
 from clt.transcoder.architecture import CLTConfig
+from clt.transcoder.decoding import SourceDecoders
 from clt.transcoder.initial_weights import LayerBuffers, initial_decoder, initial_encoder, initial_shared_decoder
 from clt.transcoder.layers import LayerShare, source_layers, sources_of, targets_of
 from clt.transcoder.lazy_decoder import MappedDecoder
 from clt.transcoder.scaling import Scaling
 from clt.transcoder.sparsity import Peers
 
-if TYPE_CHECKING:
-    from clt.distributed.shared_decoders import SharedDecoders
-
 
 @dataclass(frozen=True, kw_only=True)
 class Provenance:
-    """Where a transcoder comes from.
+    """Model, store and training of a transcoder.
 
     Attributes:
         model: the model whose activations it was trained on, or None for one made by hand.
         store_id: id of the activation store, or None.
-        training: how far and how well it was trained, or None where nobody has read it.
+        training: steps and measures of its training, or None if unknown.
     """
 
     model: ModelIdentity | None = None
@@ -57,9 +54,9 @@ class CrossLayerTranscoder(nn.Module):
     Args:
         config: architecture.
         scaling: raw to standardised activations.
-        share: layers this process owns; all by default.
-        seed: seed of the initial weights, which depend on it and on the layer only, not on the share.
-        provenance: model and store it belongs to.
+        share: layers this process owns; default: all.
+        seed: random seed of the initial weights, which do not depend on the share.
+        provenance: its model, store and training.
     """
 
     def __init__(
@@ -91,8 +88,24 @@ class CrossLayerTranscoder(nn.Module):
         for layer in self.share.targets:
             self._add_target(layer, seed)
 
+    def __repr__(self) -> str:
+        config, model = self.config, self.provenance.model
+        facts = {
+            "layers": config.n_layers,
+            "d_model": config.d_model,
+            "features": config.n_features,
+            "k": config.k,
+            "targets": config.n_targets or "all",
+            "sparsity": config.sparsity.kind,
+            "dtype": str(self.dtype).removeprefix("torch."),
+            "model": None if model is None else model.name,
+        }
+        if self.share != LayerShare.everything(config):
+            facts |= {"own_sources": self.share.sources, "own_targets": self.share.targets}
+        return f"CrossLayerTranscoder({', '.join(f'{name}={value}' for name, value in facts.items())})"
+
     def _add_target(self, layer: int, seed: int) -> None:
-        """What is owned with a target layer."""
+        """Creates the parameters of a target layer."""
         config, sources = self.config, self.sources_of(layer)
         D_own = len(range(config.d_model)[self.columns])
         if config.tied_decoders != "source":
@@ -105,19 +118,19 @@ class CrossLayerTranscoder(nn.Module):
             self.offset[str(layer)] = nn.Parameter(torch.zeros(len(sources), config.n_features))
 
     def _add_sparsity(self, layer: int) -> None:
-        """What the rule of `config.sparsity` keeps for a source layer besides its encoder."""
+        """Creates the parameters and buffers that the selection rule needs for a source layer."""
         sparsity, F = self.config.sparsity, self.config.n_features
         if sparsity.kind == "jumprelu":
             self.log_threshold[str(layer)] = nn.Parameter(torch.full((F,), math.log(sparsity.threshold)))
         if sparsity.uses_decoder_norm:
-            # Of the decoders before the last step; 1, and no weight, before `encoding.update_decoder_norms`.
+            # Of the decoders before the last step; 1 until `encoding.update_decoder_norms` is called.
             self.decoder_norm[layer] = torch.ones(F)
         if sparsity.kind in ("joint_topk", "batch_topk"):
-            # Least score at which a layer fires by itself; NaN while there is none.
+            # Inference threshold of the score; NaN until one is known.
             self.threshold[layer] = torch.tensor(torch.nan)
 
     def sources_of(self, target: int) -> range:
-        """Source layers of a target; free, W_dec[str(target)][i] belongs to sources_of(target)[i]."""
+        """Source layers of a target, in the order of `decoder_matrix(target)` (free decoders)."""
         return sources_of(self.config, target)
 
     def targets_of(self, source: int) -> range:
@@ -126,43 +139,79 @@ class CrossLayerTranscoder(nn.Module):
 
     @property
     def dtype(self) -> torch.dtype:
-        """Of the weights."""
+        """Dtype of the weights."""
         return next(self.parameters()).dtype
 
     @property
     def n_sources(self) -> int:
-        """Source layers of the whole transcoder."""
+        """Number of source layers of the whole transcoder."""
         return len(source_layers(self.config))
 
     @property
     def n_sources_of_model(self) -> int:
-        """Source layers over which terms of the loss have their mean, also when one of them is trained alone."""
+        """Number of source layers over which loss terms are averaged, also when one of them is trained alone."""
         return len(source_layers(replace(self.config, source=None)))
 
     def source_row(self, layer: int) -> int:
-        """Where a source layer stands in codes of all source layers."""
+        """Row of a source layer in codes of all source layers."""
         return layer - source_layers(self.config)[0]
 
     def source_rows(self, target: int) -> slice:
-        """Where a target's sources stand in codes of all source layers."""
+        """Rows of a target's sources in codes of all source layers."""
         sources = self.sources_of(target)
         return slice(self.source_row(sources.start), self.source_row(sources.start) + len(sources))
 
     def encoder(self, layer: int) -> tuple[Tensor, Tensor]:
         """W_enc [F,D] and b_enc [F] of a source layer owned here."""
-        return self.W_enc[str(layer)], self.b_enc[str(layer)]
+        return self.encoder_matrix(layer), self.encoder_bias(layer)
+
+    def encoder_matrix(self, layer: int) -> Tensor:
+        """W_enc [F,D] of a source layer owned here."""
+        return self.W_enc[str(layer)]
+
+    def encoder_bias(self, layer: int) -> Tensor:
+        """b_enc [F] of a source layer owned here."""
+        return self.b_enc[str(layer)]
 
     def decoder(self, source: int, target: int) -> Tensor:
-        """[F,D_own]: decoder vectors of a source into a target, whatever form the decoders have."""
+        """[F,D_own]: decoder vectors of a source into a target, for every form of decoders."""
         return decoding.pair_decoder(self, source, target)
 
+    def decoder_matrix(self, target: int) -> Tensor:
+        """W_dec [S,F,D_own] of a target ([1,F,D_own] tied by target); a `MappedDecoder` when loaded lazily."""
+        return self.W_dec[str(target)]
+
+    def decoder_bias(self, target: int) -> Tensor:
+        """b_dec [D_own] of a target; [S,D_own] of independent sources."""
+        return self.b_dec[str(target)]
+
+    def skip_matrix(self, target: int) -> Tensor:
+        """W_skip [D_own,D] of a target; the config has a skip connection."""
+        return self.W_skip[str(target)]
+
+    def feature_offsets(self, target: int) -> Tensor:
+        """Offsets [S,F] of the active features of a target's sources; the config has `feature_offset`."""
+        return self.offset[str(target)]
+
+    def shared_decoder(self, source: int) -> Tensor:
+        """W_shared [F,D] of a source whose targets share it (`tied_decoders: source`)."""
+        return self.W_shared[str(source)]
+
+    def target_scales(self, source: int) -> Tensor:
+        """Scales [T,F] of a shared decoder, a row for each of `targets_of(source)`."""
+        return self.target_scale[str(source)]
+
+    def log_thresholds(self, layer: int) -> Tensor:
+        """Log thresholds [F] of a source layer; the rule is jumprelu."""
+        return self.log_threshold[str(layer)]
+
     def encode_layer(self, layer: int, x_BD: Tensor, k: int | None = None) -> tuple[Tensor, Tensor]:
-        """Codes of one source layer by itself; rules that compare layers or tokens use their inference thresholds.
+        """Codes of one source layer alone; rules that compare layers or tokens use their inference thresholds.
 
         Args:
             layer: source layer owned here.
             x_BD: [B,D] standardised encoder input.
-            k: active features per token, the config's by default.
+            k: active features per token; default: the config's.
 
         Returns:
             values [B,K] and indices [B,K] int32 (see `clt.kernels.ops.encode_topk`); K is k for the kind topk, else
@@ -181,7 +230,7 @@ class CrossLayerTranscoder(nn.Module):
         values_SBK: Tensor,
         indices_SBK: Tensor,
         x_BD: Tensor | None = None,
-        shared: SharedDecoders | None = None,
+        shared: SourceDecoders | None = None,
     ) -> Tensor:
         """Reconstruction of one target layer.
 
@@ -190,7 +239,7 @@ class CrossLayerTranscoder(nn.Module):
             values_SBK: [S,B,K] activations of this target's sources, in the order of `sources_of`.
             indices_SBK: [S,B,K] int32 feature numbers.
             x_BD: [B,D] standardised encoder input of this layer; needed when the config has a skip connection.
-            shared: decoders that belong to sources, if there are any that are not owned here.
+            shared: decoders that belong to sources, if some are owned by other ranks.
 
         Returns:
             [B,D_own] standardised MLP output, the columns owned here.
@@ -198,20 +247,20 @@ class CrossLayerTranscoder(nn.Module):
         return decoding.decode(self, layer, values_SBK, indices_SBK, self._skip(layer, x_BD), shared)
 
     def _skip(self, layer: int, x_BD: Tensor | None) -> Tensor | None:
-        """[B,D_own] what the skip connection adds to a target layer; None without."""
+        """[B,D_own] output of the skip connection of a target layer; None without one."""
         if not self.config.skip:
             return None
-        assert x_BD is not None, "a transcoder with skip connection decodes from its input too"
-        return x_BD @ self.W_skip[str(layer)].T
+        assert x_BD is not None, "a transcoder with skip connection needs x_BD to decode"
+        return x_BD @ self.skip_matrix(layer).T
 
     def encode(self, x_LBD: Tensor, k: int | None = None, peers: Peers | None = None) -> SparseCodes:
         """Codes of the source layers owned here.
 
         Args:
             x_LBD: [L_own,B,D] standardised encoder inputs, in the order of `share.sources`.
-            k: active features per token and layer, the config's by default.
-            peers: the processes to agree with, in a step of training or for a share (see
-            `clt.transcoder.encoding.encode`).
+            k: active features per token and layer; default: the config's.
+            peers: processes whose activations are compared with these, in a training step or for a share (see
+                `clt.transcoder.encoding.encode`).
 
         Returns:
             Codes [L_own,B,K].
@@ -227,7 +276,7 @@ class CrossLayerTranscoder(nn.Module):
 
     @property
     def encodes_layers_alone(self) -> bool:
-        """Whether the fused encoder of the kernels does the selection."""
+        """Whether selection is done by the fused encode kernel."""
         return self.config.sparsity.kind == "topk" and not self.config.sparsity.decoder_norm
 
     def decode(self, codes: SparseCodes, x_MBD: Tensor | None = None) -> Tensor:
@@ -256,7 +305,7 @@ class CrossLayerTranscoder(nn.Module):
         x_BD: Tensor | None = None,
         csr: ops.FeatureCSR | None = None,
         weights_B: Tensor | None = None,
-        shared: SharedDecoders | None = None,
+        shared: SourceDecoders | None = None,
     ) -> tuple[Tensor, Tensor]:
         """Squared error of one target layer, without storing its reconstruction.
 
@@ -266,16 +315,16 @@ class CrossLayerTranscoder(nn.Module):
             indices_SBK: [S,B,K] int32 feature numbers.
             y_BD: [B,D_own] standardised MLP output, the columns owned here.
             x_BD: [B,D] standardised encoder input of this layer; needed when the config has a skip connection.
-            csr: grouping of these S layers, which the backward pass else builds itself.
+            csr: grouping of these S layers; default: built in the backward pass.
             weights_B: [B] weight of each token; None for 1/B.
-            shared: decoders that belong to sources, if there are any that are not owned here.
+            shared: decoders that belong to sources, if some are owned by other ranks.
 
         Returns:
-            error [], weighted sum over tokens of the mean over all D channels of the squared residual as far as columns
-            are owned here, and the residual [B,D_own], reconstruction - y, detached. Of independent sources the mean of
-            their errors, and [S,B,D_own].
+            error [], weighted sum over tokens of the mean over D channels of the squared residual (the part of the
+            columns owned here), and the residual [B,D_own], reconstruction - y, detached. For independent sources the
+            mean of their errors, and [S,B,D_own].
         """
-        bias, skip_BD = self.b_dec[str(layer)], self._skip(layer, x_BD)
+        bias, skip_BD = self.decoder_bias(layer), self._skip(layer, x_BD)
         error, residual = decoding.squared_error(
             self, layer, values_SBK, indices_SBK, bias, y_BD, weights_B, skip_BD, csr, shared
         )
@@ -283,17 +332,17 @@ class CrossLayerTranscoder(nn.Module):
 
     @property
     def columns(self) -> slice:
-        """Channels of the targets that are owned here."""
+        """Channels of the targets owned here."""
         own = self.share.columns
         return slice(None) if own is None else slice(own.start, own.stop)
 
     def column_part(self, mean: Tensor) -> Tensor:
-        """What a mean over the channels owned here adds to the mean over all D of them."""
+        """Contribution of a mean over the channels owned here to the mean over all D channels."""
         own = self.share.columns
         return mean if own is None else mean * (len(own) / self.config.d_model)
 
     def forward(self, x_LBD: Tensor) -> Tensor:
-        """MLP outputs from raw encoder inputs, for a process that owns every layer.
+        """MLP outputs from raw encoder inputs; needs all layers.
 
         Args:
             x_LBD: [n_layers,B,D] raw encoder inputs of all layers.
@@ -302,7 +351,7 @@ class CrossLayerTranscoder(nn.Module):
             [M,B,D] raw MLP outputs of the target layers.
         """
         everything = LayerShare.everything(self.config)
-        assert self.share == everything, "a share of a transcoder has no forward of its own"
+        assert self.share == everything, "forward needs all layers, this is a share"
         x_std = self.scaling.standardise_x(x_LBD[list(everything.sources)], everything.sources)
         x_skip = None
         if self.config.skip:
@@ -312,54 +361,53 @@ class CrossLayerTranscoder(nn.Module):
 
     @property
     def has_variants(self) -> bool:
-        """Whether decoders are of another form than one for every source and target, summed."""
+        """Whether decoders are tied or independent, not one per source and target, summed."""
         return self.config.tied_decoders is not None or self.config.independent is not None
 
     def untied(self) -> CrossLayerTranscoder:
-        """The same function with a decoder of its own for every source and target, whose sum it is: no variants.
+        """The same function with one decoder per source and target, summed.
 
         Raises:
-            ConfigError: only one source layer was trained.
+            ConfigError: the transcoder has one trained source layer only.
         """
         from clt.transcoder.folding import untied
 
         return untied(self)
 
     def folded(self) -> CrossLayerTranscoder:
-        """The same function with the scaling moved into the weights, and decoders untied: raw inputs in, raw outputs
-        out."""
+        """The same function on raw inputs and outputs: scaling folded into the weights, decoders untied."""
         from clt.transcoder.folding import folded
 
         return folded(self)
 
     def requires_grad_(self, requires_grad: bool = True) -> Self:
-        """As of any module; ConfigError where decoders are in their files and cannot be trained."""
+        """As for any module; ConfigError for lazily loaded decoders, which cannot be trained."""
         if requires_grad and any(isinstance(W_SFD, MappedDecoder) for W_SFD in self.W_dec.values()):
-            raise ConfigError("lazy=True: decoders that stay in their files cannot be trained; load with lazy=False")
+            raise ConfigError("lazy=True: lazily loaded decoders cannot be trained; load with lazy=False")
         return super().requires_grad_(requires_grad)
 
     def save_pretrained(self, folder: Path | str) -> None:
-        """Writes a safetensors file per layer, the scaling, `transcoder.json` and a model card: all or nothing.
+        """Writes a safetensors file per layer, the scaling, `transcoder.json` and a model card, atomically.
 
         Args:
             folder: new, empty, or with a transcoder that is replaced when the new one is complete.
 
         Raises:
-            CheckpointError: the folder holds other files, or cannot be written; it stays as it was.
+            CheckpointError: the folder holds other files or cannot be written; it is left unchanged.
         """
-        from clt.checkpoint.weights import save_transcoder
+        from clt.hub import pretrained
 
-        save_transcoder(self, Path(folder))
+        pretrained.save_pretrained(self, folder)
 
     def push_to_hub(
         self, name: str, *, private: bool = True, revision: str | None = None, message: str | None = None
     ) -> str:
-        """Sends what `save_pretrained` writes to a model repository; `clt push` sends a folder without a copy of it.
+        """Uploads what `save_pretrained` writes to a model repository; `clt push` uploads an existing folder.
 
         Args:
-            name: OWNER/NAME; the repository is made if it is missing.
-            private: visibility of a repository that is made.
-            revision: branch, made if it is missing; absent: main.
+            name: OWNER/NAME; the repository is created if it is missing.
+            private: visibility of a repository that is created.
+            revision: branch, created if it is missing; default: main.
             message: summary of the commits.
 
         Returns:
@@ -367,11 +415,11 @@ class CrossLayerTranscoder(nn.Module):
 
         Raises:
             HubError: access is refused, the repository holds another transcoder, or the transfer failed.
-            CheckpointError: there is no room for the files on this side.
+            CheckpointError: the local disk has no space for the files.
         """
-        from clt.hub.pretrained import push_transcoder
+        from clt.hub import pretrained
 
-        return push_transcoder(self, name, private=private, revision=revision, message=message)
+        return pretrained.push_transcoder(self, name, private=private, revision=revision, message=message)
 
     @classmethod
     def from_pretrained(
@@ -385,26 +433,26 @@ class CrossLayerTranscoder(nn.Module):
         revision: str | None = None,
         averaged: bool = False,
     ) -> CrossLayerTranscoder:
-        """Reads a folder written by `save_pretrained` or by training, or a model repository of the hub.
+        """Loads a folder written by `save_pretrained` or by training, or a model repository of the hub.
 
         Args:
-            name: a folder; or, if there is none of that name, OWNER/NAME or OWNER/NAME@REVISION on the hub.
-            layers: the share to fetch and read: encoders of these source layers, decoders into these target layers.
-            device: place of the weights.
-            dtype: their type, whatever that of the files is; absent: float32.
+            name: a folder; or, if no such folder exists, OWNER/NAME or OWNER/NAME@REVISION on the hub.
+            layers: the share to download and load: encoders of these source layers, decoders into these target layers.
+            device: device of the weights.
+            dtype: dtype of the weights, whatever that of the files is; default: float32.
             lazy: decoders stay in their files, memory-mapped, and are read where they are used; they cannot be trained.
             revision: branch, tag or commit of the repository.
-            averaged: read the running mean of the weights, of a job with optimizer.ema_decay.
+            averaged: load the EMA weights, of a job with optimizer.ema_decay.
 
         Returns:
             The transcoder, without gradients.
 
         Raises:
             CheckpointError: a file is missing, damaged or of the wrong shape; names the file and key.
-            ConfigError: there are no such layers, or a revision of a folder is asked for.
-            HubError: the repository is missing, unfinished or refuses access, or the transfer failed.
+            ConfigError: a layer does not exist, or a revision of a folder is requested.
+            HubError: the repository is missing, incomplete or refuses access, or the transfer failed.
         """
-        from clt.hub.pretrained import open_pretrained
+        from clt.hub import pretrained
 
         dtype = dtype or torch.float32
-        return open_pretrained(name, layers, revision, averaged, device=device, dtype=dtype, lazy=lazy)
+        return pretrained.open_pretrained(name, layers, revision, averaged, device=device, dtype=dtype, lazy=lazy)

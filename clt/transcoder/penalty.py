@@ -1,15 +1,13 @@
-"""What activations cost under jumprelu and relu, and what thresholds owe to the curvature of the loss.
+"""Sparsity penalty of jumprelu and relu, and the curvature term of the straight-through threshold gradient.
 
-The penalty of a token is the sum of tanh(c z n) over its active features, with z the activation and n the norm of the
-feature's decoder vectors over all its targets (Ameisen et al. 2025, "Circuit Tracing", section D): near 0 it is an L1
-norm, far from it a count. n takes part in the gradient, or the decoders would grow while z shrinks. The loss has its
-mean over tokens and source layers, so that a weight means the same for any batch and depth.
+The penalty of a token is the sum of tanh(c z n) over its active features, with activation z and norm n of the feature's
+decoder vectors over all targets (Ameisen et al. 2025, "Circuit Tracing", section D). n has a gradient, or decoders
+would grow while z shrinks. The loss is the mean over tokens and source layers.
 
-A threshold t divides activations z in (t, t + w] that fire from those that do not. What the loss gains when one that
-lies at t falls silent is known: for slope g of the squared error above the threshold, curvature h, and the penalty's
-weight l, it is t g - t^2 h / 2 + l tanh(c t n), since the error is quadratic in z. `encoding.jump` passes on t g and
-t l c n / cosh^2(c z n); what is missing comes from here. Without the curvature, g is near 0 at the best activations
-whatever the threshold, nothing holds against the penalty, and thresholds only rise.
+Deactivating a feature at its threshold t changes the loss by t g - t^2 h / 2 + l tanh(c t n): slope g of the squared
+error above the threshold, curvature h (the error is quadratic in z), penalty weight l. `encoding.jump` passes on t g
+and t l c n / cosh^2(c z n); this module adds the rest. Without the curvature g is near 0 at the best activations
+whatever the threshold, nothing opposes the penalty, and thresholds only rise.
 """
 
 from __future__ import annotations
@@ -25,32 +23,32 @@ from clt.transcoder.layers import error_weight
 from clt.transcoder.model import CrossLayerTranscoder
 from clt.transcoder.sparsity import Peers
 
-#: Keeps the gradient of a norm finite where the decoders are still zero.
+#: Lower bound of squared norms: keeps the gradient of a norm finite for zero decoders.
 _LEAST_SQUARE = 1e-24
 
 
 def sparsity_loss(
     transcoder: CrossLayerTranscoder, codes: SparseCodes, weight: float, peers: Peers, weights_B: Tensor | None = None
 ) -> tuple[Tensor, Tensor]:
-    """The weighted penalty of the source layers owned here; all ranks of the model group must call it.
+    """Weighted penalty of the source layers owned here; a collective call of the model group.
 
     Args:
         transcoder: the transcoder, or one rank's share, of the kind jumprelu or relu.
         codes: [L_own,B,K] its codes.
-        weight: of the penalty at this step.
+        weight: weight of the penalty at this step.
         peers: owners of the other layers.
         weights_B: [B] weight of each token in the squared error; None for 1/B.
 
     Returns:
-        this rank's share of the loss [], to be added to that of the squared error, and the share of the penalty
-        itself [], without its weight and detached; both summed over the model group are those of the transcoder.
+        this rank's share of the loss [], to be added to the squared error, and its share of the penalty [], unweighted
+        and detached; the sums over the model group are those of the transcoder.
     """
     settings, F = transcoder.config.sparsity, codes.n_features
     squares_LF = decoder_squares(transcoder, peers)
     tokens = codes.values.shape[1]
     if weights_B is None:
         weights_B = codes.values.new_full((tokens,), 1 / max(1, tokens))
-    # Reading the squares, if only none of their rows, puts their all-reduce into every rank's backward pass.
+    # An empty selection of the squares puts their all-reduce into every rank's backward pass.
     penalty = squares_LF[[]].sum().to(codes.values.dtype)
     correction = torch.zeros_like(penalty)
     for row, layer in enumerate(transcoder.share.sources):
@@ -59,27 +57,27 @@ def sparsity_loss(
         norm_F = squares_F.clamp(min=_LEAST_SQUARE).sqrt().to(values_BK.dtype)
         tanh_BK: Tensor = _TanhPenalty.apply(values_BK, norm_F, indices_BK, settings.penalty_scale)
         penalty = penalty + tanh_BK.sum(dim=1) @ weights_B / transcoder.n_sources_of_model
-        if str(layer) not in transcoder.log_threshold:
+        if settings.kind != "jumprelu":
             continue
-        log_threshold_F = transcoder.log_threshold[str(layer)]
-        owed_F = _owed(transcoder, codes, row, squares_F.detach(), weight, weights_B)
-        assert owed_F.shape == (F,)
-        # A threshold of infinity, of a feature that never fires, has no gradient.
+        log_threshold_F = transcoder.log_thresholds(layer)
+        curvature_F = _curvature_term(transcoder, codes, row, squares_F.detach(), weight, weights_B)
+        assert curvature_F.shape == (F,)
+        # Infinite thresholds, of features that never fire, have no gradient.
         finite_F = log_threshold_F.masked_fill(log_threshold_F.isinf(), 0)
-        # Zero in value: only its gradient counts.
-        correction = correction + ((finite_F - finite_F.detach()) * owed_F).sum()
+        # Value zero: only the gradient matters.
+        correction = correction + ((finite_F - finite_F.detach()) * curvature_F).sum()
     return weight * penalty + correction, penalty.detach()
 
 
 @torch.no_grad()
-def _owed(
+def _curvature_term(
     transcoder: CrossLayerTranscoder, codes: SparseCodes, row: int, squares_F: Tensor, weight: float, weights_B: Tensor
 ) -> Tensor:
-    """[F]: what the gradient of each log threshold lacks after `encoding.jump`."""
+    """[F]: terms of the gradient of each log threshold that `encoding.jump` leaves out."""
     settings, layer = transcoder.config.sparsity, transcoder.share.sources[row]
     values_BK, indices_BK = codes.values[row].detach(), codes.indices[row]
     chosen = indices_BK.long()
-    t_BK = transcoder.log_threshold[str(layer)].detach().exp()[chosen]
+    t_BK = transcoder.log_thresholds(layer).detach().exp()[chosen]
     squares_BK = squares_F.to(values_BK.dtype)[chosen]
     c_BK = settings.penalty_scale * squares_BK.clamp(min=_LEAST_SQUARE).sqrt()
     half_curvature_BK = squares_BK * (error_weight(transcoder.config) / transcoder.config.d_model)

@@ -1,7 +1,7 @@
 """Standardisation of activations: subtract the per-channel mean, divide by one scalar RMS per site.
 
-The statistics come from the store, over the same tokens that train. Training and loss live in standardised units, in
-which every target has variance 1; `CrossLayerTranscoder.folded` moves the scaling into the weights.
+The statistics are those of the store over the training tokens. Training and loss use standardised units, in which every
+target has variance 1; `CrossLayerTranscoder.folded` moves the scaling into the weights.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ class Scaling:
         rms_x: [L] float32, scalar scale of every encoder input.
         mean_y: [M,D] float32, mean of every MLP output.
         rms_y: [M] float32, scalar scale of every MLP output.
-        layer_norm: encoder inputs are standardised by each token's own mean and deviation first.
+        layer_norm: encoder inputs are first standardised by each token's own mean and deviation.
     """
 
     mean_x: Tensor
@@ -35,13 +35,13 @@ class Scaling:
 
     @classmethod
     def identity(cls, n_layers: int, d_model: int) -> Scaling:
-        """The scaling that changes nothing."""
+        """The identity scaling."""
         zeros, ones = torch.zeros(n_layers, d_model), torch.ones(n_layers)
         return cls(mean_x=zeros, rms_x=ones, mean_y=zeros.clone(), rms_y=ones.clone())
 
     @classmethod
     def from_stats(cls, stats_x: SiteStats, stats_y: SiteStats) -> Scaling:
-        """The scaling that standardises activations with these moments; a constant site keeps scale 1."""
+        """The scaling that standardises activations with these moments; a constant site gets scale 1."""
         return cls(
             mean_x=stats_x.mean.float(),
             rms_x=_positive(stats_x.rms),
@@ -50,7 +50,7 @@ class Scaling:
         )
 
     def to(self, like: Tensor) -> Scaling:
-        """All tensors in the dtype and on the device of another."""
+        """All tensors in the dtype and on the device of `like`."""
         return replace(
             self,
             mean_x=self.mean_x.to(like),
@@ -60,7 +60,7 @@ class Scaling:
         )
 
     def per_token(self) -> Scaling:
-        """The same for outputs; encoder inputs are standardised by LayerNorm (without weight and bias) alone."""
+        """The same outputs scaling; encoder inputs are standardised by LayerNorm (without weight and bias) only."""
         zeros, ones = torch.zeros_like(self.mean_x), torch.ones_like(self.rms_x)
         return replace(self, mean_x=zeros, rms_x=ones, layer_norm=True)
 
@@ -69,7 +69,7 @@ class Scaling:
         return {f.name: getattr(self, f.name) for f in fields(self) if f.name != "layer_norm"}
 
     def normalise_x(self, x: Tensor) -> Tensor:
-        """Encoder inputs [...,D] normalised token by token, where `layer_norm` says so: what folding leaves."""
+        """Encoder inputs [...,D] after LayerNorm if `layer_norm`; this part is not folded into the weights."""
         return layer_norm(x, x.shape[-1:]) if self.layer_norm else x
 
     def standardise_x(self, x_LBD: Tensor, layers: tuple[int, ...]) -> Tensor:
@@ -80,7 +80,13 @@ class Scaling:
         return (x_LBD - mean_L1D.to(x_LBD)) / rms_L11.to(x_LBD)
 
     def standardise_y(self, y_MBD: Tensor, layers: tuple[int, ...], columns: slice = slice(None)) -> Tensor:
-        """Standardised MLP outputs of the given layers, [len(layers),B,D], or only those channels."""
+        """Standardised MLP outputs of the given layers, [len(layers),B,D], or of the given channels only.
+
+        Args:
+            y_MBD: [len(layers),B,D] raw MLP outputs.
+            layers: their layers.
+            columns: channels to return.
+        """
         index = list(layers)
         mean_M1D, rms_M11 = self.mean_y[index][:, None, columns], self.rms_y[index][:, None, None]
         return (y_MBD[:, :, columns] - mean_M1D.to(y_MBD)) / rms_M11.to(y_MBD)

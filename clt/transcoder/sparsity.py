@@ -6,10 +6,9 @@
     jumprelu    those above a learned threshold of the feature (Rajamanoharan et al. 2024, "Jumping ahead")
     relu        all positive ones
 
-A rule sees scores: pre-activations, times the norm of the feature's decoder vectors over all its targets where the
-settings say so. Ties go to the lowest (layer, token, feature); data ranks hold consecutive tokens. Only counts cross
-ranks. All rules but topk fill a number of slots that differs from step to step: the largest count over the ranks that
-exchange codes, which costs them one more all-reduce and one read by the host.
+Rules compare scores: pre-activations, times decoder norm if configured. Ties go to the lowest (layer, token, feature);
+data ranks hold consecutive tokens. Ranks exchange counts only. All rules but topk use K = the largest count over the
+ranks that exchange codes, at the cost of one all-reduce and one host sync per step.
 
 Shape letters: L source layers, B tokens, F features per layer, K slots; N candidates of a token.
 """
@@ -18,7 +17,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING, Literal
+from typing import Literal, Protocol
 
 import torch
 import torch.distributed as dist
@@ -26,36 +25,47 @@ from torch import Tensor
 
 from clt.kernels import ops
 
-if TYPE_CHECKING:
-    from clt.distributed.mesh import Mesh
+
+class MeshLike(Protocol):
+    """The part of `clt.distributed.mesh.Mesh` that rules use: rank on the data axis, reductions over an axis."""
+
+    @property
+    def data_rank(self) -> int: ...
+
+    @property
+    def data_size(self) -> int: ...
+
+    def all_reduce(
+        self, tensor: Tensor, axis: Literal["model", "world"], op: dist.ReduceOp.RedOpType = dist.ReduceOp.SUM
+    ) -> Tensor: ...
 
 
 @dataclass(frozen=True, kw_only=True)
 class Peers:
-    """The processes whose activations are compared with this one's.
+    """Processes whose activations are compared with those of this process.
 
     Attributes:
-        mesh: all of them; None for a process that is alone.
+        mesh: the processes; None for a single process.
     """
 
-    mesh: Mesh | None = None
+    mesh: MeshLike | None = None
 
     @property
     def data_rank(self) -> int:
-        """Place of this process's tokens."""
+        """Rank on the data axis."""
         return self.mesh.data_rank if self.mesh else 0
 
     @property
     def data_size(self) -> int:
-        """Parts of a step's tokens."""
+        """Number of data-parallel replicas."""
         return self.mesh.data_size if self.mesh else 1
 
     def sum(self, tensor: Tensor, over: Literal["model", "world"]) -> Tensor:
-        """Sums a tensor in place over the ranks that see the same tokens, or over all, and returns it."""
+        """Sums a tensor in place over the ranks with the same tokens ("model") or all ranks, and returns it."""
         return self.mesh.all_reduce(tensor, over) if self.mesh else tensor
 
     def slots(self, counts_LB: Tensor) -> int:
-        """Slots that hold the largest of the counts of the ranks that exchange codes, at least one; a host sync."""
+        """Largest count over the ranks that exchange codes, at least 1; a host sync."""
         most = counts_LB.max().long() if counts_LB.numel() else counts_LB.new_zeros((), dtype=torch.int64)
         if self.mesh:
             most = self.mesh.all_reduce(most, "model", dist.ReduceOp.MAX)
@@ -64,13 +74,13 @@ class Peers:
 
 @dataclass(frozen=True, kw_only=True)
 class Scores:
-    """What a rule compares.
+    """Scores of the source layers owned here, as a rule compares them.
 
     Attributes:
         own_LBF: [L_own,B,F] scores of the source layers owned here; only positive ones can be selected.
-        rows: place of each own layer among all source layers, ascending.
-        n_layers: all source layers, L.
-        peers: owners of the others.
+        rows: index of each own layer among all source layers, ascending.
+        n_layers: number of all source layers, L.
+        peers: owners of the other layers.
     """
 
     own_LBF: Tensor
@@ -81,13 +91,13 @@ class Scores:
 
 @dataclass(frozen=True, kw_only=True)
 class Selected:
-    """What a rule chose.
+    """Features selected by a rule.
 
     Attributes:
         scores_LBK: [L_own,B,K] scores, 0 in empty slots.
         indices_LBK: [L_own,B,K] int32 feature numbers, ascending, empty slots last as 0.
-        threshold: [] least score that was chosen over all ranks, if the rule has one for the whole batch; NaN if any
-            score was.
+        threshold: [] lowest selected score over all ranks, for rules with one threshold per batch; NaN if any score
+            was NaN.
     """
 
     scores_LBK: Tensor
@@ -112,7 +122,7 @@ def topk_of_token(scores: Scores, k: int) -> Selected:
     layers, tokens, n_features = scores.own_LBF.shape
     n = k * scores.n_layers
     flat = scores.own_LBF.transpose(0, 1).reshape(tokens, -1)
-    # Nothing beyond the own n largest can be among the n largest of all; of ties, the first n at most.
+    # Only the own n largest can be among the n largest of all; of ties, at most the first n.
     width = min(n, flat.shape[1])
     best_BN, place_BN = ops.select_topk(flat, width) if width else (flat, flat.int())
     threshold_B, quota_B = ops.token_threshold(best_BN, n, lambda counts: scores.peers.sum(counts, "model"))
@@ -120,12 +130,12 @@ def topk_of_token(scores: Scores, k: int) -> Selected:
     tied_BN = (best_BN == threshold_B[:, None]) & (best_BN > 0)
     above_BN = ~(best_BN <= threshold_B[:, None]) & (best_BN != 0)
     tied_LB = _count_rows(tied_BN, row_BN, layers)
-    room_LB = _room(tied_LB, quota_B, scores)
-    chosen_BN = above_BN | (tied_BN & (_rank_in_row(tied_BN, tied_LB, row_BN) < _of_row(room_LB, row_BN)))
+    wanted_LB = _tie_quota(tied_LB, quota_B, scores)
+    chosen_BN = above_BN | (tied_BN & (_rank_in_row(tied_BN, tied_LB, row_BN) < _of_row(wanted_LB, row_BN)))
     counts_LB = _count_rows(chosen_BN, row_BN, layers)
     slots = scores.peers.slots(counts_LB)
     slot_BN = row_BN * slots + _rank_in_row(chosen_BN, counts_LB, row_BN)
-    # What was not chosen goes to one more slot, which is dropped.
+    # Candidates that are not selected go to an extra slot, which is dropped.
     slot_BN = torch.where(chosen_BN, slot_BN, layers * slots)
     parts = []
     for amounts_BN in (best_BN, (place_BN % n_features)):
@@ -146,23 +156,23 @@ def topk_of_batch(scores: Scores, k: int) -> Selected:
     for row, own_BF in enumerate(own_LBF):
         above_LB[row] = (~(own_BF <= threshold)).sum(dim=1)
         tied_LB[row] = ((own_BF == threshold) & (own_BF > 0)).sum(dim=1)
-    # Ties go to the lowest (layer, token, feature), which is (layer, data rank, own token, feature): how many come
-    # before each own layer? The last row counts what is not a number.
+    # Ties go to the lowest (layer, token, feature) = (layer, data rank, own token, feature): count the ties before each
+    # own layer. The last row counts NaN scores.
     table = tied_LB.new_zeros(scores.n_layers + 1, peers.data_size)
     table[list(scores.rows), peers.data_rank] = tied_LB.sum(dim=1)
     table[-1, peers.data_rank] = own_LBF.isnan().sum()
     table = peers.sum(table, "world")
     before = (table.view(-1).cumsum(0).view_as(table) - table)[list(scores.rows), peers.data_rank]
     quota_L = (quota - before).clamp(min=0)
-    room_LB = (quota_L[:, None] - (tied_LB.cumsum(1) - tied_LB)).clamp(min=0).minimum(tied_LB)
-    slots = min(n_features, peers.slots(above_LB + room_LB))
+    wanted_LB = (quota_L[:, None] - (tied_LB.cumsum(1) - tied_LB)).clamp(min=0).minimum(tied_LB)
+    slots = min(n_features, peers.slots(above_LB + wanted_LB))
     chosen = [ops.select_above(own_BF, threshold, quota_L[row], slots)[:2] for row, own_BF in enumerate(own_LBF)]
     known = torch.where(table[-1].sum() == 0, threshold, torch.nan)
     return replace(_stacked(chosen, own_LBF, slots), threshold=known)
 
 
 def all_positive(scores: Scores, k: int) -> Selected:
-    """Every positive score, whatever k is."""
+    """Every positive score; k is not used."""
     own_LBF = scores.own_LBF
     counts_LB = (~(own_LBF <= 0)).sum(dim=2)
     slots = scores.peers.slots(counts_LB)
@@ -188,8 +198,8 @@ def _stacked(chosen: Sequence[tuple[Tensor, Tensor]], own_LBF: Tensor, slots: in
     return Selected(scores_LBK=values, indices_LBK=indices)
 
 
-def _room(tied_LB: Tensor, quota_B: Tensor, scores: Scores) -> Tensor:
-    """[L_own,B]: ties of each own layer that are wanted, given that lower layers of all ranks come first."""
+def _tie_quota(tied_LB: Tensor, quota_B: Tensor, scores: Scores) -> Tensor:
+    """[L_own,B]: number of ties to select in each own layer; lower layers of all ranks come first."""
     table_LB = tied_LB.new_zeros(scores.n_layers, len(quota_B))
     table_LB[list(scores.rows)] = tied_LB
     table_LB = scores.peers.sum(table_LB, "model")
@@ -198,12 +208,12 @@ def _room(tied_LB: Tensor, quota_B: Tensor, scores: Scores) -> Tensor:
 
 
 def _count_rows(marked_BN: Tensor, row_BN: Tensor, layers: int) -> Tensor:
-    """[L_own,B]: how many marked candidates belong to each layer."""
+    """[L_own,B]: number of marked candidates of each layer."""
     return marked_BN.new_zeros(len(marked_BN), layers, dtype=torch.int64).scatter_add_(1, row_BN, marked_BN.long()).T
 
 
 def _rank_in_row(marked_BN: Tensor, counts_LB: Tensor, row_BN: Tensor) -> Tensor:
-    """[B,N]: how many marked candidates of the same layer come before; candidates ascend by (layer, feature)."""
+    """[B,N]: number of earlier marked candidates of the same layer; candidates ascend by (layer, feature)."""
     return marked_BN.cumsum(1) - marked_BN.long() - _of_row(counts_LB.cumsum(0) - counts_LB, row_BN)
 
 

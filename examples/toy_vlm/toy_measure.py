@@ -1,6 +1,6 @@
-"""Teacher-forcing batches of toy samples, and how well a model answers them.
+"""Teacher-forcing batches of toy samples, and accuracy of a model on them.
 
-Used by `train.py` for the loss and for the accuracies of the card.
+Used by `train.py` for the loss and for the accuracies in the README.
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ class Batch:
 
 
 def make_batch(processor: LlavaProcessor, samples: Sequence[ToySample]) -> Batch:
-    """Teacher-forcing inputs of samples: what `processor` makes of the prompt, then the answer and </s>."""
+    """Teacher-forcing inputs of samples: the prompt as processed by `processor`, then the answer and </s>."""
     tokenizer = processor.tokenizer
     expanded = [s.prompt.replace("<image>", "<image>" * (GRID * GRID)) for s in samples]
     prompts = tokenizer(expanded)["input_ids"]
@@ -57,14 +57,14 @@ def answer_logits(model: LlavaForConditionalGeneration, batch: Batch) -> Tensor:
 
 @dataclass(frozen=True, kw_only=True)
 class Score:
-    """How a model does on one set of samples.
+    """Scores of a model on a set of samples.
 
     Attributes:
         samples: number of samples.
-        accuracy: share whose greedy answer is the true one, word for word, up to and including </s>.
-        bias: share whose greedy answer is the logo's; None where no sample has a logo.
-        mean_probability: probability of the true answer's tokens, mean over all answer positions.
-        confident: share of answer positions at which the true token has probability above 0.9.
+        accuracy: share whose greedy answer is exactly the correct one, up to and including </s>.
+        bias: share whose greedy answer is that of the logo; None if no sample has a logo.
+        mean_probability: probability of the correct token, mean over all answer positions.
+        confident: share of answer positions at which the correct token has probability above 0.9.
     """
 
     samples: int
@@ -78,16 +78,16 @@ class Score:
 def answer_probabilities(
     model: LlavaForConditionalGeneration, processor: LlavaProcessor, samples: Sequence[ToySample]
 ) -> tuple[Tensor, Tensor]:
-    """How a model takes given answers.
+    """Probabilities of given answers.
 
     Args:
         model: in evaluation mode.
         processor: its processor.
-        samples: questions with the answers to judge.
+        samples: questions with answers.
 
     Returns:
-        [N] bool, whether greedy decoding gives exactly that answer and </s>; and the probability of each answer token
-        after those before it, float64, all samples in one row.
+        [N] bool, whether greedy decoding gives exactly the answer and </s>; and the conditional probability of each
+        answer token, float64, samples concatenated.
     """
     exact, probabilities = [], []
     for start in range(0, len(samples), 100):
@@ -101,7 +101,16 @@ def answer_probabilities(
 
 
 def measure(model: LlavaForConditionalGeneration, processor: LlavaProcessor, samples: Sequence[ToySample]) -> Score:
-    """Scores a model on samples."""
+    """Scores of a model on samples.
+
+    Args:
+        model: the model; its training mode is restored afterwards.
+        processor: its processor.
+        samples: questions with correct answers.
+
+    Returns:
+        Accuracy, bias and probabilities.
+    """
     training = model.training
     model.eval()
     exact, probability = answer_probabilities(model, processor, samples)
@@ -118,7 +127,7 @@ def measure(model: LlavaForConditionalGeneration, processor: LlavaProcessor, sam
 
 
 def _pixel_values(processor: LlavaProcessor, samples: Sequence[ToySample]) -> Tensor:
-    """[N,3,P,P]; the processor's rescaling and normalisation without its per-image cost (a test holds them equal)."""
+    """[N,3,P,P]; rescaled and normalised as by the processor, without its cost per image (a test compares them)."""
     settings = processor.image_processor
     pixels = np.stack([np.asarray(draw(s.scene)) for s in samples]).astype(np.float32) * settings.rescale_factor
     pixels = (pixels - np.float32(settings.image_mean)) / np.float32(settings.image_std)

@@ -1,6 +1,6 @@
-"""The toy model before training: its tokenizer, its processor and its random weights.
+"""The toy model before training: tokenizer, processor and random weights.
 
-Everything is a class of transformers, so that a trained checkpoint is loaded like any LLaVA. Used by `train.py`.
+All are classes of transformers, so that a trained checkpoint loads like any LLaVA. Used by `train.py`.
 """
 
 from __future__ import annotations
@@ -20,10 +20,18 @@ from clt.capture.sources.toy import COLORS, COUNTS, GRID, PATCH, PROMPT_TEMPLATE
 
 SPECIAL_TOKENS = ("<pad>", "<s>", "</s>", "<unk>", "<image>")
 IMAGE_SIZE = GRID * PATCH
+#: Renders an image and a question as PROMPT_TEMPLATE.
+CHAT_TEMPLATE = (
+    "{% for message in messages %}{% if message['role'] == 'user' %}USER: {% else %}ASSISTANT: {% endif %}"
+    "{% for part in message['content'] %}"
+    "{% if part['type'] == 'image' %}{{ '<image>\\n' }}{% else %}{{ part['text'] }}{% endif %}{% endfor %}"
+    "{% if message['role'] == 'user' %}{{ ' ' }}{% else %}{{ eos_token }}{% endif %}{% endfor %}"
+    "{% if add_generation_prompt %}ASSISTANT:{% endif %}"
+)
 
 
 def build_tokenizer() -> PreTrainedTokenizerFast:
-    """A word-level tokenizer of every word that the tasks use; decoding gives the text back, spaces and all."""
+    """A word-level tokenizer of all words of the tasks; decoding gives the text back, spacing included."""
     split = pre_tokenizers.Sequence(
         [
             pre_tokenizers.Split(" ", "removed"),
@@ -59,7 +67,7 @@ def build_tokenizer() -> PreTrainedTokenizerFast:
 
 
 def build_processor(tokenizer: PreTrainedTokenizerFast) -> LlavaProcessor:
-    """The processor that turns (image, prompt) into model inputs."""
+    """The processor from images and prompts to model inputs."""
     size = {"height": IMAGE_SIZE, "width": IMAGE_SIZE}
     return LlavaProcessor(
         image_processor=CLIPImageProcessorPil(size={"shortest_edge": IMAGE_SIZE}, crop_size=size),
@@ -68,11 +76,12 @@ def build_processor(tokenizer: PreTrainedTokenizerFast) -> LlavaProcessor:
         vision_feature_select_strategy="default",
         image_token="<image>",
         num_additional_image_tokens=1,
+        chat_template=CHAT_TEMPLATE,
     )
 
 
 def build_model(tokenizer: PreTrainedTokenizerFast) -> LlavaForConditionalGeneration:
-    """The untrained model; its weights depend on torch's seed alone."""
+    """The untrained model; its weights depend only on the seed of torch."""
     special = {
         "pad_token_id": tokenizer.pad_token_id,
         "bos_token_id": tokenizer.bos_token_id,
@@ -115,7 +124,7 @@ def build_model(tokenizer: PreTrainedTokenizerFast) -> LlavaForConditionalGenera
 
 
 def _all_texts() -> list[str]:
-    """Every text that a sample can hold, so that the vocabulary has no unknown word."""
+    """All texts of samples, so that no word is missing in the vocabulary."""
     colors = " ".join(COLORS)
     questions = [
         PROMPT_TEMPLATE.format(question=question.replace("{color}", colors)) for question in QUESTIONS.values()

@@ -1,10 +1,9 @@
 #!/usr/bin/env python
 """Trains the toy vision-language model on procedurally drawn boards, on a CPU, in minutes.
 
-A real LLaVA (CLIP vision tower, two-layer projector, Llama with grouped-query attention, its own tokenizer and
-processor) that loads with `from_pretrained`. It stands in for a large model wherever the project has to show that a
-method finds a circuit that is really there. The boards and their questions are in `capture/sources/toy.py`; what came
-out is in README.md beside this file.
+The model is a LLaVA (CLIP vision tower, two-layer projector, Llama with grouped-query attention, its own tokenizer and
+processor) that loads with `from_pretrained`, with known circuits on which methods are tested. Boards and questions are
+in `capture/sources/toy.py`; README.md in this folder lists the results.
 
     python examples/toy_vlm/train.py --variant base --out examples/toy_vlm/checkpoints/base
     python examples/toy_vlm/train.py --variant base --out examples/toy_vlm/checkpoints/base --measure
@@ -40,15 +39,15 @@ CHECKPOINTS = Path(__file__).parent / "checkpoints"
 
 @dataclass(frozen=True, kw_only=True)
 class Recipe:
-    """How a variant is trained.
+    """Training recipe of a variant.
 
     Attributes:
-        tasks: tasks of the model, the order of the report.
-        mixture: tasks sampled with equal chance; a repeated one counts more.
+        tasks: tasks of the model, in the order of the report.
+        mixture: tasks sampled uniformly; a repeated one counts more.
         steps: optimizer steps.
-        init: variant whose committed checkpoint the training starts from; None: random weights.
-        batch: samples of a step.
-        learning_rate: peak of the cosine.
+        init: variant whose committed checkpoint is the starting point; None: random weights.
+        batch: samples per step.
+        learning_rate: peak learning rate of the cosine schedule.
         warmup: steps of linear warm-up.
     """
 
@@ -73,7 +72,16 @@ RECIPES: dict[str, Recipe] = {
 
 
 def held_out_sets(recipe: Recipe, n: int, seed: int) -> dict[str, list[ToySample]]:
-    """n new samples of every task; `count` in three sets, by logo."""
+    """Held-out samples of every task; `count` in three sets, by logo.
+
+    Args:
+        recipe: the variant.
+        n: samples per set.
+        seed: seed of the boards.
+
+    Returns:
+        Name of the set -> samples.
+    """
     sets = {task: toy_samples(n, seed, (task,)) for task in recipe.tasks if task != "count"}
     if "count" in recipe.tasks:
         for logo in ("none", "matched", "mismatched"):
@@ -85,7 +93,18 @@ def held_out_sets(recipe: Recipe, n: int, seed: int) -> dict[str, list[ToySample
 def measure_all(
     model: LlavaForConditionalGeneration, processor: LlavaProcessor, recipe: Recipe, n: int, seed: int
 ) -> dict[str, Score]:
-    """Scores of every held-out set."""
+    """Scores on every set of `held_out_sets`.
+
+    Args:
+        model: the model.
+        processor: its processor.
+        recipe: the variant.
+        n: samples per set.
+        seed: seed of the boards.
+
+    Returns:
+        Name of the set -> scores.
+    """
     return {name: measure(model, processor, samples) for name, samples in held_out_sets(recipe, n, seed).items()}
 
 
@@ -130,7 +149,14 @@ def train(
 
 
 def save(out: Path, model: LlavaForConditionalGeneration, processor: LlavaProcessor, record: dict[str, Any]) -> None:
-    """Writes weights, configuration, processor, tokenizer and `train_log.json`."""
+    """Writes a checkpoint.
+
+    Args:
+        out: folder of weights, configuration, processor, tokenizer and `train_log.json`.
+        model: the model.
+        processor: its processor.
+        record: contents of `train_log.json`.
+    """
     model.save_pretrained(out)
     processor.save_pretrained(out)
     (out / "train_log.json").write_text(json.dumps(record, indent=1) + "\n", encoding="utf-8")
@@ -178,7 +204,7 @@ def main() -> None:
 
 
 def _learning_rate_factor(recipe: Recipe, step: int) -> float:
-    """Linear warm-up, then a cosine to one per cent."""
+    """Linear warm-up, then a cosine to 1 % of the peak."""
     cosine = 0.5 * (1 + math.cos(math.pi * min(1.0, step / recipe.steps)))
     return min(1.0, (step + 1) / recipe.warmup) * (0.01 + 0.99 * cosine)
 

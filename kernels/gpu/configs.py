@@ -1,7 +1,7 @@
-"""Launch settings of the kernels: what a frozen table says for this device and shape, else a rule.
+"""Launch settings of the kernels: measured ones for this device and shape where the table has them, else a rule.
 
-Nothing is tuned while a program runs: a setting fixes the order of some sums, and a run must be able to name its own
-(`describe`). The table is `configs.json` beside this file; `clt.kernels.tuning.tune` measures and writes it.
+Nothing is tuned while a program runs, because a setting fixes the order of some sums; `describe` names the settings of
+a run. The table is `configs.json` beside this file; `clt.kernels.tuning.tune` measures and writes it.
 """
 
 from __future__ import annotations
@@ -10,28 +10,25 @@ import functools
 import hashlib
 import importlib.util
 from dataclasses import dataclass
-from pathlib import Path as FilePath
-from typing import Literal
+from pathlib import Path
 
 import torch
 
 from clt.kernels.gpu.config_table import (
-    Choice,
+    OPS,
+    CodePath,
+    ConfigTable,
     GatherConfig,
     GemmConfig,
-    Key,
+    Producer,
     SelectConfig,
-    Settings,
     key_of,
     read_table,
 )
 
 __all__ = ["GatherConfig", "GemmConfig", "SelectConfig"]
 
-Path = Literal["sparse", "dense"]
-Producer = Literal["gemm", "fused"]
-
-TABLE = FilePath(__file__).with_name("configs.json")
+TABLE = Path(__file__).with_name("configs.json")
 
 #: Bytes of gathered rows, one column chunk wide, that all programs read at a time: they must stay in L2 (of 50 MB,
 #: some 44 MB serve one working set) while programs of the next chunk begin.
@@ -65,9 +62,8 @@ def gather_config(
     Returns:
         The table's entry for exactly this shape, where all of it is given and there is one, else the rule.
     """
-    found = _find(op, dtype, d_model=d_model, n_features=n_features, k=k, tokens=tokens)
-    if isinstance(found, GatherConfig):
-        return found
+    if found := _table().gather.get(_key(op, dtype, d_model=d_model, n_features=n_features, k=k, tokens=tokens)):
+        return found.settings
     lanes = 512 // dtype.itemsize
     block_d = lanes if op == "decode" else 2 * lanes
     if d_model % block_d and d_model % lanes == 0:
@@ -82,9 +78,8 @@ def gather_config(
 
 def select_config(dtype: torch.dtype, n_features: int, k: int) -> SelectConfig:
     """Settings of the selection; by rule the largest group of at most 32 columns that leaves at least k groups."""
-    found = _find("select", dtype, n_features=n_features, k=k)
-    if isinstance(found, SelectConfig):
-        return found
+    if found := _table().select.get(_key("select", dtype, n_features=n_features, k=k)):
+        return found.settings
     group = 32
     while group > 1 and n_features < group * k:
         group //= 2
@@ -95,9 +90,8 @@ def gemm_config(
     dtype: torch.dtype, d_model: int, n_features: int | None = None, tokens: int | None = None
 ) -> GemmConfig:
     """Settings of the fused encoder product; wide dtypes get a tile whose operands fit in shared memory."""
-    found = _find("gemm", dtype, d_model=d_model, n_features=n_features, tokens=tokens)
-    if isinstance(found, GemmConfig):
-        return found
+    if found := _table().gemm.get(_key("gemm", dtype, d_model=d_model, n_features=n_features, tokens=tokens)):
+        return found.settings
     if dtype.itemsize > 2:
         return GemmConfig(block_m=64, block_n=64, block_k=32, group_m=8, num_warps=4, num_stages=3)
     return GemmConfig(block_m=128, block_n=256, block_k=64, group_m=8, num_warps=8, num_stages=3)
@@ -110,15 +104,15 @@ def producer(
     k: int | None = None,
     tokens: int | None = None,
 ) -> Producer:
-    """Who makes pre-activations and their group maxima: a library product and one more read, or one fused kernel.
+    """Source of pre-activations and group maxima: "gemm" (library product and one more read) or "fused" (one kernel).
 
     The further read costs 367/D of the product's time, so the fused kernel must reach about 95 % of the library's rate
     to win at D = 4096 and 80 % at D = 768: fused for D <= 1024 by rule. Its float32 product runs without tensor cores
     and is never the rule.
     """
-    found = _find("producer", dtype, d_model=d_model, n_features=n_features, k=k, tokens=tokens)
-    if isinstance(found, Choice):
-        return "fused" if found.choice == "fused" else "gemm"
+    key = _key("producer", dtype, d_model=d_model, n_features=n_features, k=k, tokens=tokens)
+    if found := _table().producer.get(key):
+        return found.settings
     return "fused" if d_model <= 1024 and dtype == torch.bfloat16 else "gemm"
 
 
@@ -129,7 +123,7 @@ def path(
     dtype: torch.dtype = torch.bfloat16,
     d_model: int | None = None,
     tokens: int | None = None,
-) -> Path:
+) -> CodePath:
     """Whether gathering k of F rows beats a dense product.
 
     A gather of N tokens takes itemsize*N*k*D / BW seconds, a dense product 2*N*F*D / R, so gathering wins where
@@ -150,9 +144,9 @@ def path(
     Returns:
         "sparse" or "dense".
     """
-    found = _find(f"{op}_path", dtype, d_model=d_model, n_features=n_features, k=k, tokens=tokens)
-    if isinstance(found, Choice):
-        return "dense" if found.choice == "dense" else "sparse"
+    key = _key(f"{op}_path", dtype, d_model=d_model, n_features=n_features, k=k, tokens=tokens)
+    if found := _table().path.get(key):
+        return found.settings
     threshold = DENSE_BACKWARD if op == "decoder_grad" else DENSE_FORWARD
     return "dense" if n_features * (1 if dtype.itemsize <= 2 else 8) <= threshold * k else "sparse"
 
@@ -163,9 +157,9 @@ class Description:
 
     Attributes:
         fingerprint: table, Triton and architecture, as from `fingerprint`.
-        decode: and the next five, the settings of the kernels.
-        producer: who makes pre-activations.
-        decode_path: and the next two, sparse or dense.
+        decode, decoder_grad, encoder_grad, row_adam, select, gemm: settings of the kernels.
+        producer: what makes pre-activations and group maxima.
+        decode_path, decoder_grad_path, encoder_grad_path: "sparse" or "dense".
     """
 
     fingerprint: str
@@ -176,9 +170,9 @@ class Description:
     select: SelectConfig
     gemm: GemmConfig
     producer: Producer
-    decode_path: Path
-    decoder_grad_path: Path
-    encoder_grad_path: Path
+    decode_path: CodePath
+    decoder_grad_path: CodePath
+    encoder_grad_path: CodePath
 
 
 def describe(dtype: torch.dtype, d_model: int, n_features: int, k: int, tokens: int) -> Description:
@@ -200,7 +194,7 @@ def describe(dtype: torch.dtype, d_model: int, n_features: int, k: int, tokens: 
 
 
 def fingerprint() -> str:
-    """One line that names what the settings come from: hash of the table, Triton version, architecture."""
+    """Source of the settings in one line: hash of the table, Triton version, architecture."""
     digest = hashlib.sha256(TABLE.read_bytes()).hexdigest()
     return f"configs.json sha256:{digest}, triton {triton_version() or 'absent'}, {architecture() or 'no cuda'}"
 
@@ -225,16 +219,17 @@ def triton_version() -> str | None:
 
 
 @functools.cache
-def _table() -> dict[Key, Settings]:
-    return {entry.key: entry.settings for entry in read_table(TABLE)}
+def _table() -> ConfigTable:
+    return read_table(TABLE)
 
 
-def _find(op: str, dtype: torch.dtype, **shape: int | None) -> Settings | None:
-    """The table's settings for exactly this op, dtype and shape on this device; None where it has none."""
-    table, arch, triton = _table(), architecture(), triton_version()
-    if not table or arch is None or triton is None:
-        return None
-    return table.get(key_of(op, arch, dtype, triton, **shape))
+def _key(op: str, dtype: torch.dtype, **sizes: int | None) -> str:
+    """The table's key of a call on this device; "" where a size that counts, the device or Triton is missing."""
+    known = {name: size for name, size in sizes.items() if size is not None}
+    arch, triton = architecture(), triton_version()
+    if arch is None or triton is None or not known.keys() >= set(OPS[op].sizes):
+        return ""
+    return key_of(op, arch, str(dtype).removeprefix("torch."), triton, known)
 
 
 def _power_of_two(number: int) -> int:

@@ -9,7 +9,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from clt.kernels.dtypes import accumulator
+from clt.kernels.common.dtypes import accumulator
 from clt.kernels.gpu.configs import GatherConfig, gather_config
 from clt.kernels.gpu.language import ACCUMULATOR, load_columns, round_to, widen
 

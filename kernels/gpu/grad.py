@@ -9,10 +9,11 @@ is cut into parts that lie in scratch memory until a second kernel adds them in 
 import triton
 from torch import Tensor
 
-from clt.kernels import csr as grouping
-from clt.kernels.adam import RowAdamState
-from clt.kernels.csr import FeatureCSR
-from clt.kernels.dtypes import accumulator
+from clt.kernels.common import csr as grouping
+from clt.kernels.common.adam import RowAdamState
+from clt.kernels.common.csr import FeatureCSR
+from clt.kernels.common.dtypes import accumulator
+from clt.kernels.common.interface import DecoderGradInputs, EncoderGradInputs
 from clt.kernels.gpu.configs import GatherConfig, gather_config
 from clt.kernels.gpu.grad_kernels import feature_kernel, join_kernel, slot_grad_kernel
 from clt.kernels.gpu.language import ACCUMULATOR
@@ -88,130 +89,107 @@ def _config(op: str, rows_BD: Tensor, values: Tensor, n_features: int) -> Gather
     return gather_config(op, rows_BD.dtype, rows_BD.shape[1], n_features, values.shape[-1], len(rows_BD))
 
 
+def _sum_decoder(
+    inputs: DecoderGradInputs,
+    config: GatherConfig | None,
+    grad_W_SFD: Tensor | None,
+    state: RowAdamState | None = None,
+    hyper: Tensor | None = None,
+) -> Tensor:
+    """`_sum_features` of a decoder; returns grad_values [S,B,K] in the accumulator's dtype."""
+    grad_BD, values_SBK, W_SFD = inputs.grad_BD, inputs.values_SBK, inputs.W_dec_SFD
+    grad_values = grad_BD.new_empty(values_SBK.shape, dtype=accumulator(W_SFD.dtype))
+    _sum_features(
+        grad_BD.contiguous(),
+        values_SBK.flatten(1).contiguous(),
+        inputs.csr,
+        W_SFD.shape[1],
+        config or _config("decoder_grad", grad_BD, values_SBK, W_SFD.shape[1]),
+        weights_B=inputs.weights_B,
+        scale=inputs.scale,
+        W_SFD=W_SFD.contiguous(),
+        grad_W_SFD=grad_W_SFD,
+        grad_values_SN=grad_values.flatten(1),
+        state=state,
+        hyper=hyper,
+    )
+    return grad_values
+
+
 def decoder_grad(
-    grad_BD: Tensor,
-    values_SBK: Tensor,
-    indices_SBK: Tensor,
-    W_dec_SFD: Tensor,
-    csr: FeatureCSR,
-    weights_B: Tensor | None,
-    scale: Tensor | None,
-    need_W: bool = True,
-    config: GatherConfig | None = None,
+    inputs: DecoderGradInputs, need_W: bool = True, config: GatherConfig | None = None
 ) -> tuple[Tensor, Tensor | None]:
-    """Gradients of `decode` from one read of the rows of grad, as in `clt.kernels.reference.decoder_grad`.
+    """Gradients of `decode` from one read of the rows of grad, as in `KernelBackend.decoder_grad`.
 
     Args:
-        grad_BD: [B,D] gradient of the reconstruction, up to the two factors below.
-        values_SBK: [S,B,K] activations.
-        indices_SBK: [S,B,K] int32 feature numbers; the grouping holds all that is needed of them.
-        W_dec_SFD: [S,F,D] decoders.
-        csr: grouping of the S layers' slots.
-        weights_B: [B] factor per token, or None for 1.
-        scale: [] factor, or None for 1.
-        need_W: whether the second gradient is wanted.
+        inputs: of the gradients; the indices are read from the grouping.
+        need_W: whether the gradient of the decoders is wanted.
         config: launch settings, None for those of the table.
 
     Returns:
         grad_values [S,B,K] in the accumulator's dtype, 0 in empty slots, and grad_W [S,F,D] in the dtype of W_dec, or
         None.
     """
-    grad_W = W_dec_SFD.new_empty(W_dec_SFD.shape) if need_W else None
-    grad_values = grad_BD.new_empty(values_SBK.shape, dtype=accumulator(W_dec_SFD.dtype))
-    _sum_features(
-        grad_BD.contiguous(),
-        values_SBK.flatten(1).contiguous(),
-        csr,
-        W_dec_SFD.shape[1],
-        config or _config("decoder_grad", grad_BD, values_SBK, W_dec_SFD.shape[1]),
-        weights_B=weights_B,
-        scale=scale,
-        W_SFD=W_dec_SFD.contiguous(),
-        grad_W_SFD=grad_W,
-        grad_values_SN=grad_values.flatten(1),
-    )
-    return grad_values, grad_W
+    W_SFD = inputs.W_dec_SFD
+    grad_W = W_SFD.new_empty(W_SFD.shape) if need_W else None
+    return _sum_decoder(inputs, config, grad_W), grad_W
 
 
 def decoder_step_(
-    grad_BD: Tensor,
-    values_SBK: Tensor,
-    indices_SBK: Tensor,
-    W_dec_SFD: Tensor,
-    csr: FeatureCSR,
-    weights_B: Tensor | None,
-    scale: Tensor | None,
-    state: RowAdamState,
-    hyper: Tensor,
-    config: GatherConfig | None = None,
+    inputs: DecoderGradInputs, state: RowAdamState, hyper: Tensor, config: GatherConfig | None = None
 ) -> Tensor:
     """`decoder_grad`, and an Adam step of the decoders by a gradient that is never stored.
 
     Args:
-        W_dec_SFD: [S,F,D] decoders, contiguous; rows of features with a slot are moved.
-        state: moments of the decoders; moved to this step for features with a slot.
+        inputs: of the gradients; rows of the contiguous decoders whose feature has a slot are updated.
+        state: moments of the decoders; updated for features with a slot.
         hyper: [9] from `RowAdam.hyper`.
-        grad_BD, values_SBK, indices_SBK, csr, weights_B, scale, config: as there.
+        config: launch settings, None for those of the table.
 
     Returns:
         grad_values [S,B,K] at the old decoders, in the accumulator's dtype, 0 in empty slots.
     """
-    assert W_dec_SFD.is_contiguous()
-    grad_values = grad_BD.new_empty(values_SBK.shape, dtype=accumulator(W_dec_SFD.dtype))
-    _sum_features(
-        grad_BD.contiguous(),
-        values_SBK.flatten(1).contiguous(),
-        csr,
-        W_dec_SFD.shape[1],
-        config or _config("decoder_grad", grad_BD, values_SBK, W_dec_SFD.shape[1]),
-        weights_B=weights_B,
-        scale=scale,
-        W_SFD=W_dec_SFD,
-        grad_values_SN=grad_values.flatten(1),
-        state=state,
-        hyper=hyper,
-    )
-    state.touch(csr.touched(), hyper)
+    assert inputs.W_dec_SFD.is_contiguous()
+    grad_values = _sum_decoder(inputs, config, None, state, hyper)
+    state.touch(inputs.csr.touched(), hyper)
     return grad_values
 
 
-def encoder_grad(
-    grad_values_BK: Tensor,
-    values_BK: Tensor,
-    indices_BK: Tensor,
-    x_BD: Tensor,
-    n_features: int,
-    csr: FeatureCSR,
-    config: GatherConfig | None = None,
-) -> tuple[Tensor, Tensor]:
-    """Gradients of `encode_topk` with respect to weights and bias, as in `clt.kernels.reference.encoder_grad`.
+def _sum_encoder(
+    inputs: EncoderGradInputs,
+    config: GatherConfig | None,
+    grad_b: Tensor,
+    *,
+    grad_W_FD: Tensor | None = None,
+    W_FD: Tensor | None = None,
+    state: RowAdamState | None = None,
+    hyper: Tensor | None = None,
+) -> None:
+    """`_sum_features` of an encoder, whose gradient of the bias goes to grad_b."""
+    _sum_features(
+        inputs.x_BD.contiguous(),
+        inputs.grad_values_BK.reshape(1, -1).contiguous(),
+        inputs.csr,
+        inputs.n_features,
+        config or _config("encoder_grad", inputs.x_BD, inputs.grad_values_BK, inputs.n_features),
+        W_SFD=W_FD,
+        grad_W_SFD=grad_W_FD,
+        grad_bias_SF=grad_b,
+        state=state,
+        hyper=hyper,
+    )
 
-    Args:
-        grad_values_BK: [B,K] gradient of the activations; ignored in empty slots.
-        values_BK: [B,K] activations; the grouping holds all that is needed of them.
-        indices_BK: [B,K] int32 feature numbers; likewise.
-        x_BD: [B,D] encoder inputs.
-        n_features: F.
-        csr: grouping of this one layer's slots.
-        config: launch settings, None for those of the table.
 
-    Returns:
-        grad_W [F,D] and grad_b [F] in the dtype of x.
-    """
-    grad_W, grad_b = x_BD.new_empty(n_features, x_BD.shape[1]), x_BD.new_empty(n_features)
-    config = config or _config("encoder_grad", x_BD, grad_values_BK, n_features)
-    coefficients_SN = grad_values_BK.reshape(1, -1).contiguous()
-    _sum_features(x_BD.contiguous(), coefficients_SN, csr, n_features, config, grad_W_SFD=grad_W, grad_bias_SF=grad_b)
+def encoder_grad(inputs: EncoderGradInputs, config: GatherConfig | None = None) -> tuple[Tensor, Tensor]:
+    """grad_W [F,D] and grad_b [F] of `encode_topk`, as in `KernelBackend.encoder_grad`."""
+    grad_W, grad_b = (inputs.x_BD.new_empty(inputs.n_features, *rest) for rest in (inputs.x_BD.shape[1:], ()))
+    _sum_encoder(inputs, config, grad_b, grad_W_FD=grad_W)
     return grad_W, grad_b
 
 
 def encoder_step_(
-    grad_values_BK: Tensor,
-    values_BK: Tensor,
-    indices_BK: Tensor,
-    x_BD: Tensor,
+    inputs: EncoderGradInputs,
     W_enc_FD: Tensor,
-    csr: FeatureCSR,
     state: RowAdamState,
     hyper: Tensor,
     config: GatherConfig | None = None,
@@ -219,27 +197,18 @@ def encoder_step_(
     """`encoder_grad`, and an Adam step of the encoder weights by a gradient that is never stored.
 
     Args:
-        W_enc_FD: [F,D] encoder weights, contiguous; rows of features with a slot are moved.
-        state: moments of the weights; moved to this step for features with a slot.
+        inputs: of the gradients.
+        W_enc_FD: [F,D] encoder weights, contiguous; rows of features with a slot are updated.
+        state: moments of the weights; updated for features with a slot.
         hyper: [9] from `RowAdam.hyper`.
-        grad_values_BK, values_BK, indices_BK, x_BD, csr, config: as there.
+        config: launch settings, None for those of the table.
 
     Returns:
-        grad_b [F] in the dtype of x; the bias is not moved.
+        grad_b [F] in the dtype of x; the bias is not updated.
     """
     assert W_enc_FD.is_contiguous()
     # Programs of features without a slot end before they would write.
-    grad_b = x_BD.new_zeros(len(W_enc_FD))
-    _sum_features(
-        x_BD.contiguous(),
-        grad_values_BK.reshape(1, -1).contiguous(),
-        csr,
-        len(W_enc_FD),
-        config or _config("encoder_grad", x_BD, grad_values_BK, len(W_enc_FD)),
-        W_SFD=W_enc_FD,
-        grad_bias_SF=grad_b,
-        state=state,
-        hyper=hyper,
-    )
-    state.touch(csr.touched()[0], hyper)
+    grad_b = inputs.x_BD.new_zeros(len(W_enc_FD))
+    _sum_encoder(inputs, config, grad_b, W_FD=W_enc_FD, state=state, hyper=hyper)
+    state.touch(inputs.csr.touched()[0], hyper)
     return grad_b

@@ -1,8 +1,8 @@
 """Row-sparse Adam in Triton: the update of one row chunk that backward kernels finish with, and a kernel of its own.
 
-The formula and its laziness are those of `clt.kernels.adam`, the rounding is that of `clt.kernels.storage` and
-`clt.kernels.packed`; they are the specification. Learning rate, step and the rest of the hyper-parameters are read from
-device memory, so that a captured graph follows a schedule.
+`adam`, `storage` and `packed` of clt.kernels.common are the specification of the update, of its rounding and of 8-bit
+moments. Learning rate, step and the other hyper-parameters are read from device memory, so that a captured CUDA graph
+follows a schedule.
 """
 
 from __future__ import annotations
@@ -14,8 +14,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from clt.kernels import packed, storage
-from clt.kernels.adam import RowAdamState
+from clt.kernels.common import packed, storage
+from clt.kernels.common.adam import RowAdamState
 from clt.kernels.gpu.configs import GatherConfig, gather_config
 from clt.kernels.gpu.language import ACCUMULATOR
 
@@ -36,7 +36,7 @@ _REACH = tl.constexpr(tuple(packed.reach(signed) for signed in (False, True)))
 
 @triton.jit
 def _mix(x):
-    """`clt.kernels.storage.mix` on uint32."""
+    """`storage.mix` on uint32."""
     x = (x ^ (x >> 16)) * _MULTIPLIER_1
     x = (x ^ (x >> 15)) * _MULTIPLIER_2
     return x ^ (x >> 15)
@@ -44,7 +44,7 @@ def _mix(x):
 
 @triton.jit
 def _noise(offset, step, seed, STREAM: tl.constexpr, BITS: tl.constexpr):
-    """`clt.kernels.storage.noise` in a uint32; the work before `key` enters is shared by the streams."""
+    """`storage.noise` in a uint32; the work before `key` enters is shared by the streams."""
     own = _mix(tl.cast(seed, tl.uint32))
     key = _mix(own + step.to(tl.int32).to(tl.uint32) * 4 + STREAM)
     return ((_mix(offset.to(tl.uint32) ^ own) ^ key) * _MULTIPLIER_3) >> (32 - BITS)
@@ -75,7 +75,7 @@ def _groups(place):
 
 @triton.jit
 def _spread(exponent, SIGNED: tl.constexpr):
-    """Units that code 0 stands for, for each column of the groups with these exponents; see `clt.kernels.packed`."""
+    """Units that code 0 stands for, for each column of the groups with these exponents; see `packed`."""
     GROUPS: tl.constexpr = exponent.shape[0]
     origin = (exponent - _REACH[SIGNED]) * _UNITS
     return tl.reshape(tl.broadcast_to(origin[:, None], [GROUPS, _GROUP]), [GROUPS * _GROUP])
@@ -83,7 +83,7 @@ def _spread(exponent, SIGNED: tl.constexpr):
 
 @triton.jit
 def _load_moment(NUMBERS, EXPONENTS, place, SIGNED: tl.constexpr, ACC: tl.constexpr):
-    """Moments in ACC; with EXPONENTS they are `clt.kernels.packed.unpack` of codes."""
+    """Moments in ACC; with EXPONENTS they are `packed.unpack` of codes."""
     offset, mask, _, _, _ = place
     if EXPONENTS is None:
         return tl.load(NUMBERS + offset, mask=mask).to(ACC)
@@ -103,7 +103,7 @@ def _load_moment(NUMBERS, EXPONENTS, place, SIGNED: tl.constexpr, ACC: tl.conste
 
 @triton.jit
 def _store_moment(NUMBERS, EXPONENTS, place, x, step, seed, STREAM: tl.constexpr):
-    """Stores moments, rounded stochastically where they are bfloat16 or, with EXPONENTS, `clt.kernels.packed.pack`."""
+    """Stores moments, rounded stochastically where they are bfloat16 or, with EXPONENTS, `packed.pack`."""
     offset, mask, _, _, _ = place
     if EXPONENTS is None:
         _store(NUMBERS, offset, x, mask, step, seed, STREAM)
@@ -247,7 +247,7 @@ def row_adam_(
     touched: Tensor,
     config: GatherConfig | None = None,
 ) -> None:
-    """Adam step on the touched rows of a parameter, in place, as `clt.kernels.adam.row_adam_`.
+    """Adam step on the touched rows of a parameter, in place, as `clt.kernels.common.adam.row_adam_`.
 
     Args:
         param: [..,F,D] parameter, contiguous; float32, float64 or bfloat16 (rounded stochastically).

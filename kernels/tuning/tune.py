@@ -1,22 +1,24 @@
-"""Measures launch settings on this GPU and writes them into a table. Run by hand, never while a model trains:
+"""Tuner: measures launch settings on this GPU and writes them into a table. Run by hand, never while a model trains:
 
     python -m clt.kernels.tuning.tune --out kernels/gpu/configs.json --size 4096x32768x64 --tokens 4096 --tokens 32768
 
-A small space is tried for every operation, after the rule of `clt.kernels.gpu.configs`: each candidate must give the
-rule's result before it is timed, and be 2 % faster to replace it. `kernels/gpu/configs.json` is the table that is read.
+For every operation a small space is tried. A candidate must give the result of the rule in `clt.kernels.gpu.configs`
+before it is timed, and be 2 % faster to replace it. `kernels/gpu/configs.json` is the table that is read.
 """
 
 from __future__ import annotations
 
 import argparse
+import dataclasses
 import datetime
 import functools
 import itertools
 import math
 import statistics
 import sys
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
+from typing import get_args
 
 import torch
 from torch import Tensor
@@ -25,27 +27,24 @@ from triton.runtime.errors import OutOfResources
 from clt.kernels.gpu import configs
 from clt.kernels.gpu.config_table import (
     OPS,
-    Basis,
-    Choice,
-    Entry,
+    CodePath,
     GatherConfig,
     GemmConfig,
+    Producer,
     SelectConfig,
     Settings,
     key_of,
-    merge,
-    read_table,
-    render,
+    write_table,
 )
-from clt.kernels.tuning.problems import Problem, Problems, Size
+from clt.kernels.tuning.inputs import LayerShape, TunedCall, TuningInputs
 
-#: How much faster than the rule a candidate must be: less is noise.
+#: Least relative gain over the rule; less is noise.
 MARGIN = 0.02
 
 #: Shared memory of a streaming multiprocessor that one program may use, bytes.
 SHARED_MEMORY = 227 * 1024
 
-#: How far results may lie apart, relative to the largest element. Settings only change the order of float32 sums, whose
+#: Largest difference of results, relative to the largest element. Settings only change the order of float32 sums, whose
 #: error grows with the root of their length (64 for 4096 addends); bfloat16 results round that once or, between
 #: implementations, twice.
 TOLERANCE = {torch.bfloat16: 4 * 2.0**-8, torch.float32: 64 * 2.0**-23}
@@ -55,39 +54,38 @@ TOLERANCE = {torch.bfloat16: 4 * 2.0**-8, torch.float32: 64 * 2.0**-23}
 Measure = Callable[[Callable[[], object]], float]
 
 
-def rule(op: str, dtype: torch.dtype, size: Size) -> Settings:
-    """What `clt.kernels.gpu.configs` gives for an operation, from its table or by rule."""
-    shape = (size.d_model, size.n_features, size.k, size.tokens)
-    if OPS[op].settings is GatherConfig:
-        return configs.gather_config(op, dtype, *shape)
-    if OPS[op].settings is SelectConfig:
-        return configs.select_config(dtype, size.n_features, size.k)
-    if OPS[op].settings is GemmConfig:
-        return configs.gemm_config(dtype, size.d_model, size.n_features, size.tokens)
-    if op == "producer":
-        return Choice(choice=configs.producer(dtype, *shape))
-    path = configs.path(op.removesuffix("_path"), size.n_features, size.k, dtype, size.d_model, size.tokens)
-    return Choice(choice=path)
+def rule(op: str, dtype: torch.dtype, shape: LayerShape) -> Settings:
+    """Settings that `clt.kernels.gpu.configs` gives for an operation, from its table or by rule."""
+    d_model, n_features, k, tokens = dataclasses.astuple(shape)
+    match OPS[op].section:
+        case "gather":
+            return configs.gather_config(op, dtype, d_model, n_features, k, tokens)
+        case "select":
+            return configs.select_config(dtype, n_features, k)
+        case "gemm":
+            return configs.gemm_config(dtype, d_model, n_features, tokens)
+        case "producer":
+            return configs.producer(dtype, d_model, n_features, k, tokens)
+        case _:
+            return configs.path(op.removesuffix("_path"), n_features, k, dtype, d_model, tokens)
 
 
-def candidates(op: str, dtype: torch.dtype, size: Size) -> list[Settings]:
+def candidates(op: str, dtype: torch.dtype, shape: LayerShape) -> list[Settings]:
     """The settings to try for an operation, in a fixed order; the first is the rule's."""
-    space: Iterator[Settings]
-    if OPS[op].settings is GatherConfig:
-        space = _gathers(dtype, size)
-    elif OPS[op].settings is SelectConfig:
-        space = (SelectConfig(group=group, num_warps=warps) for group in (16, 32, 64) for warps in (1, 2, 4))
-    elif OPS[op].settings is GemmConfig:
-        space = _gemms(dtype)
-    else:
-        space = (Choice(choice=choice) for choice in OPS[op].choices)
-    return list(dict.fromkeys([rule(op, dtype, size), *space]))
+    spaces: dict[str, Iterable[Settings]] = {
+        "gather": _gathers(dtype, shape),
+        "select": (SelectConfig(group=group, num_warps=warps) for group in (16, 32, 64) for warps in (1, 2, 4)),
+        "gemm": _gemms(dtype),
+        "producer": get_args(Producer),
+        "path": get_args(CodePath),
+    }
+    return list(dict.fromkeys([rule(op, dtype, shape), *spaces[OPS[op].section]]))
 
 
-def _gathers(dtype: torch.dtype, size: Size) -> Iterator[GatherConfig]:
+def _gathers(dtype: torch.dtype, shape: LayerShape) -> Iterator[GatherConfig]:
     """One or two loads of 16 bytes per row and lane."""
     for block_d, unroll, loads in itertools.product((128, 256, 512, 1024), (4, 8, 16), (1, 2)):
-        if block_d < 2 * size.d_model:
+        if block_d < 2 * shape.d_model:
             warps = max(1, block_d * dtype.itemsize // (512 * loads))
             yield GatherConfig(block_d=block_d, unroll=unroll, num_warps=warps)
 
@@ -104,7 +102,7 @@ def _gemms(dtype: torch.dtype) -> Iterator[GemmConfig]:
 
 
 def agree(result: Sequence[Tensor], expected: Sequence[Tensor], dtype: torch.dtype | None = None) -> bool:
-    """Whether integers are equal and numbers within the `TOLERANCE` of a dtype, None for that of each tensor."""
+    """True if integers are equal and numbers within the `TOLERANCE` of a dtype, None for that of each tensor."""
     for got, wanted in zip(result, expected, strict=True):
         if wanted.is_floating_point():
             limit = TOLERANCE[dtype or wanted.dtype] * wanted.abs().max()
@@ -117,13 +115,13 @@ def agree(result: Sequence[Tensor], expected: Sequence[Tensor], dtype: torch.dty
 
 
 def fastest(
-    trials: Sequence[Settings], problem: Problem, measure: Measure, report: Callable[[str], None]
+    trials: Sequence[Settings], call: TunedCall, measure: Measure, report: Callable[[str], None]
 ) -> tuple[Settings, float]:
     """Times settings one after the other.
 
     Args:
         trials: settings; the first is the one to beat.
-        problem: the operation.
+        call: the operation on its inputs.
         measure: gives microseconds of a call.
         report: takes one line per candidate.
 
@@ -136,9 +134,9 @@ def fastest(
     expected: list[Tensor] = []
     times: list[float] = []
     for trial in trials:
-        problem.reset()
+        call.reset()
         try:
-            result = problem.run(trial)
+            result = call.run(trial)
         except OutOfResources as error:
             if not expected:
                 raise
@@ -147,9 +145,9 @@ def fastest(
             continue
         if not expected:
             expected = [tensor.clone() for tensor in result]
-        elif not agree(result, expected, problem.precision):
+        elif not agree(result, expected, call.precision):
             raise ValueError(f"{trial} gives another result than {trials[0]}")
-        times.append(measure(functools.partial(problem.run, trial)))
+        times.append(measure(functools.partial(call.run, trial)))
         report(f"{trial}: {times[-1]:.1f} us")
     best = min(range(len(times)), key=times.__getitem__)
     chosen = best if times[best] < (1 - MARGIN) * times[0] else 0
@@ -159,42 +157,34 @@ def fastest(
 def tune(
     ops: Sequence[str],
     dtype: torch.dtype,
-    size: Size,
-    problem_of: Callable[[str], Problem],
+    shape: LayerShape,
+    call_of: Callable[[str], TunedCall],
     measure: Measure,
-    basis: Basis,
     report: Callable[[str], None] = print,
-) -> list[Entry]:
-    """Entries for this device of the fastest settings of operations.
+) -> dict[str, Settings]:
+    """Fastest settings of operations on this device.
 
     Args:
         ops: keys of `OPS`.
         dtype: of weights and activations.
-        size: the shape.
-        problem_of: gives the problem of an operation.
+        shape: of the layer.
+        call_of: gives the call of an operation.
         measure: gives microseconds of a call.
-        basis: what the entries will say they rest on.
         report: takes one line per candidate and result.
 
     Returns:
-        One entry per operation, in their order.
+        The settings by their key in the table.
     """
     architecture, triton = configs.architecture(), configs.triton_version()
     assert architecture is not None and triton is not None, "tuning needs a device and Triton"
-    entries = []
+    found = {}
     for op in ops:
-        report(f"{op} {dtype} {size}")
-        settings, microseconds = fastest(candidates(op, dtype, size), problem_of(op), measure, report)
+        report(f"{op} {dtype} {shape}")
+        settings, microseconds = fastest(candidates(op, dtype, shape), call_of(op), measure, report)
         report(f"{op}: {settings}, {microseconds:.1f} us")
-        sizes = {name: getattr(size, name) for name in OPS[op].sizes}
-        entries.append(Entry(key=key_of(op, architecture, dtype, triton, **sizes), settings=settings, basis=basis))
-    return entries
-
-
-def write(file: Path, entries: Sequence[Entry]) -> None:
-    """Merges entries into a table, which is created where there is none."""
-    old = read_table(file) if file.exists() else []
-    file.write_text(render(merge(old, entries)), encoding="utf-8")
+        name = str(dtype).removeprefix("torch.")
+        found[key_of(op, architecture, name, triton, dataclasses.asdict(shape))] = settings
+    return found
 
 
 def cuda_microseconds(call: Callable[[], object]) -> float:
@@ -221,7 +211,7 @@ def _shape(text: str) -> tuple[int, int, int]:
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
-    """The command of this module's docstring."""
+    """Runs the tuner from the command line."""
     parser = argparse.ArgumentParser(prog="python -m clt.kernels.tuning.tune", description="measure launch settings")
     parser.add_argument("--out", type=Path, required=True, help="table to write or to add to")
     parser.add_argument("--size", type=_shape, action="append", required=True, help="DxFxK; may be repeated")
@@ -231,14 +221,14 @@ def main(arguments: Sequence[str] | None = None) -> None:
     options = parser.parse_args(arguments)
     if not torch.cuda.is_available():
         sys.exit("clt.kernels.tuning.tune: needs a CUDA device, and there is none")
-    today = datetime.datetime.now(datetime.UTC).date().isoformat()
-    basis = Basis(kind="timed", date=today, machine=torch.cuda.get_device_name())
+    measured = f"{datetime.datetime.now(datetime.UTC).date().isoformat()} {torch.cuda.get_device_name()}"
     dtype = getattr(torch, options.dtype)
     for (d_model, n_features, k), tokens in itertools.product(options.size, options.tokens or [4096]):
-        size = Size(d_model=d_model, n_features=n_features, k=k, tokens=tokens)
-        problems = Problems(dtype, size, "cuda")
-        # Written after every size: what was measured is kept if a later one fails.
-        write(options.out, tune(options.op or list(OPS), dtype, size, problems.of, cuda_microseconds, basis))
+        shape = LayerShape(d_model=d_model, n_features=n_features, k=k, tokens=tokens)
+        inputs = TuningInputs(dtype, shape, "cuda")
+        # Written after every shape: what was measured is kept if a later one fails.
+        found = tune(options.op or list(OPS), dtype, shape, inputs.call_of, cuda_microseconds)
+        write_table(options.out, found, measured)
 
 
 if __name__ == "__main__":

@@ -1,27 +1,49 @@
-"""`clt bench`: how fast the parts of this project are on this machine, beside the usual ways to do the same.
+"""`clt bench`: speed of kernels and training on this machine, and quality beside other projects' training.
 
     clt bench kernels --json kernels.json
     clt bench kernels --size A --eleuther ../clt-training
     clt bench train --json train.json
     clt bench baselines --folder runs/demo --json baselines.json
 
-The store has its own, `clt store bench`. A user's mistake is one line on standard error and exit code 2.
+`clt store bench` measures the store. User errors are one line on standard error and exit code 2.
 """
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Protocol
 
 import typer
 
+from clt.launch.bench.checkout import CHECKOUT, load_benchmarks
 from clt.launch.logs import set_up_logging
 from clt.launch.script import check_writable, guarded, write_text
 
-#: Where configs/ lies: beside launch/ in a checkout.
-_CHECKOUT = Path(__file__).resolve().parents[2]
+bench_app = typer.Typer(no_args_is_help=True, help="Benchmarks of this machine: kernels, training, other projects.")
 
-bench_app = typer.Typer(no_args_is_help=True, help="Speed of this machine, part by part.")
+JsonFile = Annotated[Path | None, typer.Option("--json", metavar="FILE", help="Also write the report as JSON.")]
+
+
+class _Report(Protocol):
+    """Outcome of a benchmark."""
+
+    def to_json(self) -> str: ...
+
+    def to_text(self) -> str: ...
+
+
+def _run(bench: Callable[[], _Report], file: Path | None) -> typer.Exit:
+    """Runs a benchmark, prints its report and writes it as JSON."""
+
+    def work() -> str:
+        check_writable(file)
+        report = bench()
+        write_text(file, report.to_json())
+        return report.to_text()
+
+    set_up_logging()
+    return typer.Exit(guarded(work))
 
 
 @bench_app.command()
@@ -29,30 +51,24 @@ def kernels(
     size: Annotated[
         list[str] | None, typer.Option(metavar="NAME", help="A, A32k, B, few, many, cpu or toy; repeatable.")
     ] = None,
-    rounds: Annotated[int | None, typer.Option(min=1, help="Runs of everything; the best counts.")] = None,
+    rounds: Annotated[int | None, typer.Option(min=1, help="Timed rounds; the best one is reported.")] = None,
     eleuther: Annotated[
-        Path | None, typer.Option(metavar="PATH", help="Checkout of EleutherAI's clt-training or sparsify.")
+        Path | None,
+        typer.Option(metavar="PATH", help="Compare with a checkout of EleutherAI's clt-training or sparsify."),
     ] = None,
     openai: Annotated[
-        Path | None, typer.Option(metavar="PATH", help="Checkout of openai's sparse_autoencoder.")
+        Path | None, typer.Option(metavar="PATH", help="Compare with a checkout of openai's sparse_autoencoder.")
     ] = None,
-    quick: Annotated[bool, typer.Option("--quick", help="A toy size: shows that everything runs.")] = False,
-    file: Annotated[Path | None, typer.Option("--json", metavar="FILE", help="Also write the report as JSON.")] = None,
+    quick: Annotated[bool, typer.Option("--quick", help="Toy size: only checks that everything runs.")] = False,
+    file: JsonFile = None,
 ) -> None:
-    """Measures the kernels, op by op and in whole training steps, against library products and other kernels."""
+    """Time the kernels, single operations and whole training steps, against PyTorch and the machine's limits."""
     from clt.launch.bench.kernels.run import KernelBenchSettings, bench_kernels
 
-    def work() -> str:
-        settings = KernelBenchSettings(
-            sizes=tuple(size or ()), rounds=rounds, eleuther=eleuther, openai=openai, quick=quick
-        )
-        check_writable(file)
-        report = bench_kernels(settings)
-        write_text(file, report.to_json())
-        return report.to_text()
-
-    set_up_logging()
-    raise typer.Exit(guarded(work))
+    settings = KernelBenchSettings(
+        sizes=tuple(size or ()), rounds=rounds, eleuther=eleuther, openai=openai, quick=quick
+    )
+    raise _run(lambda: bench_kernels(settings), file)
 
 
 @bench_app.command()
@@ -61,50 +77,43 @@ def train(
         list[str] | None, typer.Option(metavar="NAME", help="gpt2, llava-slice, cpu, toy or toy-slice; repeatable.")
     ] = None,
     ranks: Annotated[
-        list[int] | None, typer.Option(metavar="N", help="Worlds on which bytes are counted: 1, 2, 4; repeatable.")
+        list[int] | None, typer.Option(metavar="N", help="Numbers of ranks for the traffic: 1, 2, 4; repeatable.")
     ] = None,
-    steps: Annotated[int | None, typer.Option(min=1, help="Measured steps; the best counts.")] = None,
-    quick: Annotated[bool, typer.Option("--quick", help="Toy sizes: shows that everything runs.")] = False,
-    file: Annotated[Path | None, typer.Option("--json", metavar="FILE", help="Also write the report as JSON.")] = None,
+    steps: Annotated[int | None, typer.Option(min=1, help="Timed steps; the best one is reported.")] = None,
+    quick: Annotated[bool, typer.Option("--quick", help="Toy sizes: only checks that everything runs.")] = False,
+    file: JsonFile = None,
 ) -> None:
-    """Measures whole training steps, memory and bytes between ranks, and projects them to many devices."""
+    """Time training steps, measure memory and bytes between ranks, and project them to many devices."""
     from clt.launch.bench.training.run import TrainBenchSettings, bench_train
 
-    def work() -> str:
-        settings = TrainBenchSettings(
-            sizes=tuple(size or ()), ranks=tuple(dict.fromkeys(ranks or ())), steps=steps, quick=quick
-        )
-        check_writable(file)
-        report = bench_train(settings)
-        write_text(file, report.to_json())
-        return report.to_text()
-
-    set_up_logging()
-    raise typer.Exit(guarded(work))
+    settings = TrainBenchSettings(
+        sizes=tuple(size or ()), ranks=tuple(dict.fromkeys(ranks or ())), steps=steps, quick=quick
+    )
+    raise _run(lambda: bench_train(settings), file)
 
 
 @bench_app.command()
 def baselines(
-    config: Annotated[Path, typer.Option(help="YAML file like the demo's: model, captures, our training.")] = (
-        _CHECKOUT / "configs" / "demo" / "toy.yaml"
+    config: Annotated[Path, typer.Option(help="YAML file as of `clt demo`: model, captures, our training.")] = (
+        CHECKOUT / "configs" / "demo" / "toy.yaml"
     ),
-    steps: Annotated[int | None, typer.Option(min=1, help="Steps of everyone; absent: as configured.")] = None,
-    seed: Annotated[list[int] | None, typer.Option(min=0, help="Repeatable; by default 0, 1 and 2.")] = None,
+    steps: Annotated[int | None, typer.Option(min=1, help="Training steps; default: as configured.")] = None,
+    seed: Annotated[list[int] | None, typer.Option(min=0, help="Repeatable; default: 0, 1 and 2.")] = None,
     folder: Annotated[
-        Path | None, typer.Option(metavar="PATH", help="Keeps the stores here, or takes them from the demo's output.")
+        Path | None, typer.Option(metavar="PATH", help="Folder of the stores; the output of `clt demo` has them.")
     ] = None,
-    threads: Annotated[int, typer.Option(min=1, help="Threads of PyTorch.")] = 1,
-    quick: Annotated[bool, typer.Option("--quick", help="A few steps: shows that everything runs.")] = False,
+    threads: Annotated[int, typer.Option(min=1, help="PyTorch threads.")] = 1,
+    quick: Annotated[bool, typer.Option("--quick", help="A few steps: only checks that everything runs.")] = False,
     only: Annotated[
-        list[str] | None, typer.Option(metavar="NAME", help="Contender that runs beside ours; repeatable.")
+        list[str] | None, typer.Option(metavar="NAME", help="Algorithm to compare with ours; repeatable.")
     ] = None,
-    file: Annotated[Path | None, typer.Option("--json", metavar="FILE", help="Also write the report as JSON.")] = None,
+    file: JsonFile = None,
 ) -> None:
-    """Trains the algorithms of other projects on the same batches as ours: held-out error, dead features, speed."""
-    from clt.launch.bench.baselines.run import BaselineSettings, bench_baselines
+    """Train other projects' algorithms on our batches: held-out FVU, dead features, tokens/s (needs a checkout)."""
 
-    def work() -> str:
-        settings = BaselineSettings(
+    def bench() -> _Report:
+        run = load_benchmarks("benchmarks.baselines.run")
+        settings = run.BaselineSettings(
             config=config,
             folder=folder,
             steps=steps,
@@ -113,10 +122,7 @@ def baselines(
             quick=quick,
             only=tuple(only or ()),
         )
-        check_writable(file)
-        report = bench_baselines(settings)
-        write_text(file, report.to_json())
-        return report.to_text()
+        report: _Report = run.bench_baselines(settings)
+        return report
 
-    set_up_logging()
-    raise typer.Exit(guarded(work))
+    raise _run(bench, file)

@@ -1,21 +1,26 @@
-"""`clt convert`: transcoders in the formats of other projects, with calibration tokens from a store."""
+"""`clt convert`: converts transcoders from and to the formats of other projects, calibrated on tokens of a store."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import get_args
 
 import torch
 
+from clt.capture.models.sites import decoder_sites
 from clt.capture.reading.loader import iterate_store
 from clt.capture.reading.open_store import open_store
 from clt.capture.reading.token_filter import TokenFilter
 from clt.convert import Combination, Format
 from clt.convert.formats import convert
-from clt.errors import StoreError
+from clt.errors import ConfigError, StoreError
 from clt.records import ActivationBatch
 from clt.transcoder.architecture import CLTConfig, ReadSite
+
+#: Earlier names of formats.
+_RENAMED_FORMATS = {"kokosdev": "vlm_clt_training"}
 
 #: Tokens that are encoded at a time.
 BATCH_TOKENS = 4096
@@ -23,18 +28,18 @@ BATCH_TOKENS = 4096
 
 @dataclass(frozen=True, kw_only=True)
 class ConvertRequest:
-    """What `clt convert` is asked.
+    """Arguments of `clt convert`.
 
     Attributes:
         source: folder of the transcoder.
         target: new or empty folder.
-        read_as: format of the one.
-        write_as: format of the other.
+        read_as: format of `source`.
+        write_as: format of `target`.
         store: path or URL of the activations to calibrate on, if any.
-        tokens: tokens to read of it, all of which are held in memory; those at the beginning of sequences are left out.
-        read_site: what the encoders read, where the files do not say it or are wrong.
-        k: active features per token, where the files do not say it.
-        combine: how sources that were trained independently are combined, where the files do not say it.
+        tokens: tokens of the store to calibrate on, all held in memory, without beginning-of-sequence tokens.
+        read_site: what the encoders read, where the files do not record it or are wrong.
+        k: active features per token, where the files do not record it.
+        combine: how sources that were trained independently are combined, where the files do not record it.
     """
 
     source: Path
@@ -46,6 +51,15 @@ class ConvertRequest:
     read_site: ReadSite | None = None
     k: int | None = None
     combine: Combination | None = None
+
+
+def format_name(text: str) -> Format:
+    """The format of that name or earlier name; ConfigError if there is none."""
+    formats: tuple[Format, ...] = get_args(Format)
+    for known in formats:
+        if known in (text, _RENAMED_FORMATS.get(text)):
+            return known
+    raise ConfigError(f"format '{text}' is not known; choose one of {', '.join(formats)}")
 
 
 def run(request: ConvertRequest) -> Path:
@@ -70,26 +84,25 @@ def calibration_tokens(path: str, config: CLTConfig, tokens: int) -> Sequence[Ac
     Args:
         path: of the store.
         config: of the transcoder that reads them.
-        tokens: how many, without those at the beginning of sequences.
+        tokens: how many, without beginning-of-sequence tokens.
 
     Returns:
         Raw activations, x and y [n_layers,B,D].
 
     Raises:
-        StoreError: the store cannot be read, or is of a model of another size.
+        StoreError: the store cannot be read, or the model has another size.
     """
     store = open_store(path)
     if (store.n_layers, store.d_model) != (config.n_layers, config.d_model):
         raise StoreError(
-            f"{path}: {store.n_layers} layers of width {store.d_model}, the transcoder has {config.n_layers} of "
-            f"width {config.d_model}; name activations of its own model"
+            f"{path}: the store has {store.n_layers} layers of width {store.d_model}, the transcoder has "
+            f"{config.n_layers} of width {config.d_model}; choose a store of the transcoder's model"
         )
-    x_sites, y_sites = (
-        [f"lm.{layer}.{site}" for layer in range(config.n_layers)] for site in (config.read_site, "mlp_out")
-    )
+    layers = range(config.n_layers)
+    x_sites, y_sites = decoder_sites(layers, config.read_site), decoder_sites(layers, "mlp_out")
     where = TokenFilter(drop_bos=True)
     return [
-        # The reader uses its memory again.
+        # The reader reuses its buffers.
         ActivationBatch(
             x=batch.x.clone(), y=batch.y.clone(), tokens=batch.tokens.select(torch.arange(batch.x.shape[1]))
         )

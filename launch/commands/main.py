@@ -1,241 +1,234 @@
-"""The `clt` command: each subcommand is the thin face of a function that scripts import.
+"""The `clt` command: each subcommand calls a function that scripts can import.
 
     clt demo --out runs/demo
-    clt capture --config configs/capture/toy.yaml --set source.toy.n=100
+    clt capture configs/capture/toy.yaml source.toy.n=100
     clt plan configs/train/llava_7b.yaml --model layers=32,width=4096 --gpus 8
-    clt train --config configs/train/toy.yaml --dry-run
-    clt join runs/seed/clt runs/seed/layer_*
+    clt train configs/train/toy.yaml --dry-run
+    clt join runs/independent/clt runs/independent/layer_*
     clt convert runs/toy/clt runs/toy/circuit_tracer --to circuit_tracer --calibrate runs/toy/store
     clt push runs/toy/clt OWNER/NAME
-    clt evaluate --config configs/evaluate/toy.yaml
-    clt attribute --config configs/attribute/toy.yaml --set index=3
+    clt evaluate configs/evaluate/toy.yaml
+    clt attribute configs/attribute/toy.yaml index=3
     clt view runs/demo/graph
 
-A user's mistake is one line on standard error and exit code 2. Training on several processes is
-`torchrun launch/train.py CONFIG`.
+Jobs (capture, train, evaluate, attribute, demo) are `clt VERB [CONFIG] [key=value ...]`; `clt VERB --help` lists their
+keys. An error of the user is one line on standard error and exit code 2. Training on several processes is
+`torchrun launch/train.py CONFIG [key=value ...]`.
 """
 
 from __future__ import annotations
 
-import sys
-from collections.abc import Callable
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, get_args
 
 import typer
 
-from clt.config import config_to_yaml, load_config
 from clt.convert import Combination, Format
 from clt.launch.commands.bench import bench_app
 from clt.launch.commands.store import store_app
-from clt.launch.logs import set_up_logging
-from clt.launch.script import check_writable, guarded, write_text
+from clt.launch.commands.words import TAKES_WORDS, Words
+from clt.launch.script import check_writable, read_words, run_and_exit, run_job, write_text
 from clt.transcoder.architecture import ReadSite
 
-app = typer.Typer(add_completion=False, no_args_is_help=True, pretty_exceptions_enable=False, help=__doc__)
+# Without rich, whose markup takes square brackets out of help texts.
+app = typer.Typer(
+    add_completion=False,
+    no_args_is_help=True,
+    pretty_exceptions_enable=False,
+    rich_markup_mode=None,
+    help=__doc__.replace("    clt demo", "\b\n    clt demo"),
+)
 app.add_typer(store_app, name="store")
 app.add_typer(bench_app, name="bench")
 
-#: Where configs/ and examples/ lie: beside launch/ in a checkout.
-CHECKOUT = Path(__file__).resolve().parents[2]
-
-Config = Annotated[Path, typer.Option(help="YAML file of the job.")]
-Overrides = Annotated[
-    list[str] | None, typer.Option("--set", metavar="KEY=VALUE", help="Replaces a value, repeatable.")
-]
-DryRun = Annotated[bool, typer.Option("--dry-run", help="Print the resolved configuration and end.")]
+_FORMATS = "|".join(get_args(Format))
 
 
-def _run(work: Callable[[], Any]) -> None:
-    set_up_logging()
-    raise typer.Exit(guarded(work))
+@app.command(**TAKES_WORDS, add_help_option=False)
+def demo(words: Words = None) -> None:
+    """Runs all stages on the toy model and prints the measures."""
+    from clt.launch.demo import COMMAND
+
+    raise typer.Exit(run_job(COMMAND, words or ()))
 
 
-@app.command()
-def demo(
-    out: Annotated[Path, typer.Option(help="Folder for everything written.")],
-    config: Config = CHECKOUT / "configs" / "demo" / "toy.yaml",
-    overrides: Overrides = None,
-) -> None:
-    """Runs the whole journey on the toy model and prints its summary."""
-    from clt.launch.demo import DemoConfig, demo, describe
+@app.command(**TAKES_WORDS, add_help_option=False)
+def capture(words: Words = None) -> None:
+    """Captures activations of a model into a store."""
+    from clt.launch.capture import COMMAND
 
-    _run(lambda: describe(demo(load_config(DemoConfig, config, overrides or ()), out)))
+    raise typer.Exit(run_job(COMMAND, words or ()))
 
 
-@app.command()
-def capture(config: Config, overrides: Overrides = None, dry_run: DryRun = False) -> None:
-    """Captures the activations of a model into a store; prints the store's id."""
-    from clt.capture.planning import CaptureConfig
-    from clt.capture.run import capture
-    from clt.launch.capture import LEFT_TO_OTHERS, describe
+@app.command(**TAKES_WORDS, add_help_option=False)
+def train(words: Words = None) -> None:
+    """Trains a transcoder in one process."""
+    from clt.launch.train import COMMAND
 
-    def work() -> str:
-        job = load_config(CaptureConfig, config, overrides or ())
-        return describe(job) if dry_run else capture(job, progress=sys.stderr.isatty()) or LEFT_TO_OTHERS
-
-    _run(work)
+    raise typer.Exit(run_job(COMMAND, words or ()))
 
 
-@app.command()
-def train(config: Config, overrides: Overrides = None, dry_run: DryRun = False) -> None:
-    """Trains a transcoder in one process; prints the folder of its last checkpoint."""
-    from clt.launch.train import train_until_stopped
-    from clt.training.settings import TrainConfig
+@app.command(**TAKES_WORDS, add_help_option=False)
+def evaluate(words: Words = None) -> None:
+    """Measures a transcoder on held-out activations and prompts."""
+    from clt.launch.commands.jobs import EVALUATE
 
-    def work() -> object:
-        job = load_config(TrainConfig, config, overrides or ())
-        return config_to_yaml(job).rstrip() if dry_run else train_until_stopped(job)
-
-    _run(work)
+    raise typer.Exit(run_job(EVALUATE, words or ()))
 
 
-@app.command()
-def join(
-    out: Annotated[Path, typer.Argument(help="Folder for the whole transcoder.")],
-    folders: Annotated[list[Path], typer.Argument(help="Outputs of jobs with `clt.source`, one for every source.")],
-) -> None:
-    """Makes one transcoder of source layers that were trained independently, each by its own job; prints its folder."""
-    from clt.checkpoint.join import join_folders
+@app.command(**TAKES_WORDS, add_help_option=False)
+def attribute(words: Words = None) -> None:
+    """Computes and checks the attribution graph of a prompt."""
+    from clt.launch.commands.jobs import ATTRIBUTE
 
-    _run(lambda: join_folders(folders, out))
+    raise typer.Exit(run_job(ATTRIBUTE, words or ()))
 
 
-@app.command()
-def convert(
-    source: Annotated[Path, typer.Argument(help="Folder of the transcoder.")],
-    target: Annotated[Path, typer.Argument(help="New folder.")],
-    read_as: Annotated[Format, typer.Option("--from", help="Format of the source.")] = "native",
-    write_as: Annotated[Format, typer.Option("--to", help="Format of the target.")] = "native",
-    calibrate: Annotated[
-        str | None,
-        typer.Option(
-            metavar="STORE", help="Give every feature a threshold, or measure the seed's mapping, on its tokens."
-        ),
-    ] = None,
-    tokens: Annotated[int, typer.Option(min=1, help="Tokens of that store; all are held in memory.")] = 100_000,
-    read_site: Annotated[ReadSite | None, typer.Option(help="What encoders read, if the files do not say it.")] = None,
-    k: Annotated[int | None, typer.Option(min=1, help="kokosdev: active features of a TopK transcoder.")] = None,
-    combine: Annotated[
-        Combination | None, typer.Option(help="kokosdev: how a target's sources are combined; absent: their sum.")
-    ] = None,
-) -> None:
-    """Converts a transcoder from or to the format of another project (docs/formats.md); prints the new folder."""
-    from clt.launch.commands.convert import ConvertRequest, run
-
-    request = ConvertRequest(
-        source=source,
-        target=target,
-        read_as=read_as,
-        write_as=write_as,
-        store=calibrate,
-        tokens=tokens,
-        read_site=read_site,
-        k=k,
-        combine=combine,
-    )
-    _run(lambda: run(request))
-
-
-@app.command()
-def push(
-    folder: Annotated[Path, typer.Argument(help="Transcoder, or output of a training job: its newest checkpoint.")],
-    name: Annotated[str, typer.Argument(metavar="NAME", help="Model repository of the hub, OWNER/NAME.")],
-    private: Annotated[bool, typer.Option("--private/--public", help="Visibility of a new repository.")] = True,
-    revision: Annotated[str | None, typer.Option(help="Branch. Absent: main.")] = None,
-    message: Annotated[str | None, typer.Option(help="Summary of the commits.")] = None,
-) -> None:
-    """Sends a transcoder with a model card to the Hugging Face hub; prints the commit."""
-    from clt.hub.pretrained import push_pretrained
-
-    def work() -> str:
-        commit = push_pretrained(folder, name, private=private, revision=revision, message=message)
-        return f"{name}: commit {commit}"
-
-    _run(work)
-
-
-@app.command()
+@app.command(**TAKES_WORDS)
 def plan(
-    config: Annotated[Path, typer.Argument(help="YAML file of the training job.")],
-    overrides: Overrides = None,
+    words: Words = None,
     model: Annotated[
-        str | None, typer.Option(metavar="layers=L,width=D", help="Size of the model; absent: the job's store says.")
+        str | None,
+        typer.Option(metavar="layers=L,width=D", help="Size of the model. [default: that of the job's store]"),
     ] = None,
     gpu: Annotated[str, typer.Option(help="h200, h100, a100, or cpu as measured in benchmarks/kernels.md.")] = "h200",
-    gpus: Annotated[int | None, typer.Option(min=1, help="Devices; absent: mesh.layer x mesh.column.")] = None,
-    tokens: Annotated[float | None, typer.Option(min=1, help="Tokens to train on; absent: all steps.")] = None,
+    gpus: Annotated[int | None, typer.Option(min=1, help="Devices. [default: mesh.layer x mesh.column]")] = None,
+    tokens: Annotated[
+        float | None, typer.Option(min=1, help="Tokens to train on. [default: those of all steps]")
+    ] = None,
     numerics: Annotated[
-        str | None, typer.Option(help="What-if of other types: a name of the last table of the report.")
+        str | None, typer.Option(help="Other types of weights and moments: a name in the last table of the report.")
     ] = None,
     file: Annotated[Path | None, typer.Option("--json", metavar="FILE", help="Also write the report as JSON.")] = None,
 ) -> None:
-    """Counts memory, traffic and arithmetic of a training job, projects its speed, and says where it fits."""
+    """Computes memory, traffic and speed of a training job.
+
+    Also lists the meshes on which the job fits. CONFIG and its keys are those of `clt train`.
+    """
     from clt.launch.commands.plan import PlanRequest, make_plan
 
     def work() -> str:
+        config, overrides = read_words(words or ())
         request = PlanRequest(
-            config=config,
-            overrides=overrides or (),
-            model=model,
-            gpu=gpu,
-            gpus=gpus,
-            tokens=tokens,
-            numerics=numerics,
+            config=config, overrides=overrides, model=model, gpu=gpu, gpus=gpus, tokens=tokens, numerics=numerics
         )
         check_writable(file)
         report = make_plan(request)
         write_text(file, report.to_json())
         return report.to_text()
 
-    _run(work)
+    run_and_exit(work)
 
 
 @app.command()
-def evaluate(config: Config, overrides: Overrides = None, dry_run: DryRun = False) -> None:
-    """Measures a transcoder on held-out activations and prompts; prints the report's file."""
-    from clt.attribution.run import EvaluateConfig, evaluate
+def settings() -> None:
+    """Prints the keys of all jobs as Markdown, docs/settings.md."""
+    from clt.launch.commands.jobs import settings_page
 
-    def work() -> object:
-        job = load_config(EvaluateConfig, config, overrides or ())
-        if dry_run:
-            return config_to_yaml(job).rstrip()
-        evaluate(job)
-        return job.output
-
-    _run(work)
+    run_and_exit(settings_page)
 
 
 @app.command()
-def attribute(config: Config, overrides: Overrides = None, dry_run: DryRun = False) -> None:
-    """Computes and checks the attribution graph of a prompt; prints the page to open."""
-    from clt.attribution.run import AttributeConfig, explain
+def join(
+    out: Annotated[Path, typer.Argument(help="New folder for the whole transcoder.")],
+    folders: Annotated[
+        list[Path], typer.Argument(help="Output folders of jobs with `clt.source`, one per source layer.")
+    ],
+) -> None:
+    """Joins independently trained source layers into a transcoder.
 
-    def work() -> object:
-        job = load_config(AttributeConfig, config, overrides or ())
-        return config_to_yaml(job).rstrip() if dry_run else explain(job).page
+    Each layer is the output of its own training job. Prints the new folder.
+    """
+    from clt.checkpoint.join import join_folders
 
-    _run(work)
+    run_and_exit(lambda: join_folders(folders, out))
+
+
+@app.command()
+def convert(
+    source: Annotated[Path, typer.Argument(help="Folder of the transcoder.")],
+    target: Annotated[Path, typer.Argument(help="New folder.")],
+    read_as: Annotated[str, typer.Option("--from", metavar=_FORMATS, help="Format of the source.")] = "native",
+    write_as: Annotated[str, typer.Option("--to", metavar=_FORMATS, help="Format of the target.")] = "native",
+    calibrate: Annotated[
+        str | None,
+        typer.Option(
+            metavar="STORE",
+            help="Activations on which the thresholds of features, or the mappings of vlm_clt_training, are measured.",
+        ),
+    ] = None,
+    tokens: Annotated[int, typer.Option(min=1, help="Tokens of that store; all are held in memory.")] = 100_000,
+    read_site: Annotated[
+        ReadSite | None, typer.Option(help="What encoders read, if the files do not record it.")
+    ] = None,
+    k: Annotated[
+        int | None, typer.Option(min=1, help="vlm_clt_training: active features of a TopK transcoder.")
+    ] = None,
+    combine: Annotated[
+        Combination | None, typer.Option(help="vlm_clt_training: combination of a target's sources. [default: sum]")
+    ] = None,
+) -> None:
+    """Converts a transcoder from or to another project's format.
+
+    docs/formats.md describes the formats. Prints the new folder.
+    """
+    from clt.launch.commands.convert import ConvertRequest, format_name, run
+
+    def work() -> Path:
+        request = ConvertRequest(
+            source=source,
+            target=target,
+            read_as=format_name(read_as),
+            write_as=format_name(write_as),
+            store=calibrate,
+            tokens=tokens,
+            read_site=read_site,
+            k=k,
+            combine=combine,
+        )
+        return run(request)
+
+    run_and_exit(work)
+
+
+@app.command()
+def push(
+    folder: Annotated[
+        Path, typer.Argument(help="Transcoder, or output folder of a training job, whose newest checkpoint is taken.")
+    ],
+    name: Annotated[str, typer.Argument(metavar="NAME", help="Model repository on the hub, OWNER/NAME.")],
+    private: Annotated[bool, typer.Option("--private/--public", help="Visibility of a new repository.")] = True,
+    revision: Annotated[str | None, typer.Option(help="Branch. [default: main]")] = None,
+    message: Annotated[str | None, typer.Option(help="Summary of the commits.")] = None,
+) -> None:
+    """Uploads a transcoder with its model card to the hub."""
+    from clt.hub.pretrained import push_pretrained
+
+    def work() -> str:
+        commit = push_pretrained(folder, name, private=private, revision=revision, message=message)
+        return f"{name}: commit {commit}"
+
+    run_and_exit(work)
 
 
 @app.command()
 def view(
     graph: Annotated[Path, typer.Argument(help="Folder or page that `clt attribute` wrote.")],
-    port: Annotated[int, typer.Option(help="Port on 127.0.0.1; 0 lets the system choose.")] = 0,
+    port: Annotated[int, typer.Option(help="Port on 127.0.0.1; 0: a free one.")] = 0,
 ) -> None:
-    """Serves the page of a graph to a browser on this machine until interrupted."""
+    """Serves the page of a graph to a browser on this machine."""
     from clt.attribution.viewer.server import find_page, page_server
 
     def work() -> None:
         with page_server(find_page(graph), port) as server:
             host, bound = server.server_address[:2]
-            print(f"http://{host!s}:{bound}/  (Ctrl-C ends)", flush=True)
+            print(f"http://{host!s}:{bound}/  (press Ctrl-C to stop)", flush=True)
             try:
                 server.serve_forever()
             except KeyboardInterrupt:
                 return
 
-    _run(work)
+    run_and_exit(work)
 
 
 def main() -> None:

@@ -1,4 +1,4 @@
-"""The report of `clt plan` about a training job before it runs; `clt.planning.plan` counts and projects.
+"""Report of `clt plan`: memory, traffic and speed of a training job before it runs (`clt.planning.plan`).
 
 The model's dimensions come from the job's store unless the request gives them.
 """
@@ -15,7 +15,7 @@ from clt.capture.capacity import NVME
 from clt.capture.reading.open_store import open_store
 from clt.config import load_config
 from clt.errors import ConfigError, StoreError
-from clt.launch.store_text import count_text, duration_text, table
+from clt.launch.tables import count_text, duration_text, table
 from clt.planning.job import NUMERICS, Job, Sum, decoder_matrices
 from clt.planning.plan import MeasuredRun, Plan, alternatives, measured_run, plan, smallest
 from clt.planning.speed import MACHINES
@@ -28,19 +28,19 @@ _TABLE_ROWS = 6
 
 @dataclass(frozen=True, kw_only=True)
 class PlanRequest:
-    """What is asked of `clt plan`.
+    """Arguments of `clt plan`.
 
     Attributes:
-        config: YAML file of the training job.
+        config: YAML file of the training job; None: all keys are in `overrides`.
         overrides: strings `a.b=value`.
-        model: "layers=L,width=D"; absent: the job's store says.
+        model: "layers=L,width=D"; None: that of the job's store.
         gpu: a key of `clt.planning.speed.MACHINES`.
-        gpus: devices; absent: one model group.
-        tokens: tokens to train on; absent: all steps of the job.
-        numerics: a key of `clt.planning.job.NUMERICS`; None: what the configuration says.
+        gpus: devices; None: one model group, mesh.layer x mesh.column.
+        tokens: tokens to train on; None: those of all steps of the job.
+        numerics: a key of `clt.planning.job.NUMERICS`; None: that of the configuration.
     """
 
-    config: Path
+    config: Path | None = None
     overrides: Sequence[str] = ()
     model: str | None = None
     gpu: str = "h200"
@@ -51,13 +51,13 @@ class PlanRequest:
 
 @dataclass(frozen=True, kw_only=True)
 class PlanReport:
-    """A plan and what stands beside it.
+    """A plan and its alternatives.
 
     Attributes:
         plan: on the mesh of the configuration.
-        meshes: the fastest meshes of as many devices on which it fits.
-        smallest: per kind of numerics, the job on the fewest devices, or None where none of the tried worlds is enough.
-        measured: what a run of the job reported, or None without one.
+        meshes: the fastest meshes of as many devices on which the job fits.
+        smallest: per kind of numerics, the job on the fewest devices, None where it fits on none of the tried numbers.
+        measured: speed and traffic of a run of the job, None without one.
     """
 
     plan: Plan
@@ -81,23 +81,23 @@ class PlanReport:
 
 
 def make_plan(request: PlanRequest) -> PlanReport:
-    """Plans a job and compares it with other meshes, other numerics and the run that is there.
+    """Plans a job and compares it with other meshes, other numerics and an existing run of it.
 
     Args:
-        request: what to plan.
+        request: the job and the machine.
 
     Returns:
         The report.
 
     Raises:
         ConfigError: the configuration, the mesh or an option is wrong.
-        StoreError: there is no store and the request does not say how large the model is.
+        StoreError: there is no store and the request does not give the model's size.
         CheckpointError: the metrics of the run are damaged.
     """
     if request.gpu not in MACHINES:
-        raise ConfigError(f"--gpu {request.gpu}: no such machine; take one of {', '.join(MACHINES)}")
+        raise ConfigError(f"--gpu {request.gpu}: unknown machine; choose one of {', '.join(MACHINES)}")
     if request.numerics is not None and request.numerics not in NUMERICS:
-        raise ConfigError(f"--numerics {request.numerics}: no such kind; take one of {', '.join(NUMERICS)}")
+        raise ConfigError(f"--numerics {request.numerics}: unknown name; choose one of {', '.join(NUMERICS)}")
     config = load_config(TrainConfig, request.config, request.overrides)
     n_layers, d_model = dimensions(config, request.model)
     architecture = CLTConfig.resolve(config.clt, n_layers, d_model)
@@ -121,20 +121,20 @@ def dimensions(config: TrainConfig, model: str | None) -> tuple[int, int]:
     """Decoder layers and width of the model.
 
     Args:
-        config: the job, whose store is asked without `model`.
+        config: the job, whose store is read if `model` is None.
         model: "layers=L,width=D", in any order.
 
     Returns:
-        Both.
+        Number of layers L and width D.
 
     Raises:
         ConfigError: `model` is not of that form, or is missing and the job has no store.
         StoreError: the store cannot be opened.
     """
-    hint = "give the model's size, --model layers=32,width=4096"
+    hint = "give the model's size, as in --model layers=32,width=4096"
     if model is None:
         if config.store is None:
-            raise ConfigError(f"the job streams and has no store to ask; {hint}")
+            raise ConfigError(f"the job streams activations and has no store with the model's size; {hint}")
         try:
             identity = open_store(config.store).model
         except StoreError as error:
@@ -174,10 +174,10 @@ def _size_text(p: Plan) -> str:
 
 
 def _memory_text(p: Plan) -> str:
-    room = p.machine.memory * p.machine.usable
+    usable = p.machine.memory * p.machine.usable
     rows = [("memory of a rank", ""), *_rows(p.memory, "B")]
-    rows += [("total", _si(p.memory.total, "B")), (f"usable on one {p.machine.name}", _si(room, "B"))]
-    verdict = "it fits" if p.fits else f"IT DOES NOT FIT: {p.memory.total / room:.2f} times what is there"
+    rows += [("total", _si(p.memory.total, "B")), (f"usable on one {p.machine.name}", _si(usable, "B"))]
+    verdict = "it fits" if p.fits else f"IT DOES NOT FIT: {p.memory.total / usable:.2f} times the usable memory"
     return f"{table(rows)}\n{verdict}"
 
 
@@ -266,7 +266,7 @@ def _rows(numbers: Sum, unit: str) -> list[tuple[str, str]]:
 
 
 def _si(value: float, unit: str) -> str:
-    """A number with four digits and a decimal prefix: vendors count memory and links so."""
+    """A number with four digits and a decimal prefix, as vendors give memory and bandwidth."""
     for factor, prefix in ((1e12, "T"), (1e9, "G"), (1e6, "M"), (1e3, "k"), (1, ""), (1e-3, "m")):
         if value >= factor:
             return f"{value / factor:.4g} {prefix}{unit}"

@@ -1,12 +1,12 @@
-"""`clt store`: sizes, checks, upkeep, transfer and export of activation stores.
+"""`clt store`: size estimates, checks, maintenance, transfer and export of activation stores.
 
-    clt store plan --config configs/capture/toy.yaml
+    clt store plan configs/capture/toy.yaml
     clt store status runs/toy/store
     clt store verify runs/toy/store --level chunk
     clt store export-pt runs/toy/store runs/toy/pt
 
-Each command is the thin face of a function that scripts import. A user's mistake is one line on standard error and exit
-code 2, and so is a store that `verify` finds damaged.
+Each command calls one function, which scripts can import. A user's mistake, or a store that `verify` finds damaged, is
+one line on standard error and exit code 2.
 """
 
 from __future__ import annotations
@@ -21,77 +21,78 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 import typer
 
 from clt.errors import ConfigError, StoreError
-from clt.launch.logs import set_up_logging
-from clt.launch.script import check_writable, guarded, write_text
+from clt.launch.commands.words import TAKES_WORDS, Words
+from clt.launch.script import check_writable, read_words, run_and_exit, write_text
 
 if TYPE_CHECKING:
     from clt.capture.upkeep.verify_store import VerifyReport
 
-store_app = typer.Typer(no_args_is_help=True, help="Sizes, checks, upkeep, transfer and export of stores.")
+store_app = typer.Typer(
+    no_args_is_help=True, help="Size estimates, checks, maintenance, transfer and export of activation stores."
+)
 
-Config = Annotated[Path, typer.Option(help="YAML file of the capture job.")]
-Overrides = Annotated[
-    list[str] | None, typer.Option("--set", metavar="KEY=VALUE", help="Replaces a value, repeatable.")
-]
 Store = Annotated[str, typer.Argument(metavar="PATH", help="Folder or URL of the store.")]
 JsonFile = Annotated[Path | None, typer.Option("--json", metavar="FILE", help="Also write the report as JSON.")]
 LevelOption = Annotated[
     Literal["index", "chunk", "full"],
-    typer.Option(help="index: sizes, small files, indexes; chunk: every byte; full: also what the values mean."),
+    typer.Option(help="index: sizes, small files, shard indexes; chunk: every byte; full: also the values."),
 ]
-Jobs = Annotated[int, typer.Option(min=1, help="Threads.")]
-Revision = Annotated[str | None, typer.Option(help="Branch; for pull also a tag or a commit. Absent: main.")]
+Jobs = Annotated[int, typer.Option(min=1, help="Number of threads.")]
+Revision = Annotated[str | None, typer.Option(help="Branch; for pull also a tag or a commit. [default: main]")]
 Repository = Annotated[str, typer.Argument(metavar="REPO", help="Dataset repository, OWNER/NAME.")]
 
 _JOBS = min(8, os.cpu_count() or 1)
-#: What does not travel: what belongs to this machine only, and the card that people write on the hub.
-_STAYS = ("units/leases/*", "quarantine/*", "*.partial", "README.md")
+#: Files that are not transferred: local ones, and the dataset card on the hub.
+_NOT_TRANSFERRED = ("units/leases/*", "quarantine/*", "*.partial", "README.md")
 
 
-def _run(work: Callable[[], Any]) -> None:
-    set_up_logging()
-    raise typer.Exit(guarded(work))
-
-
-def _write_json(file: Path | None, report: Any) -> None:
-    write_text(file, json.dumps(asdict(report), indent=1))
-
-
-@store_app.command()
-def plan(
-    config: Config,
-    overrides: Overrides = None,
-    measure: Annotated[bool, typer.Option(help="Run the model on two batches and time the disk.")] = True,
-    file: JsonFile = None,
-) -> None:
-    """Prints how large a capture will be, how long it will take here and how fast it can be read."""
-    from clt.capture.capacity import capacity
-    from clt.capture.planning import CaptureConfig, plan_capture
-    from clt.config import load_config
-    from clt.launch.store_text import capacity_text
+def _report(file: Path | None, make: Callable[[], Any], text: Callable[[Any], str]) -> None:
+    """Makes a report (a dataclass or several), writes it as JSON if asked to and prints it as text."""
 
     def work() -> str:
-        job = load_config(CaptureConfig, config, overrides or ())
-        report = capacity(plan_capture(job, longest_answers=True), job.output, measure=measure)
-        _write_json(file, report)
-        return capacity_text(report)
+        report = make()
+        tree = [asdict(row) for row in report] if isinstance(report, tuple) else asdict(report)
+        write_text(file, json.dumps(tree, indent=1))
+        return text(report)
 
-    _run(work)
+    run_and_exit(work)
+
+
+@store_app.command(**TAKES_WORDS)
+def plan(
+    words: Words = None,
+    measure: Annotated[bool, typer.Option(help="Time two batches of the model and the disk.")] = True,
+    file: JsonFile = None,
+) -> None:
+    """Estimates size and duration of a capture, and the reading speed.
+
+    CONFIG and its keys are those of `clt capture`.
+    """
+    from clt.capture.capacity import Capacity, capacity
+    from clt.capture.planning import CaptureConfig, plan_capture
+    from clt.config import load_config
+    from clt.launch.commands.store_text import capacity_text
+
+    def make() -> Capacity:
+        job = load_config(CaptureConfig, *read_words(words or ()))
+        return capacity(plan_capture(job, longest_answers=True), job.output, measure=measure)
+
+    _report(file, make, capacity_text)
 
 
 @store_app.command()
 def verify(
     path: Store,
     level: LevelOption = "chunk",
-    sample: Annotated[float, typer.Option(help="Share of the units that are looked into.")] = 1.0,
+    sample: Annotated[float, typer.Option(help="Fraction of the units to read.")] = 1.0,
     jobs: Jobs = _JOBS,
-    quarantine: Annotated[bool, typer.Option("--quarantine", help="Repair what is damaged, see 'repair'.")] = False,
+    quarantine: Annotated[bool, typer.Option("--quarantine", help="Repair a damaged store, see 'repair'.")] = False,
     file: JsonFile = None,
 ) -> None:
-    """Compares a store with its records; exit code 2 if anything is wrong."""
-    from clt.capture.upkeep.maintain import repair_store
+    """Compares a store with its checksums and records; exit code 2 if there is a problem."""
+    from clt.capture.upkeep.repair import repair_store
     from clt.capture.upkeep.verify_store import verify_store
-    from clt.launch.store_text import problems_text, repair_text, verified_text
+    from clt.launch.commands.store_text import problems_text, repair_text, verified_text
 
     def work() -> str:
         report = verify_store(path, level, sample=sample, jobs=jobs)
@@ -101,10 +102,10 @@ def verify(
             if not quarantine:
                 raise StoreError(f"{path}: {_problems(report)}; run 'clt store repair {path}'")
             print(repair_text(repair_store(path, level=level, jobs=jobs)))
-            raise StoreError(f"{path}: {_problems(report)}, moved aside; the line above says what is next")
+            raise StoreError(f"{path}: {_problems(report)}, moved to quarantine; see the lines above")
         return verified_text(report)
 
-    _run(work)
+    run_and_exit(work)
 
 
 @store_app.command()
@@ -114,74 +115,54 @@ def repair(
     jobs: Jobs = _JOBS,
     file: JsonFile = None,
 ) -> None:
-    """Moves what is damaged to the folder quarantine/ and makes again what follows from the rest."""
-    from clt.capture.upkeep.maintain import repair_store
-    from clt.launch.store_text import repair_text
+    """Moves damaged files to the folder quarantine/ and rebuilds the files that follow from the rest."""
+    from clt.capture.upkeep.repair import repair_store
+    from clt.launch.commands.store_text import repair_text
 
-    def work() -> str:
-        report = repair_store(path, level=level, jobs=jobs)
-        _write_json(file, report)
-        return repair_text(report)
-
-    _run(work)
+    _report(file, lambda: repair_store(path, level=level, jobs=jobs), repair_text)
 
 
 @store_app.command()
 def status(path: Store, file: JsonFile = None) -> None:
-    """Prints how far a store is and who is capturing what."""
-    from clt.capture.upkeep.maintain import store_status
-    from clt.launch.store_text import status_text
+    """Prints the progress of a capture and the workers that run it."""
+    from clt.capture.upkeep.store_status import store_status
+    from clt.launch.commands.store_text import status_text
 
-    def work() -> str:
-        report = store_status(path)
-        _write_json(file, report)
-        return status_text(report)
-
-    _run(work)
+    _report(file, lambda: store_status(path), status_text)
 
 
 @store_app.command()
 def gc(
     path: Store,
-    dry_run: Annotated[bool, typer.Option("--dry-run", help="Only print what would be deleted.")] = False,
-    quarantine: Annotated[bool, typer.Option("--quarantine", help="Also delete what a repair moved aside.")] = False,
+    dry_run: Annotated[bool, typer.Option("--dry-run", help="Only print the files, delete nothing.")] = False,
+    quarantine: Annotated[bool, typer.Option("--quarantine", help="Also delete the files in quarantine.")] = False,
     file: JsonFile = None,
 ) -> None:
-    """Deletes what a store does not need: partial files, files of units that were never committed, leases."""
-    from clt.capture.upkeep.maintain import collect_garbage
-    from clt.launch.store_text import gc_text
+    """Deletes partial files, files of uncommitted units, and leases."""
+    from clt.capture.upkeep.repair import collect_garbage
+    from clt.launch.commands.store_text import gc_text
 
-    def work() -> str:
-        report = collect_garbage(path, dry_run=dry_run, quarantine=quarantine)
-        _write_json(file, report)
-        return gc_text(report)
-
-    _run(work)
+    _report(file, lambda: collect_garbage(path, dry_run=dry_run, quarantine=quarantine), gc_text)
 
 
 @store_app.command()
 def stats(path: Store, file: JsonFile = None) -> None:
-    """Prints norms, spread and quantisation error of every site by class of token."""
+    """Prints norms, rms and quantisation error of every site by token class."""
     from clt.capture.reading.open_store import open_store
     from clt.capture.upkeep.store_stats import store_stats
-    from clt.launch.store_text import stats_text
+    from clt.launch.commands.store_text import stats_text
 
-    def work() -> str:
-        rows = store_stats(open_store(path))
-        write_text(file, json.dumps([asdict(row) for row in rows], indent=1))
-        return stats_text(rows)
-
-    _run(work)
+    _report(file, lambda: store_stats(open_store(path)), stats_text)
 
 
 @store_app.command()
 def bench(
-    folder: Annotated[Path, typer.Option(help="Folder on the disk to be measured.")] = Path(),
-    size: Annotated[int | None, typer.Option(min=1, metavar="MIB", help="MiB of activations.")] = None,
-    rounds: Annotated[int | None, typer.Option(min=1, help="Rounds; the best counts.")] = None,
+    folder: Annotated[Path, typer.Option(help="Folder on the disk to measure.")] = Path(),
+    size: Annotated[int | None, typer.Option(min=1, metavar="MIB", help="Amount of activations in MiB.")] = None,
+    rounds: Annotated[int | None, typer.Option(min=1, help="Number of rounds, of which the best is reported.")] = None,
     file: JsonFile = None,
 ) -> None:
-    """Measures this store's reader, writer and loader against the usual ways to keep activations."""
+    """Compares the speed of reader, writer and loader with other formats for activations."""
     from clt.launch.bench.store.run import StoreBenchSettings, bench_store
 
     def work() -> str:
@@ -192,7 +173,7 @@ def bench(
         write_text(file, report.to_json())
         return report.to_text()
 
-    _run(work)
+    run_and_exit(work)
 
 
 @store_app.command()
@@ -201,9 +182,9 @@ def push(
     repo: Repository,
     private: Annotated[bool, typer.Option("--private/--public", help="Visibility of a new repository.")] = True,
     revision: Revision = None,
-    message: Annotated[str | None, typer.Option(help="Summary of the commits.")] = None,
+    message: Annotated[str | None, typer.Option(help="Commit message.")] = None,
 ) -> None:
-    """Sends a complete store to a dataset repository of the Hugging Face hub; prints the commit."""
+    """Uploads a complete store to a dataset repository of the Hugging Face hub; prints the commit."""
     from clt.capture.capacity import local_folder
     from clt.capture.reading.open_store import open_store
     from clt.capture.store.schema import MANIFEST
@@ -223,57 +204,59 @@ def push(
             private=private,
             revision=revision,
             last=(MANIFEST,),
-            ignore=_STAYS,
+            ignore=_NOT_TRANSFERRED,
             message=summary,
         )
         return f"{repo}: store {store.id} is commit {commit}"
 
-    _run(work)
+    run_and_exit(work)
 
 
 @store_app.command()
 def pull(
     repo: Repository,
-    path: Annotated[Path, typer.Argument(help="New folder, or one that a pull has begun.")],
+    path: Annotated[Path, typer.Argument(help="New folder, or one with an unfinished pull.")],
     revision: Revision = None,
 ) -> None:
-    """Fetches a store from a dataset repository of the Hugging Face hub and compares every byte with its records."""
+    """Downloads a store from a dataset repository of the Hugging Face hub and verifies every byte."""
     from clt.capture.store.schema import MANIFEST
     from clt.capture.upkeep.verify_store import verify_store
     from clt.hub.transfer import pull_folder
-    from clt.launch.store_text import verified_text
+    from clt.launch.commands.store_text import verified_text
 
     def work() -> str:
-        pull_folder(repo, path, revision=revision, last=(MANIFEST,), ignore=_STAYS)
+        pull_folder(repo, path, revision=revision, last=(MANIFEST,), ignore=_NOT_TRANSFERRED)
         report = verify_store(path, "chunk", jobs=_JOBS)
         _refuse_damaged(report)
         return verified_text(report)
 
-    _run(work)
+    run_and_exit(work)
 
 
 @store_app.command("export-pt")
 def export_pt(
     path: Store,
-    out: Annotated[str, typer.Argument(help="New folder, or one with the same export begun.")],
+    out: Annotated[str, typer.Argument(help="New folder, or one with the same export unfinished.")],
     layout: Annotated[
         Literal["activations", "samples"],
         typer.Option(help="activations: L0/batch_0_x.pt and _y.pt; samples: sample_0000.pt, pooled over tokens."),
     ] = "activations",
     n_targets: Annotated[
-        int | None, typer.Option(help="activations: most target layers of a source layer. [default: 16]")
+        int | None, typer.Option(help="activations: target layers per source layer. [default: 16]")
     ] = None,
-    batch_samples: Annotated[int | None, typer.Option(help="activations: samples of a file. [default: 1]")] = None,
-    transcoder: Annotated[Path | None, typer.Option(help="samples: checkpoint whose features are pooled.")] = None,
+    batch_samples: Annotated[int | None, typer.Option(help="activations: samples per file. [default: 1]")] = None,
+    transcoder: Annotated[
+        str | None, typer.Option("--clt", help="samples: pool the features of this transcoder, a folder or hub name.")
+    ] = None,
     dtype: Annotated[
         Literal["float16", "bfloat16", "float32"] | None, typer.Option(help="Type of the tensors. [default: as stored]")
     ] = None,
-    read_site: Annotated[str | None, typer.Option(help="What encoders read, if the store has several.")] = None,
+    read_site: Annotated[str | None, typer.Option(help="Site that encoders read, if the store has several.")] = None,
 ) -> None:
-    """Writes a store as .pt files in the layouts of the seed documents."""
+    """Writes a store as .pt files in a layout of the vlm-clt-training format."""
     from clt.capture.reading.open_store import open_store
     from clt.capture.upkeep.export_pt import export_activations, export_samples
-    from clt.launch.store_text import export_text
+    from clt.launch.commands.store_text import export_text
 
     def work() -> str:
         numbers = {"n_targets": n_targets, "batch_samples": batch_samples}
@@ -290,7 +273,7 @@ def export_pt(
             export_samples(open_store(path), out, transcoder=transcoder, dtype=dtype, read_site=read_site), out
         )
 
-    _run(work)
+    run_and_exit(work)
 
 
 def _refuse_damaged(report: VerifyReport) -> None:

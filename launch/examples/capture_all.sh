@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
 # Captures one job after another on this machine:  launch/examples/capture_all.sh configs/capture/{amber,llava_7b}.yaml
-# A job that fails does not stop the others; run the same line again, and finished stores are left as they are.
+# A job that fails does not stop the others. Run the same line again to repeat it; finished stores are left unchanged.
 set -euo pipefail
 
 failed=()

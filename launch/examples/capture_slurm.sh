@@ -1,7 +1,7 @@
 #!/usr/bin/env bash
 # Captures under Slurm, an array of any size:  sbatch --array 0-31 launch/examples/capture_slurm.sh CONFIG [key=value]
-# Each task has one GPU and needs none of the others: a task takes its share of the units first and then whatever is
-# left, whoever finds all of them committed completes the store, and a task that is preempted is queued again.
+# Tasks have one GPU each and do not depend on each other: each captures its share of the units, then any that are left,
+# and the one that finds all units committed completes the store. A preempted task is queued again.
 #SBATCH --job-name=clt-capture
 #SBATCH --ntasks=1
 #SBATCH --gpus-per-task=1

@@ -1,7 +1,7 @@
 #!/usr/bin/env bash
 # Trains on all GPUs of this machine:  launch/examples/single_node.sh configs/train/llava_7b.yaml [key=value ...]
-# GPUS=4 uses four. A rank that dies takes the others with it; torchrun starts them again, up to three times, and they
-# go on from the newest checkpoint. Ctrl-C or SIGTERM writes a checkpoint first, within SHUTDOWN seconds.
+# GPUS=4 uses four. When a rank dies, torchrun restarts all of them, up to three times, and training continues from the
+# newest checkpoint. Ctrl-C or SIGTERM writes a checkpoint first, within SHUTDOWN seconds.
 set -euo pipefail
 
 exec torchrun --standalone --nproc-per-node "${GPUS:-gpu}" --max-restarts 3 \

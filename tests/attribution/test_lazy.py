@@ -9,9 +9,9 @@ from typing import Any
 import pytest
 import torch
 
-from clt.attribution.graphs.attribute import attribute, fingerprint
+from clt.attribution.graphs.attribute import attribute
 from clt.attribution.replacement.interventions import Intervention
-from clt.attribution.replacement.replacement_model import ReplacementModel
+from clt.attribution.replacement.replacement_model import ReplacementModel, fingerprint
 from clt.capture.models.adapter import ModelAdapter
 from clt.transcoder.lazy_decoder import MappedDecoder
 from clt.transcoder.model import CrossLayerTranscoder

@@ -235,7 +235,7 @@ def test_batch_with_left_padding_equals_single_prompts(toy_adapter, make_clt):
 def test_an_intervention_equals_a_hand_made_edit_of_the_mlp_outputs(toy_adapter, make_clt, settings, mlps):
     model = ReplacementModel(toy_adapter, make_clt(**settings))
     [prompt] = prepared(toy_adapter)
-    codes = model.features(prompt, mlps="original")
+    codes = model.codes(prompt, mlps="original")
     layer, position = 1, 40
     slot = int(codes.values[layer, position].argmax())
     feature, activation = int(codes.indices[layer, position, slot]), codes.values[layer, position, slot]
@@ -270,7 +270,7 @@ def test_original_outputs_without_interventions_are_the_models(toy_adapter, make
 def test_scale_and_value_agree_and_the_last_intervention_holds(toy_adapter, make_clt, mlps):
     model = ReplacementModel(toy_adapter, make_clt())
     [prompt] = prepared(toy_adapter)
-    codes = model.features(prompt, mlps=mlps)
+    codes = model.codes(prompt, mlps=mlps)
     feature = int(codes.indices[0, 20, 0])
     plain = model.forward(prompt, mlps=mlps)
 
@@ -290,7 +290,7 @@ def test_scale_and_value_agree_and_the_last_intervention_holds(toy_adapter, make
 def test_an_inactive_feature_can_be_switched_on(toy_adapter, make_clt):
     model = ReplacementModel(toy_adapter, make_clt())
     [prompt] = prepared(toy_adapter)
-    codes = model.features(prompt)
+    codes = model.codes(prompt)
     inactive = next(f for f in range(48) if f not in codes.indices[2, 30].tolist())
     plain = model.forward(prompt)
     assert torch.equal(model.forward(prompt, [Intervention(layer=2, feature=inactive, position=30, scale=5.0)]), plain)
@@ -304,7 +304,7 @@ def test_a_feature_that_is_switched_takes_its_offsets_along(make_tiny_llama, mak
     adapter = make_tiny_llama()
     model = ReplacementModel(adapter, make_random_clt(adapter, feature_offset=True))
     prompt = adapter.prepare("s i x t h")
-    codes, layer, position = model.features(prompt), 1, 3
+    codes, layer, position = model.codes(prompt), 1, 3
     active = dict(zip(codes.indices[layer, position].tolist(), codes.values[layer, position].tolist(), strict=True))
     if switched_on:
         feature, value = next(f for f in range(20) if f not in active), 2.0
@@ -352,7 +352,7 @@ def test_generation_with_interventions_equals_greedy_decoding_without_cache(toy_
     last = toy_adapter.n_layers - 1
     # A feature that is never active by itself and writes a token which is never generated otherwise.
     model.transcoder.b_enc[str(last)][0] = -1e9
-    plain = model.generate(toy_adapter.collate(prompts), 8, mlps=mlps)
+    plain = model.generate(toy_adapter.collate(prompts), 8, mlps=mlps).ids
     assert len(plain[0]) > 1
     word = next(token for token in range(5, toy_adapter.vocab_size) if not any(token in row for row in plain))
     unembedding = toy_adapter.lm_head.weight
@@ -366,7 +366,7 @@ def test_generation_with_interventions_equals_greedy_decoding_without_cache(toy_
         [replace(switch, position=lengths[0], prompt=0)],
         [Intervention(layer=0, feature=f, value=20.0) for f in range(4)],
     ]
-    generated = [model.generate(toy_adapter.collate(prompts), 8, case, mlps=mlps) for case in cases]
+    generated = [model.generate(toy_adapter.collate(prompts), 8, case, mlps=mlps).ids for case in cases]
     assert generated[0] == plain
     assert generated[1] == [[word] * 8] * 3
     assert generated[2][:2] == plain[:2] and generated[2][2][0] == word
@@ -383,7 +383,7 @@ def test_features_are_the_codes_of_the_read_sites(toy_adapter, make_clt):
     batch = toy_adapter.collate(prepared(toy_adapter, 2))
     with attach(toy_adapter, read=[f"lm.{i}.resid_mid" for i in range(3)]) as seen:
         toy_adapter.forward(batch)
-    codes = model.features(batch, mlps="original")
+    codes = model.codes(batch, mlps="original")
     assert codes.values.shape == (3, batch.real_mask.numel(), 6)
     acts = batch.real_mask & (batch.tokens.modality != Modality.BOS)
     for layer in range(3):

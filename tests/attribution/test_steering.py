@@ -9,7 +9,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from pydantic import ValidationError
 
-from clt.attribution.features.ranking import RankedFeatures, decoder_norms, match_controls, rank_features
+from clt.attribution.features.ranking import RankedFeatures, match_controls, rank_features
 from clt.attribution.features.steering import SteeringSettings, steer
 from clt.attribution.graphs.attribute import AttributionSettings, attribute
 from clt.attribution.graphs.graph import NodeKind
@@ -19,6 +19,7 @@ from clt.attribution.replacement.replacement_model import Intervention, Replacem
 from clt.capture.sources.toy import toy_examples
 from clt.errors import InputError
 from clt.transcoder.architecture import CLTConfig
+from clt.transcoder.encoding import decoder_norms
 from clt.transcoder.model import CrossLayerTranscoder
 from clt.transcoder.scaling import Scaling
 

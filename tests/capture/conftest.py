@@ -1,4 +1,4 @@
-"""Tiny random models with real tokenizers and processors, and small stores whose values say where they come from."""
+"""Tiny random models with real tokenizers and processors, and small stores whose values encode their position."""
 
 from __future__ import annotations
 
@@ -22,8 +22,9 @@ from transformers import (
 )
 
 from clt.capture.models.adapter import ModelAdapter
-from clt.capture.reading.open_store import ActivationStore, open_store
-from clt.capture.store.read_order import pack_units
+from clt.capture.reading.activation_store import ActivationStore
+from clt.capture.reading.open_store import open_store
+from clt.capture.store.row_order import pack_units
 from clt.capture.store.schema import SCHEMA_VERSION, CapturePlan, SiteGroup, StoreSpec
 from clt.capture.writing.writer import StoreWriter, UnitData
 from clt.records import Modality, ModelIdentity, TokenTable

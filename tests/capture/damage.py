@@ -11,7 +11,7 @@ from typing import Any
 
 import torch
 
-from clt.capture.reading.open_store import ActivationStore
+from clt.capture.reading.activation_store import ActivationStore
 from clt.capture.store.schema import SiteGroup
 from clt.capture.writing.writer import StoreWriter
 

@@ -1,4 +1,4 @@
-"""The adapter: prompts and images to tensors, parts by name, generation, and errors one can act on."""
+"""ModelAdapter: prompts and images to tensors, parts by name, generation, and error messages."""
 
 from __future__ import annotations
 
@@ -225,7 +225,7 @@ def test_fingerprint_follows_the_values_of_the_weights(llama_folder: Path) -> No
 def test_unsupported_class_is_an_error() -> None:
     sizes = {"hidden_size": 8, "word_embed_proj_dim": 8, "ffn_dim": 8, "num_hidden_layers": 1, "num_attention_heads": 1}
     model = OPTForCausalLM(OPTConfig(vocab_size=21, **sizes))
-    with pytest.raises(ModelError, match=r"OPTForCausalLM is not supported; register_adapter"):
+    with pytest.raises(ModelError, match=r"OPTForCausalLM is not supported; add it by register_adapter"):
         ModelAdapter(model, make_tokenizer())
 
 
@@ -282,7 +282,7 @@ def test_a_registered_class_that_transformers_lacks_is_named(
     architectures.register_adapter("HomeMadeForCausalLM")
     shutil.copytree(llama_folder, tmp_path / "model")
     _set_config(tmp_path / "model", architectures=["HomeMadeForCausalLM"], model_type="llama")
-    with pytest.raises(ModelError, match=r"model: transformers \S+ has no HomeMadeForCausalLM; load it yourself"):
+    with pytest.raises(ModelError, match=r"model: transformers \S+ has no HomeMadeForCausalLM; call ModelAdapter"):
         ModelAdapter.from_pretrained(tmp_path / "model")
 
 
@@ -290,3 +290,11 @@ def test_a_registered_class_that_transformers_lacks_is_named(
 def test_from_pretrained_names_a_wrong_option(option: str, value: str, llama_folder: Path) -> None:
     with pytest.raises(ModelError, match=f"{option} '{value}'"):
         ModelAdapter.from_pretrained(llama_folder, **{option: value})
+
+
+def test_repr_names_the_model_its_size_and_what_it_takes(llava: ModelAdapter, llama64: ModelAdapter) -> None:
+    assert repr(llava) == (
+        "ModelAdapter(name='LlavaForConditionalGeneration', architecture=LlavaForConditionalGeneration, n_layers=3, "
+        "d_model=32, dtype=float32, device=cpu, inputs=text and images)"
+    )
+    assert "dtype=float64, device=cpu, inputs=text)" in repr(llama64)

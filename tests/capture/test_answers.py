@@ -1,4 +1,4 @@
-"""Captures of what the model answers: prompt and answer as one pass over both would see them, whoever answered."""
+"""Captures with generated answers: activations equal a forward pass over prompt and answer."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from clt.capture.models.adapter import ModelAdapter
 from clt.capture.models.hooks import attach
 from clt.capture.planning import CaptureConfig, plan_capture
 from clt.capture.reading.open_store import open_store
-from clt.capture.run import capture
+from clt.capture.run import capture_store
 from clt.capture.sources.examples import JsonlSource, SourceSettings
 from clt.config import parse_config
 from clt.errors import ConfigError
@@ -61,7 +61,7 @@ def check(config: CaptureConfig, adapter: ModelAdapter) -> None:
 
 def test_prompt_and_generated_answer_are_captured(tmp_path: Path, llama_folder: Path) -> None:
     config = texts(tmp_path, llama_folder)
-    capture(config)
+    capture_store(config)
     check(config, ModelAdapter.from_pretrained(llama_folder))
 
 
@@ -70,7 +70,7 @@ def test_answers_about_images_are_captured(tmp_path: Path, llava_folder: Path) -
         Image.new("RGB", (20, 30), name).save(tmp_path / f"{name}.png")
     records = [{"prompt": "what is <image> ?", "image": "red.png"}, {"prompt": "a <image>", "image": "blue.png"}]
     config = job(tmp_path, llava_folder, records)
-    capture(config)
+    capture_store(config)
     check(config, ModelAdapter.from_pretrained(llava_folder))
 
 
@@ -90,13 +90,13 @@ def test_answers_are_made_once_and_a_stopped_job_goes_on(
 
     monkeypatch.setattr(ModelAdapter, "generate", counted)
     with pytest.raises(KeyboardInterrupt):
-        capture(config, adapter=adapter)
-    resumed = capture(config, adapter=adapter)
+        capture_store(config, adapter=adapter)
+    resumed = capture_store(config, adapter=adapter)
     batches = [prompts for prompts in asked if prompts is not None]
     assert sorted(prompt for prompts in batches for prompt in prompts) == sorted(PROMPTS)
-    assert capture(config, adapter=adapter) == resumed and len(batches) == 3
+    assert capture_store(config, adapter=adapter) == resumed and len(batches) == 3
     whole = texts(tmp_path, llama_folder, output=str(tmp_path / "whole"))
-    assert capture(whole, adapter=adapter) == resumed
+    assert capture_store(whole, adapter=adapter) == resumed
 
 
 def test_a_plan_without_answers_bounds_the_real_one(tmp_path: Path, llama_folder: Path) -> None:

@@ -14,7 +14,7 @@ from clt.capture.models.adapter import ModelAdapter, PromptInputs
 from clt.capture.models.hooks import attach
 from clt.capture.planning import CaptureConfig, plan_capture
 from clt.capture.reading.open_store import open_store
-from clt.capture.run import capture
+from clt.capture.run import capture_store
 from clt.capture.sources.examples import JsonlSource, SourceSettings
 from clt.errors import ModelError
 from clt.records import Modality
@@ -298,7 +298,7 @@ def test_a_saved_model_is_loaded_and_captured(name: str, tmp_path: Path) -> None
         store_dtype="float32",
         rows_per_unit=256,
     )
-    capture(config)
+    capture_store(config)
     # Its own tokenizer: transformers splits words as Qwen2 does, whatever was saved.
     adapter = config.load()
     assert adapter.identity.fingerprint == made.identity.fingerprint

@@ -1,4 +1,4 @@
-"""What is promised before a capture is what it then writes; what is measured leaves nothing behind."""
+"""Capacity report: predicted sizes equal those of the store, and measuring leaves nothing on disk."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ import pytest
 from clt.capture.capacity import NVME, PCIE, capacity, free_bytes, model_cost, store_size
 from clt.capture.planning import CaptureConfig, plan_capture
 from clt.capture.reading.open_store import open_store
-from clt.capture.run import capture
+from clt.capture.run import capture_store
 from clt.capture.sources.examples import JsonlSource, SourceSettings
 from clt.capture.writing.writer import StoreWriter
 from clt.errors import StoreError
@@ -43,7 +43,7 @@ def test_the_predicted_size_is_what_a_capture_writes(config: CaptureConfig, stor
     config = replace(config, store_dtype=store_dtype)
     job = plan_capture(config)
     predicted = store_size(job)
-    capture(config, adapter=job.adapter)
+    capture_store(config, adapter=job.adapter)
     store = open_store(config.output)
     assert predicted.tokens == store.num_tokens and predicted.units == len(store.units) > 2
     # The prediction leaves out JSON and the headers of statistics files; all shards are exact.

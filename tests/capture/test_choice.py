@@ -1,4 +1,4 @@
-"""Which model a job runs: the type it computes in, where its weights lie, and what is missing for that."""
+"""Model settings: dtype, devices, quantisation, and errors for missing packages."""
 
 from __future__ import annotations
 
@@ -56,7 +56,7 @@ def test_a_missing_package_is_one_line_with_the_remedy(
     [
         ({"quantization": "3bit"}, "quantization: "),
         ({"device_map": "everywhere"}, "device_map: "),
-        ({"device_map": "auto", "device": "cuda:1"}, "device_map chooses the devices itself; remove it, or device"),
+        ({"device_map": "auto", "device": "cuda:1"}, "device=cuda:1 and device_map=auto exclude each other"),
     ],
 )
 def test_wrong_settings_name_the_key(settings: dict[str, Any], message: str) -> None:

@@ -10,7 +10,8 @@ from pathlib import Path
 
 import pytest
 
-from clt.capture.reading.open_store import ActivationStore, open_store
+from clt.capture.reading.activation_store import ActivationStore
+from clt.capture.reading.open_store import open_store
 from clt.capture.store.schema import MANIFEST
 from clt.capture.upkeep.verify_store import verify_store
 from clt.capture.writing.writer import StoreWriter

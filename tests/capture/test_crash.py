@@ -16,9 +16,10 @@ import pytest
 import torch
 from torch import Tensor
 
-from clt.capture.reading.open_store import ActivationStore, open_store
+from clt.capture.reading.activation_store import ActivationStore
+from clt.capture.reading.open_store import open_store
 from clt.capture.storage.local import LocalStorage
-from clt.capture.store.build_manifest import unit_moments
+from clt.capture.store.committed_units import unit_moments
 from clt.capture.store.moments import measure
 from clt.capture.store.schema import SiteGroup, StoreDtype
 from clt.capture.upkeep.verify_store import verify_store

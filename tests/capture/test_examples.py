@@ -1,4 +1,4 @@
-"""Example sources: what a file says is what a prompt gets, and a bad line or picture is named."""
+"""Example sources: prompts and images equal those of the file, and errors name the wrong line or image."""
 
 from __future__ import annotations
 

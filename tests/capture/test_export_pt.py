@@ -10,7 +10,8 @@ from typing import Any
 import pytest
 import torch
 
-from clt.capture.reading.open_store import ActivationStore, open_store
+from clt.capture.reading.activation_store import ActivationStore
+from clt.capture.reading.open_store import open_store
 from clt.capture.store.schema import SiteGroup
 from clt.capture.upkeep.export_pt import export_activations, export_samples
 from clt.capture.writing.writer import StoreWriter
@@ -215,7 +216,7 @@ def test_a_transcoder_of_another_model_is_refused(
     transcoder = CrossLayerTranscoder.from_pretrained(transcoder_folder)
     transcoder.provenance = Provenance(model=identity(n_layers=4, fingerprint="e" * 64))
     transcoder.save_pretrained(tmp_path / "foreign")
-    with pytest.raises(CheckpointError, match=r"foreign: trained on random .*take a transcoder_folder of that model"):
+    with pytest.raises(CheckpointError, match=r"foreign: trained on random .*use a transcoder of that model"):
         export_samples(store, tmp_path / "pt", transcoder=tmp_path / "foreign")
     with pytest.raises(ConfigError, match="reads resid_mid"):
         export_samples(store, tmp_path / "pt", transcoder=transcoder_folder, read_site="mlp_in")

@@ -1,8 +1,10 @@
-"""Sites: what is recorded is what the model computed, and an edit does downstream what it does by hand."""
+"""Sites: recorded tensors equal plain forward hooks, and edits act downstream as edits by hand."""
 
 from __future__ import annotations
 
-from typing import Any
+import re
+from pathlib import Path
+from typing import Any, get_args
 
 import pytest
 import torch
@@ -11,6 +13,7 @@ from torch import Tensor, nn
 
 from clt.capture.models.adapter import ModelAdapter, PromptInputs
 from clt.capture.models.hooks import attach
+from clt.capture.models.sites import SiteKind, decoder_site, decoder_sites
 from clt.errors import ModelError
 
 from .conftest import make_llama, make_tokenizer
@@ -312,3 +315,13 @@ def test_two_models_do_not_share_sites(llama: ModelAdapter) -> None:
         after = other.forward(inputs)
     torch.testing.assert_close(after, before, atol=1e-5, rtol=1e-5)
     assert recorded["lm.0.z"].abs().max() > 0
+
+
+def test_decoder_sites_are_named_in_one_place(llava: ModelAdapter) -> None:
+    names = [decoder_site(layer, kind) for layer in range(llava.n_layers) for kind in get_args(SiteKind)]
+    assert [name for name in llava.site_names() if re.match(r"lm\.\d", name)] == names
+    assert decoder_sites([2, 0], "mlp_out") == ["lm.2.mlp_out", "lm.0.mlp_out"]
+    root = Path(__file__).resolve().parents[2]
+    sources = (path for folder in ("capture", "attribution", "launch") for path in (root / folder).rglob("*.py"))
+    by_hand = {path.name for path in sources if 'f"lm.' in path.read_text(encoding="utf-8")}
+    assert by_hand == {"sites.py"}

@@ -1,13 +1,9 @@
-"""What images become in prompts: rows and columns of the picture, and the tokens that official processors give."""
+"""Image tokens: rows and columns match the image, and token ids match the processors of transformers."""
 
 from __future__ import annotations
 
-from typing import Any
-
 import pytest
 import torch
-import transformers as hf
-from transformers import Gemma3Processor, Idefics3Processor, LlavaNextProcessor, LlavaProcessor
 from transformers.models.idefics3.image_processing_pil_idefics3 import Idefics3ImageProcessorPil
 
 from clt.capture.models.adapter import ModelAdapter
@@ -15,7 +11,7 @@ from clt.capture.models.hooks import attach
 from clt.capture.models.loading import Processor
 from clt.errors import InputError
 
-from .tiny_models import IMAGE_PROCESSORS, make_adapter, make_words, picture, prompt_for
+from .tiny_models import IMAGE_PROCESSORS, make_adapter, make_words, official_processor, picture, prompt_for
 
 
 @pytest.mark.parametrize("name", list(IMAGE_PROCESSORS))
@@ -49,29 +45,6 @@ def test_rows_and_columns_of_image_tokens_are_those_of_the_picture(name: str) ->
     if adapter.size_matters:
         with pytest.raises(InputError, match="give the sizes"):
             adapter.count_tokens(prompt, 1)
-
-
-def official_processor(name: str) -> Any:
-    images, words = IMAGE_PROCESSORS[name](), make_words()
-    if name == "gemma3":
-        return Gemma3Processor(images, words, image_seq_length=4)
-    if name == "idefics3":
-        return Idefics3Processor(images, words, image_seq_len=4)
-    if name.startswith("llava"):
-        kind = LlavaNextProcessor if name == "llava_next" else LlavaProcessor
-        settings: dict[str, Any] = {"vision_feature_select_strategy": "default", "num_additional_image_tokens": 1}
-        return kind(images, words, patch_size=8, image_token="<image>", **settings)
-    for package in ("torchvision", "num2words"):
-        pytest.importorskip(package, reason=f"the model's own processor needs the package '{package}'")
-    if name == "smolvlm":
-        return hf.SmolVLMProcessor(images, words, hf.SmolVLMVideoProcessor(), image_seq_len=4)
-    kinds = {
-        "qwen2_vl": (hf.Qwen2VLProcessor, hf.Qwen2VLVideoProcessor),
-        "qwen2_5_vl": (hf.Qwen2_5_VLProcessor, hf.Qwen2VLVideoProcessor),
-        "qwen3_vl": (hf.Qwen3VLProcessor, hf.Qwen3VLVideoProcessor),
-    }
-    processor, videos = kinds[name]
-    return processor(images, words, videos())
 
 
 @pytest.mark.parametrize("name", list(IMAGE_PROCESSORS))

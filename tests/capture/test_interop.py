@@ -13,7 +13,7 @@ import torch
 import zarr
 from numpy.typing import NDArray
 
-from clt.capture.reading.open_store import ActivationStore
+from clt.capture.reading.activation_store import ActivationStore
 from clt.capture.store.arrays import TOKEN_DTYPES
 from clt.capture.store.shard_rows import bits_of
 

@@ -18,7 +18,8 @@ from typing import Any
 import pytest
 
 from clt.capture.storage.base import Storage
-from clt.capture.storage.local import LocalStorage, open_storage
+from clt.capture.storage.local import LocalStorage
+from clt.capture.storage.open_storage import open_storage
 from clt.capture.writing.leases import LEASES, Lease, Leases
 from clt.errors import StoreError
 
@@ -127,7 +128,7 @@ def test_a_process_that_was_given_the_id_of_a_dead_one_does_not_keep_its_lease(s
 def test_a_killed_process_loses_its_lease_at_once_even_while_nobody_has_waited_for_it(tmp_path: Path) -> None:
     code = (
         "import sys, time; from clt.capture.writing.leases import Leases\n"
-        "from clt.capture.storage.local import open_storage\n"
+        "from clt.capture.storage.open_storage import open_storage\n"
         "with Leases(open_storage(sys.argv[1])) as leases: print(leases.take(3), flush=True); time.sleep(600)"
     )
     with subprocess.Popen([sys.executable, "-c", code, str(tmp_path)], stdout=subprocess.PIPE, text=True) as owner:
@@ -180,7 +181,7 @@ def test_an_owner_that_lost_its_lease_says_so_and_leaves_the_other_its_own(
         # What the next owner does, when this one has been paused.
         storage.delete(f"{LEASES}000003.0001.json")
         put(storage, foreign(generation=2))
-        while "another worker took unit 3 over" not in caplog.text:
+        while "another worker took over unit=3" not in caplog.text:
             time.sleep(0.01)
         one.release(3)
     assert names(storage) == ["000003.0002.json"]

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from clt.capture.storage.base import Entry
+from clt.capture.storage.base import StoredFile
 from clt.capture.storage.local import LocalStorage
 from clt.capture.upkeep.verify_store import verify_store
 from clt.capture.writing.writer import StoreWriter, UnitData
@@ -29,7 +29,7 @@ def test_workers_that_begin_a_store_at_once_both_go_on(tmp_path: Path) -> None:
     class Late(LocalStorage):
         """Another worker begins the store between this one's look for a store and its look for other files."""
 
-        def list(self, prefix: str) -> list[Entry]:
+        def list(self, prefix: str) -> list[StoredFile]:
             StoreWriter(LocalStorage(tmp_path / "store"), make_spec(), make_plan(LENGTHS))
             return super().list(prefix)
 
@@ -67,7 +67,7 @@ def test_merged_statistics_of_other_units_are_not_adopted(tmp_path: Path) -> Non
     for unit in range(3):
         writer.commit(unit, data(unit))
     shutil.copytree(tmp_path / "other/data.zarr/stats/lm/mean", tmp_path / "store/data.zarr/stats/lm/mean")
-    with pytest.raises(StoreError, match="is not of the units that are committed"):
+    with pytest.raises(StoreError, match="does not match the committed units"):
         writer.finalize()
     shutil.rmtree(tmp_path / "store/data.zarr/stats/lm/mean")
     writer.finalize()

@@ -17,8 +17,8 @@ import pytest
 import torch
 from torch.utils.data import DataLoader, IterableDataset
 
+from clt.capture.reading.activation_store import ActivationStore
 from clt.capture.reading.loader import ActivationLoader, iterate_store
-from clt.capture.reading.open_store import ActivationStore
 from clt.capture.reading.token_filter import TokenFilter
 from clt.capture.store.schema import SiteGroup
 from clt.errors import CheckpointError, ConfigError, StoreError
@@ -258,9 +258,9 @@ def test_a_filter_lets_through_what_it_says_and_nothing_else(store: ActivationSt
 def test_filters_that_pass_nothing_are_errors(store: ActivationStore) -> None:
     with pytest.raises(ConfigError, match=r"no token passes the filter \(image\); loosen it"):
         loader(store, where=TokenFilter(modalities=("image",)))
-    with pytest.raises(ConfigError, match="'images' is no class of tokens; take some of text, image"):
+    with pytest.raises(ConfigError, match="'images' is not a token class; use some of text, image"):
         TokenFilter(modalities=("images",))  # type: ignore[arg-type]
-    with pytest.raises(ConfigError, match="norm_cap=0 lets no token pass"):
+    with pytest.raises(ConfigError, match="norm_cap=0: no token passes"):
         TokenFilter(norm_cap=0)
 
 

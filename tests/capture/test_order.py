@@ -10,7 +10,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from clt.capture.store.read_order import ReadOrder, Visit, pack_units, permutation
+from clt.capture.reading.read_order import ReadOrder, Visit
+from clt.capture.store.row_order import pack_units, permutation
 from clt.errors import ConfigError
 
 

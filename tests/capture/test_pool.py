@@ -16,12 +16,12 @@ from hypothesis import strategies as st
 from numpy.typing import NDArray
 from torch import Tensor
 
-from clt.capture.reading.batch_buffers import Recycler, SlotSizes
+from clt.capture.reading.batch_buffers import BufferSizes, Recycler
 from clt.capture.reading.blocks import BlockSource
-from clt.capture.reading.window_pool import Reading, Rows, WindowPool, pool_bytes
+from clt.capture.reading.read_order import ReadOrder
+from clt.capture.reading.window_pool import GatheredRows, WindowPool, WindowRead, pool_bytes
 from clt.capture.store.arrays import TOKEN_DTYPES
 from clt.capture.store.quantise import Standardiser
-from clt.capture.store.read_order import ReadOrder
 from clt.errors import StoreError
 
 SITES, WIDTH = 3, 8
@@ -79,11 +79,11 @@ class Numbered:
         return stored * scales * self.standardiser.std[:, None] + self.standardiser.mean[:, None]
 
 
-def readings(order: ReadOrder, streams: range, first_step: int = 0) -> Iterator[Reading]:
+def readings(order: ReadOrder, streams: range, first_step: int = 0) -> Iterator[WindowRead]:
     for visit in order.visits(streams, first_step):
         picks = order.window_permutation(visit.stream, visit.window)[visit.first : visit.stop]
         segments = order.window_segments(visit.stream, visit.window)
-        yield Reading(stream=visit.stream, segments=segments, picks=partial(np.array, picks))
+        yield WindowRead(stream=visit.stream, segments=segments, picks=partial(np.array, picks))
 
 
 def deliver(
@@ -96,10 +96,10 @@ def deliver(
     threads: int = 2,
     first_step: int = 0,
     widen: bool = True,
-) -> list[Rows]:
+) -> list[GatheredRows]:
     """Batches of an epoch; all of them are held, so that one written again would be seen."""
     streams = order.streams_of(rank, world)
-    sizes = SlotSizes(
+    sizes = BufferSizes(
         slots=len(streams) + spare,
         slot_rows=order.window_rows - 1 + source.chunk_tokens,
         batch_rows=order.batch_rows // world,
@@ -110,7 +110,7 @@ def deliver(
         return [pool.batch((stream, order.share) for stream in streams) for _ in range(first_step, order.steps)]
 
 
-def check(source: Numbered, rows: Rows, expected: NDArray[np.int64]) -> None:
+def check(source: Numbered, rows: GatheredRows, expected: NDArray[np.int64]) -> None:
     """Each row of a batch holds the values and the tokens of the (block, row among those used) expected."""
     named = [(int(block), int(np.flatnonzero(source._used[block])[row])) for block, row in expected]
     assert list(zip(rows.tokens.sample.tolist(), rows.tokens.position.tolist(), strict=True)) == named
@@ -199,7 +199,7 @@ def test_damaged_block_ends_the_stream_where_it_is_needed() -> None:
 
 def test_pool_takes_the_memory_it_states() -> None:
     source = Numbered([np.ones(15, np.bool_) for _ in range(9)], torch.bfloat16)
-    sizes = SlotSizes(slots=6, slot_rows=36, batch_rows=8, batches=3, widen=True)
+    sizes = BufferSizes(slots=6, slot_rows=36, batch_rows=8, batches=3, widen=True)
     rows, row = 6 * 36, SITES * WIDTH * 2
     tokens = 8 + 4 + 4 + 1 + 2 + 2 + 2
     assert pool_bytes(source, sizes) == rows * (row + tokens) + 8 * (row + 3 * 2 * row)

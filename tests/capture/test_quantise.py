@@ -9,7 +9,8 @@ import pytest
 import torch
 from torch import Tensor
 
-from clt.capture.reading.open_store import ActivationStore, open_store
+from clt.capture.reading.activation_store import ActivationStore
+from clt.capture.reading.open_store import open_store
 from clt.capture.store.quantise import Standardiser
 from clt.capture.store.schema import SiteGroup
 from clt.capture.writing.writer import StoreWriter

@@ -1,4 +1,4 @@
-"""`register_adapter`: the examples of docs/models.md work, and a model without a plain residual stream is refused."""
+"""`register_adapter`: the examples of docs/models.md work, and models without a plain residual stream are an error."""
 
 from __future__ import annotations
 
@@ -57,7 +57,9 @@ def test_the_example_of_the_docs_captures_what_gpt_neox_computes() -> None:
 
 def test_parallel_branches_are_refused() -> None:
     register_as_in_the_docs()
-    with pytest.raises(ModelError, match="attention is not added to the residual stream as it is in layer 0") as error:
+    with pytest.raises(
+        ModelError, match="of attention is not added unchanged to the residual stream in layer 0"
+    ) as error:
         ModelAdapter(neox(use_parallel_residual=True), make_words())
     assert "\n" not in str(error.value)
 
@@ -66,7 +68,7 @@ def test_a_scaled_branch_is_refused() -> None:
     register_as_in_the_docs()
     model = neox(use_parallel_residual=False)
     model.gpt_neox.layers[1].post_mlp_dropout.register_forward_hook(lambda _module, _args, output: 0.5 * output)
-    with pytest.raises(ModelError, match="the MLP is not added to the residual stream as it is in layer 1"):
+    with pytest.raises(ModelError, match="of the MLP is not added unchanged to the residual stream in layer 1"):
         ModelAdapter(model, make_words())
 
 

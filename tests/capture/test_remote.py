@@ -12,12 +12,13 @@ import pytest
 import torch
 
 from clt.capture.planning import CaptureConfig
+from clt.capture.reading.activation_store import ActivationStore
 from clt.capture.reading.loader import ActivationLoader
-from clt.capture.reading.open_store import ActivationStore, open_store
-from clt.capture.run import capture
+from clt.capture.reading.open_store import open_store
+from clt.capture.run import capture_store
 from clt.capture.sources.examples import JsonlSource, SourceSettings
 from clt.capture.storage.base import Storage
-from clt.capture.storage.local import open_storage
+from clt.capture.storage.open_storage import open_storage
 from clt.capture.upkeep.verify_store import verify_store
 from clt.capture.writing.writer import StoreWriter, UnitData
 from clt.errors import StoreError
@@ -115,7 +116,7 @@ def test_model_is_captured_to_a_url(url: str, tmp_path: Path, llama_folder: Path
     file.write_text("".join(json.dumps({"id": f"t{i}", "prompt": "the cat sat"}) + "\n" for i in range(20)))
     settings = {"source": SourceSettings(jsonl=JsonlSource(file=file)), "rows_per_unit": 32, "chunk_tokens": 32}
     ids = {
-        capture(CaptureConfig(model=str(llama_folder), output=output, **settings))
+        capture_store(CaptureConfig(model=str(llama_folder), output=output, **settings))
         for output in (url, str(tmp_path / "store"))
     }
     assert ids == {open_store(url).id}

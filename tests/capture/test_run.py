@@ -1,4 +1,4 @@
-"""Capture as a whole: the store holds what the model computed, whatever happened on the way."""
+"""Capture end to end: the store equals the model's activations, also after interruptions."""
 
 from __future__ import annotations
 
@@ -18,8 +18,9 @@ from PIL import Image
 from clt.capture.models.adapter import ModelAdapter
 from clt.capture.models.hooks import attach
 from clt.capture.planning import CaptureConfig, plan_capture
-from clt.capture.reading.open_store import ActivationStore, open_store
-from clt.capture.run import capture
+from clt.capture.reading.activation_store import ActivationStore
+from clt.capture.reading.open_store import open_store
+from clt.capture.run import capture_store
 from clt.capture.sources.examples import JsonlSource, SourceSettings, ToySource
 from clt.config import load_config
 from clt.errors import ConfigError, InputError, NonFiniteError, StoreError
@@ -78,7 +79,7 @@ def natural_rows(store: ActivationStore) -> tuple[torch.Tensor, dict[str, torch.
 
 def check_against_the_model(config: CaptureConfig, adapter: ModelAdapter) -> ActivationStore:
     """Runs each sample alone and compares every stored number."""
-    assert open_store(config.output).id == capture(config, adapter=adapter)
+    assert open_store(config.output).id == capture_store(config, adapter=adapter)
     store = open_store(config.output)
     acts, tokens = natural_rows(store)
     row = 0
@@ -103,7 +104,7 @@ def check_against_the_model(config: CaptureConfig, adapter: ModelAdapter) -> Act
 
 def test_store_of_a_text_model_holds_what_the_model_computes(tmp_path: Path, llama_folder: Path) -> None:
     config = text_config(tmp_path, llama_folder)
-    capture(config)
+    capture_store(config)
     store = check_against_the_model(config, ModelAdapter.from_pretrained(llama_folder))
     assert store.sites == SITES
     assert store.model == ModelAdapter.from_pretrained(llama_folder).identity
@@ -113,7 +114,7 @@ def test_store_of_a_text_model_holds_what_the_model_computes(tmp_path: Path, lla
 
 def test_store_of_a_vision_language_model_holds_what_the_model_computes(tmp_path: Path, llava_folder: Path) -> None:
     config = image_config(tmp_path, llava_folder)
-    capture(config)
+    capture_store(config)
     store = check_against_the_model(config, ModelAdapter.from_pretrained(llava_folder))
     assert len(store.units) == 3
     modality = torch.cat([store.modality(unit.unit) for unit in store.units])
@@ -127,7 +128,7 @@ def test_prompts_of_similar_length_run_together_padded_on_the_left(tmp_path: Pat
         lambda _, args, named: masks.append(named["attention_mask"]), with_kwargs=True
     )
     lengths = plan_capture(config, adapter).lengths
-    capture(config, adapter=adapter)
+    capture_store(config, adapter=adapter)
     assert all((mask.diff(dim=1) >= 0).all() for mask in masks), "zeros, if any, come first"
     assert sorted(int(n) for mask in masks for n in mask.sum(1)) == sorted(lengths)
     assert masks[0].shape[1] == max(lengths), "memory runs out early, if it does"
@@ -137,14 +138,14 @@ def test_prompts_of_similar_length_run_together_padded_on_the_left(tmp_path: Pat
 
 
 def test_bfloat16_store_holds_the_rounded_values(tmp_path: Path, llama_folder: Path) -> None:
-    capture(text_config(tmp_path, llama_folder, output=str(tmp_path / "exact")))
-    capture(text_config(tmp_path, llama_folder, output=str(tmp_path / "rounded"), store_dtype="bfloat16"))
+    capture_store(text_config(tmp_path, llama_folder, output=str(tmp_path / "exact")))
+    capture_store(text_config(tmp_path, llama_folder, output=str(tmp_path / "rounded"), store_dtype="bfloat16"))
     exact, rounded = (natural_rows(open_store(tmp_path / name))[0] for name in ("exact", "rounded"))
     assert torch.equal(rounded, exact.bfloat16())
 
 
 def test_read_site_is_a_choice(tmp_path: Path, llama_folder: Path) -> None:
-    capture(text_config(tmp_path, llama_folder, n=3, read_site="mlp_in"))
+    capture_store(text_config(tmp_path, llama_folder, n=3, read_site="mlp_in"))
     assert open_store(tmp_path / "store").sites[:3] == ("lm.0.mlp_in", "lm.1.mlp_in", "lm.2.mlp_in")
 
 
@@ -177,18 +178,18 @@ def test_capture_killed_midway_ends_with_the_same_bytes(tmp_path: Path, llama_fo
         open_store(config.output)
 
     kept = {path: path.stat().st_mtime_ns for path in commits.glob("0*.json")}
-    resumed = capture(config)
+    resumed = capture_store(config)
     assert all(path.stat().st_mtime_ns == modified for path, modified in kept.items()), "committed units are skipped"
     whole = text_config(tmp_path, llama_folder, n=150, store_dtype="bfloat16", output=str(tmp_path / "whole"))
-    assert capture(whole) == resumed
+    assert capture_store(whole) == resumed
     assert tree(Path(config.output)) == tree(Path(whole.output))
 
 
 def test_finished_capture_is_not_run_again(tmp_path: Path, llama_folder: Path) -> None:
     config = text_config(tmp_path, llama_folder)
-    first = capture(config)
+    first = capture_store(config)
     before = tree(Path(config.output))
-    assert capture(config) == first
+    assert capture_store(config) == first
     assert tree(Path(config.output)) == before
 
 
@@ -201,7 +202,7 @@ def test_non_finite_activations_are_named_and_not_committed(tmp_path: Path, llam
     unit = plan_capture(config, adapter).plan.n_units - 1
     message = rf"unit {unit}: lm\.0\.resid_mid is not finite in sample 24 \('extra'\); the unit is not committed"
     with pytest.raises(NonFiniteError, match=message) as error:
-        capture(config, adapter=adapter)
+        capture_store(config, adapter=adapter)
     assert "\n" not in str(error.value)
     names = set(tree(Path(config.output)))
     assert not any(name.startswith(f"data.zarr/acts/lm/c/{unit}/") for name in names)
@@ -215,7 +216,7 @@ def test_overflow_of_a_narrow_dtype_is_noticed(tmp_path: Path, llama_folder: Pat
     with torch.no_grad():
         adapter.mlp(2).down_proj.weight.mul_(1e300)  # type: ignore[union-attr, operator]
     with pytest.raises(NonFiniteError, match=r"lm\.2\.mlp_out is not finite"):
-        capture(text_config(tmp_path, llama_folder), adapter=adapter)
+        capture_store(text_config(tmp_path, llama_folder), adapter=adapter)
 
 
 def test_image_that_cannot_be_decoded_is_named_before_its_unit_is_committed(tmp_path: Path, llava_folder: Path) -> None:
@@ -224,26 +225,26 @@ def test_image_that_cannot_be_decoded_is_named_before_its_unit_is_committed(tmp_
     whole = image.read_bytes()
     image.write_bytes(whole[:60])
     with pytest.raises(InputError, match=r"2\.png: the image cannot be decoded"):
-        capture(config)
+        capture_store(config)
     assert not any("000001" in name or "manifest" in name for name in tree(Path(config.output)))
     image.write_bytes(whole)
-    capture(config)
+    capture_store(config)
     check_against_the_model(config, ModelAdapter.from_pretrained(llava_folder))
 
 
 def test_output_of_another_job_is_not_overwritten(tmp_path: Path, llama_folder: Path) -> None:
     config = text_config(tmp_path, llama_folder)
-    capture(config)
+    capture_store(config)
     before = tree(Path(config.output))
     for change in ({"n": 23}, {"read_site": "mlp_in"}, {"store_dtype": "bfloat16"}, {"rows_per_unit": 96}):
         with pytest.raises(StoreError, match="holds a store with"):
-            capture(text_config(tmp_path, llama_folder, **change))
+            capture_store(text_config(tmp_path, llama_folder, **change))
     other = ModelAdapter.from_pretrained(llama_folder)
     with torch.no_grad():
         other.lm_head.weight.add_(1)  # type: ignore[operator, union-attr]
     changed = ModelAdapter(other.model, other.tokenizer)
     with pytest.raises(StoreError, match="holds a store with fingerprint"):
-        capture(text_config(tmp_path, llama_folder), adapter=changed)
+        capture_store(text_config(tmp_path, llama_folder), adapter=changed)
     assert tree(Path(config.output)) == before
 
 
@@ -280,7 +281,7 @@ def test_entry_point_prints_the_id_or_one_line_about_the_error(
         f"model: {llama_folder}\noutput: {config.output}\nsource: {{jsonl: {{file: {tmp_path}/texts.jsonl}}}}"
     )
     assert launch_capture.main([str(yaml), "--dry-run"]) == 0
-    assert "24 samples, " in capsys.readouterr().out
+    assert "samples=24 " in capsys.readouterr().out
     assert not Path(config.output).exists()
     assert launch_capture.main([str(yaml)]) == 0
     assert capsys.readouterr().out.strip() == open_store(config.output).id

@@ -69,7 +69,7 @@ def test_the_amber_benchmark_itself(tmp_path: Path) -> None:
     ("value", "message"),
     [
         ('[{"prompt": "p"},\n oops]', r"x\.json: not valid JSON \(.*line 2"),
-        ({"prompt": "p"}, r"x\.json: expected a JSON list, found dict; one object per line is jsonl"),
+        ({"prompt": "p"}, r"x\.json: expected a JSON list, found dict; for JSON lines use source\.jsonl"),
         ([{"prompt": "p"}, 3], r"x\.json: row 2: expected a JSON object, found int"),
         ([{"prompt": "p"}, {"query": "q"}], r"x\.json: row 2: 'prompt' must be a text"),
         ([{"prompt": "p", "image": 3}], r"x\.json: row 1: 'image' must be a file name"),
@@ -84,9 +84,9 @@ def test_bad_row_of_a_list_is_named(tmp_path: Path, value: Any, message: str) ->
 
 def test_a_column_that_no_row_has_is_named(tmp_path: Path) -> None:
     file = write(tmp_path / "x.json", list(ROWS))
-    with pytest.raises(InputError, match=r"no column 'qeury' for columns\.prompt, the columns are id, image, query"):
+    with pytest.raises(InputError, match=r"columns\.prompt=qeury: no such column; choose from id, image, query"):
         source(json={"file": file, "columns": {"prompt": "qeury"}})
-    with pytest.raises(InputError, match=r"no column 'label' for columns\.answer"):
+    with pytest.raises(InputError, match=r"columns\.answer=label: no such column"):
         source(json={"file": file, "columns": {"prompt": "query", "answer": "label"}})
     with pytest.raises(ConfigError, match=r"columns\.prompt: null"):
         source(json={"file": file, "prompt_template": "the same for all"})
@@ -101,7 +101,7 @@ def test_a_folder_gives_every_image_below_it_the_same_prompt(images: Path) -> No
     assert listing(found) == [(name, "<image> What is it?", 1, None) for name in names]
     assert [found.load(i).images[0].size for i in range(3)] == [(3, 2), (4, 5), (6, 6)]
     assert len(source(folder={"path": images, "prompt": "p", "limit": 2}).texts) == 2
-    with pytest.raises(InputError, match="notes: no images in the folder"):
+    with pytest.raises(InputError, match="notes: the folder has no images"):
         source(folder={"path": images / "notes", "prompt": "p"})
 
 
@@ -163,9 +163,9 @@ class TestDatasets:
             return str(error.value)
 
         assert "row 0: 'prompt' must be a text" in message("saved")
-        assert "no column 'text' for columns.prompt" in message("saved", columns={"prompt": "text"})
+        assert "columns.prompt=text: no such column" in message("saved", columns={"prompt": "text"})
         holds = message("saved", columns={"prompt": "question", "image": "key"})
-        assert "column 'key' holds string, expected pictures; cast it to datasets.Image()" in holds
+        assert "column 'key' holds string, expected images; cast it to datasets.Image()" in holds
         assert "the dataset cannot be loaded" in message("splits", split="validation")
         assert "the dataset cannot be loaded" in message("nowhere/at/all")
 

@@ -18,7 +18,8 @@ import pytest
 
 from clt.capture.storage import local
 from clt.capture.storage.base import PARTIAL_SUFFIX, Storage
-from clt.capture.storage.local import LocalStorage, open_storage
+from clt.capture.storage.local import LocalStorage
+from clt.capture.storage.open_storage import open_storage
 from clt.errors import StoreError
 
 from .s3_server import S3Server, s3_server
@@ -242,7 +243,7 @@ def test_spawned_process_reads_the_same_files(storage: Storage) -> None:
     )
     child = subprocess.run([sys.executable, "-c", script], input=pickle.dumps(storage), capture_output=True)
     if storage.url.startswith("memory://"):
-        assert b"lives in the process that made it; use a folder" in child.stderr
+        assert b"exists only in the process that created it; use a folder" in child.stderr
     else:
         assert child.stdout == b"3456", child.stderr.decode()
 
@@ -378,7 +379,7 @@ def test_failed_write_leaves_no_file_and_names_the_remedy(tmp_path: Path) -> Non
 def test_file_in_place_of_a_folder_is_named(tmp_path: Path) -> None:
     storage = LocalStorage(tmp_path)
     storage.put("a", b"")
-    with pytest.raises(StoreError, match=rf"{tmp_path}/a/b: .*a file stands where a folder is needed"):
+    with pytest.raises(StoreError, match=rf"{tmp_path}/a/b: .*a file has the name of a needed folder"):
         storage.put("a/b", b"")
     assert storage.size("a/b") is None and storage.list("a/") == []
 

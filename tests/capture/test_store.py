@@ -11,9 +11,10 @@ import pytest
 import torch
 from torch import Tensor
 
-from clt.capture.reading.open_store import ActivationStore, open_committed, open_store
+from clt.capture.reading.activation_store import ActivationStore
+from clt.capture.reading.open_store import open_committed, open_store
 from clt.capture.reading.token_filter import TokenFilter, token_counts
-from clt.capture.store.read_order import unit_permutation
+from clt.capture.store.row_order import unit_permutation
 from clt.capture.store.schema import TOKEN_CLASSES, SiteGroup, StoreSpec
 from clt.capture.writing.writer import StoreWriter, UnitData
 from clt.errors import StoreError
@@ -37,6 +38,13 @@ def expected_rows(store: ActivationStore, unit: int, group: str = "lm") -> Tenso
     """What was captured of a unit, in the order of storage."""
     data = unit_data(LENGTHS, make_plan(LENGTHS, store.spec.rows_per_unit).samples(unit), store.spec)
     return data.acts[group][store.natural_index(unit)]
+
+
+def test_repr_names_what_a_store_holds(store: ActivationStore) -> None:
+    assert repr(store) == (
+        f"ActivationStore(id={store.id[:12]}, model={store.model.name!r}, tokens=132, sites={len(store.sites)}, "
+        f"dtype=float32, location={store.location!r})"
+    )
 
 
 def test_rows_come_back_in_stored_order_with_their_tokens(store: ActivationStore) -> None:

@@ -1,4 +1,4 @@
-"""Streaming: the same stream as a store would give, whatever is in the ring at the moment."""
+"""Streaming: batches equal those of a complete store, whichever units exist."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from clt.capture.planning import CaptureConfig, CaptureJob, plan_capture
 from clt.capture.reading.loader import ActivationLoader
 from clt.capture.reading.open_store import open_store
 from clt.capture.reading.token_filter import TokenFilter
-from clt.capture.run import capture
+from clt.capture.run import capture_store
 from clt.capture.sources.examples import JsonlSource, SourceSettings
 from clt.capture.storage.object_store import forget_memory
 from clt.capture.streaming import CaptureRing, StreamingLoader
@@ -81,7 +81,7 @@ def steps_of_an_epoch(job: CaptureJob, ring: CaptureRing) -> int:
 def test_epoch_holds_each_token_once_with_the_values_of_a_store(
     config: CaptureConfig, job: CaptureJob, memory: str
 ) -> None:
-    capture(config)
+    capture_store(config)
     store = open_store(config.output)
     expected = {}
     for unit in store.units:

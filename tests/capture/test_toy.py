@@ -1,4 +1,4 @@
-"""The toy boards: reproducible pixels, answers that the pixels confirm, no shortcut in the answers' frequencies."""
+"""Toy boards: reproducible pixels, answers that match the pixels, balanced answer frequencies."""
 
 from __future__ import annotations
 

@@ -12,8 +12,9 @@ import numpy as np
 import pytest
 import torch
 
-from clt.capture.reading.open_store import ActivationStore, open_store
-from clt.capture.storage.local import open_storage
+from clt.capture.reading.activation_store import ActivationStore
+from clt.capture.reading.open_store import open_store
+from clt.capture.storage.open_storage import open_storage
 from clt.capture.store.moments import pack_moments
 from clt.capture.upkeep.verify_store import verify_store
 from clt.capture.upkeep.verify_unit import Level
@@ -194,7 +195,7 @@ def test_answers_must_fit_their_samples(tmp_path: Path, answers: tuple[int, ...]
     StoreWriter(root, spec, plan).commit(0, replace(data, answer_tokens=answers))
     report = verify_store(root)
     assert report.ok == fit
-    assert fit or "the answers of its samples do not fit their tokens" in str(report.problems)
+    assert fit or "answer lengths do not match its samples" in str(report.problems)
 
 
 @pytest.mark.parametrize("version", ["1.0", "3.0"])
@@ -232,7 +233,7 @@ def paths_of(root: Path, *, sample: float, seed: int) -> frozenset[int]:
 
 def test_settings_that_make_no_sense_are_errors(store: ActivationStore, tmp_path: Path) -> None:
     for sample in (0.0, 1.5):
-        with pytest.raises(ConfigError, match="is not a share of the units"):
+        with pytest.raises(ConfigError, match="must be a fraction of the units"):
             verify_store(store.location, sample=sample)
     with pytest.raises(ConfigError, match="level='bytes' is unknown; use one of index, chunk, full"):
         verify_store(store.location, "bytes")  # type: ignore[arg-type]
@@ -273,9 +274,9 @@ def set_at(index: int, value: float) -> Callable[[torch.Tensor], torch.Tensor]:
 
 
 WRONG_TOKENS = {
-    "position": (with_tokens(position=set_at(9, 8)), "1 rows have another position than the plan gives them"),
-    "sample": (with_tokens(sample=set_at(9, 0)), "1 rows have another sample than the plan gives them"),
-    "modality": (with_tokens(modality=set_at(9, 4)), "1 rows are of no class of tokens"),
+    "position": (with_tokens(position=set_at(9, 8)), "1 rows have a position that differs from the plan"),
+    "sample": (with_tokens(sample=set_at(9, 0)), "1 rows have a sample that differs from the plan"),
+    "modality": (with_tokens(modality=set_at(9, 4)), "1 rows have no valid token class"),
     "patch_row": (with_tokens(patch_row=set_at(9, 3)), "1 text tokens have a patch_row"),
     "image": (
         with_tokens(modality=set_at(9, Modality.IMAGE), patch_row=set_at(9, 0), patch_col=set_at(9, 0)),
@@ -324,13 +325,13 @@ def test_full_level_finds_statistics_of_other_values(
     assert verify_store(tmp_path / "store").ok
     problems = verify_store(tmp_path / "store", "full").problems
     assert {problem.path for problem in problems} >= {f"units/stats/{unit:06d}.safetensors" for unit in range(3)}
-    assert f"{field} of group 'lm' is not that of the stored activations" in problems[-1].message
+    assert f"{field} of group 'lm' does not match the stored activations" in problems[-1].message
 
 
 def test_full_level_finds_merged_statistics_of_other_units(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, store: ActivationStore
 ) -> None:
-    from clt.capture.store import build_manifest as finalize
+    from clt.capture.writing import build_manifest as finalize
 
     merged = finalize.merged_moments
 
@@ -341,5 +342,7 @@ def test_full_level_finds_merged_statistics_of_other_units(
     make_store(tmp_path / "wrong", LENGTHS)
     monkeypatch.undo()
     (problem,) = verify_store(tmp_path / "wrong", "full").problems
-    assert problem.path.startswith("data.zarr/stats/lm/") and "is not merged from the units'" in problem.message
+    assert (
+        problem.path.startswith("data.zarr/stats/lm/") and "does not match the moments of the units" in problem.message
+    )
     assert open_store(tmp_path / "wrong").stats(store.sites).count == 127

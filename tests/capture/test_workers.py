@@ -11,7 +11,7 @@ from typing import Any
 
 import pytest
 
-from clt.capture.storage.base import Entry, Storage
+from clt.capture.storage.base import Storage, StoredFile
 from clt.capture.storage.local import LocalStorage
 from clt.capture.writing.leases import Leases
 from clt.capture.writing.workers import Schedule, assigned_units
@@ -139,7 +139,7 @@ def test_a_unit_that_was_committed_before_its_lease_was_given_up_is_not_captured
     class Late(LocalStorage):
         """Another worker commits unit 0 between this one's look at the commits and at the leases."""
 
-        def list(self, prefix: str) -> list[Entry]:
+        def list(self, prefix: str) -> list[StoredFile]:
             found = super().list(prefix)
             if prefix == "units/commits/" and 0 in other.pending():
                 commit(other, 0)

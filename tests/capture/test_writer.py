@@ -12,7 +12,8 @@ import pytest
 import torch
 from torch import Tensor
 
-from clt.capture.reading.open_store import ActivationStore, open_store
+from clt.capture.reading.activation_store import ActivationStore
+from clt.capture.reading.open_store import open_store
 from clt.capture.writing.writer import StoreWriter, UnitData
 from clt.errors import StoreError
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any
 
+import pytest
 import torch
 import transformers as hf
 from PIL import Image
@@ -181,7 +182,7 @@ IMAGE_PROCESSORS: dict[str, Callable[[], Any]] = {
 }
 
 
-def make_words() -> Any:
+def make_words(chat_template: str | None = None) -> Any:
     """A word-level tokenizer that keeps spaces out."""
     tokenizer = Tokenizer(models.WordLevel(_IDS, unk_token="<unk>"))
     split = [pre_tokenizers.Split(" ", "removed"), pre_tokenizers.Split("\n\n", "isolated")]
@@ -193,12 +194,13 @@ def make_words() -> Any:
         eos_token="</s>",
         unk_token="<unk>",
         extra_special_tokens={"image_token": "<image>", "boi_token": "<start>", "eoi_token": "<end>"},
+        chat_template=chat_template,
     )
     words.add_tokens([*_MARKS, *_PLACES], special_tokens=True)
     return words
 
 
-def make_adapter(name: str) -> ModelAdapter:
+def make_adapter(name: str, chat_template: str | None = None) -> ModelAdapter:
     """An adapter of a random model, the same every time; norms and biases are random too."""
     with torch.random.fork_rng():
         torch.manual_seed(2)
@@ -210,13 +212,41 @@ def make_adapter(name: str) -> ModelAdapter:
         head = model.get_output_embeddings().weight.data
         head[_IDS["<image>"]] = head[_IDS["?"]]
     images = IMAGE_PROCESSORS.get(name)
-    return ModelAdapter(model, Processor(tokenizer=make_words(), image_processor=images and images()))
+    return ModelAdapter(model, Processor(tokenizer=make_words(chat_template), image_processor=images and images()))
+
+
+def official_processor(name: str) -> Any:
+    """The processor of transformers for a tiny model; skips the test where a package is missing."""
+    images, words = IMAGE_PROCESSORS[name](), make_words()
+    if name == "gemma3":
+        return hf.Gemma3Processor(images, words, image_seq_length=4)
+    if name == "idefics3":
+        return hf.Idefics3Processor(images, words, image_seq_len=4)
+    if name.startswith("llava"):
+        kind = hf.LlavaNextProcessor if name == "llava_next" else hf.LlavaProcessor
+        settings: dict[str, Any] = {"vision_feature_select_strategy": "default", "num_additional_image_tokens": 1}
+        return kind(images, words, patch_size=8, image_token="<image>", **settings)
+    for package in ("torchvision", "num2words"):
+        pytest.importorskip(package, reason=f"the model's own processor needs the package '{package}'")
+    if name == "smolvlm":
+        return hf.SmolVLMProcessor(images, words, hf.SmolVLMVideoProcessor(), image_seq_len=4)
+    kinds = {
+        "qwen2_vl": (hf.Qwen2VLProcessor, hf.Qwen2VLVideoProcessor),
+        "qwen2_5_vl": (hf.Qwen2_5_VLProcessor, hf.Qwen2VLVideoProcessor),
+        "qwen3_vl": (hf.Qwen3VLProcessor, hf.Qwen3VLVideoProcessor),
+    }
+    processor, videos = kinds[name]
+    return processor(images, words, videos())
 
 
 def prompt_for(name: str, text: str, n_images: int = 0) -> str:
     """A prompt in the model's own notation, its images first."""
-    image = {"gemma3": "<start>"}.get(name, "<start><image><end>" if name.startswith("qwen") else "<image>")
-    return f"{image} " * n_images + text
+    return f"{image_for(name)} " * n_images + text
+
+
+def image_for(name: str) -> str:
+    """An image in the model's own notation."""
+    return {"gemma3": "<start>"}.get(name, "<start><image><end>" if name.startswith("qwen") else "<image>")
 
 
 def picture(width: int, height: int) -> Image.Image:

@@ -258,8 +258,8 @@ def test_parts_that_make_no_whole_are_refused(tmp_path: Path) -> None:
         ({"tied_decoders": "layer"}, r"clt\.tied_decoders"),
         ({"independent": "max"}, r"clt\.independent"),
         ({"source": 1}, "source=1 trains one layer alone; set independent"),
-        ({"independent": "sum", "tied_decoders": "source"}, "tied_decoders=source does not go with independent"),
-        ({"independent": "sum", "skip": True}, "skip=true does not go with independent"),
+        ({"independent": "sum", "tied_decoders": "source"}, "tied_decoders=source is not supported with independent"),
+        ({"independent": "sum", "skip": True}, "skip=true is not supported with independent"),
         ({"independent": "sum", "sparsity": {"kind": "batch_topk"}}, "sparsity.kind=batch_topk compares source layers"),
     ],
 )

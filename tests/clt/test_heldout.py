@@ -14,9 +14,9 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 
 from clt.distributed.job_control import JobControl
 from clt.distributed.mesh import Mesh
-from clt.evaluation.density_plot import density_plot
+from clt.evaluation.density_plot import density_figure, pixels
+from clt.evaluation.evaluator import Evaluation, LayerHistograms, StoreReport, evaluate_all, evaluate_store
 from clt.evaluation.heldout_sums import RATE_EDGES
-from clt.evaluation.store_evaluation import Evaluation, LayerHistograms, StoreReport, evaluate_all, evaluate_store
 from clt.records import ActivationBatch, Modality, TokenTable
 from clt.training.deepspeed_engine import joined_job
 from clt.training.metrics import MetricsWriter, read_metrics
@@ -122,16 +122,33 @@ def test_evaluation_reaches_tensorboard_and_json_lines(
     assert json.dumps(line)
 
 
-@pytest.mark.parametrize("layers", [1, 4, 48])
-def test_density_plot_darkens_the_fullest_bin_of_a_layer(layers: int) -> None:
+@pytest.mark.parametrize("layers", [(0,), (1, 2, 5, 7), tuple(range(48))])
+def test_density_figure_shows_the_share_of_a_layers_features(layers: tuple[int, ...]) -> None:
     bins = len(RATE_EDGES) - 1
-    counts = {layer: tuple(100 if column == 9 else 1 for column in range(bins)) for layer in range(layers)}
-    histograms = LayerHistograms(quantity="rate", edges=RATE_EDGES, counts=counts, outside=dict.fromkeys(counts, 10**6))
-    pixels = density_plot(histograms, "a title").astype(int)
-    dark = (pixels.sum(axis=2) < 150) & (pixels[..., 2] > pixels[..., 0] + 60)
-    columns = np.flatnonzero(dark[:, : pixels.shape[1] - 110].any(axis=0))
-    # One column of cells, however many features never fire.
-    assert len(columns) == 22 and columns[0] == 140 + 9 * 22
+    counts = {layer: tuple(97 if column == 9 else 1 for column in range(bins)) for layer in layers}
+    outside = {layer: 124 * layer for layer in layers}
+    figure = density_figure(
+        LayerHistograms(quantity="rate", edges=RATE_EDGES, counts=counts, outside=outside), "a title"
+    )
+    heat, bars, colours = figure.axes
+    assert heat.get_title() == "a title" and heat.get_xlabel() == "rate" and colours.get_ylabel()
+    (mesh,) = heat.collections
+    assert mesh.get_coordinates()[0, :, 0].tolist() == list(RATE_EDGES)
+    expected = np.array([counts[layer] for layer in layers]) / (124 * (1 + np.array(layers)))[:, None]
+    assert np.allclose(np.asarray(mesh.get_array()), expected)
+    assert [bar.get_width() for bar in bars.patches] == pytest.approx([layer / (1 + layer) for layer in layers])
+    # The first layer is at the top; every label stands at its layer's row.
+    assert heat.get_ylim() == (len(layers) - 0.5, -0.5)
+    labels = {int(label.get_position()[1]): int(label.get_text()) for label in heat.get_yticklabels()}
+    assert labels == {row: layers[row] for row in labels} and labels[0] == layers[0]
+    height, width, channels = pixels(figure).shape
+    assert width == 900 and height >= 300 and channels == 3
+
+
+def test_density_figure_of_features_that_never_fire_has_no_colour() -> None:
+    empty = LayerHistograms(quantity="rate", edges=(0.0, 1.0), counts={0: (0,)}, outside={0: 5})
+    figure = density_figure(empty, "")
+    assert pixels(figure).size and np.asarray(figure.axes[0].collections[0].get_array()).sum() == 0
 
 
 def test_evaluators_leave_the_mode_alone_are_joined_and_can_be_stopped() -> None:

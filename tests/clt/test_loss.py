@@ -7,7 +7,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from clt.errors import StoreError
-from clt.evaluation.store_evaluation import evaluate_store
+from clt.evaluation.evaluator import evaluate_store
 from clt.records import ActivationBatch, SiteStats, SparseCodes, TokenTable
 from clt.training.loss import auxk_error, combine, encode_dead, revival
 from clt.training.schedules import active_features, learning_rate

@@ -56,6 +56,14 @@ def _dense_forward(transcoder: CrossLayerTranscoder, x_LBD: Tensor) -> dict[int,
     return y
 
 
+def test_repr_names_architecture_and_model() -> None:
+    whole = _transcoder(n_targets=2)
+    facts = "layers=4, d_model=6, features=20, k=3, targets=2, sparsity=topk, dtype=float64, model=toy"
+    assert repr(whole) == f"CrossLayerTranscoder({facts})"
+    part = CrossLayerTranscoder(whole.config, whole.scaling, LayerShare(sources=(1,), targets=(1, 2)))
+    assert repr(part).endswith("dtype=float32, model=None, own_sources=(1,), own_targets=(1, 2))")
+
+
 VARIANTS = [
     {},
     {"first_offset": 1},

@@ -23,7 +23,8 @@ from clt.checkpoint import weights
 from clt.config import parse_config
 from clt.distributed.mesh import Mesh
 from clt.errors import CheckpointError, ConfigError, HubError
-from clt.evaluation.store_evaluation import evaluate_store
+from clt.evaluation.evaluator import evaluate_store
+from clt.hub.settings import TranscoderChoice
 from clt.launch.commands.main import app
 from clt.records import ActivationBatch, ModelIdentity, TokenTable
 from clt.training.deepspeed_engine import joined_job
@@ -396,3 +397,22 @@ def test_folder_that_is_missing_is_no_name_of_the_hub(hub: HubStandIn, tmp_path:
         with pytest.raises(CheckpointError, match=r"transcoder\.json: no such file"):
             CrossLayerTranscoder.from_pretrained(name)
     assert not hub.requests
+
+
+def test_settings_name_a_folder_or_a_repository(hub: HubStandIn, tmp_path: Path) -> None:
+    transcoder, x = make_clt(), torch.randn(L, B, D)
+    commit = transcoder.push_to_hub(NAME)
+    transcoder.save_pretrained(tmp_path / "clt")
+    for tree in ({"clt": str(tmp_path / "clt")}, {"clt": NAME}, {"clt": NAME, "clt_revision": commit}):
+        assert torch.equal(parse_config(TranscoderChoice, tree, "job").load_transcoder()(x), transcoder(x))
+    lazy = TranscoderChoice(clt=NAME, clt_lazy=True).load_transcoder(layers=[2])
+    assert isinstance(lazy.decoder_matrix(2), MappedDecoder) and lazy.share.targets == (2,)
+
+    def refused(words: str, error: type[Exception] = ConfigError, **keys: Any) -> None:
+        with pytest.raises(error, match=words) as found:
+            TranscoderChoice(**keys).load_transcoder()
+        assert "\n" not in str(found.value)
+
+    refused(r"clt=runs/toy/clt: no such folder, and not a repository name", clt="runs/toy/clt")
+    refused(r"clt_revision=v1: clt=.*/clt is a folder", clt=str(tmp_path / "clt"), clt_revision="v1")
+    refused(r"alice/none: no such model repository.*no folder of this name", HubError, clt="alice/none")

@@ -17,7 +17,7 @@ from clt.checkpoint.gather import gather_transcoder
 from clt.checkpoint.weights import layer_buffers, layer_tensors, read_tensors
 from clt.distributed.mesh import Mesh, deal_layers, input_layers
 from clt.errors import StoreError
-from clt.evaluation.store_evaluation import Evaluation, StoreEvaluator, StoreReport, evaluate_store
+from clt.evaluation.evaluator import Evaluation, StoreEvaluator, StoreReport, evaluate_store
 from clt.records import ActivationBatch, TokenTable
 from clt.training.deepspeed_engine import joined_job
 from clt.training.metrics import read_metrics

@@ -3,15 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any
 
 import pytest
 import torch
 from sharded_steps import AUXK, batch_of, make_objective
 from torch import Tensor
 
-from clt.distributed.code_exchange import CodeExchange, exchange_bytes
-from clt.distributed.code_flight import index_dtype
+from clt.distributed.code_exchange import CodeExchange, ExchangeBuffers, exchange_bytes, index_dtype
 from clt.distributed.mesh import Mesh, deal_layers
 from clt.records import SparseCodes
 from clt.training.objective import Objective
@@ -30,16 +28,16 @@ CONFIGS = {
 class BlockingExchange(CodeExchange):
     """Waits for every collective where it starts."""
 
-    def _gather(self, cargo: Any, slot: int, values_BK: Tensor, indices_BK: Tensor) -> None:
-        super()._gather(cargo, slot, values_BK, indices_BK)
-        for work in cargo.gathers[slot]:
+    def gather(self, buffers: ExchangeBuffers, slot: int, values_BK: Tensor, indices_BK: Tensor) -> None:
+        super().gather(buffers, slot, values_BK, indices_BK)
+        for work in buffers.gathers[slot]:
             work.wait()
 
-    def _sum(self, cargo: Any, slot: int) -> None:
-        super()._sum(cargo, slot)
-        for work in (*self._unwatched, *(work for work, _ in cargo.sums.values())):
+    def _sum(self, buffers: ExchangeBuffers, slot: int) -> None:
+        super()._sum(buffers, slot)
+        for work in (*self._unread_sums, *(work for work, _ in buffers.sums.values())):
             work.wait()
-        self._unwatched.clear()
+        self._unread_sums.clear()
 
 
 def _gradients(objective: Objective, config: CLTConfig, mesh: Mesh, dead_LF: Tensor) -> dict[str, Tensor]:

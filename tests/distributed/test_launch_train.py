@@ -95,7 +95,10 @@ def test_error_is_one_line_of_the_first_rank_and_exit_code_2(job: Path) -> None:
     ("overrides", "message"),
     [
         (["store=nowhere"], "nowhere"),
-        (["optimiser.learning_rate=1"], "unknown key 'optimiser'"),
+        (
+            ["optimiser.learning_rate=1"],
+            "unknown key 'optimiser.learning_rate'; did you mean 'optimizer.learning_rate'?",
+        ),
         (["clt.k=65"], "k=65 exceeds n_features=64"),
         (["data.batch_tokens=5000"], "5000"),
         (["clt.read_site=resid_post"], "resid_post"),
@@ -119,7 +122,7 @@ def test_one_source_layer_trains_alone_with_a_warning(
     assert (
         len(warnings) == 1
         and "clt.independent=mean" in warnings[0]
-        and "the default trains sources jointly" in warnings[0]
+        and "remove clt.independent to train sources jointly" in warnings[0]
     )
     transcoder = CrossLayerTranscoder.from_pretrained(tmp_path / "out")
     assert transcoder.config.source == 2 and transcoder.share.sources == (2,) and transcoder.share.targets == (2, 3)

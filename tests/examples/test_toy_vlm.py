@@ -1,4 +1,4 @@
-"""The committed toy checkpoints: what their card says is true, and the training script makes them again."""
+"""Committed toy checkpoints: they match their README, and the training script reproduces them."""
 
 from __future__ import annotations
 
@@ -16,6 +16,7 @@ import pytest
 import torch
 from transformers import LlavaForConditionalGeneration, LlavaProcessor
 
+from clt.capture.models.adapter import ModelAdapter
 from clt.capture.sources.toy import BIASED_TASKS, COUNTS, GRID, toy_samples
 
 FOLDER = Path(__file__).parents[2] / "examples" / "toy_vlm"
@@ -49,7 +50,7 @@ def train_log(variant: str) -> dict:
 def test_checkpoint_is_small_and_holds_no_pickle(variant: str) -> None:
     files = list((FOLDER / "checkpoints" / variant).iterdir())
     assert sum(f.stat().st_size for f in files) < 4_000_000
-    assert {f.suffix for f in files} == {".json", ".safetensors"}
+    assert {f.suffix for f in files} == {".json", ".safetensors", ".jinja"}
 
 
 @pytest.mark.parametrize("variant", VARIANTS)
@@ -70,6 +71,19 @@ def test_tokenizer_adds_bos_once_and_gives_every_text_back() -> None:
             assert ids[0] == tokenizer.bos_token_id and tokenizer.bos_token_id not in ids[1:]
             assert tokenizer.unk_token_id not in ids
             assert tokenizer.decode(ids[1:]) == text
+
+
+@pytest.mark.parametrize("variant", VARIANTS)
+def test_chat_template_writes_the_prompts_of_training(variant: str) -> None:
+    adapter, processor = ModelAdapter.from_pretrained(FOLDER / "checkpoints" / variant), load(variant)[1]
+    built = training_script().build_processor(training_script().build_tokenizer())
+    assert processor.chat_template == built.chat_template
+    for sample in toy_samples(20, seed=5, tasks=BIASED_TASKS):
+        parts = [{"type": "image"}, {"type": "text", "text": sample.question}]
+        turn = [{"role": "user", "content": parts}]
+        assert adapter.format_prompt(sample.question, 1) == sample.prompt
+        assert processor.apply_chat_template(turn, add_generation_prompt=True) == sample.prompt
+        assert adapter.format_prompt(sample.prompt, 1) == sample.prompt
 
 
 def test_both_variants_share_one_tokenizer() -> None:

@@ -9,8 +9,9 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from clt.kernels.adam import RowAdam, RowAdamState
-from clt.kernels.csr import SPLIT, FeatureCSR
+from clt.kernels.common.adam import RowAdam, RowAdamState
+from clt.kernels.common.csr import SPLIT, FeatureCSR
+from clt.kernels.common.interface import DecoderGradInputs, EncoderGradInputs
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -108,21 +109,22 @@ def _decode(layer: Layer) -> None:
 def _decoder_grad(layer: Layer) -> None:
     from clt.kernels.gpu.grad import decoder_grad, decoder_step_
 
-    codes = (*layer.codes(layer.size.sources), layer.w_dec, layer.csr(layer.size.sources))
-    decoder_grad(layer.x, *codes, layer.weights, layer.scale)
+    codes = (layer.x, *layer.codes(layer.size.sources), layer.w_dec, layer.csr(layer.size.sources))
+    decoder_grad(DecoderGradInputs(*codes, layer.weights, layer.scale))
+    inputs = DecoderGradInputs(*codes, None, layer.scale)
     for moments in MOMENTS:
-        decoder_step_(layer.x, *codes, None, layer.scale, layer.adam(layer.w_dec, 0.9, moments), layer.hyper)
+        decoder_step_(inputs, layer.adam(layer.w_dec, 0.9, moments), layer.hyper)
 
 
 def _encoder_grad(layer: Layer) -> None:
     from clt.kernels.gpu.grad import encoder_grad, encoder_step_
 
     values, indices = (codes[0] for codes in layer.codes(1))
-    grad_values, csr = values.float(), layer.csr(1)
-    encoder_grad(grad_values, values, indices, layer.x, layer.size.n_features, csr)
+    inputs = EncoderGradInputs(values.float(), values, indices, layer.x, layer.size.n_features, layer.csr(1))
+    encoder_grad(inputs)
     for moments in MOMENTS:
         state = layer.adam(layer.w_enc, 0.0, moments)
-        encoder_step_(grad_values, values, indices, layer.x, layer.w_enc, csr, state, layer.hyper)
+        encoder_step_(inputs, layer.w_enc, state, layer.hyper)
 
 
 def _row_adam(layer: Layer, moments: torch.dtype = torch.float32) -> None:

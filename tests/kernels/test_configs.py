@@ -1,4 +1,4 @@
-"""Launch settings: the rules, the table that goes before them, and what a damaged table says."""
+"""Launch settings: rules, measured settings that replace them, and errors of a damaged table."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ import re
 import subprocess
 import sys
 from collections.abc import Iterator
-from dataclasses import asdict, replace
+from dataclasses import asdict
 from pathlib import Path
 
 import pytest
@@ -15,51 +15,37 @@ import torch
 
 from clt.kernels.gpu import configs
 from clt.kernels.gpu.config_table import (
-    OPS,
-    Basis,
-    Choice,
-    Entry,
     GatherConfig,
     GemmConfig,
     SelectConfig,
+    Settings,
     key_of,
-    merge,
     read_table,
-    render,
+    write_table,
 )
 
-BASIS = Basis(kind="timed", date="2026-11-20", machine="NVIDIA H200")
 WIDE = GatherConfig(block_d=1024, unroll=16, num_warps=4)
+SHAPE = {"d_model": 4096, "n_features": 32768, "k": 64, "tokens": 3000}
+DECODE = key_of("decode", "sm_90", "bfloat16", "3.6.0", SHAPE)
+SMALL_PATH = key_of(
+    "decode_path", "sm_90", "bfloat16", "3.6", {"d_model": 512, "n_features": 8192, "k": 96, "tokens": 4096}
+)
 
-ENTRIES = [
-    Entry(
-        key=key_of("decode", "sm_90", torch.bfloat16, "3.6.0", d_model=4096, n_features=32768, k=64, tokens=3000),
-        settings=WIDE,
-        basis=BASIS,
+SETTINGS: dict[str, Settings] = {
+    DECODE: WIDE,
+    key_of("select", "sm_90", "float32", "3.6.1", {"n_features": 16384, "k": 32}): SelectConfig(group=16, num_warps=2),
+    key_of("gemm", "sm_90", "bfloat16", "3.6", {"d_model": 768, "n_features": 16384, "tokens": 8192}): GemmConfig(
+        block_m=64, block_n=128, block_k=64, group_m=6, num_warps=4, num_stages=3
     ),
-    Entry(
-        key=key_of("select", "sm_90", torch.float32, "3.6.1", n_features=16384, k=32),
-        settings=SelectConfig(group=16, num_warps=2),
-        basis=BASIS,
-    ),
-    Entry(
-        key=key_of("gemm", "sm_90", torch.bfloat16, "3.6", d_model=768, n_features=16384, tokens=8192),
-        settings=GemmConfig(block_m=64, block_n=128, block_k=64, group_m=6, num_warps=4, num_stages=3),
-        basis=BASIS,
-    ),
-    Entry(
-        key=key_of("decode_path", "sm_90", torch.bfloat16, "3.6", d_model=512, n_features=8192, k=96, tokens=4096),
-        settings=Choice(choice="dense"),
-        basis=replace(BASIS, kind="machine code"),
-    ),
-]
+    SMALL_PATH: "dense",
+}
 
 
 @pytest.fixture
 def on_h200(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
-    """A table with `ENTRIES`, read as if on an H200 under Triton 3.6.2."""
+    """A table with `SETTINGS`, read as if on an H200 under Triton 3.6.2."""
     table = tmp_path / "configs.json"
-    table.write_text(render(merge([], ENTRIES)))
+    write_table(table, SETTINGS, "2026-11-20 NVIDIA H200")
     monkeypatch.setattr(configs, "TABLE", table)
     monkeypatch.setattr(configs, "architecture", lambda: "sm_90")
     monkeypatch.setattr(configs, "triton_version", lambda: "3.6.2")
@@ -162,90 +148,63 @@ def test_description_names_its_sources_and_can_be_recorded(on_h200: Path) -> Non
     assert before.decode == WIDE
     assert json.loads(json.dumps(asdict(before)))["select"] == {"group": 32, "num_warps": 1}
     assert re.fullmatch(r"configs.json sha256:[0-9a-f]{64}, triton 3.6.2, sm_90", before.fingerprint)
-    on_h200.write_text(render([]))
+    on_h200.write_text("{}")
     assert configs.fingerprint() != before.fingerprint
 
 
-def test_table_survives_writing_and_reading_in_any_order(tmp_path: Path) -> None:
-    text = render(merge([], ENTRIES))
-    assert render(merge(ENTRIES[2:], reversed(ENTRIES[:3]))) == text
-    (tmp_path / "t.json").write_text(text)
-    assert sorted(read_table(tmp_path / "t.json"), key=str) == sorted(ENTRIES, key=str)
+def test_table_is_the_same_bytes_in_whatever_order_it_was_written(on_h200: Path, tmp_path: Path) -> None:
+    for key in reversed(SETTINGS):
+        write_table(tmp_path / "t.json", {key: SETTINGS[key]}, "2026-11-20 NVIDIA H200")
+    assert (tmp_path / "t.json").read_text() == on_h200.read_text()
+    assert read_table(on_h200).gather[DECODE].settings == WIDE
 
 
-def test_a_new_entry_replaces_the_old_one_of_its_key() -> None:
-    newer = replace(ENTRIES[0], settings=replace(WIDE, unroll=4))
-    assert merge(ENTRIES, [newer]) == merge([], [newer, *ENTRIES[1:]])
+def test_new_settings_replace_the_old_ones_of_their_key(on_h200: Path) -> None:
+    write_table(on_h200, {SMALL_PATH: "sparse"}, "later")
+    assert {key: entry.settings for key, entry in read_table(on_h200).path.items()} == {SMALL_PATH: "sparse"}
 
 
-def test_shipped_table_is_valid_and_written_by_render() -> None:
-    assert render(merge([], read_table(configs.TABLE))) == configs.TABLE.read_text()
+def test_shipped_table_is_valid_and_as_it_is_written() -> None:
+    assert read_table(configs.TABLE).render() == configs.TABLE.read_text()
 
 
 @pytest.mark.parametrize(
-    ("change", "complaint"),
+    ("section", "key", "settings", "complaint"),
     [
-        ({"op": "encode"}, "key 'op': must be one of decode, "),
-        ({"dtype": "float16"}, "(decode): key 'dtype': is 'float16', must be one of bfloat16, float32"),
-        ({"tokens": 5000}, "(decode): key 'tokens': is 5000, must be a power of two"),
-        ({"k": 0}, "(decode): key 'k': is 0, must be a positive whole number"),
-        ({"k": True}, "(decode): key 'k': is True, must be a positive whole number"),
-        ({"k": None}, "(decode): key 'k': is None, must be a positive whole number"),
-        ({"speed": 1}, "(decode): key 'speed': unknown; an entry of this op has architecture, basis, "),
-        ({"settings": {"block_d": 256, "unroll": 8}}, "(decode): key 'num_warps': missing"),
-        ({"settings": 3}, "(decode): key 'settings': must be an object"),
-        ({"settings": {"block_d": 100, "unroll": 8, "num_warps": 1}}, "key 'block_d': is 100, must be a power of two"),
-        ({"basis": {"kind": "guessed", "date": "", "machine": ""}}, "key 'kind': is 'guessed', must be one of timed, "),
-        ({"basis": {"kind": "timed", "date": "", "machine": "x"}}, "key 'date': is '', must be a text"),
+        ("gather", "encode" + DECODE[6:], asdict(WIDE), "String should match pattern"),
+        ("gather", DECODE.replace("bfloat16", "float16"), asdict(WIDE), "String should match pattern"),
+        ("gather", DECODE, {"block_d": 256, "unroll": 8}, "[num_warps] Field required"),
+        ("gather", DECODE, asdict(WIDE) | {"speed": 1}, "[speed] Unexpected keyword argument, got '1'"),
+        ("gather", DECODE, asdict(WIDE) | {"block_d": 100}, "[block_d] Value error, must be a power of two, got '100'"),
+        ("gather", DECODE, asdict(WIDE) | {"unroll": 0}, "[unroll] Input should be greater than 0, got '0'"),
+        ("gather", DECODE, asdict(WIDE) | {"unroll": True}, "[unroll] Input should be a valid integer, got 'True'"),
+        ("gather", DECODE, 3, "[settings] Input should be an object, got '3'"),
+        ("path", SMALL_PATH, "fused", "[settings] Input should be 'sparse' or 'dense', got 'fused'"),
+        ("speed", DECODE, 3, "[speed] Extra inputs are not permitted"),
     ],
 )
-def test_damaged_entry_is_named_with_file_entry_and_key(
-    tmp_path: Path, change: dict[str, object], complaint: str
+def test_damaged_entry_is_named_in_one_line_with_file_and_key(
+    tmp_path: Path, section: str, key: str, settings: object, complaint: str
 ) -> None:
-    table = json.loads(render(merge([], ENTRIES)))
-    (place,) = [n for n, entry in enumerate(table["entries"]) if entry["op"] == "decode"]
-    table["entries"][place] |= change
     file = tmp_path / "t.json"
-    file.write_text(json.dumps(table))
+    file.write_text(json.dumps({section: {key: {"settings": settings, "measured": "today"}}}))
     with pytest.raises(ValueError, match=re.escape(complaint)) as caught:
         read_table(file)
-    assert str(caught.value).startswith(f"{file}: entry {place}") and "\n" not in str(caught.value)
+    assert str(caught.value).startswith(f"{file}: [{section}]") and "\n" not in str(caught.value)
 
 
-@pytest.mark.parametrize(
-    ("text", "complaint"),
-    [
-        ("{", "not JSON"),
-        ("[]", "must be an object with the keys"),
-        ('{"format": 2, "entries": []}', "key 'format': is 2, this version reads 1"),
-        ('{"format": 1, "entries": [7]}', "entry 0: key 'op': must be one of"),
-    ],
-)
+@pytest.mark.parametrize(("text", "complaint"), [("{", "Invalid JSON"), ("[]", "Input should be an object")])
 def test_damaged_table_is_named(tmp_path: Path, text: str, complaint: str) -> None:
     (tmp_path / "t.json").write_text(text)
-    with pytest.raises(ValueError, match=complaint):
+    with pytest.raises(ValueError, match=f"t.json: {complaint}"):
         read_table(tmp_path / "t.json")
-
-
-def test_two_entries_of_one_key_are_refused(tmp_path: Path) -> None:
-    (tmp_path / "t.json").write_text(render([ENTRIES[0], ENTRIES[0]]))
-    with pytest.raises(ValueError, match=r"entry 1 \(decode\): key 'op': same op and shape as an earlier entry"):
-        read_table(tmp_path / "t.json")
-
-
-def test_every_choice_of_an_op_is_told_from_others(tmp_path: Path) -> None:
-    entry = replace(ENTRIES[3], settings=Choice(choice="fused"))
-    (tmp_path / "t.json").write_text(render([entry]))
-    with pytest.raises(ValueError, match="key 'choice': is 'fused', must be one of sparse, dense"):
-        read_table(tmp_path / "t.json")
-    assert OPS["producer"].choices == ("gemm", "fused")
 
 
 def test_settings_and_public_door_work_without_triton() -> None:
     code = (
         "import sys; sys.modules['triton'] = None\n"
         "import torch, clt.kernels.ops\n"
-        "from clt.kernels import configs\n"
+        "from clt.kernels.gpu import configs\n"
         "print(configs.describe(torch.bfloat16, 768, 16384, 32, 8192).fingerprint)"
     )
     result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)

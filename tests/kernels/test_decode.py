@@ -6,9 +6,9 @@ from torch import Tensor
 
 pytest.importorskip("triton")
 
-from clt.kernels import reference
 from clt.kernels.gpu.configs import GatherConfig
 from clt.kernels.gpu.decode import decode, decode_loss
+from clt.kernels.pytorch import reference
 
 from .conftest import random_codes
 

@@ -5,9 +5,9 @@ from __future__ import annotations
 import pytest
 import torch
 
-from clt.kernels import reference
 from clt.kernels.gpu import configs
 from clt.kernels.gpu.configs import GemmConfig, SelectConfig
+from clt.kernels.pytorch import reference
 
 pytest.importorskip("triton")
 

@@ -8,13 +8,15 @@ from torch import Tensor
 
 pytest.importorskip("triton")
 
-from clt.kernels import adam, csr, reference
-from clt.kernels.adam import RowAdam, RowAdamState
-from clt.kernels.csr import FeatureCSR
+from clt.kernels.common import adam, csr
+from clt.kernels.common.adam import RowAdam, RowAdamState
+from clt.kernels.common.csr import FeatureCSR
+from clt.kernels.common.interface import DecoderGradInputs, EncoderGradInputs
 from clt.kernels.gpu import grad
 from clt.kernels.gpu.configs import GatherConfig
 from clt.kernels.gpu.decode import decode_loss
 from clt.kernels.gpu.optim import moment_tensors
+from clt.kernels.pytorch import reference
 
 from .conftest import random_codes
 
@@ -67,15 +69,16 @@ class Inputs:
     scale: Tensor
     csr: FeatureCSR
 
-    def decoder(self, factors: bool = True) -> tuple:
-        """Arguments of decoder_grad."""
+    def decoder(self, factors: bool = True) -> DecoderGradInputs:
+        """Inputs of decoder_grad."""
         given = (self.weights, self.scale) if factors else (None, None)
-        return self.grad, self.values, self.indices, self.W, self.csr, *given
+        return DecoderGradInputs(self.grad, self.values, self.indices, self.W, self.csr, *given)
 
-    def encoder(self) -> tuple:
-        """Arguments of encoder_grad, the rows of grad standing for encoder inputs."""
+    def encoder(self) -> EncoderGradInputs:
+        """Inputs of encoder_grad, the rows of grad standing for encoder inputs."""
         grad_values = self.values[0].to(reference.accumulator(self.W.dtype)) - 0.6
-        return grad_values, self.values[0], self.indices[0], self.grad, self.W.shape[1], self.csr[:1]
+        codes = (self.values[0], self.indices[0])
+        return EncoderGradInputs(grad_values, *codes, self.grad, self.W.shape[1], self.csr[:1])
 
 
 def _inputs(case: Case, dtype: torch.dtype, device: str, seed: int = 0) -> Inputs:
@@ -113,29 +116,28 @@ def _assert_one_rounding(ours: Tensor, exact: Tensor) -> None:
 @pytest.mark.parametrize("factors", [False, True])
 def test_decoder_grad_equals_reference(case: Case, dtype: torch.dtype, factors: bool, device: str) -> None:
     arguments = _inputs(case, dtype, device).decoder(factors)
-    _assert_close(grad.decoder_grad(*arguments, config=SMALL), reference.decoder_grad(*arguments), TOLERANCE[dtype])
+    _assert_close(grad.decoder_grad(arguments, config=SMALL), reference.decoder_grad(arguments), TOLERANCE[dtype])
 
 
 @pytest.mark.parametrize("case", CASES)
 @pytest.mark.parametrize("dtype", TOLERANCE)
 def test_encoder_grad_equals_reference(case: Case, dtype: torch.dtype, device: str) -> None:
     arguments = _inputs(case, dtype, device).encoder()
-    _assert_close(grad.encoder_grad(*arguments, SMALL), reference.encoder_grad(*arguments), TOLERANCE[dtype])
+    _assert_close(grad.encoder_grad(arguments, SMALL), reference.encoder_grad(arguments), TOLERANCE[dtype])
 
 
 @pytest.mark.parametrize("case", CASES)
 def test_bfloat16_gradients_are_rounded_once(case: Case, device: str) -> None:
     inputs = _inputs(case, torch.bfloat16, device)
     wide = Inputs(**{name: t if name in ("indices", "csr") else t.double() for name, t in vars(inputs).items()})
-    grad_values, grad_W = grad.decoder_grad(*inputs.decoder(), config=SMALL)
-    exact_values, exact_W = reference.decoder_grad(*wide.decoder())
+    grad_values, grad_W = grad.decoder_grad(inputs.decoder(), config=SMALL)
+    exact_values, exact_W = reference.decoder_grad(wide.decoder())
     assert grad_values.dtype == torch.float32 and grad_W is not None
     torch.testing.assert_close(grad_values.double(), exact_values, rtol=1e-5, atol=1e-4)
     _assert_one_rounding(grad_W, exact_W)
-    grad_values_BK, *rest = wide.encoder()
-    rounded = grad_values_BK.float()
-    exact = reference.encoder_grad(rounded.double(), *rest)
-    ours = grad.encoder_grad(rounded, *inputs.encoder()[1:], SMALL)
+    rounded = wide.encoder().grad_values_BK.float()
+    exact = reference.encoder_grad(replace(wide.encoder(), grad_values_BK=rounded.double()))
+    ours = grad.encoder_grad(replace(inputs.encoder(), grad_values_BK=rounded), SMALL)
     for mine, expected in zip(ours, exact, strict=True):
         _assert_one_rounding(mine, expected)
 
@@ -157,7 +159,9 @@ def test_decode_loss_and_decoder_grad_pass_gradcheck(device: str) -> None:
             residual, values, W = ctx.saved_tensors
             grouping = FeatureCSR.build(values, indices, 4)
             scale = 2 * grad_error / W.shape[2]
-            grads = grad.decoder_grad(residual, values, indices, W, grouping, weights, scale, config=OTHER)
+            grads = grad.decoder_grad(
+                DecoderGradInputs(residual, values, indices, W, grouping, weights, scale), config=OTHER
+            )
             return *grads, (residual * weights[:, None]).sum(0) * scale
 
     assert torch.autograd.gradcheck(Loss.apply, tuple(t.requires_grad_() for t in (values, W, b)))
@@ -168,10 +172,10 @@ def test_weight_gradients_depend_neither_on_launch_settings_nor_on_scratch_memor
     dtype: torch.dtype, device: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     inputs = _inputs(HOT, dtype, device)
-    results = [grad.decoder_grad(*inputs.decoder(), config=config) for config in (SMALL, OTHER)]
-    encoders = [grad.encoder_grad(*inputs.encoder(), config) for config in (SMALL, OTHER)]
+    results = [grad.decoder_grad(inputs.decoder(), config=config) for config in (SMALL, OTHER)]
+    encoders = [grad.encoder_grad(inputs.encoder(), config) for config in (SMALL, OTHER)]
     monkeypatch.setattr(grad, "SCRATCH_BYTES", 1)
-    results.append(grad.decoder_grad(*inputs.decoder(), config=SMALL))
+    results.append(grad.decoder_grad(inputs.decoder(), config=SMALL))
     assert all(torch.equal(results[0][1], grad_W) for _, grad_W in results)
     assert all(torch.equal(ours, other) for ours, other in zip(*encoders, strict=True))
     # A dot product is added up by columns, in an order that the launch fixes.
@@ -183,18 +187,19 @@ def test_permuted_tokens_permute_the_activation_gradients_bitwise(device: str) -
     order = torch.randperm(len(inputs.grad), device=device)
     values, indices = inputs.values[:, order], inputs.indices[:, order]
     grouping = FeatureCSR.build(values, indices, HOT.n_features)
-    ours, _ = grad.decoder_grad(*inputs.decoder(), config=SMALL)
-    permuted, _ = grad.decoder_grad(
-        inputs.grad[order], values, indices, inputs.W, grouping, inputs.weights[order], inputs.scale, config=SMALL
+    ours, _ = grad.decoder_grad(inputs.decoder(), config=SMALL)
+    shuffled = DecoderGradInputs(
+        inputs.grad[order], values, indices, inputs.W, grouping, inputs.weights[order], inputs.scale
     )
+    permuted, _ = grad.decoder_grad(shuffled, config=SMALL)
     assert torch.equal(ours[:, order], permuted)
 
 
 def test_decoder_grad_without_weights_gives_the_same_activation_gradients(device: str) -> None:
     inputs = _inputs(HOT, torch.float32, device)
-    grad_values, grad_W = grad.decoder_grad(*inputs.decoder(), need_W=False, config=SMALL)
+    grad_values, grad_W = grad.decoder_grad(inputs.decoder(), need_W=False, config=SMALL)
     assert grad_W is None
-    assert torch.equal(grad_values, grad.decoder_grad(*inputs.decoder(), config=SMALL)[0])
+    assert torch.equal(grad_values, grad.decoder_grad(inputs.decoder(), config=SMALL)[0])
 
 
 @pytest.mark.parametrize("case", [SPARSE, HOT])
@@ -210,16 +215,13 @@ def test_fused_steps_equal_gradient_then_adam(case: Case, dtype: torch.dtype, be
     for step in (1, 2, 3):
         inputs = _inputs(case, dtype, device, seed=step)
         hyper = settings.hyper(step, device, dtype)
-        values, indices, factors = inputs.values, inputs.indices, (inputs.weights, inputs.scale)
-        head = (inputs.grad, values, indices)
-        ours = grad.decoder_step_(*head, W_dec, inputs.csr, *factors, fused[0][1], hyper, SMALL)
-        theirs, grad_W = reference.decoder_grad(*head, apart[0][0], inputs.csr, *factors)
+        ours = grad.decoder_step_(replace(inputs.decoder(), W_dec_SFD=W_dec), fused[0][1], hyper, SMALL)
+        theirs, grad_W = reference.decoder_grad(replace(inputs.decoder(), W_dec_SFD=apart[0][0]))
         adam.row_adam_(apart[0][0], grad_W, apart[0][1], hyper, inputs.csr.touched())
         _assert_close((ours,), (theirs,), TOLERANCE[dtype])
-        *head, n_features, grouping = inputs.encoder()
-        ours = grad.encoder_step_(*head, W_enc, grouping, fused[1][1], hyper, SMALL)
-        grad_W, theirs = reference.encoder_grad(*head, n_features, grouping)
-        adam.row_adam_(apart[1][0], grad_W, apart[1][1], hyper, grouping.touched()[0])
+        ours = grad.encoder_step_(inputs.encoder(), W_enc, fused[1][1], hyper, SMALL)
+        grad_W, theirs = reference.encoder_grad(inputs.encoder())
+        adam.row_adam_(apart[1][0], grad_W, apart[1][1], hyper, inputs.csr.touched()[0])
         _assert_close((ours,), (theirs,), TOLERANCE[dtype])
     for (W, state), (expected, expected_state) in zip(fused, apart, strict=True):
         _assert_close((W, state.v_RD), (expected, expected_state.v_RD), TOLERANCE[dtype])
@@ -235,10 +237,10 @@ def test_fused_bfloat16_steps_round_as_the_reference_does(moments: torch.dtype, 
     hyper = settings.hyper(1, device, torch.bfloat16)
     W, expected = inputs.W.clone(), inputs.W.clone()
     state, expected_state = (RowAdamState.zeros(W, settings, moments) for _ in range(2))
-    grad.decoder_step_(*inputs.decoder()[:3], W, *inputs.decoder()[4:], state, hyper, SMALL)
+    grad.decoder_step_(replace(inputs.decoder(), W_dec_SFD=W), state, hyper, SMALL)
     # The fused step never rounds the gradient, so neither may the reference.
-    wide = (inputs.grad.float(), inputs.values, inputs.indices, inputs.W.float(), *inputs.decoder()[4:])
-    _, grad_W = reference.decoder_grad(*wide)
+    wide = replace(inputs.decoder(), grad_BD=inputs.grad.float(), W_dec_SFD=inputs.W.float())
+    _, grad_W = reference.decoder_grad(wide)
     adam.row_adam_(expected, grad_W, expected_state, hyper, inputs.csr.touched())
     for ours, theirs in ((W, expected), (state.v_RD, expected_state.v_RD)):
         # Sums in another order differ in the last bit of float32, and one in 2^16 of those crosses the noise.
@@ -258,16 +260,15 @@ def test_fused_steps_on_codes_have_the_bits_of_gradient_then_adam(dtype: torch.d
     enc, enc_theirs = ((W[0].clone(), RowAdamState.zeros(W[0], settings, torch.uint8)) for _ in range(2))
     for step in (1, 3):
         inputs, hyper = _inputs(case, dtype, device, seed=step), settings.hyper(step, device, dtype)
-        head = (inputs.grad, inputs.values, inputs.indices)
+        decoder, encoder = replace(inputs.decoder(factors=False), W_dec_SFD=ours[0]), inputs.encoder()
         # In float32 the stored gradient is the sum that the fused step holds in registers.
-        wide = [tensor.float() for tensor in (inputs.grad, inputs.values)]
-        _, grad_W = grad.decoder_grad(*wide, inputs.indices, theirs[0].float(), inputs.csr, None, None, config=OTHER)
-        grad.decoder_step_(*head, ours[0], inputs.csr, None, None, ours[1], hyper, SMALL)
+        wide = {"grad_BD": inputs.grad.float(), "values_SBK": inputs.values.float(), "W_dec_SFD": theirs[0].float()}
+        _, grad_W = grad.decoder_grad(replace(decoder, **wide), config=OTHER)
+        grad.decoder_step_(decoder, ours[1], hyper, SMALL)
         adam.row_adam_(theirs[0], grad_W, theirs[1], hyper, inputs.csr.touched())
-        grad_values, values, indices, x, n_features, grouping = inputs.encoder()
-        grad_W, _ = grad.encoder_grad(grad_values, values, indices, x.float(), n_features, grouping, OTHER)
-        grad.encoder_step_(grad_values, values, indices, x, enc[0], grouping, enc[1], hyper, SMALL)
-        adam.row_adam_(enc_theirs[0], grad_W, enc_theirs[1], hyper, grouping.touched()[0])
+        grad_W, _ = grad.encoder_grad(replace(encoder, x_BD=encoder.x_BD.float()), OTHER)
+        grad.encoder_step_(encoder, enc[0], enc[1], hyper, SMALL)
+        adam.row_adam_(enc_theirs[0], grad_W, enc_theirs[1], hyper, inputs.csr.touched()[0])
     for (mine, state), (expected, expected_state) in ((ours, theirs), (enc, enc_theirs)):
         pairs = zip((mine, *moment_tensors(state)), (expected, *moment_tensors(expected_state)), strict=True)
         assert all(torch.equal(a, b) for a, b in pairs)
@@ -278,7 +279,8 @@ def test_fused_steps_leave_rows_without_a_slot_alone(dtype: torch.dtype, device:
     settings = RowAdam(learning_rate=1e-2)
     inputs = _inputs(SPARSE, dtype, device)
     W, state = inputs.W.clone(), RowAdamState.zeros(inputs.W, settings)
-    grad.decoder_step_(*inputs.decoder()[:3], W, *inputs.decoder()[4:], state, settings.hyper(4, device, dtype), SMALL)
+    inputs_of_W = replace(inputs.decoder(), W_dec_SFD=W)
+    grad.decoder_step_(inputs_of_W, state, settings.hyper(4, device, dtype), SMALL)
     touched = inputs.csr.touched()
     assert torch.equal(W[~touched], inputs.W[~touched]) and state.v_RD[~touched].eq(0).all()
     assert torch.equal(state.last_step_R, torch.where(touched, 4, 0).int())
@@ -294,6 +296,6 @@ def test_decoders_of_more_than_two_to_the_31_elements_are_addressed(device: str)
     values = torch.ones(sources, 1, 1, dtype=torch.bfloat16, device=device)
     indices = torch.full((sources, 1, 1), n_features - 1, dtype=torch.int32, device=device)
     grouping = FeatureCSR.build(values, indices, n_features)
-    grad_values, grad_W = grad.decoder_grad(row, values, indices, W, grouping, None, None)
+    grad_values, grad_W = grad.decoder_grad(DecoderGradInputs(row, values, indices, W, grouping))
     assert grad_W is not None and torch.equal(grad_W[1, -1], row[0]) and grad_W[1, :-1].eq(0).all()
     torch.testing.assert_close(grad_values[1, 0, 0], row.float().sum(), rtol=1e-4, atol=1e-3)

@@ -9,8 +9,9 @@ from typing import Any
 import pytest
 import torch
 
-from clt.kernels import backend, library, ops, reference
+from clt.kernels import backend, library, ops
 from clt.kernels.gpu import configs
+from clt.kernels.pytorch import reference
 
 from .conftest import random_codes
 
@@ -171,7 +172,7 @@ def _operator_calls(device: str) -> list[tuple[Any, tuple[Any, ...]]]:
     first = [tensor[:1] for tensor in csr]
     settings = ops.RowAdam(learning_rate=0.01, beta1=0.5)
     state, state_enc = ops.RowAdamState.zeros(W.detach(), settings), ops.RowAdamState.zeros(W_enc.detach(), settings)
-    moments, moments_enc = ops._state(state), ops._state(state_enc)
+    moments, moments_enc = (state.tensors(), 0), (state_enc.tensors(), 0)
     hyper = settings.hyper(3, device, F64)
     live = values.clone().requires_grad_()
     plain, plain_enc = W.detach().clone(), W_enc.detach().clone()

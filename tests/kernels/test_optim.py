@@ -14,8 +14,8 @@ pytest.importorskip("triton")
 import triton
 import triton.language as tl
 
-from clt.kernels import adam, storage
-from clt.kernels.adam import RowAdam, RowAdamState
+from clt.kernels.common import adam, storage
+from clt.kernels.common.adam import RowAdam, RowAdamState
 from clt.kernels.gpu import optim
 from clt.kernels.gpu.configs import GatherConfig
 

@@ -12,8 +12,9 @@ from torch import Tensor
 
 pytest.importorskip("triton")
 
-from clt.kernels import adam, library, ops, packed, storage
-from clt.kernels.adam import RowAdam, RowAdamState
+from clt.kernels import library, ops
+from clt.kernels.common import adam, packed, storage
+from clt.kernels.common.adam import RowAdam, RowAdamState
 from clt.kernels.gpu import optim
 from clt.kernels.gpu.configs import GatherConfig
 
@@ -221,9 +222,12 @@ def test_operators_step_on_codes_and_pass_opcheck(backend: str, device: str) -> 
     hyper, touched = adam_.hyper(1, device, F32), csr.touched()
     first = csr[:1].tensors()
     calls = [
-        (library.row_adam_, (W, torch.randn_like(W), *ops._state(state), hyper, touched)),
-        (library.decoder_step_, (x, values, indices, W, csr.tensors(), None, None, *ops._state(state), hyper)),
-        (library.encoder_step_, (values[0], values[0], indices[0], x, W[0], first, *ops._state(state_enc), hyper)),
+        (library.row_adam_, (W, torch.randn_like(W), state.tensors(), state.seed, hyper, touched)),
+        (library.decoder_step_, (x, values, indices, W, csr.tensors(), None, None, state.tensors(), state.seed, hyper)),
+        (
+            library.encoder_step_,
+            (values[0], values[0], indices[0], x, W[0], first, state_enc.tensors(), state_enc.seed, hyper),
+        ),
     ]
     ops.use_backend(backend)  # type: ignore[arg-type]
     try:

@@ -9,8 +9,10 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from clt.kernels import cpu, csr, dense, reference
-from clt.kernels.csr import FeatureCSR
+from clt.kernels.common import csr
+from clt.kernels.common.csr import FeatureCSR
+from clt.kernels.common.interface import DecoderGradInputs, EncoderGradInputs
+from clt.kernels.pytorch import cpu, dense, reference
 
 from .conftest import random_codes
 
@@ -127,11 +129,11 @@ def test_explicit_gradients_are_those_of_autograd(
     expected = torch.autograd.grad(error, (values, W))
     grouping = FeatureCSR.build(values.detach(), indices, n_features)
     scale = torch.tensor(2 / d if weighted else 2 / (d * tokens), dtype=F64)
-    arguments = (residual, values.detach(), indices, W.detach())
+    inputs = DecoderGradInputs(residual, values.detach(), indices, W.detach(), grouping, weights, scale)
     for grads in (
-        reference.decoder_grad(*arguments, grouping, weights, scale),
-        cpu.decoder_grad(*arguments, grouping, weights, scale),
-        dense.decoder_grad(*arguments, weights, scale),
+        reference.decoder_grad(inputs),
+        cpu.decoder_grad(inputs),
+        dense.decoder_grad(inputs),
     ):
         for ours, theirs in zip(grads, expected, strict=True):
             torch.testing.assert_close(ours, theirs, rtol=1e-12, atol=1e-12)
@@ -144,12 +146,10 @@ def test_cpu_and_dense_paths_equal_the_reference(sources: int, tokens: int, k: i
     y, skip, weights = torch.randn(tokens, d, dtype=F64), torch.randn(tokens, d, dtype=F64), torch.rand(tokens).double()
     x, grad_values = torch.randn(tokens, d, dtype=F64), torch.randn(tokens, k, dtype=F64)
     grouping = FeatureCSR.build(values[:1], indices[:1], n_features)
-    encoder = (grad_values, values[0], indices[0], x, n_features)
-    expected = _results(reference, values, indices, W, b, y, weights, skip, (*encoder, grouping))
-    for results in (
-        _results(cpu, values, indices, W, b, y, weights, skip, (*encoder, grouping)),
-        _results(dense, values, indices, W, b, y, weights, skip, encoder),
-    ):
+    encoder = EncoderGradInputs(grad_values, values[0], indices[0], x, n_features, grouping)
+    expected = _results(reference, values, indices, W, b, y, weights, skip, encoder)
+    for path in (cpu, dense):
+        results = _results(path, values, indices, W, b, y, weights, skip, encoder)
         for ours, theirs in zip(results, expected, strict=True):
             torch.testing.assert_close(ours, theirs, rtol=1e-12, atol=1e-12)
 
@@ -160,18 +160,21 @@ def _results(path: ModuleType, values, indices, W, b, y, weights, skip, encoder)
         path.decode(values, indices, W, b, skip),
         *path.decode_loss(values, indices, W, b, y, None, None),
         *path.decode_loss(values, indices, W, b, y, weights, skip),
-        *path.encoder_grad(*encoder),
+        *path.encoder_grad(encoder),
     ]
 
 
-def test_cpu_takes_more_slots_than_features() -> None:
-    # As tied decoders make them of several sources: features repeat within a token.
+@pytest.mark.parametrize("path", [cpu, dense])
+def test_features_may_repeat_within_a_token(path: ModuleType) -> None:
+    # Tied decoders join the slots of several sources: more slots than features, and features repeat.
     values, indices = torch.rand(1, 5, 11, dtype=F64), torch.randint(0, 4, (1, 5, 11), dtype=torch.int32)
     values[:, :, -3:], indices[:, :, -3:] = 0, 0
     W, grad = torch.randn(1, 4, 6, dtype=F64), torch.randn(5, 6, dtype=F64)
     grouping = csr.FeatureCSR.build(values, indices, 4)
+    inputs = DecoderGradInputs(grad, values, indices, W, grouping)
     found, expected = (
-        module.decoder_grad(grad, values, indices, W, grouping, None, None) for module in (cpu, reference)
+        (module.decode(values, indices, W, W.new_zeros(6), None), *module.decoder_grad(inputs))
+        for module in (path, reference)
     )
     for ours, theirs in zip(found, expected, strict=True):
         torch.testing.assert_close(ours, theirs)

@@ -9,8 +9,8 @@ import torch
 from hypothesis import HealthCheck, Phase, given, settings
 from hypothesis import strategies as st
 
-from clt.kernels import reference
 from clt.kernels.gpu.configs import SelectConfig
+from clt.kernels.pytorch import reference
 
 pytest.importorskip("triton")
 

@@ -9,7 +9,7 @@ import torch
 from hypothesis import HealthCheck, Phase, given, settings
 from hypothesis import strategies as st
 
-from clt.kernels import reference
+from clt.kernels.pytorch import reference
 
 pytest.importorskip("triton")
 

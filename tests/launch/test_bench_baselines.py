@@ -1,9 +1,10 @@
-"""The baselines' benchmark: every formula of the rivals on tensors that can be computed by hand, and one quick run."""
+"""Comparison with other projects: every formula of their algorithms on hand-computed tensors, and one quick run."""
 
 from __future__ import annotations
 
 import json
 import math
+import sys
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -11,12 +12,14 @@ import pytest
 import torch
 from typer.testing import CliRunner, Result
 
-from clt.evaluation.store_evaluation import evaluate_store
-from clt.launch.bench.baselines import crosslayer, eleuther, ours
-from clt.launch.bench.baselines.data import Batch, ChannelMoments, channel_moments
-from clt.launch.bench.baselines.measure import HeldOut, Prediction, Run, Setting, learn, measure
-from clt.launch.bench.baselines.report import BaselineReport, Row, Trial
-from clt.launch.bench.baselines.run import all_contenders, best_trial
+from benchmarks.baselines import crosslayer, eleuther, ours
+from benchmarks.baselines.data import ChannelMoments, RawBatch, channel_moments
+from benchmarks.baselines.measure import HeldOut, Prediction, SeedRun, Setting, learn, measure
+from benchmarks.baselines.report import AlgorithmRow, BaselineReport, Trial
+from benchmarks.baselines.run import all_algorithms, best_trial
+from clt.errors import ConfigError
+from clt.evaluation.evaluator import evaluate_store
+from clt.launch.bench.checkout import load_benchmarks
 from clt.launch.bench.common.machine import this_machine
 from clt.launch.commands.main import app
 from clt.records import ActivationBatch, TokenTable
@@ -27,8 +30,8 @@ from clt.transcoder.scaling import Scaling
 TINY = CLTConfig(n_features=3, k=1, n_layers=2, d_model=2)
 
 
-def _batch(x: list[list[list[float]]], y: list[list[list[float]]]) -> Batch:
-    return Batch(x_LBD=torch.tensor(x), y_LBD=torch.tensor(y))
+def _batch(x: list[list[list[float]]], y: list[list[list[float]]]) -> RawBatch:
+    return RawBatch(x_LBD=torch.tensor(x), y_LBD=torch.tensor(y))
 
 
 #: Norms of x: 5 and 15 in layer 0, 2 and 2 in layer 1; of y: 1 and 3, and 10 and 30.
@@ -126,7 +129,7 @@ def test_schedules_and_published_rates_are_those_of_the_authors() -> None:
     assert eleuther.published_learning_rate(1024) == pytest.approx(8e-4)
     assert [eleuther.rate_factor(step, 2, 6) for step in range(7)] == [0, 0.5, 1, 0.75, 0.5, 0.25, 0]
     assert [crosslayer.rate_factor(step, 10) for step in (0, 7, 8, 9)] == [1, 1, 1, 0.5]
-    tried = {each.name: each.trials for each in all_contenders(1024, 1e-3)}
+    tried = {each.name: each.trials for each in all_algorithms(1024, 1e-3)}
     assert [setting.learning_rate for setting in tried["clt-training untied"]] == pytest.approx(
         [8e-4, 3.2e-3, 6.4e-3, 1.28e-2]
     )
@@ -155,12 +158,12 @@ def test_crosslayer_dead_features_are_chosen_whatever_their_sign() -> None:
 
 
 @pytest.fixture
-def transcoder() -> crosslayer.Transcoder:
+def transcoder() -> crosslayer.CrosslayerTranscoder:
     """Two layers of two features that read one channel each; decoders 1 (0 to 0), 2 (0 to 1) and 3 (1 to 1)."""
     config = CLTConfig(n_features=2, k=1, n_layers=2, d_model=2)
     x = ChannelMoments(mean_LD=torch.tensor([[1.0, 2.0], [0.0, 0.0]]), std_LD=torch.tensor([[1.0, 2.0], [1.0, 1.0]]))
     y = ChannelMoments(mean_LD=torch.tensor([[0.0, 1.0], [0.0, 0.0]]), std_LD=torch.tensor([[2.0, 1.0], [1.0, 3.0]]))
-    made = crosslayer.Transcoder(config, crosslayer.Units.of(x), crosslayer.Units.of(y), seed=0)
+    made = crosslayer.CrosslayerTranscoder(config, crosslayer.Units.of(x), crosslayer.Units.of(y), seed=0)
     assert all(W_FD.abs().max() <= 1 / math.sqrt(2) for W_FD in made.W_enc)
     assert all(W_ND.abs().max() <= 1 / math.sqrt(4) for W_ND in made.W_dec)
     with torch.no_grad():
@@ -171,7 +174,7 @@ def transcoder() -> crosslayer.Transcoder:
     return made
 
 
-def test_crosslayer_standardises_channels_and_adds_a_bias_per_pair(transcoder: crosslayer.Transcoder) -> None:
+def test_crosslayer_standardises_channels_and_adds_a_bias_per_pair(transcoder: crosslayer.CrosslayerTranscoder) -> None:
     with torch.no_grad():
         transcoder.b_dec[1].copy_(torch.tensor([[0.1, 0.1], [0.2, 0.2]]))
     # (4 - 1) / 1 and (6 - 2) / 2.
@@ -183,7 +186,7 @@ def test_crosslayer_standardises_channels_and_adds_a_bias_per_pair(transcoder: c
 
 
 def test_crosslayer_loss_is_mse_in_raw_units_with_preactivation_and_auxk_terms(
-    transcoder: crosslayer.Transcoder,
+    transcoder: crosslayer.CrosslayerTranscoder,
 ) -> None:
     x = [[[4.0, 6.0], [1.0, 0.0]], [[-1.0, 1.0], [2.0, 0.0]]]
     batch = _batch(x, [[[0.0, 0.0], [0.0, 0.0]], [[0.0, 0.0], [0.0, 0.0]]])
@@ -213,7 +216,7 @@ def test_moments_are_per_channel_and_a_constant_channel_keeps_unit_one() -> None
 
 def test_held_out_measures_are_sums_over_all_batches() -> None:
     y_LBD = torch.tensor([[[0.0], [2.0], [4.0]]])
-    batches = [Batch(x_LBD=y_LBD[:, :2], y_LBD=y_LBD[:, :2]), Batch(x_LBD=y_LBD[:, 2:], y_LBD=y_LBD[:, 2:])]
+    batches = [RawBatch(x_LBD=y_LBD[:, :2], y_LBD=y_LBD[:, :2]), RawBatch(x_LBD=y_LBD[:, 2:], y_LBD=y_LBD[:, 2:])]
 
     def predict(x_LBD: torch.Tensor) -> Prediction:
         # Off by one everywhere; of three features one is active where x > 1, another always.
@@ -247,7 +250,7 @@ def test_ours_is_measured_as_everywhere_else_in_the_project() -> None:
         image=zeros,
     )
     expected = evaluate_store(made, [ActivationBatch(x=x_LBD, y=y_LBD, tokens=tokens)])
-    found = measure(lambda x: ours.predict(made, x), [Batch(x_LBD=x_LBD, y_LBD=y_LBD)])
+    found = measure(lambda x: ours.predict(made, x), [RawBatch(x_LBD=x_LBD, y_LBD=y_LBD)])
     # The reference sums in standardised units; both in float64 from float32 reconstructions.
     assert found.fvu == pytest.approx(list(expected.fvu.values()), rel=1e-5)
     assert found.l0 == pytest.approx(list(expected.l0.values()))
@@ -258,13 +261,13 @@ def test_speed_leaves_the_first_window_out() -> None:
     class Idle:
         steps = 0
 
-        def step(self, batch: Batch) -> None:
+        def step(self, batch: RawBatch) -> None:
             self.steps += 1
 
         def predict(self, x_LBD: torch.Tensor) -> Prediction:
             raise AssertionError
 
-    def batches(n: int) -> Iterator[Batch]:
+    def batches(n: int) -> Iterator[RawBatch]:
         return (FIRST for _ in range(n))
 
     idle = Idle()
@@ -281,17 +284,17 @@ def test_best_trial_is_the_one_with_least_error_that_is_a_number() -> None:
     assert best_trial([*trials, Trial(name="b", setting=settings[0], fvu=0.1, dead_fraction=0)], "a") == settings[1]
 
 
-def test_claims_compare_means_over_seeds_with_every_rival() -> None:
-    def row(name: str, fvus: tuple[float, ...], dead: float) -> Row:
+def test_claims_compare_means_over_seeds_with_every_other_algorithm() -> None:
+    def row(name: str, fvus: tuple[float, ...], dead: float) -> AlgorithmRow:
         runs = (
-            Run(
+            SeedRun(
                 seed=seed,
                 heldout=HeldOut(fvu=(fvu, fvu), l0=(4, 4), dead_fraction=(dead, dead)),
                 tokens_per_s=(9, 7, 1),
             )
             for seed, fvu in enumerate(fvus)
         )
-        return Row(name=name, how="tuned", setting=Setting(learning_rate=1), runs=tuple(runs))
+        return AlgorithmRow(name=name, how="tuned", setting=Setting(learning_rate=1), runs=tuple(runs))
 
     report = BaselineReport(
         machine=this_machine((), Path()),
@@ -310,14 +313,14 @@ def test_claims_compare_means_over_seeds_with_every_rival() -> None:
     ]
 
 
-def test_mistakes_are_one_line_and_exit_code_2(tmp_path: Path) -> None:
+def test_user_errors_are_one_line_and_exit_code_2(tmp_path: Path) -> None:
     config = Path(__file__).resolve().parents[2] / "configs" / "demo" / "toy.yaml"
     skipping = tmp_path / "skip.yaml"
     skipping.write_text(config.read_text().replace("k: 16", "k: 16\n    skip: true"))
     for words, message in (
         (("--config", tmp_path / "none.yaml"), "none.yaml: no such configuration file"),
-        (("--config", skipping), "training.clt.skip=True: the baselines are compared at False; remove the key"),
-        (("--only", "nobody"), "--only 'nobody': the contenders are ours, clt-training untied"),
+        (("--config", skipping), "training.clt.skip=True: the comparison supports only False; remove the key"),
+        (("--only", "nobody"), "--only 'nobody': the algorithms are ours, clt-training untied"),
         (("--json", "/proc/none/report.json"), "/proc/none/report.json: cannot be written"),
     ):
         result = clt_command("--quick", *words)
@@ -325,13 +328,13 @@ def test_mistakes_are_one_line_and_exit_code_2(tmp_path: Path) -> None:
         assert result.stderr.count("\n") == 1 and message in result.stderr, result.stderr
 
 
-def test_command_trains_everyone_on_equal_terms_and_writes_the_report(tmp_path: Path) -> None:
+def test_command_trains_all_algorithms_on_the_same_data_and_writes_the_report(tmp_path: Path) -> None:
     result = clt_command("--quick", "--json", tmp_path / "new" / "report.json")
     assert result.exit_code == 0, result.output
-    assert result.stdout.startswith("| claim |") and "Quick: the numbers mean nothing." in result.stdout
+    assert result.stdout.startswith("| claim |") and "Quick: the numbers are meaningless." in result.stdout
     tree = json.loads((tmp_path / "new" / "report.json").read_text())
     assert tree["machine"]["packages"] and tree["rows"][0]["name"] == "ours"
-    assert {row["name"] for row in tree["rows"]} == {each.name for each in all_contenders(64, 1e-3)}
+    assert {row["name"] for row in tree["rows"]} == {each.name for each in all_algorithms(64, 1e-3)}
     for row in tree["rows"]:
         (run,) = row["runs"]
         assert f"| {row['name']} | {row['how']}: " in result.stdout
@@ -339,3 +342,11 @@ def test_command_trains_everyone_on_equal_terms_and_writes_the_report(tmp_path: 
         assert sum(run["heldout"]["l0"]) == pytest.approx(16, rel=0.01)
         assert all(speed > 0 for speed in run["tokens_per_s"])
         assert all(math.isfinite(value) for value in run["heldout"]["fvu"])
+
+
+def test_wheel_without_benchmarks_raises_an_error_that_names_the_checkout(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.delitem(sys.modules, "benchmarks")
+    with pytest.raises(ConfigError, match="benchmarks: not found; this comparison needs a checkout"):
+        load_benchmarks("benchmarks.baselines.run", tmp_path)

@@ -1,6 +1,6 @@
-"""The kernels' benchmark: it counts the work as one would by hand, checks everyone, times only what is right.
+"""Kernel benchmark: work counted by hand, all results checked, only right ones timed. Speed is not tested here.
 
-How fast anything is, is not tested here; benchmarks/kernels.md shows it.
+Measured speeds are in benchmarks/kernels.md.
 """
 
 from __future__ import annotations
@@ -13,14 +13,13 @@ import pytest
 import torch
 from typer.testing import CliRunner, Result
 
+from benchmarks import kernel_peers
 from clt.errors import ConfigError
-from clt.launch.bench.kernels import peers as kernels_peers
-from clt.launch.bench.kernels.claims import kernel_claims
-from clt.launch.bench.kernels.data import DISTRIBUTIONS, SIZES, Problem, Size, firing_rates
-from clt.launch.bench.kernels.measure import Case, Contender, Runner, measure
-from clt.launch.bench.kernels.report import KernelReport, Row, Table
+from clt.launch.bench.kernels.data import DISTRIBUTIONS, SIZES, KernelInputs, KernelSize, firing_rates
+from clt.launch.bench.kernels.measure import Case, Implementation, Runner, measure
+from clt.launch.bench.kernels.report import KernelReport, KernelRow, KernelTable, kernel_claims
+from clt.launch.bench.kernels.roofline import Roofline, Shape, Workload, total_floor_s
 from clt.launch.bench.kernels.run import KernelBenchSettings, bench_kernels
-from clt.launch.bench.kernels.work import Ceilings, Shape, Work, total_floor_s
 from clt.launch.commands.main import app
 
 CPU = torch.device("cpu")
@@ -53,25 +52,25 @@ def clt_command(*words: str | Path) -> Result:
 
 
 def test_work_of_every_operation_is_what_one_counts_by_hand() -> None:
-    assert SMALL.encode() == Work(flops=2 * 3 * 4 * 10, once_bytes=(12 + 40 + 10) * 2 + 6 * (2 + 4))
-    assert SMALL.select() == Work(once_bytes=3 * 10 * 2 + 6 * 6)
-    assert SMALL.threshold(5) == Work(once_bytes=3 * 10 * 2 + 5 * 6)
+    assert SMALL.encode() == Workload(flops=2 * 3 * 4 * 10, once_bytes=(12 + 40 + 10) * 2 + 6 * (2 + 4))
+    assert SMALL.select() == Workload(once_bytes=3 * 10 * 2 + 6 * 6)
+    assert SMALL.threshold(5) == Workload(once_bytes=3 * 10 * 2 + 5 * 6)
     rows = {"gather_bytes": 2 * 6 * 8, "table_bytes": 7 * 8, "table_rows": 10}
-    assert SMALL.decode() == Work(flops=2 * 12 * 4, once_bytes=12 * 6 + 3 * 8, **rows)
-    assert SMALL.decode_loss() == Work(flops=2 * 12 * 4, once_bytes=12 * 6 + 2 * 3 * 8, **rows)
-    assert SMALL.csr(2) == Work(once_bytes=2 * (6 * 6 + 6 * 8 + 11 * 8))
+    assert SMALL.decode() == Workload(flops=2 * 12 * 4, once_bytes=12 * 6 + 3 * 8, **rows)
+    assert SMALL.decode_loss() == Workload(flops=2 * 12 * 4, once_bytes=12 * 6 + 2 * 3 * 8, **rows)
+    assert SMALL.csr(2) == Workload(once_bytes=2 * (6 * 6 + 6 * 8 + 11 * 8))
     rows = {"flops": 4 * 12 * 4, "gather_bytes": 12 * 8, "table_bytes": 3 * 8, "table_rows": 3}
     # Slots, the seven rows of weights that are read, and all twenty rows of gradients that are written.
-    assert SMALL.decoder_grad() == Work(once_bytes=12 * (2 + 8 + 4) + 7 * 8 + 20 * 8, **rows)
+    assert SMALL.decoder_grad() == Workload(once_bytes=12 * (2 + 8 + 4) + 7 * 8 + 20 * 8, **rows)
     # Instead of gradients: seven rows of weights written, and moments of 4 bytes read and written.
-    assert SMALL.decoder_step(4) == Work(once_bytes=12 * 14 + 7 * 8 + 7 * 4 * (2 + 8), **rows)
+    assert SMALL.decoder_step(4) == Workload(once_bytes=12 * 14 + 7 * 8 + 7 * 4 * (2 + 8), **rows)
     rows = {"flops": 2 * 6 * 4, "gather_bytes": 6 * 8, "table_bytes": 3 * 8, "table_rows": 3}
-    assert SMALL.encoder_grad() == Work(once_bytes=6 * (4 + 2 + 8) + 10 * 2 + 10 * 8, **rows)
-    assert SMALL.encoder_step(4) == Work(once_bytes=6 * 14 + 10 * 2 + 4 * 4 * (4 + 8), **rows)
-    assert SMALL.adam(4) == Work(once_bytes=7 * 4 * (6 + 8))
+    assert SMALL.encoder_grad() == Workload(once_bytes=6 * (4 + 2 + 8) + 10 * 2 + 10 * 8, **rows)
+    assert SMALL.encoder_step(4) == Workload(once_bytes=6 * 14 + 10 * 2 + 4 * 4 * (4 + 8), **rows)
+    assert SMALL.adam(4) == Workload(once_bytes=7 * 4 * (6 + 8))
 
 
-def test_budgets_of_the_large_sizes_are_those_of_the_brief() -> None:
+def test_work_of_the_large_sizes_is_as_expected() -> None:
     def shape(name: str) -> Shape:
         size = SIZES[name]
         numbers = {key: value for key, value in vars(size).items() if key != "name"}
@@ -87,14 +86,14 @@ def test_budgets_of_the_large_sizes_are_those_of_the_brief() -> None:
 
 
 def test_floor_is_the_longest_of_memory_gather_and_product() -> None:
-    roof = Ceilings(memory_bytes_per_s=100.0, cache_bytes_per_s=400.0, cache_bytes=2560, flops_per_s=1000.0)
-    assert roof.floor_s(Work(once_bytes=200, table_bytes=100)) == 3
-    assert roof.floor_s(Work(once_bytes=200, flops=4000)) == 4
+    roof = Roofline(memory_bytes_per_s=100.0, cache_bytes_per_s=400.0, cache_bytes=2560, flops_per_s=1000.0)
+    assert roof.floor_s(Workload(once_bytes=200, table_bytes=100)) == 3
+    assert roof.floor_s(Workload(once_bytes=200, flops=4000)) == 4
     # Ten rows of 256 bytes fit into the cache, eleven do not.
-    assert roof.floor_s(Work(gather_bytes=2000, table_rows=10)) == 5
-    assert roof.floor_s(Work(gather_bytes=2000, table_rows=11)) == 20
-    assert replace(roof, cache_bytes_per_s=None).floor_s(Work(gather_bytes=2000, table_rows=10)) == 20
-    assert total_floor_s(roof, [Work(once_bytes=200), Work(flops=4000)]) == 6
+    assert roof.floor_s(Workload(gather_bytes=2000, table_rows=10)) == 5
+    assert roof.floor_s(Workload(gather_bytes=2000, table_rows=11)) == 20
+    assert replace(roof, cache_bytes_per_s=None).floor_s(Workload(gather_bytes=2000, table_rows=10)) == 20
+    assert total_floor_s(roof, [Workload(once_bytes=200), Workload(flops=4000)]) == 6
 
 
 def test_features_fire_evenly_or_by_rank_and_k_at_a_time() -> None:
@@ -107,16 +106,16 @@ def test_features_fire_evenly_or_by_rank_and_k_at_a_time() -> None:
 
 @pytest.mark.parametrize("distribution", DISTRIBUTIONS)
 def test_codes_are_canonical_and_fire_as_often_as_they_should(distribution: str) -> None:
-    size = Size(name="test", d_model=16, n_features=200, n_tokens=4000, k=6, n_sources=1)
-    problem = Problem.make(size, distribution, CPU, torch.float32)  # type: ignore[arg-type]
-    assert (problem.values_SBK > 0).all() and (problem.indices_SBK.diff(dim=2) > 0).all()
-    count = problem.csr.bounds[0].diff()
+    size = KernelSize(name="test", d_model=16, n_features=200, n_tokens=4000, k=6, n_sources=1)
+    inputs = KernelInputs.make(size, distribution, CPU, torch.float32)  # type: ignore[arg-type]
+    assert (inputs.values_SBK > 0).all() and (inputs.indices_SBK.diff(dim=2) > 0).all()
+    count = inputs.csr.bounds[0].diff()
     wanted = firing_rates(200, 6, distribution, torch.Generator().manual_seed(0))  # type: ignore[arg-type]
     found, wanted = (count / 4000).sort(descending=True).values, wanted.sort(descending=True).values
-    # TopK keeps exactly k where the rates promise k on average, which evens them out a little.
+    # TopK keeps exactly k per token and the rates give k on average, which evens them out a little.
     assert torch.allclose(found.double(), wanted, rtol=0.35, atol=0.01)
     # The encoder, whose bias is made for these rates, chooses as the codes do.
-    pre_BF = torch.addmm(problem.b_enc_F, problem.x_BD, problem.W_enc_FD.T)
+    pre_BF = torch.addmm(inputs.b_enc_F, inputs.x_BD, inputs.W_enc_FD.T)
     chosen = torch.zeros(200).index_add_(0, pre_BF.topk(6).indices.flatten(), torch.ones(24000)) / 4000
     assert torch.corrcoef(torch.stack([chosen, count / 4000]))[0, 1] > 0.95 or distribution == "uniform"
 
@@ -136,8 +135,8 @@ def test_everything_is_measured_right_and_ours_repeats_its_bits(report: KernelRe
             assert row.error is None or row.error < (0.05 if cuda else 1e-6), f"{table.key}: {row.name}"
             assert (row.peak_mib is not None) == cuda
             assert row.repeats or not row.name.startswith("clt")
-    assert all(anchor.rate > 0 for anchor in report.anchors)
-    assert [anchor.unit for anchor in report.anchors] == ["B/s"] * (3 if cuda else 2) + ["FLOP/s"]
+    assert all(ceiling.rate > 0 for ceiling in report.ceilings)
+    assert [ceiling.unit for ceiling in report.ceilings] == ["B/s"] * (3 if cuda else 2) + ["FLOP/s"]
 
 
 def test_report_is_json_and_every_claim_has_a_verdict_or_was_not_measured(report: KernelReport) -> None:
@@ -145,20 +144,20 @@ def test_report_is_json_and_every_claim_has_a_verdict_or_was_not_measured(report
     assert len(tree["tables"]) == 2 * len(OPS) and tree["machine"]["packages"]
     assert {entry["bound"] for entry in tree["claims"]} == {1.6, 1.15, 1, 2, 1.5, 3}
     for entry in tree["claims"]:
-        # The toy size is not one that anything is promised of.
+        # There are no claims for the toy size.
         assert entry["measured"] is None and entry["ok"] is None
         assert f"| {entry['text']} | >= {entry['bound']:g} | not measured | - |" in text
     for table in report.tables:
         assert f"**{table.key}**" in text and all(f"| {row.name} |" in text for row in table.rows)
 
 
-def _table(op: str, size: str, floor_ms: float = 1.0, gather_bytes: float = 0.0, **ms: float | None) -> Table:
+def _table(op: str, size: str, floor_ms: float = 1.0, gather_bytes: float = 0.0, **ms: float | None) -> KernelTable:
     names = {"two": "clt dz, then clt dW", "eleuther": "EleutherAI clt-training", "topk": "product, torch.topk"}
     rows = [
-        Row(name=names.get(name, name), ms=value, roofline=None if value is None else floor_ms / value)
+        KernelRow(name=names.get(name, name), ms=value, roofline=None if value is None else floor_ms / value)
         for name, value in ms.items()
     ]
-    return Table(
+    return KernelTable(
         size=size,
         distribution="zipf",
         op=op,
@@ -196,12 +195,12 @@ def test_claims_are_ratios_of_best_rounds_at_the_sizes_they_are_made_for() -> No
     assert verdicts == [False, True]
 
 
-def _case(*contenders: Contender) -> Case:
+def _case(*implementations: Implementation) -> Case:
     return Case(
         op="test",
         title="",
-        works=(Work(),),
-        contenders=contenders,
+        works=(Workload(),),
+        implementations=implementations,
         error=lambda out: float((out - 1).abs().max()),
     )
 
@@ -210,10 +209,10 @@ def test_wrong_results_and_failures_of_others_are_reported_and_not_timed() -> No
     def broken() -> Runner:
         raise RuntimeError("their kernel\nneeds another GPU")
 
-    good = Contender(name="good", make=lambda: Runner(run=lambda: torch.ones(3)))
-    wrong = Contender(name="wrong", make=lambda: Runner(run=lambda: torch.full((3,), 1.5)))
-    nan = Contender(name="nan", make=lambda: Runner(run=lambda: torch.full((3,), torch.nan)))
-    theirs = Contender(name="theirs", make=broken, may_fail=True)
+    good = Implementation(name="good", make=lambda: Runner(run=lambda: torch.ones(3)))
+    wrong = Implementation(name="wrong", make=lambda: Runner(run=lambda: torch.full((3,), 1.5)))
+    nan = Implementation(name="nan", make=lambda: Runner(run=lambda: torch.full((3,), torch.nan)))
+    theirs = Implementation(name="theirs", make=broken, may_fail=True)
     samples = measure(_case(good, wrong, nan, theirs), CPU, 2, 0.1)
     assert [sample.timing is None for sample in samples] == [False, True, True, True]
     assert samples[0].error == 0 and len(samples[0].timing.wall_s) == 2  # type: ignore[union-attr]
@@ -226,22 +225,22 @@ def test_wrong_results_and_failures_of_others_are_reported_and_not_timed() -> No
         measure(_case(replace(theirs, may_fail=False)), CPU, 1, 0.1)
 
 
-def test_runs_that_differ_in_one_bit_are_told_apart() -> None:
+def test_runs_that_differ_in_one_bit_do_not_repeat() -> None:
     outcomes = [torch.ones(3), torch.ones(3), torch.ones(3)]
     outcomes[1][2] += 1e-7
     take = iter(outcomes)
-    moving = Contender(name="moving", make=lambda: Runner(run=lambda: next(take)))
+    moving = Implementation(name="moving", make=lambda: Runner(run=lambda: next(take)))
     (sample,) = measure(_case(moving), CPU, 1, 0.1)
     assert sample.repeats is False
     total = torch.zeros(1)
-    adds = Contender(name="adds", make=lambda: Runner(run=lambda: total.add_(1), start=total.zero_))
+    adds = Implementation(name="adds", make=lambda: Runner(run=lambda: total.add_(1), start=total.zero_))
     (sample,) = measure(_case(adds), CPU, 1, 0.1)
     assert sample.repeats is True
 
 
-def test_mistakes_on_the_command_line_are_one_line_and_exit_code_2(tmp_path: Path) -> None:
+def test_user_errors_are_one_line_and_exit_code_2(tmp_path: Path) -> None:
     cases = [
-        (("--size", "C"), "--size C: not known; take one of A, A32k, B, few, many, cpu, toy"),
+        (("--size", "C"), "--size C: unknown size; choose from A, A32k, B, few, many, cpu, toy"),
         (("--quick", "--eleuther", tmp_path / "none"), "no such folder"),
         (("--quick", "--openai", tmp_path / "none"), "no such folder"),
         # Found out before anything is measured: a log line would be a second one.
@@ -260,9 +259,9 @@ def test_mistakes_on_the_command_line_are_one_line_and_exit_code_2(tmp_path: Pat
 
 def test_folder_that_is_no_checkout_of_a_peer_is_named(tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match=r"--eleuther .*: has no sparsify/xformers.py"):
-        kernels_peers.eleuther(tmp_path)
+        kernel_peers.eleuther(tmp_path)
     with pytest.raises(ConfigError, match=r"--openai .*: has no sparse_autoencoder/kernels.py"):
-        kernels_peers.openai(tmp_path)
+        kernel_peers.openai(tmp_path)
 
 
 def test_command_prints_the_report_and_writes_it(tmp_path: Path) -> None:

@@ -1,6 +1,6 @@
-"""The store's benchmark: it times everyone alike, refuses wrong bytes, and hides nothing.
+"""Store benchmark: all readers and writers timed alike, wrong bytes refused. Speed is not tested here.
 
-How fast anything is, is not tested here; benchmarks/store.md shows it.
+Measured speeds are in benchmarks/store.md.
 """
 
 from __future__ import annotations
@@ -16,11 +16,12 @@ import pytest
 
 from clt.errors import StoreError
 from clt.launch.bench.common.machine import describe, this_machine
-from clt.launch.bench.common.report import BenchReport, claim
-from clt.launch.bench.common.timing import Rival, interleave
+from clt.launch.bench.common.report import claim
+from clt.launch.bench.common.timing import TimedRun, interleave
 from clt.launch.bench.store.data import BenchStore, Bits, Layout, ReadBlock, random_bits
 from clt.launch.bench.store.files import readers
 from clt.launch.bench.store.peers import MEMMAP, PEERS, Peer
+from clt.launch.bench.store.report import StoreReport
 from clt.launch.bench.store.run import StoreBenchSettings, bench_store
 
 SMALL = Layout(tokens=128, sites=2, width=8, chunk_tokens=8, shard_tokens=32)
@@ -31,7 +32,7 @@ def _peer(name: str) -> Peer:
 
 
 @pytest.fixture(scope="module")
-def report(tmp_path_factory: pytest.TempPathFactory) -> BenchReport:
+def report(tmp_path_factory: pytest.TempPathFactory) -> StoreReport:
     absent = replace(_peer(MEMMAP), name="nobody", module="clt_has_no_such_module")
     folder = tmp_path_factory.mktemp("bench")
     report = bench_store(StoreBenchSettings(folder=folder, size_mib=8, rounds=1), (*PEERS, absent))
@@ -40,7 +41,7 @@ def report(tmp_path_factory: pytest.TempPathFactory) -> BenchReport:
 
 
 class _Clock:
-    """A clock that only moves when it is told to."""
+    """A clock that is set by the test."""
 
     def __init__(self) -> None:
         self.now = 0.0
@@ -49,7 +50,7 @@ class _Clock:
         return self.now
 
 
-def test_rivals_take_turns_and_best_and_median_are_of_their_own_rounds() -> None:
+def test_runs_take_turns_and_keep_their_own_best_and_median() -> None:
     wall, cpu, log = _Clock(), _Clock(), []
     durations = {"a": iter([3.0, 1.0, 2.0]), "b": iter([10.0, 30.0, 50.0])}
 
@@ -63,8 +64,8 @@ def test_rivals_take_turns_and_best_and_median_are_of_their_own_rounds() -> None
         log.append("before")
         wall.now += 100
 
-    rivals = [Rival(name="a", run=lambda: run("a")), Rival(name="b", run=lambda: run("b"), before=prepare)]
-    timings = interleave(rivals, 3, wall=wall, cpu=cpu)
+    runs = [TimedRun(name="a", run=lambda: run("a")), TimedRun(name="b", run=lambda: run("b"), before=prepare)]
+    timings = interleave(runs, 3, wall=wall, cpu=cpu)
     assert log == ["a", "before", "b", "before", "b", "a", "a", "before", "b"]
     assert timings["a"].wall_s == (3, 1, 2) and timings["b"].cpu_s == (20, 60, 100)
     assert (timings["a"].best_s, timings["a"].median_s) == (1, 2)
@@ -85,7 +86,7 @@ def test_claim_is_judged_by_its_ratio(ours: float | None, theirs: float | None, 
     assert claim("cost", theirs, ours, "<=", 0.2).ok is ok
 
 
-def test_every_rival_has_a_row_with_positive_numbers_in_every_table(report: BenchReport) -> None:
+def test_every_peer_has_a_row_with_positive_numbers_in_every_table(report: StoreReport) -> None:
     keys = {table.key for table in report.tables}
     kinds = ("write", "write+fsync", "read", "cold")
     assert keys == {f"{shape}/{kind}" for shape in ("blocks", "chunks") for kind in kinds} | {
@@ -107,13 +108,13 @@ def test_every_rival_has_a_row_with_positive_numbers_in_every_table(report: Benc
         ]
 
 
-def test_library_that_is_missing_is_reported_as_such(report: BenchReport) -> None:
+def test_library_that_is_missing_is_reported_as_such(report: StoreReport) -> None:
     row = next(table for table in report.tables if table.key == "blocks/read").row("nobody")
     assert row is not None and row.absent == "not installed" and row.gb_per_s is None
     assert "| nobody |  | not installed |" in report.to_text()
 
 
-def test_report_is_json_and_lists_every_claim_with_its_ratio(report: BenchReport) -> None:
+def test_report_is_json_and_lists_every_claim_with_its_ratio(report: StoreReport) -> None:
     tree = json.loads(report.to_json())
     assert {entry["bound"] for entry in tree["claims"]} == {5, 0.5, 2, 0.6}
     for entry in tree["claims"]:
@@ -124,7 +125,7 @@ def test_report_is_json_and_lists_every_claim_with_its_ratio(report: BenchReport
         assert entry["text"] in report.to_text()
 
 
-def test_cost_of_a_token_follows_from_layers_and_width(report: BenchReport) -> None:
+def test_cost_of_a_token_follows_from_layers_and_width(report: StoreReport) -> None:
     costs = {entry.model: entry.bytes_per_token for entry in report.models}
     assert costs["toy"] == 4_096 and costs["Gemma-2-2B"] == 239_616 and costs["LLaVA-1.5-7B"] == 524_288
     toy, llava = report.models[0].tokens_per_s, report.models[-1].tokens_per_s
@@ -139,7 +140,7 @@ def test_store_of_the_benchmark_holds_the_random_bits_in_another_order(tmp_path:
         assert sorted(map(bytes, written[unit])) == sorted(map(bytes, stored[unit]))
 
 
-def test_rival_that_reads_one_wrong_bit_is_not_timed(tmp_path: Path) -> None:
+def test_peer_that_reads_one_wrong_bit_is_not_timed(tmp_path: Path) -> None:
     store = BenchStore.make(tmp_path / "store", SMALL)
     good = _peer(MEMMAP)
 
@@ -154,7 +155,7 @@ def test_rival_that_reads_one_wrong_bit_is_not_timed(tmp_path: Path) -> None:
             yield wrong
 
     liar = replace(good, name="liar", open=open_wrongly)
-    with pytest.raises(AssertionError, match="liar reads block 15 wrongly"), readers(store, (good, liar), tmp_path):
+    with pytest.raises(AssertionError, match="liar: block 15 is read wrongly"), readers(store, (good, liar), tmp_path):
         raise NotImplementedError("timed")
     assert [path.name for path in tmp_path.iterdir()] == ["store"]
 

@@ -1,6 +1,6 @@
-"""The training benchmark: what it trains is the real thing, what it counts adds up, and its mistakes are one line.
+"""Training benchmark: it runs the real trainer, its counts agree, user errors are one line. Speed is not tested here.
 
-How fast anything is, is not tested here; benchmarks/train.md shows it.
+Measured speeds are in benchmarks/train.md.
 """
 
 from __future__ import annotations
@@ -17,19 +17,19 @@ from typer.testing import CliRunner, Result
 from clt.config import load_config
 from clt.distributed.code_exchange import CodeExchange
 from clt.distributed.mesh import Mesh, deal_layers
-from clt.launch.bench.kernels.anchors import memory_anchors
-from clt.launch.bench.training.anchors import anchored_machine, least_time, size_anchors
-from clt.launch.bench.training.clock import PHASES, PhaseClock
+from clt.launch.bench.common.ceilings import memory_ceilings
 from clt.launch.bench.training.dense import DenseTranscoder
-from clt.launch.bench.training.measure import Row, can_isolate, measure_traffic
-from clt.launch.bench.training.memory import PeakMemory
+from clt.launch.bench.training.lone_mesh import LoneMesh
+from clt.launch.bench.training.measure import VariantRow, can_isolate, measure_traffic
+from clt.launch.bench.training.meters import PHASES, PeakMemory, PhaseClock
 from clt.launch.bench.training.projection import Pieces, project
 from clt.launch.bench.training.report import TrainReport
+from clt.launch.bench.training.roofline import least_time, measured_machine, size_ceilings
 from clt.launch.bench.training.run import TrainBenchSettings, bench_train
 from clt.launch.bench.training.sizes import DEFAULT, PLAIN, SIZES, planned_job, train_config
-from clt.launch.bench.training.slice import given_codes, lone_rank
 from clt.launch.commands.main import app
 from clt.planning.speed import Machine
+from clt.step_phases import observed_by, phase
 from clt.training.deepspeed_engine import joined_job
 from clt.training.objective import Objective
 from clt.training.settings import AuxKSettings, TrainConfig
@@ -85,7 +85,7 @@ def test_variants_without_auxk_differ_in_nothing_else(tmp_path: Path) -> None:
         assert (default.optimizer, default.clt, default.data) == (plain.optimizer, plain.clt, plain.data)
 
 
-def test_naive_way_has_the_loss_of_the_real_one() -> None:
+def test_dense_baseline_has_the_loss_of_the_transcoder() -> None:
     torch.manual_seed(0)
     made = transcoder(TOY.architecture)
     x_LBD, y_LBD = torch.randn(2, TOY.n_layers, 16, TOY.d_model)
@@ -101,18 +101,17 @@ def test_naive_way_has_the_loss_of_the_real_one() -> None:
 def test_rank_by_itself_decodes_the_codes_it_is_given(alone: Mesh) -> None:
     torch.manual_seed(0)
     config = SLICE.architecture
-    shares, mesh = deal_layers(config, SLICE.ranks), lone_rank(alone, SLICE.ranks)
+    shares = deal_layers(config, SLICE.ranks)
+    mesh = LoneMesh.of(alone, SLICE.ranks, SLICE.n_features)
     made = transcoder(config, 0, SLICE.ranks)
     exchange = CodeExchange(mesh, shares)
     objective = Objective(made, exchange, AuxKSettings(coefficient=0))
     x, y = torch.randn(len(made.share.sources), 16, 32), torch.randn(len(made.share.targets), 16, 32)
-    with given_codes(SLICE.n_features):
-        loss, _ = objective(x, y, SLICE.k, None)
-        loss.backward()
-        own = made.encode(x)
-        values, indices, _ = exchange.send(
-            zip(own.values, own.indices, strict=True), own.values.shape[1:], SLICE.n_features, x
-        ).all_rows()
+    loss, _ = objective(x, y, SLICE.k, None)
+    loss.backward()
+    own = made.encode(x)
+    pairs = zip(own.values, own.indices, strict=True)
+    values, indices, _ = exchange.send(pairs, own.values.shape[1:], SLICE.n_features, x).all_rows()
     assert torch.equal(values[list(made.share.sources)], own.values)
     others = [layer for layer in range(config.n_layers) if layer not in made.share.sources]
     assert (values[others] > 0).all() and (indices[others].diff(dim=2) > 0).all()
@@ -148,13 +147,29 @@ def test_clock_counts_what_runs_inside_another_phase_once() -> None:
     assert 0.06 <= sum(step.values()) <= elapsed + 1e-3
 
 
+def test_phases_are_reported_to_an_observer_while_it_is_installed() -> None:
+    clock = PhaseClock(CPU)
+
+    @phase("decode")
+    def work() -> None:
+        time.sleep(0.01)
+
+    clock.begin_step()
+    with observed_by(clock):
+        work()
+    work()
+    clock.begin_step()
+    (step,) = clock.steps()
+    assert 0.01 <= step["decode"] and 0.01 <= step["other"] and step["encode"] == 0
+
+
 def test_peak_memory_is_what_was_there_at_once() -> None:
     memory = PeakMemory(CPU)
     torch.ones(2**24)
     torch.ones(2**24)
     peak = memory.peak()
     if peak is None:
-        pytest.skip("the system does not tell")
+        pytest.skip("the system does not report it")
     # 64 MiB twice, one after the other; what else the process holds comes and goes.
     assert 0.9 * 2**26 <= peak < 1.5 * 2**26
 
@@ -162,7 +177,7 @@ def test_peak_memory_is_what_was_there_at_once() -> None:
 @pytest.fixture(scope="module")
 def machine() -> Machine:
     """This one, by ceilings that mean little."""
-    return anchored_machine(memory_anchors(CPU, 2**22, 1), size_anchors(TOY, CPU, 1))
+    return measured_machine(memory_ceilings(CPU, 2**22, 1), size_ceilings(TOY, CPU, 1))
 
 
 def test_least_time_of_a_rank_leaves_links_out_and_divides_by_measured_rates(machine: Machine) -> None:
@@ -176,7 +191,7 @@ def test_least_time_of_a_rank_leaves_links_out_and_divides_by_measured_rates(mac
 def test_projection_to_the_device_that_was_measured_is_the_measurement(machine: Machine) -> None:
     size = SIZES["cpu"]
     step = {phase: 0.1 * number for number, phase in enumerate(PHASES, start=1)}
-    row = Row(name="default", tokens=size.batch_tokens, steps=(step,))
+    row = VariantRow(name="default", tokens=size.batch_tokens, steps=(step,))
     pieces = Pieces(size=size, row=row, machine=machine)
     (same,) = project(pieces, size, devices=(1,))
     assert same.seconds == pytest.approx(step) and same.links_s == same.model_bytes == 0
@@ -202,7 +217,7 @@ def test_everything_is_measured_and_bytes_are_those_of_the_formula(report: Train
         assert moved.loopback is None or moved.loopback >= moved.counted
     assert {row.job for row in report.projections} == {"gpt2", "llava-slice"}
     assert {row.mesh.world for row in report.projections} == {8, 16, 32, 64}
-    assert report.link is not None and all(anchor.rate > 0 for anchor in report.anchors)
+    assert report.link is not None and all(ceiling.rate > 0 for ceiling in report.ceilings)
 
 
 def test_report_is_json_and_says_what_is_measured_and_what_assumed(report: TrainReport) -> None:
@@ -225,12 +240,12 @@ def test_loopback_carries_what_is_counted_and_headers() -> None:
 @pytest.mark.parametrize(
     ("words", "message"),
     [
-        (("--size", "huge"), "--size huge: not known"),
-        (("--ranks", "3"), "--ranks 3: not measured"),
+        (("--size", "huge"), "--size huge: unknown size"),
+        (("--ranks", "3"), "--ranks 3: not supported"),
         (("--json", "/proc/report.json"), "/proc/report.json: cannot be written"),
     ],
 )
-def test_mistakes_are_one_line(words: tuple[str, ...], message: str) -> None:
+def test_user_errors_are_one_line(words: tuple[str, ...], message: str) -> None:
     result = clt_command("--quick", *words)
     assert result.exit_code == 2
     assert result.stderr.startswith(f"error: {message}") and result.stderr.count("\n") == 1

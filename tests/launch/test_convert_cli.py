@@ -10,7 +10,7 @@ import torch
 from typer.testing import CliRunner, Result
 
 from clt.convert.circuit_tracer import load_circuit_tracer
-from clt.convert.kokosdev import load_kokosdev
+from clt.convert.vlm_clt_training import load_vlm_clt_training
 from clt.launch.commands.main import app
 from clt.transcoder.architecture import CLTConfig, SparsitySettings
 from clt.transcoder.model import CrossLayerTranscoder
@@ -59,10 +59,10 @@ def test_topk_becomes_thresholds_on_the_tokens_of_a_store(tmp_path: Path) -> Non
     assert sorted(path.name for path in tmp_path.iterdir()) == ["clt", "out", "store"]
 
 
-def test_the_seeds_files_are_written_and_read_back(tmp_path: Path) -> None:
+def test_files_of_vlm_clt_training_are_written_and_read_back(tmp_path: Path) -> None:
     make_store(tmp_path / "store", LENGTHS)
     transcoder = save(tmp_path / "clt", first_offset=1, layer_norm=True)
-    words: list[str | Path] = [tmp_path / "clt", tmp_path / "out", "--to", "kokosdev"]
+    words: list[str | Path] = [tmp_path / "clt", tmp_path / "out", "--to", "vlm_clt_training"]
     refused(run(*words), "--calibrate")
     assert run(*words, "--calibrate", tmp_path / "store").exit_code == 0
     assert {path.name for path in (tmp_path / "out").iterdir()} == {
@@ -77,7 +77,7 @@ def test_the_seeds_files_are_written_and_read_back(tmp_path: Path) -> None:
     back, x = CrossLayerTranscoder.from_pretrained(tmp_path / "back"), torch.randn(2, 5, 4)
     torch.testing.assert_close(back(x), transcoder(x))
     assert (back.config.independent, back.config.read_site, back.config.k) == ("mean", "resid_mid", 2)
-    torch.testing.assert_close(load_kokosdev(tmp_path / "out")(x), transcoder(x))
+    torch.testing.assert_close(load_vlm_clt_training(tmp_path / "out")(x), transcoder(x))
 
 
 @pytest.mark.parametrize("target", ["native", "sparsify"])
@@ -100,5 +100,5 @@ def test_mistakes_are_one_line(tmp_path: Path) -> None:
     refused(run(tmp_path / "wide", out, "--calibrate", tmp_path / "store"), "width 4", "width 5")
     save(tmp_path / "jump", sparsity=SparsitySettings(kind="jumprelu"))
     refused(run(tmp_path / "jump", out, "--calibrate", tmp_path / "store"), "threshold per feature already")
-    assert run(tmp_path / "clt", out, "--to", "other").exit_code == 2
+    refused(run(tmp_path / "clt", out, "--to", "other"), "format 'other'", "native, circuit_tracer")
     assert not out.exists() and not list(tmp_path.glob(".*"))

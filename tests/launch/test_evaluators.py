@@ -20,11 +20,11 @@ from clt.capture.planning import CaptureConfig
 from clt.capture.reading.loader import iterate_store
 from clt.capture.reading.open_store import open_store
 from clt.capture.reading.token_filter import TokenFilter
-from clt.capture.run import capture
+from clt.capture.run import capture_store
 from clt.capture.sources.examples import SourceSettings, ToySource, open_source
 from clt.checkpoint.weights import read_tensors
 from clt.config import config_to_yaml, load_config
-from clt.evaluation.store_evaluation import evaluate_store
+from clt.evaluation.evaluator import evaluate_store
 from clt.launch.train import main, train
 from clt.training.metrics import read_metrics
 from clt.training.settings import TrainConfig
@@ -43,7 +43,7 @@ def job(tmp_path_factory: pytest.TempPathFactory) -> Path:
         source = SourceSettings(toy=ToySource(n=n, seed=seed))
         config = CaptureConfig(model=str(TOY), output=str(folder / name), source=source)
         (folder / f"{name}.yaml").write_text(config_to_yaml(config))
-        capture(config)
+        capture_store(config)
     tree = {
         "store": str(folder / "store"),
         "output": str(folder / "out"),
@@ -141,7 +141,7 @@ def test_evaluation_may_change_when_a_job_is_resumed(trained: Path, job: Path) -
 @pytest.mark.parametrize(
     ("overrides", "words"),
     [
-        (["evaluation.store={folder}/store"], ["evaluation.store", "holds what the job trains on"]),
+        (["evaluation.store={folder}/store"], ["evaluation.store", "is the store that the job trains on"]),
         (["evaluation.store={folder}/nowhere"], ["nowhere"]),
         (["evaluation.replacement.model={folder}/store"], ["/store"]),
         (["evaluation.replacement.capture={folder}/none.yaml"], ["none.yaml: no such"]),

@@ -1,4 +1,4 @@
-"""The example scripts: valid shell, and what they start is there and understands its arguments."""
+"""The example scripts are valid shell, and the commands that they start exist and accept their arguments."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ def run(script: str, *words: str, **environment: str) -> subprocess.CompletedPro
 
 
 def stand_in(folder: Path, name: str, body: str) -> None:
-    """A command of Slurm, as far as the script needs it."""
+    """Replaces a command by a shell script."""
     path = folder / name
     path.write_text(f"#!/bin/bash\n{body}\n")
     path.chmod(0o755)

@@ -1,6 +1,6 @@
-"""The main job through the `clt` command, small: capture to checked graph, then every kind of bad input.
+"""A small demo through the `clt` command, from capture to checked graph, then every kind of bad input.
 
-The demo itself runs once, in its own process with torchrun, and the other commands work on what it wrote.
+The demo runs once, in its own process with torchrun; the other commands work on its output.
 """
 
 from __future__ import annotations
@@ -41,8 +41,7 @@ SMALL = [
 def journey(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Output folder of a small demo."""
     out = tmp_path_factory.mktemp("demo")
-    overrides = [word for override in SMALL for word in ("--set", override)]
-    command = [sys.executable, "-m", "clt.launch.commands.main", "demo", "--out", str(out), *overrides]
+    command = [sys.executable, "-m", "clt.launch.commands.main", "demo", "--out", str(out), *SMALL]
     result = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)
     assert result.returncode == 0, result.stderr[-4000:]
     assert "Open " in result.stdout
@@ -55,7 +54,7 @@ def summary(journey: Path) -> dict[str, Any]:
     return loaded
 
 
-def _transcoder(*words: str | Path) -> Result:
+def _command(*words: str | Path) -> Result:
     return CliRunner().invoke(app, [str(word) for word in words])
 
 
@@ -69,9 +68,8 @@ def _refused(result: Result, *parts: str) -> None:
 
 
 def _attribute(journey: Path, out: Path, *overrides: str) -> Result:
-    pairs = [f"clt={journey / 'clt'}", f"model={TOY}", f"output={out}", *overrides]
-    words = [word for pair in pairs for word in ("--set", pair)]
-    return _transcoder("attribute", "--config", ROOT / "configs" / "attribute" / "toy.yaml", *words)
+    words = ["--clt", str(journey / "clt"), "--model", str(TOY), f"output={out}", *overrides]
+    return _command("attribute", ROOT / "configs" / "attribute" / "toy.yaml", *words)
 
 
 def test_summary_has_every_number_the_project_defines(summary: dict[str, Any]) -> None:
@@ -90,7 +88,7 @@ def test_edges_of_an_untrained_transcoder_are_exact_too(summary: dict[str, Any])
 
 def test_described_summary_names_every_headline_number(summary: dict[str, Any]) -> None:
     text = describe(summary)
-    for key in ("fvu", "kl", "edge_max_rel_error", "steering", "seconds", summary["page"]):
+    for key in ("fvu", "kl", "edge_max_rel_error", "steering", "[95 % CI]", "control", "seconds", summary["page"]):
         assert key in text
 
 
@@ -109,10 +107,9 @@ def test_attribute_explains_another_example_and_one_given_as_files(journey: Path
 
     example = toy_examples(1, seed=9)[0]
     example.images[0].save(tmp_path / "board.png")
-    prompt = f"prompt={json.dumps(example.prompt)}"
-    given = _attribute(
-        journey, tmp_path / "b", "source=null", prompt, f"images=[{tmp_path / 'board.png'}]", "checked_edges=0"
-    )
+    # Without a file; the prompt, with its colons and brackets, and the list of images as they are.
+    job = ["--clt", journey / "clt", "--model", TOY, "--output", tmp_path / "b", "--checked-edges", "0"]
+    given = _command("attribute", *job, f"prompt={example.prompt}", "--images", tmp_path / "board.png")
     assert given.exit_code == 0, given.output
     assert (tmp_path / "b" / "index.html").is_file()
 
@@ -126,34 +123,33 @@ def test_evaluate_repeats_the_demo_numbers(journey: Path, summary: dict[str, Any
         "source.toy.n=20",
         "source.toy.seed=3",
     ]
-    words = [word for pair in pairs for word in ("--set", pair)]
-    result = _transcoder("evaluate", "--config", ROOT / "configs" / "evaluate" / "toy.yaml", *words)
+    result = _command("evaluate", ROOT / "configs" / "evaluate" / "toy.yaml", *pairs)
     assert result.exit_code == 0, result.output
     report = json.loads((tmp_path / "report.json").read_text())
     assert report["agreement"]["kl"] == pytest.approx(summary["kl"])
     assert report["store"]["fvu"] == summary["layers"]["fvu"]
 
 
-@pytest.mark.parametrize("command", ["capture", "train", "evaluate", "attribute"])
+@pytest.mark.parametrize("command", ["capture", "train", "evaluate", "attribute", "demo"])
 def test_dry_run_prints_the_resolved_configuration_and_writes_nothing(command: str, tmp_path: Path) -> None:
     config = ROOT / "configs" / command / "toy.yaml"
     out = tmp_path / "never"
-    words = ["--set", f"output={out}", "--dry-run"]
+    words = [f"output={out}", "--dry-run"]
     if command != "train":
-        words += ["--set", f"model={TOY}"]
-    result = _transcoder(command, "--config", config, *words)
+        words += [f"model={TOY}"]
+    result = _command(command, config, *words)
     assert result.exit_code == 0, result.output
     assert f"output: {out}" in result.stdout and not out.exists()
 
 
 def test_config_typo_is_named(tmp_path: Path) -> None:
     config = ROOT / "configs" / "train" / "toy.yaml"
-    _refused(_transcoder("train", "--config", config, "--set", "clt.n_feature=3"), "clt.n_feature")
+    _refused(_command("train", config, "clt.n_feature=3"), "clt.n_feature'; did you mean 'clt.n_features'?")
 
 
 def test_missing_store_is_named(tmp_path: Path) -> None:
     config = ROOT / "configs" / "train" / "toy.yaml"
-    result = _transcoder(
+    result = _command(
         "train", "--config", config, "--set", f"store={tmp_path / 'none'}", "--set", f"output={tmp_path}/o"
     )
     _refused(result, str(tmp_path / "none"))
@@ -165,7 +161,7 @@ def test_truncated_store_is_named(journey: Path, tmp_path: Path) -> None:
     largest = max((tmp_path / "store").rglob("*"), key=lambda path: path.stat().st_size if path.is_file() else 0)
     os.truncate(largest, largest.stat().st_size // 2)
     config = ROOT / "configs" / "train" / "toy.yaml"
-    result = _transcoder(
+    result = _command(
         "train", "--config", config, "--set", f"store={tmp_path / 'store'}", "--set", f"output={tmp_path / 'o'}"
     )
     _refused(result, largest.name)
@@ -177,8 +173,7 @@ def test_missing_model_is_named(command: str, journey: Path, tmp_path: Path) -> 
     pairs = [f"model={tmp_path / 'no-model'}", f"output={tmp_path / 'o'}"]
     if command == "attribute":
         pairs.append(f"clt={journey / 'clt'}")
-    words = [word for pair in pairs for word in ("--set", pair)]
-    _refused(_transcoder(command, "--config", ROOT / "configs" / command / "toy.yaml", *words), "no-model")
+    _refused(_command(command, ROOT / "configs" / command / "toy.yaml", *pairs), "no-model")
     assert not (tmp_path / "o").exists()
 
 
@@ -188,7 +183,7 @@ def test_image_that_cannot_be_decoded_is_named(journey: Path, tmp_path: Path) ->
         journey,
         tmp_path / "o",
         "source=null",
-        'prompt="USER: <image> ASSISTANT:"',
+        "prompt=USER: <image> ASSISTANT:",
         f"images=[{tmp_path / 'broken.png'}]",
     )
     _refused(result, "broken.png")
@@ -206,8 +201,7 @@ def test_nan_activation_leaves_no_committed_unit(tmp_path: Path) -> None:
     broken = _with_weights(tmp_path / "broken", lambda tensor: torch.full_like(tensor, float("nan")))
     config = ROOT / "configs" / "capture" / "toy.yaml"
     pairs = [f"model={broken}", f"output={tmp_path / 'store'}", "source.toy.n=8"]
-    words = [word for pair in pairs for word in ("--set", pair)]
-    _refused(_transcoder("capture", "--config", config, *words), "not finite", "unit 0")
+    _refused(_command("capture", config, *pairs), "not finite", "unit 0")
     assert not list((tmp_path / "store").rglob("commits/*.json"))
 
 

@@ -1,4 +1,4 @@
-"""`clt plan`: what it prints, what it takes from store, options and runs, and one line for every kind of mistake."""
+"""`clt plan`: its report, the sources of its numbers (store, options, runs), and one line for every kind of error."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from ..capture.conftest import make_store
 ROOT = Path(__file__).resolve().parent.parent.parent
 TRAIN = ROOT / "configs" / "train"
 
-#: Training configurations of real models: layers, width and the parameters that their first lines promise, in G.
+#: Training configurations of real models: layers, width and parameters in their first lines, in G.
 MODELS = {
     "llava_7b": (32, 4096, 14.23),
     "qwen2_vl_7b": (28, 3584, 10.45),
@@ -76,9 +76,7 @@ def test_learning_rate_follows_the_rule_its_comment_names(name: str) -> None:
 
 
 def test_plan_prints_every_part(job: Path) -> None:
-    text = planned(
-        job, "--model", "layers=4,width=32", "--gpus", "4", "--set", "mesh.layer=2", "--set", "clt.skip=true"
-    )
+    text = planned(job, "--model", "layers=4,width=32", "--gpus", "4", "mesh.layer=2", "--clt.skip", "true")
     for words in (
         "4 layers of 32; 64 features each, topk k=4, all targets from its own layer on",
         "data 2 x layer 2 x column 1 = 4 x h200, ZeRO-1",
@@ -96,9 +94,9 @@ def test_plan_prints_every_part(job: Path) -> None:
     assert "measured  " not in text
 
 
-def test_a_job_that_does_not_fit_is_told_so() -> None:
-    text = planned(TRAIN / "llava_7b.yaml", "--model", "layers=32,width=4096", "--set", "mesh.layer=1")
-    assert re.search(r"IT DOES NOT FIT: \d\.\d\d times", text)
+def test_a_job_that_does_not_fit() -> None:
+    text = planned(TRAIN / "llava_7b.yaml", "--model", "layers=32,width=4096", "mesh.layer=1")
+    assert re.search(r"IT DOES NOT FIT: \d\.\d\d times the usable memory", text)
     assert "fits on no mesh of 1 h200" in text
 
 
@@ -148,6 +146,21 @@ def test_mistakes_are_one_line(job: Path, words: tuple[str, ...], parts: tuple[s
     assert len(lines) == 1 and result.stderr.strip() == lines[0], result.stderr
     for part in parts:
         assert part in lines[0]
+
+
+def test_a_job_needs_no_file() -> None:
+    text = planned(
+        "--model",
+        "layers=4,width=32",
+        "--gpus=2",
+        "store=s",
+        "output=o",
+        "--steps",
+        "3",
+        "clt.n_features=64",
+        "clt.k=2",
+    )
+    assert "4 layers of 32; 64 features each, topk k=2" in text and "= 2 x h200" in text
 
 
 def test_a_streaming_job_needs_the_size_of_its_model() -> None:

@@ -21,7 +21,7 @@ from clt.capture.reading.open_store import open_store
 from clt.capture.writing.writer import StoreWriter
 from clt.config import load_config
 from clt.launch.commands.main import app
-from clt.launch.store_text import capacity_text
+from clt.launch.commands.store_text import capacity_text
 
 from ..capture.conftest import make_plan, make_spec, make_store, unit_data
 from ..hub_stand_in import Blob, hub_stand_in
@@ -68,7 +68,7 @@ def toy_plan(tmp_path: Path, *overrides: str) -> list[str]:
     pairs = [f"model={ROOT / 'examples' / 'toy_vlm' / 'checkpoints' / 'base'}", "source.toy.n=4"]
     pairs += [f"output={tmp_path / 'store'}", "batch_size=2", *overrides]
     config = ROOT / "configs" / "capture" / "toy.yaml"
-    return ["plan", "--config", str(config), *(word for pair in pairs for word in ("--set", pair))]
+    return ["plan", str(config), *pairs]
 
 
 def test_plan_says_how_much_and_how_long_and_writes_only_its_report(tmp_path: Path) -> None:
@@ -83,7 +83,9 @@ def test_plan_says_how_much_and_how_long_and_writes_only_its_report(tmp_path: Pa
 
 
 def test_plan_without_measuring_reads_no_example(tmp_path: Path) -> None:
-    result = clt_command(*toy_plan(tmp_path), "--no-measure")
+    verb, config, *pairs = toy_plan(tmp_path)
+    options = [word for pair in pairs for word in ("--set", pair)]
+    result = clt_command(verb, "--config", config, *options, "--no-measure")
     assert result.exit_code == 0, result.output
     assert "total size" in result.stdout and "measured" not in result.stdout
     refused(clt_command(*toy_plan(tmp_path, "sedd=1")), "unknown key 'sedd'")
@@ -91,11 +93,11 @@ def test_plan_without_measuring_reads_no_example(tmp_path: Path) -> None:
 
 def test_plan_warns_when_the_disk_is_too_small(tmp_path: Path) -> None:
     words = toy_plan(tmp_path)
-    job = load_config(CaptureConfig, words[2], words[4::2])
+    job = load_config(CaptureConfig, words[1], words[2:])
     report = capacity(plan_capture(job), job.output, measure=False)
     assert "warning" not in capacity_text(report)
     text = capacity_text(replace(report, free_bytes=report.needed_bytes - 1024))
-    assert "warning: 1.00 KiB too little; free some, choose another output" in text
+    assert "warning: 1.00 KiB too little disk space; free some, change output" in text
 
 
 def test_status_tells_a_complete_store_from_an_unfinished_one(tmp_path: Path) -> None:
@@ -111,7 +113,7 @@ def test_status_tells_a_complete_store_from_an_unfinished_one(tmp_path: Path) ->
 def test_verify_ends_with_code_2_and_names_each_damaged_file(tmp_path: Path) -> None:
     store = make_store(tmp_path / "store", LENGTHS)
     result = clt_command("verify", tmp_path / "store", "--level", "full")
-    assert result.exit_code == 0 and f"store {store.id}" in result.stdout and "nothing wrong" in result.stdout
+    assert result.exit_code == 0 and f"store {store.id}" in result.stdout and "no problems" in result.stdout
     files = [tmp_path / "store" / "data.zarr" / name / "c" for name in ("acts/lm/", "tokens/position")]
     shards = [next(path for path in sorted(folder.rglob("*")) if path.is_file()) for folder in files]
     for shard in shards:
@@ -138,7 +140,7 @@ def test_quarantine_sets_a_damaged_unit_aside_and_the_capture_makes_it_again(tmp
     assert "2 of 3 committed" in clt_command("status", tmp_path / "store").stdout
     refused(clt_command("stats", tmp_path / "store"), "the capture has not finished")
     assert complete(StoreWriter(tmp_path / "store", make_spec(), make_plan(LENGTHS))) == store.id
-    assert "moved aside by a repair" in clt_command("status", tmp_path / "store").stdout
+    assert "damaged files moved by a repair" in clt_command("status", tmp_path / "store").stdout
     assert clt_command("gc", tmp_path / "store", "--quarantine").exit_code == 0
     assert clt_command("verify", tmp_path / "store", "--level", "full").exit_code == 0
     assert "nothing to repair" in clt_command("repair", tmp_path / "store").stdout
@@ -220,7 +222,7 @@ def test_push_and_pull_carry_a_store_over_the_hub(tmp_path: Path) -> None:
         # A card that somebody wrote on the hub is no part of the store.
         card = b"# Activations"
         hub.repositories["dataset:alice/acts"].add("main", {"README.md": Blob(size=len(card), data=card)})
-        assert f"store {store.id}\nnothing wrong at level chunk" in run("pull", "alice/acts", tmp_path / "copy")
+        assert f"store {store.id}\nno problems at level chunk" in run("pull", "alice/acts", tmp_path / "copy")
         assert f"store {store.id} is commit" in run("push", store.location, "alice/acts")
     assert open_store(tmp_path / "copy").id == store.id
     assert not (tmp_path / "copy" / "README.md").exists()
@@ -257,7 +259,7 @@ def test_a_url_serves_as_well_as_a_folder(tmp_path: Path) -> None:
     pytest.importorskip("obstore")
     store = make_store("memory://store-cli", LENGTHS)
     assert f"complete, id {store.id}" in clt_command("status", "memory://store-cli").stdout
-    assert "nothing wrong at level full" in clt_command("verify", "memory://store-cli", "--level", "full").stdout
+    assert "no problems at level full" in clt_command("verify", "memory://store-cli", "--level", "full").stdout
     assert "lm.1.mlp_out" in clt_command("stats", "memory://store-cli").stdout
     assert clt_command("export-pt", "memory://store-cli", tmp_path / "pt").exit_code == 0
     refused(clt_command("push", "memory://store-cli", "alice/x"), "only a folder can be pushed")

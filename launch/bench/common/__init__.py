@@ -1,1 +1,1 @@
-"""Timing, machine description and tables that all benchmarks share."""
+"""Shared by all benchmarks: timing, machine description, ceilings, claims and tables."""

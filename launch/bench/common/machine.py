@@ -1,4 +1,4 @@
-"""Facts about the machine and the versions that a measurement belongs to; every benchmark carries them."""
+"""Description of the machine and the package versions, which every benchmark report contains."""
 
 from __future__ import annotations
 
@@ -12,7 +12,9 @@ from pathlib import Path
 
 import torch
 
-_MIB = 2**20
+from clt.errors import ConfigError
+
+_MIB, _GIB = 2**20, 2**30
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -29,17 +31,17 @@ class Package:
 
 
 @dataclass(frozen=True, kw_only=True)
-class Machine:
-    """Where and when something was measured.
+class MachineInfo:
+    """Hardware, software and date of a measurement.
 
     Attributes:
         date: day, UTC, ISO 8601.
         cpu: model name of the processor.
-        cores: cores that this process may use.
+        cores: cores available to this process.
         memory_mib: physical memory, MiB.
         gpu: name of the first GPU, None without one.
         kernel: operating system and kernel release.
-        filesystem: kind of the file system under the benchmark's folder, "unknown" where the system does not tell.
+        filesystem: type of the file system under the benchmark's folder, or "unknown".
         load: load averages over 1, 5 and 15 minutes, before the first measurement.
         python: version.
         packages: versions of the packages that were measured or used.
@@ -57,22 +59,19 @@ class Machine:
     packages: tuple[Package, ...]
 
 
-def this_machine(packages: Sequence[str], folder: Path) -> Machine:
-    """Looks at the machine now.
+def this_machine(packages: Sequence[str], folder: Path) -> MachineInfo:
+    """Describes the machine.
 
     Args:
         packages: names on the package index; those that are not installed are left out.
-        folder: an existing folder, whose file system is named.
-
-    Returns:
-        The facts.
+        folder: existing folder whose file system is named.
     """
     one, five, fifteen = os.getloadavg()
-    return Machine(
+    return MachineInfo(
         date=datetime.datetime.now(datetime.UTC).date().isoformat(),
         cpu=_cpu(),
         cores=_cores(),
-        memory_mib=os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") // _MIB,
+        memory_mib=_physical_memory() // _MIB,
         gpu=torch.cuda.get_device_name(0) if torch.cuda.is_available() else None,
         kernel=f"{platform.system()} {platform.release()} {platform.machine()}",
         filesystem=_filesystem(folder),
@@ -82,8 +81,8 @@ def this_machine(packages: Sequence[str], folder: Path) -> Machine:
     )
 
 
-def describe(machine: Machine) -> str:
-    """The facts as lines of text, for the foot of a table."""
+def describe(machine: MachineInfo) -> str:
+    """The description as lines of text."""
     packages = ", ".join(f"{package.name} {package.version}" for package in machine.packages)
     load = ", ".join(f"{value:.2f}" for value in machine.load)
     gpu = f", {machine.gpu}" if machine.gpu else ", no GPU"
@@ -93,6 +92,36 @@ def describe(machine: Machine) -> str:
         f"Python {machine.python}, {packages}.\n"
         f"Date: {machine.date}."
     )
+
+
+def device_words(device: torch.device) -> str:
+    """The device of a measurement: GPU and CUDA version, or number of CPU threads."""
+    if device.type == "cuda":
+        return f"{torch.cuda.get_device_name(device)}, CUDA {torch.version.cuda}"
+    return f"CPU, {torch.get_num_threads()} threads"
+
+
+def check_fits(name: str, needed: float, device: torch.device) -> None:
+    """Refuses a benchmark size that exceeds the free GPU memory or, on a CPU, the physical memory.
+
+    Args:
+        name: of the size.
+        needed: bytes.
+        device: whose memory.
+
+    Raises:
+        ConfigError: it does not fit.
+    """
+    free = torch.cuda.mem_get_info(device)[0] if device.type == "cuda" else _physical_memory()
+    if needed > free:
+        raise ConfigError(
+            f"--size {name}: needs about {needed / _GIB:.0f} GiB and {free / _GIB:.0f} GiB are available; choose a "
+            "smaller size"
+        )
+
+
+def _physical_memory() -> int:
+    return os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
 
 
 def _cpu() -> str:
@@ -106,7 +135,7 @@ def _cpu() -> str:
 
 
 def _cores() -> int:
-    # Containers and batch systems give a process fewer cores than the machine has; macOS cannot be asked.
+    # Containers and batch systems may give a process fewer cores than the machine has; macOS has no such call.
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else (os.cpu_count() or 1)
 
 

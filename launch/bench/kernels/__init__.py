@@ -1,1 +1,1 @@
-"""Benchmark of the kernels against peers and the limits of the machine (`clt bench kernels`)."""
+"""Benchmark of the kernels against PyTorch, other projects and the machine's limits (`clt bench kernels`)."""

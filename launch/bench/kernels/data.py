@@ -1,4 +1,4 @@
-"""What the kernels' benchmark runs on: sizes, and codes in which features fire evenly or as unevenly as words do."""
+"""Inputs of the kernel benchmark: sizes, and codes whose features fire uniformly or by Zipf's law."""
 
 from __future__ import annotations
 
@@ -10,25 +10,25 @@ import torch
 from torch import Tensor
 
 from clt.kernels import ops
-from clt.launch.bench.kernels.work import Shape
+from clt.launch.bench.kernels.roofline import Shape
 
 Distribution = Literal["uniform", "zipf"]
 DISTRIBUTIONS: tuple[Distribution, ...] = ("uniform", "zipf")
 
-#: No feature fires on more tokens than this share; its bias would be infinite.
+#: Largest share of tokens on which a feature fires; at 1 its bias would be infinite.
 _MOST = 0.99
-#: Where TopK cuts: above it a pre-activation is among the k largest, on average over tokens.
+#: Pre-activations above this are among the k largest, on average over tokens.
 _CUT = 3.0
 #: Pre-activations held at once while codes are drawn.
 _DRAWN = 2**24
 
 
 @dataclass(frozen=True, kw_only=True)
-class Size:
+class KernelSize:
     """One target layer of a cross-layer transcoder and a batch.
 
     Attributes:
-        name: what the command line and the tables call it.
+        name: on the command line and in tables.
         d_model: width of the model, D.
         n_features: features per layer, F.
         n_tokens: tokens of a batch, N.
@@ -49,24 +49,24 @@ class Size:
         )
 
 
-#: A: a wide model with 16 sources per target; A32k: the same with more tokens; B: GPT-2; few and many:
-#: where few and where many features share the k; cpu: B, cut for two cores; toy: checks that everything runs.
+#: A: a wide model with 16 sources per target; A32k: A with more tokens; B: GPT-2; few and many: few and many features
+#: for the k; cpu: B reduced for two cores; toy: only checks that everything runs.
 SIZES = {
     size.name: size
     for size in (
-        Size(name="A", d_model=4096, n_features=32768, n_tokens=4096, k=64, n_sources=16),
-        Size(name="A32k", d_model=4096, n_features=32768, n_tokens=32768, k=64, n_sources=16),
-        Size(name="B", d_model=768, n_features=16384, n_tokens=8192, k=32, n_sources=12),
-        Size(name="few", d_model=4096, n_features=8192, n_tokens=4096, k=128, n_sources=16),
-        Size(name="many", d_model=768, n_features=131072, n_tokens=8192, k=32, n_sources=12),
-        Size(name="cpu", d_model=768, n_features=16384, n_tokens=1024, k=32, n_sources=3),
-        Size(name="toy", d_model=48, n_features=256, n_tokens=64, k=8, n_sources=2),
+        KernelSize(name="A", d_model=4096, n_features=32768, n_tokens=4096, k=64, n_sources=16),
+        KernelSize(name="A32k", d_model=4096, n_features=32768, n_tokens=32768, k=64, n_sources=16),
+        KernelSize(name="B", d_model=768, n_features=16384, n_tokens=8192, k=32, n_sources=12),
+        KernelSize(name="few", d_model=4096, n_features=8192, n_tokens=4096, k=128, n_sources=16),
+        KernelSize(name="many", d_model=768, n_features=131072, n_tokens=8192, k=32, n_sources=12),
+        KernelSize(name="cpu", d_model=768, n_features=16384, n_tokens=1024, k=32, n_sources=3),
+        KernelSize(name="toy", d_model=48, n_features=256, n_tokens=64, k=8, n_sources=2),
     )
 }
 
 
 @dataclass(frozen=True, kw_only=True)
-class Problem:
+class KernelInputs:
     """Tensors of one size and one distribution of features.
 
     Attributes:
@@ -74,17 +74,17 @@ class Problem:
         distribution: how often features fire.
         x_BD: encoder inputs.
         W_enc_FD: encoder of the last source layer.
-        b_enc_F: its bias, which makes features fire as they should.
+        b_enc_F: its bias, chosen so that features fire at the wanted rates.
         values_SBK: activations of the source layers, all slots filled.
         indices_SBK: feature numbers, int32.
         W_dec_SFD: decoders.
         b_dec_D: bias.
-        y_BD: what is to be reconstructed.
+        y_BD: target of the reconstruction.
         grad_BD: a gradient of the reconstruction.
         csr: the codes, grouped by feature.
     """
 
-    size: Size
+    size: KernelSize
     distribution: Distribution
     x_BD: Tensor
     W_enc_FD: Tensor
@@ -98,8 +98,17 @@ class Problem:
     csr: ops.FeatureCSR
 
     @classmethod
-    def make(cls, size: Size, distribution: Distribution, device: torch.device, dtype: torch.dtype) -> Problem:
-        """Draws everything from one seed."""
+    def make(
+        cls, size: KernelSize, distribution: Distribution, device: torch.device, dtype: torch.dtype
+    ) -> KernelInputs:
+        """Draws all tensors from one seed.
+
+        Args:
+            size: the sizes.
+            distribution: of firing rates.
+            device: of the tensors.
+            dtype: of weights, activations and gradients.
+        """
         generator = torch.Generator(device).manual_seed(20261120)
 
         def normal(*shape: int, scale: float = 1.0) -> Tensor:
@@ -127,22 +136,22 @@ class Problem:
 
     @property
     def dtype(self) -> torch.dtype:
-        """Of weights, activations and gradients."""
+        """Dtype of weights, activations and gradients."""
         return self.x_BD.dtype
 
     @property
     def device(self) -> torch.device:
-        """Where everything lies."""
+        """Device of all tensors."""
         return self.x_BD.device
 
     @property
     def touched(self) -> Tensor:
-        """Features that fire, bool."""
+        """[S,F] bool, features that fire in the batch."""
         return self.csr.bounds.diff(dim=1) > 0
 
     @property
     def shape(self) -> Shape:
-        """The numbers that decide how much there is to do."""
+        """Sizes that determine the work."""
         return Shape(
             d_model=self.size.d_model,
             n_features=self.size.n_features,
@@ -160,8 +169,8 @@ def firing_rates(n_features: int, k: int, distribution: Distribution, generator:
     Args:
         n_features: F.
         k: features per token, the sum of the shares.
-        distribution: uniform, or zipf: in proportion to 1/rank, cut off just below every token.
-        generator: of the order; its device is that of the result.
+        distribution: uniform, or zipf: in proportion to 1/rank, clipped at 0.99.
+        generator: of the order; the result is on its device.
 
     Returns:
         [F] float64.
@@ -178,14 +187,14 @@ def firing_rates(n_features: int, k: int, distribution: Distribution, generator:
 
 
 def _bias(rates_F: Tensor) -> Tensor:
-    """[F] float32: a pre-activation with this mean and standard deviation 1 passes the cut at the rate wanted."""
+    """[F] float32, means of normal pre-activations of variance 1 that exceed `_CUT` at the given rates."""
     return (torch.special.ndtri(rates_F) + _CUT).float()
 
 
 def _draw(
     n_tokens: int, k: int, bias_F: Tensor, dtype: torch.dtype, generator: torch.Generator
 ) -> tuple[Tensor, Tensor]:
-    """Codes [N,k] of random pre-activations, canonical: ascending feature numbers, values positive."""
+    """Codes [N,k] of random pre-activations, positive and ascending by feature."""
     values, indices = [], []
     rows = max(1, _DRAWN // len(bias_F))
     for start in range(0, n_tokens, rows):

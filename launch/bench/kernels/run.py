@@ -1,15 +1,14 @@
-"""The kernels' benchmark: ours against library products, PyTorch's embedding bag and other projects' kernels.
+"""Kernel benchmark: our kernels against dense products, PyTorch's embedding bag and other projects' kernels.
 
-`clt bench kernels` prints it; benchmarks/kernels.md is one run of it. First what the machine can do at most, then every
-operation and whole training steps, with features that fire evenly and features that fire by Zipf's law. The same code
-measures a GPU (bfloat16, the Triton kernels) and a CPU (float32, the sparse CPU path).
+`clt bench kernels` prints it; benchmarks/kernels.md is a committed run. It measures the ceilings of the machine, then
+every operation and whole training steps, with features that fire uniformly and by Zipf's law, on a GPU in bfloat16 with
+the Triton kernels or on a CPU in float32 with the sparse CPU path.
 """
 
 from __future__ import annotations
 
 import logging
 import math
-import os
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -19,36 +18,34 @@ import torch
 from clt.errors import ConfigError
 from clt.kernels import ops
 from clt.kernels.gpu import configs
-from clt.launch.bench.common.machine import this_machine
-from clt.launch.bench.kernels import adam as optimizer
-from clt.launch.bench.kernels import backward, forward, peers, step
-from clt.launch.bench.kernels.anchors import ceilings, memory_anchors, product_anchor
-from clt.launch.bench.kernels.claims import kernel_claims
-from clt.launch.bench.kernels.data import DISTRIBUTIONS, SIZES, Problem, Size
+from clt.launch.bench.checkout import load_benchmarks
+from clt.launch.bench.common.ceilings import memory_ceilings, product_ceiling
+from clt.launch.bench.common.machine import check_fits, device_words, this_machine
+from clt.launch.bench.kernels import cases, optimizer_cases, step_cases
+from clt.launch.bench.kernels.baselines import TrainingMethod
+from clt.launch.bench.kernels.data import DISTRIBUTIONS, SIZES, KernelInputs, KernelSize
 from clt.launch.bench.kernels.measure import Case, measure
 from clt.launch.bench.kernels.reference import Reference
-from clt.launch.bench.kernels.report import KernelReport, Table, make_table
-from clt.launch.bench.kernels.rivals import Method
-from clt.launch.bench.kernels.work import Ceilings
+from clt.launch.bench.kernels.report import KernelReport, KernelTable, kernel_claims, make_table
+from clt.launch.bench.kernels.roofline import Roofline, roofline
 
 log = logging.getLogger(__name__)
 
 _PACKAGES = ("torch", "triton", "numpy")
-_GIB = 2**30
-#: Relative error beyond which a result counts as wrong: several times what a sum in this dtype costs.
+#: Relative error above which a result counts as wrong: several times the rounding error of a sum in this dtype.
 _TOLERANCE = {torch.bfloat16: 0.05, torch.float32: 1e-3}
 
 
 @dataclass(frozen=True, kw_only=True)
 class KernelBenchSettings:
-    """What is measured.
+    """Settings of the kernel benchmark.
 
     Attributes:
-        sizes: names in `SIZES`; empty for those that the device is judged at: A and B, or cpu.
-        rounds: runs of every contender; None for 30 on a GPU and 5 on a CPU.
-        eleuther: checkout of EleutherAI's clt-training or sparsify, whose kernels are compared; needs a GPU.
+        sizes: names in `SIZES`; default: those of the claims, A and B on a GPU, cpu on a CPU.
+        rounds: timed runs of every implementation; default: 30 on a GPU, 5 on a CPU.
+        eleuther: checkout of EleutherAI's clt-training or sparsify whose kernels are compared; needs a GPU.
         openai: checkout of openai's sparse_autoencoder, likewise.
-        quick: a toy size, little memory and two rounds: shows that everything runs, and its numbers mean nothing.
+        quick: toy size, little memory, two rounds: checks that everything runs; its numbers are meaningless.
     """
 
     sizes: tuple[str, ...] = ()
@@ -62,13 +59,10 @@ def bench_kernels(settings: KernelBenchSettings) -> KernelReport:
     """Runs the benchmark on the first GPU, or on the CPU of a machine without one.
 
     Args:
-        settings: what is measured.
-
-    Returns:
-        Ceilings of the machine, tables and promises.
+        settings: sizes, rounds and other projects.
 
     Raises:
-        ConfigError: a size is not known or does not fit into memory, or a checkout is wrong or cannot be used here.
+        ConfigError: a size is unknown or does not fit into memory, or a checkout is wrong or cannot be used here.
     """
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     dtype = torch.bfloat16 if device.type == "cuda" else torch.float32
@@ -76,75 +70,74 @@ def bench_kernels(settings: KernelBenchSettings) -> KernelReport:
     methods = _peers(settings, device)
     rounds = settings.rounds or (2 if settings.quick else 30 if device.type == "cuda" else 5)
     machine = this_machine(_PACKAGES, Path())
-    memory = memory_anchors(device, _anchor_bytes(settings, device), rounds)
-    anchors = [*memory]
-    tables: list[Table] = []
+    memory = memory_ceilings(device, _memory_bytes(settings, device), rounds)
+    found = [*memory]
+    tables: list[KernelTable] = []
     for size in sizes:
-        product = product_anchor(size, device, dtype, rounds)
-        anchors.append(product)
-        tables += _tables(size, ceilings(memory, product), methods, device, dtype, rounds)
+        product = product_ceiling((size.n_tokens, size.d_model, size.n_features), device, dtype, rounds)
+        found.append(product)
+        tables += _tables(size, roofline(memory, product), methods, device, dtype, rounds)
     return KernelReport(
         machine=machine,
         setting=_setting(device, dtype, rounds),
         sizes=tuple(_words(size, device, dtype) for size in sizes),
-        anchors=tuple(anchors),
+        ceilings=tuple(found),
         tables=tuple(tables),
         claims=kernel_claims(tables, device.type),
     )
 
 
 def _tables(
-    size: Size, roof: Ceilings, methods: Sequence[Method], device: torch.device, dtype: torch.dtype, rounds: int
-) -> Iterator[Table]:
+    size: KernelSize,
+    roof: Roofline,
+    methods: Sequence[TrainingMethod],
+    device: torch.device,
+    dtype: torch.dtype,
+    rounds: int,
+) -> Iterator[KernelTable]:
     for distribution in DISTRIBUTIONS:
-        problem = Problem.make(size, distribution, device, dtype)
-        for make in _cases(problem, Reference(problem), methods):
+        inputs = KernelInputs.make(size, distribution, device, dtype)
+        for make in _cases(inputs, Reference(inputs), methods):
             case = make()
             table = make_table(size.name, distribution, case, measure(case, device, rounds, _TOLERANCE[dtype]), roof)
-            # A run that does not reach its report has left its numbers in the log.
+            # The log keeps the numbers of an aborted run.
             times = "; ".join(f"{row.name} {math.nan if row.ms is None else row.ms:.3f} ms" for row in table.rows)
-            log.info("bench: %s: %s", table.key, times)
+            log.info("bench %s: %s", table.key, times)
             yield table
 
 
-def _cases(problem: Problem, reference: Reference, methods: Sequence[Method]) -> list[Callable[[], Case]]:
-    """One by one: a case holds what its contenders share, and that is freed with it."""
+def _cases(inputs: KernelInputs, reference: Reference, methods: Sequence[TrainingMethod]) -> list[Callable[[], Case]]:
+    """Cases to be made one by one, since each holds the tensors that its implementations share."""
     return [
-        lambda: forward.encode_case(problem, reference),
-        lambda: forward.select_case(problem, reference),
-        lambda: forward.threshold_case(problem),
-        lambda: forward.csr_case(problem),
-        lambda: forward.decode_case(problem, reference, methods),
-        lambda: forward.loss_case(problem, reference),
-        lambda: backward.decoder_case(problem, reference, methods),
-        lambda: backward.encoder_case(problem, reference),
-        lambda: optimizer.adam_case(problem, reference),
-        lambda: optimizer.fused_step_case(problem, reference),
-        lambda: step.forward_backward_case(problem, reference, methods),
-        lambda: step.step_case(problem, reference, methods),
+        lambda: cases.encode_case(inputs, reference),
+        lambda: cases.select_case(inputs, reference),
+        lambda: cases.threshold_case(inputs),
+        lambda: cases.csr_case(inputs),
+        lambda: cases.decode_case(inputs, reference, methods),
+        lambda: cases.loss_case(inputs, reference),
+        lambda: cases.decoder_case(inputs, reference, methods),
+        lambda: cases.encoder_case(inputs, reference),
+        lambda: optimizer_cases.adam_case(inputs, reference),
+        lambda: optimizer_cases.fused_step_case(inputs, reference),
+        lambda: step_cases.forward_backward_case(inputs, reference, methods),
+        lambda: step_cases.step_case(inputs, reference, methods),
     ]
 
 
-def _sizes(settings: KernelBenchSettings, device: torch.device, dtype: torch.dtype) -> list[Size]:
+def _sizes(settings: KernelBenchSettings, device: torch.device, dtype: torch.dtype) -> list[KernelSize]:
     usual = ("A", "B") if device.type == "cuda" else ("cpu",)
     names = dict.fromkeys(settings.sizes or (("toy",) if settings.quick else usual))
     for name in names:
         if name not in SIZES:
-            raise ConfigError(f"--size {name}: not known; take one of {', '.join(SIZES)}")
+            raise ConfigError(f"--size {name}: unknown size; choose from {', '.join(SIZES)}")
     sizes = [SIZES[name] for name in names]
-    free = torch.cuda.mem_get_info(device)[0] if device.type == "cuda" else _physical_memory()
     for size in sizes:
-        needed = _memory(size, device, dtype)
-        if needed > free:
-            raise ConfigError(
-                f"--size {size.name}: needs about {needed / _GIB:.0f} GiB, and there are {free / _GIB:.0f}; take a "
-                f"smaller one"
-            )
+        check_fits(size.name, _memory(size, device, dtype), device)
     return sizes
 
 
-def _memory(size: Size, device: torch.device, dtype: torch.dtype) -> float:
-    """Bytes at the worst moment: the step with Adam, whose contenders are all set up at once on a CPU."""
+def _memory(size: KernelSize, device: torch.device, dtype: torch.dtype) -> float:
+    """Peak bytes, at the step with Adam; a CPU holds all its implementations at once."""
     weights = size.n_sources * size.n_features * size.d_model * dtype.itemsize
     preactivations = size.n_tokens * size.n_features * dtype.itemsize
     if device.type == "cuda":
@@ -152,28 +145,21 @@ def _memory(size: Size, device: torch.device, dtype: torch.dtype) -> float:
     return 14.0 * weights + 3 * size.n_sources * preactivations
 
 
-def _physical_memory() -> int:
-    return os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
-
-
-def _peers(settings: KernelBenchSettings, device: torch.device) -> list[Method]:
-    wanted = [
-        ("--eleuther", settings.eleuther, peers.eleuther),
-        ("--openai", settings.openai, peers.openai),
-    ]
+def _peers(settings: KernelBenchSettings, device: torch.device) -> list[TrainingMethod]:
+    """Kernels of other projects, which benchmarks/kernel_peers.py of our checkout loads from theirs."""
     methods = []
-    for option, checkout, load in wanted:
+    for project, checkout in (("eleuther", settings.eleuther), ("openai", settings.openai)):
         if checkout is None:
             continue
         if not checkout.is_dir():
-            raise ConfigError(f"{option} {checkout}: no such folder; name the folder of a checkout")
+            raise ConfigError(f"--{project} {checkout}: no such folder; give the folder of a checkout")
         if device.type != "cuda":
-            raise ConfigError(f"{option} {checkout}: these kernels need a CUDA device; leave the option out here")
-        methods.append(load(checkout))
+            raise ConfigError(f"--{project} {checkout}: these kernels need a CUDA device; remove the option")
+        methods.append(getattr(load_benchmarks("benchmarks.kernel_peers"), project)(checkout))
     return methods
 
 
-def _anchor_bytes(settings: KernelBenchSettings, device: torch.device) -> int:
+def _memory_bytes(settings: KernelBenchSettings, device: torch.device) -> int:
     if settings.quick:
         return 64 * 2**20
     return (4 if device.type == "cuda" else 1) * 512 * 2**20
@@ -182,16 +168,12 @@ def _anchor_bytes(settings: KernelBenchSettings, device: torch.device) -> int:
 def _setting(device: torch.device, dtype: torch.dtype, rounds: int) -> str:
     kind = str(dtype).removeprefix("torch.")
     backend = ops.backend_of(torch.empty(0, device=device, dtype=dtype))
-    if device.type == "cuda":
-        where = f"{torch.cuda.get_device_name(device)}, CUDA {torch.version.cuda}"
-    else:
-        where = f"CPU, {torch.get_num_threads()} threads"
     tuned = f" Launch settings: {configs.fingerprint()}." if backend == "triton" else ""
-    return f"{where}; backend {backend}, {kind}; {rounds} rounds.{tuned}"
+    return f"{device_words(device)}; backend {backend}, {kind}; {rounds} rounds.{tuned}"
 
 
-def _words(size: Size, device: torch.device, dtype: torch.dtype) -> str:
-    """The size and, where kernels are launched, which way the operations take."""
+def _words(size: KernelSize, device: torch.device, dtype: torch.dtype) -> str:
+    """The size and, with Triton, the code path of each operation."""
     if ops.backend_of(torch.empty(0, device=device, dtype=dtype)) != "triton":
         return str(size)
     chosen = configs.describe(dtype, size.d_model, size.n_features, size.k, size.n_tokens)

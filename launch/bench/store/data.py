@@ -1,7 +1,6 @@
-"""The activations that the store's benchmark moves, and a real store that holds them.
+"""Random activations of the store benchmark, and a store that holds them.
 
-The values are random bits of finite bfloat16: what is measured does not depend on them, and random bits keep anything
-from being compressed on the way.
+The values are random bits of finite bfloat16, which no layer on the way can compress; speeds do not depend on them.
 """
 
 from __future__ import annotations
@@ -15,18 +14,20 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from clt.capture.reading.open_store import ActivationStore, open_store
+from clt.capture.models.sites import decoder_sites
+from clt.capture.reading.activation_store import ActivationStore
+from clt.capture.reading.open_store import open_store
 from clt.capture.storage.local import LocalStorage
 from clt.capture.store.arrays import ArraySpec
 from clt.capture.store.layout import StoreArrays
-from clt.capture.store.read_order import unit_permutation
+from clt.capture.store.row_order import unit_permutation
 from clt.capture.store.schema import SCHEMA_VERSION, CapturePlan, SiteGroup, StoreSpec
 from clt.capture.store.shard import ShardReader
 from clt.capture.writing.writer import StoreWriter, UnitData
 from clt.records import ModelIdentity, TokenTable
 
 Bits = NDArray[np.uint16]
-#: Reads the block of that number into an array [S, C, d].
+#: Reads the block of a number into an array [S,C,d].
 ReadBlock = Callable[[int, Bits], None]
 
 GROUP = "lm"
@@ -35,13 +36,13 @@ _SEED = 20
 
 @dataclass(frozen=True, kw_only=True)
 class Layout:
-    """Shape of the activations and how they are cut.
+    """Shape of the activations, their chunks and shards.
 
     Attributes:
         tokens: T, a multiple of `shard_tokens`.
         sites: S.
         width: d.
-        chunk_tokens: C, tokens of a chunk, which holds one site, and of a block, which holds all.
+        chunk_tokens: C, tokens of a chunk, which holds one site, and of a block, which holds all sites.
         shard_tokens: R, tokens of a shard, a multiple of `chunk_tokens`.
     """
 
@@ -53,12 +54,12 @@ class Layout:
 
     @property
     def blocks(self) -> int:
-        """Blocks of all tokens."""
+        """Number of blocks."""
         return self.tokens // self.chunk_tokens
 
     @property
     def block_shape(self) -> tuple[int, int, int]:
-        """[S, C, d]."""
+        """(S, C, d)."""
         return self.sites, self.chunk_tokens, self.width
 
     @property
@@ -73,9 +74,9 @@ class Layout:
 
 
 def random_bits(layout: Layout) -> Bits:
-    """Finite bfloat16 as uint16, [T,S,d], the same ones every time."""
+    """[T,S,d] uint16, bits of finite bfloat16 from a fixed seed."""
     words = np.random.Philox(_SEED).random_raw(layout.nbytes // 8).view(np.uint16)
-    # Without the highest bit of the exponent no value is infinite or NaN.
+    # With the highest bit of the exponent cleared, no value is infinite or NaN.
     words &= 0xBFFF
     return words.reshape(layout.tokens, layout.sites, layout.width)
 
@@ -87,9 +88,9 @@ def in_blocks(tokens: Bits, layout: Layout) -> Bits:
 
 
 def store_spec(layout: Layout) -> StoreSpec:
-    """Spec of a store with one group of sites, the inputs of all layers first, as in a capture."""
+    """Specification of a store with one group of sites, inputs of all layers first, as in a capture."""
     n_layers = max(1, layout.sites // 2)
-    names = [f"{GROUP}.{layer}.{kind}" for kind in ("mlp_in", "mlp_out") for layer in range(n_layers)]
+    names = decoder_sites(range(n_layers), "mlp_in") + decoder_sites(range(n_layers), "mlp_out")
     sites = tuple(names[: layout.sites])
     model = ModelIdentity(
         name="bench",
@@ -116,7 +117,7 @@ def store_spec(layout: Layout) -> StoreSpec:
 
 
 def arrays_of(layout: Layout) -> StoreArrays:
-    """Arrays of such a store."""
+    """Arrays of that store."""
     return StoreArrays(store_spec(layout), layout.tokens // layout.shard_tokens)
 
 
@@ -125,8 +126,8 @@ class BenchStore:
     """A store of random activations.
 
     Attributes:
-        folder: where it is.
-        layout: what it holds.
+        folder: path of the store.
+        layout: shape of its activations.
     """
 
     folder: Path
@@ -149,12 +150,12 @@ class BenchStore:
 
     @property
     def array(self) -> Path:
-        """Folder of the Zarr array of activations, for other readers."""
+        """Folder of the Zarr array of activations."""
         return self.folder / _acts(self.layout).key
 
     @cached_property
     def expected(self) -> Bits:
-        """What is in the store, from the same seed and without reading it: [T,S,d] in the order of storage."""
+        """[T,S,d] contents in storage order, computed from the seed without reading the store."""
         bits, size = random_bits(self.layout), self.layout.shard_tokens
         for unit in range(self.layout.tokens // size):
             part = bits[unit * size : (unit + 1) * size]
@@ -162,11 +163,11 @@ class BenchStore:
         return bits
 
     def open(self) -> ActivationStore:
-        """The store."""
+        """Opens the store."""
         return open_store(LocalStorage(self.folder))
 
     def shard_reader(self) -> ReadBlock:
-        """Reads blocks by the lowest layer of ours, one shard reader per unit."""
+        """Reads blocks with `ShardReader`, one per unit."""
         storage = LocalStorage(self.folder)
         array = _acts(self.layout)
         sizes = [storage.size(array.shard(unit)) or 0 for unit in range(array.units)]
@@ -180,7 +181,7 @@ class BenchStore:
         return read
 
     def store_reader(self) -> ReadBlock:
-        """Reads blocks as the loader does."""
+        """Reads blocks with `ActivationStore`, as the loader does."""
         store, sites = self.open(), list(range(self.layout.sites))
         per_unit = self.layout.shard_tokens // self.layout.chunk_tokens
 

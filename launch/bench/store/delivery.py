@@ -1,8 +1,8 @@
-"""Shuffled batches of all sites: the last question of the store's benchmark, and the one that training asks.
+"""Store benchmark, delivery of shuffled batches of all sites, as in training.
 
-Ours is `ActivationLoader`. The rivals get the same algorithm, a shuffle within windows, with threads that read blocks
-into one window while batches are gathered from another; only who reads the blocks differs. Streams do not end between
-rounds, so that nobody's rounds hold a beginning, and on both sides the memory of windows and batches is used again.
+`ActivationLoader` against the same algorithm on other readers: a shuffle within windows, with threads that read blocks
+into one window while batches are gathered from another. Streams continue between rounds, so that no round contains a
+start, and all of them reuse the memory of windows and batches.
 """
 
 from __future__ import annotations
@@ -23,29 +23,29 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from clt.capture.reading.loader import ActivationLoader
-from clt.launch.bench.common.report import Table
-from clt.launch.bench.common.timing import Rival, interleave
+from clt.launch.bench.common.timing import TimedRun, interleave
 from clt.launch.bench.store.data import BenchStore, Bits, Layout, ReadBlock
 from clt.launch.bench.store.files import Reader, make_table
+from clt.launch.bench.store.report import ThroughputTable
 
-#: Activations of some sites each, [s,B,d], which together are all sites.
-Batch = tuple[Tensor, ...]
+#: Tensors [s,B,d] of some sites each, together all sites.
+SiteBatch = tuple[Tensor, ...]
 
 LOADER = "clt loader"
-#: Threads that read blocks of a rival; on two cores, one to four of them differed by less than two runs do.
+#: Threads that read blocks for other readers; on two cores, one to four made less difference than two runs.
 READER_THREADS = 2
-#: Seconds before a round, in which the others finish what they read ahead.
+#: Seconds before a round in which the other streams finish prefetching.
 _PAUSE_S = 0.2
 _SEED = 3
 
 
 @dataclass(frozen=True, kw_only=True)
 class Delivery:
-    """What is asked of everyone.
+    """Requested batches.
 
     Attributes:
         batch_tokens: B, tokens of a batch.
-        window_tokens: tokens that are shuffled together, a multiple of B and of the chunk.
+        window_tokens: tokens shuffled together, a multiple of B and of the chunk.
         dtype: of the batches, bfloat16 (as stored) or float32.
     """
 
@@ -55,55 +55,52 @@ class Delivery:
 
 
 def delivery_table(
-    key: str, title: str, store: BenchStore, everyone: Sequence[Reader], delivery: Delivery, rounds: int
-) -> Table:
-    """Delivers as many tokens as a store has in shuffled batches, from the page cache.
+    key: str, title: str, store: BenchStore, readers: Sequence[Reader], delivery: Delivery, rounds: int
+) -> ThroughputTable:
+    """Times the delivery of all tokens of a store in shuffled batches, from the page cache.
 
     Args:
         key: of the table.
         title: of the table.
         store: the store.
-        everyone: whose reads the rivals' windows are filled with.
-        delivery: what is asked.
+        readers: other readers that fill windows.
+        delivery: requested batches.
         rounds: rounds.
-
-    Returns:
-        The table.
     """
     layout = store.layout
     expected = np.sort(_fingerprints(torch.from_numpy(store.expected).view(torch.bfloat16)))
     steps = layout.tokens // delivery.batch_tokens
     with ExitStack() as stack:
         streams = {LOADER: stack.enter_context(closing(_loader_batches(store, delivery)))}
-        for reader in everyone:
+        for reader in readers:
             if reader.open is not None:
                 read = stack.enter_context(reader.open())
                 streams[reader.name] = stack.enter_context(closing(window_batches(read, layout, delivery)))
         for name, stream in streams.items():
             _check_epoch(name, stream, steps, delivery, expected)
-        rivals = [
-            Rival(name=name, run=partial(_drain, stream, steps), before=partial(time.sleep, _PAUSE_S))
+        runs = [
+            TimedRun(name=name, run=partial(_drain, stream, steps), before=partial(time.sleep, _PAUSE_S))
             for name, stream in streams.items()
         ]
-        timings = interleave(rivals, rounds)
-    checksums = {LOADER: True} | {reader.name: reader.checksums for reader in everyone}
+        timings = interleave(runs, rounds)
+    checksums = {LOADER: True} | {reader.name: reader.checksums for reader in readers}
     return make_table(key, title, layout, rounds, checksums, timings)
 
 
-def window_batches(read: ReadBlock, layout: Layout, delivery: Delivery) -> Generator[Batch]:
-    """Delivers every token of a store once an epoch, epoch after epoch, shuffled within windows of random blocks.
+def window_batches(read: ReadBlock, layout: Layout, delivery: Delivery) -> Generator[SiteBatch]:
+    """Yields every token of a store once per epoch, for ever, shuffled within windows of random blocks.
 
     Args:
         read: reads a block; called by several threads.
-        layout: what it reads from.
-        delivery: what is asked.
+        layout: of the store.
+        delivery: requested batches.
 
     Yields:
-        All sites of B tokens; the memory is used again after two more batches.
+        All sites of B tokens; the memory is reused after two more batches.
     """
     free: queue.Queue[Bits | None] = queue.Queue()
     full: queue.Queue[Bits | BaseException] = queue.Queue()
-    # Two windows: one is read while batches are gathered from the other.
+    # One window is read while batches are gathered from the other.
     for _ in range(2):
         free.put(np.empty((delivery.window_tokens // layout.chunk_tokens, *layout.block_shape), np.uint16))
 
@@ -116,7 +113,7 @@ def window_batches(read: ReadBlock, layout: Layout, delivery: Delivery) -> Gener
                         return
                     list(pool.map(read, blocks, window))
                     full.put(window)
-        except BaseException as error:  # raised by the consumer
+        except BaseException as error:  # raised again by the consumer
             full.put(error)
 
     random = np.random.default_rng(_SEED)
@@ -147,7 +144,7 @@ def _windows(n_blocks: int, per_window: int) -> Iterator[list[int]]:
         yield from random.permutation(n_blocks).reshape(-1, per_window).tolist()
 
 
-def _loader_batches(store: BenchStore, delivery: Delivery) -> Generator[Batch]:
+def _loader_batches(store: BenchStore, delivery: Delivery) -> Generator[SiteBatch]:
     opened = store.open()
     half = len(opened.sites) // 2
     loader = ActivationLoader(
@@ -164,7 +161,7 @@ def _loader_batches(store: BenchStore, delivery: Delivery) -> Generator[Batch]:
 
 
 def _gather(window: Tensor, tokens: Tensor, batch: Tensor) -> None:
-    """Tokens [B] of a window [blocks,S,C,d] into a batch [S,B,d]."""
+    """Copies tokens [B] of a window [blocks,S,C,d] into a batch [S,B,d]."""
     _, sites, size, width = window.shape
     rows = window.view(-1, width)
     first = tokens // size * (sites * size) + tokens % size
@@ -176,25 +173,25 @@ def _gather(window: Tensor, tokens: Tensor, batch: Tensor) -> None:
             out.copy_(rows.index_select(0, index))
 
 
-def _drain(stream: Iterator[Batch], steps: int) -> None:
+def _drain(stream: Iterator[SiteBatch], steps: int) -> None:
     for _ in islice(stream, steps):
         pass
 
 
 def _fingerprints(tokens: Tensor) -> NDArray[np.int64]:
-    """A number per token [T,S,d] that depends on each of its bits and on where they stand."""
+    """[T] hash of every token [T,S,d], which depends on the position of each of its bits."""
     words = tokens.contiguous().view(torch.int64).flatten(1).numpy()
     weights = np.random.default_rng(_SEED).integers(1, 2**62, words.shape[1]) | 1
     return words @ weights
 
 
 def _check_epoch(
-    name: str, stream: Iterator[Batch], steps: int, delivery: Delivery, expected: NDArray[np.int64]
+    name: str, stream: Iterator[SiteBatch], steps: int, delivery: Delivery, expected: NDArray[np.int64]
 ) -> None:
-    """Takes the first epoch, in which every token must come exactly once, with the right values at all sites."""
+    """Checks that the first epoch has every token exactly once with the right values at all sites."""
     found = []
     for parts in islice(stream, steps):
         batch = torch.cat(parts)
         assert batch.dtype == delivery.dtype and batch.shape[1] == delivery.batch_tokens, f"{name}: {batch.shape}"
         found.append(_fingerprints(batch.to(torch.bfloat16).transpose(0, 1)))
-    assert np.array_equal(np.sort(np.concatenate(found)), expected), f"{name} does not deliver every token once"
+    assert np.array_equal(np.sort(np.concatenate(found)), expected), f"{name}: not every token delivered once"

@@ -1,11 +1,10 @@
-"""Reads and writes of files: the first three questions of the store's benchmark.
+"""Store benchmark, files: random block reads from the page cache and from disk, shard writes with and without fsync.
 
-How fast are random blocks read that the system has in memory, how fast are blocks read that it has not, and how fast
-are shards written, with and without fsync. Everyone moves the same bytes, and whoever reads a wrong one is not timed.
+All readers and writers move the same bytes, and a reader that returns a wrong byte is an error.
 
-Writing also measures the allocator: zarr-python allocates a shard's buffers anew, glibc gives buffers of that size back
-to the system, and touching fresh pages doubles its cost. With an allocator that keeps memory (MALLOC_MMAP_THRESHOLD_
-and MALLOC_TRIM_THRESHOLD_ above the size of a shard) it writes about twice as fast, and ours as before.
+Writing also measures the allocator: zarr-python allocates new buffers per shard, glibc returns buffers of that size to
+the system, and touching fresh pages doubles the cost. With an allocator that keeps memory (MALLOC_MMAP_THRESHOLD_ and
+MALLOC_TRIM_THRESHOLD_ above the shard size) zarr-python writes about twice as fast; our writer does not change.
 """
 
 from __future__ import annotations
@@ -22,26 +21,26 @@ import numpy as np
 
 from clt.capture.storage.local import LocalStorage
 from clt.capture.store.shard_rows import write_rows
-from clt.launch.bench.common.report import Row, Table, measured_row
-from clt.launch.bench.common.timing import Rival, Timing, interleave
+from clt.launch.bench.common.timing import TimedRun, Timing, interleave
 from clt.launch.bench.store.data import BenchStore, Bits, Layout, ReadBlock, arrays_of, in_blocks, random_bits
 from clt.launch.bench.store.peers import Peer, sync_tree
+from clt.launch.bench.store.report import ThroughputRow, ThroughputTable, measured_row
 
 OURS, OUR_STORE, MEMCPY = "clt shard", "clt store", "memcpy"
-#: Blocks are read into a ring of this size: a window is larger than the caches, and so must its stand-in be.
+#: Blocks are read into a ring of this size, larger than the caches, as the windows of a loader are.
 _RING_BYTES = 64 << 20
 _NOT_INSTALLED = "not installed"
 
 
 @dataclass(frozen=True, kw_only=True)
 class Reader:
-    """Someone who reads blocks of a store.
+    """A reader of blocks of a store.
 
     Attributes:
-        name: who.
+        name: row of the tables.
         checksums: whether checksums are verified.
-        path: the file or folder that is read.
-        open: gives the function that reads a block; None if the library is not installed.
+        path: file or folder that is read.
+        open: returns the function that reads a block; None if the library is not installed.
     """
 
     name: str
@@ -52,18 +51,18 @@ class Reader:
 
 @contextmanager
 def readers(store: BenchStore, peers: Sequence[Peer], folder: Path) -> Iterator[list[Reader]]:
-    """Everyone who reads a store: ours first, then the peers, each checked to read the right bytes.
+    """All readers of a store, ours first, each checked to read the right bytes.
 
     Args:
         store: the store.
-        peers: the rivals.
-        folder: an existing folder for the copies of those who cannot read the store; they are removed at the end.
+        peers: other formats and libraries.
+        folder: existing folder for copies in other formats, which are removed at the end.
 
     Yields:
         The readers.
     """
     blocks = in_blocks(store.expected, store.layout)
-    everyone = [
+    all_readers = [
         Reader(name=OURS, checksums=True, path=store.array, open=lambda: nullcontext(store.shard_reader())),
         Reader(name=OUR_STORE, checksums=True, path=store.array, open=lambda: nullcontext(store.store_reader())),
     ]
@@ -74,26 +73,26 @@ def readers(store: BenchStore, peers: Sequence[Peer], folder: Path) -> Iterator[
                 stack.callback(_remove, path)
                 peer.write(path, blocks, store.layout)
             opened = partial(peer.open, path, store.layout) if peer.installed else None
-            everyone.append(Reader(name=peer.name, checksums=peer.checksums, path=path, open=opened))
-        for reader in everyone:
+            all_readers.append(Reader(name=peer.name, checksums=peer.checksums, path=path, open=opened))
+        for reader in all_readers:
             if reader.open is not None:
                 with reader.open() as read:
                     _check(reader.name, read, blocks)
-        yield everyone
+        yield all_readers
 
 
-def read_table(key: str, title: str, store: BenchStore, everyone: Sequence[Reader], rounds: int) -> Table:
-    """Reads all blocks in a random order from the page cache into arrays that exist already.
+def read_table(key: str, title: str, store: BenchStore, all_readers: Sequence[Reader], rounds: int) -> ThroughputTable:
+    """Times reads of all blocks in random order from the page cache into existing arrays.
 
     Args:
         key: of the table.
         title: of the table.
         store: the store.
-        everyone: from `readers`.
+        all_readers: from `readers`.
         rounds: rounds.
 
     Returns:
-        The table; its last row is the physical limit, memcpy of the same blocks.
+        The table; its last row is the limit, memcpy of the same blocks.
     """
     layout = store.layout
     blocks, ring = in_blocks(store.expected, layout), _Ring(layout)
@@ -102,25 +101,25 @@ def read_table(key: str, title: str, store: BenchStore, everyone: Sequence[Reade
         np.copyto(out, blocks[block])
 
     with ExitStack() as stack:
-        opened = {r.name: stack.enter_context(r.open()) for r in everyone if r.open is not None} | {MEMCPY: memcpy}
-        rivals = [Rival(name=name, run=partial(ring.fill, read)) for name, read in opened.items()]
-        timings = interleave(rivals, rounds)
-    checksums = {reader.name: reader.checksums for reader in everyone} | {MEMCPY: False}
+        opened = {r.name: stack.enter_context(r.open()) for r in all_readers if r.open is not None} | {MEMCPY: memcpy}
+        runs = [TimedRun(name=name, run=partial(ring.fill, read)) for name, read in opened.items()]
+        timings = interleave(runs, rounds)
+    checksums = {reader.name: reader.checksums for reader in all_readers} | {MEMCPY: False}
     return make_table(key, title, layout, rounds, checksums, timings)
 
 
-def cold_table(key: str, title: str, store: BenchStore, everyone: Sequence[Reader], rounds: int) -> Table:
-    """Opens and reads all blocks in a random order after the system has been told to forget them.
+def cold_table(key: str, title: str, store: BenchStore, all_readers: Sequence[Reader], rounds: int) -> ThroughputTable:
+    """Times opening and reading all blocks in random order after they were evicted from the page cache.
 
     Args:
         key: of the table.
         title: of the table.
         store: the store.
-        everyone: from `readers`.
+        all_readers: from `readers`.
         rounds: rounds.
 
     Returns:
-        The table, without measurements where the file system keeps its files in memory.
+        The table, without measurements where the file system cannot evict files.
     """
     layout, ring = store.layout, _Ring(store.layout)
 
@@ -129,35 +128,32 @@ def cold_table(key: str, title: str, store: BenchStore, everyone: Sequence[Reade
             ring.fill(read)
 
     timings: dict[str, Timing] = {}
-    possible = _forgets(store.array)
+    possible = _can_evict(store.array)
     if possible:
-        rivals = [
-            Rival(name=r.name, run=partial(run, r.open), before=partial(_evict, r.path))
-            for r in everyone
+        runs = [
+            TimedRun(name=r.name, run=partial(run, r.open), before=partial(_evict, r.path))
+            for r in all_readers
             if r.open is not None
         ]
-        timings = interleave(rivals, rounds)
-    reason = _NOT_INSTALLED if possible else "the system cannot forget these files"
-    checksums = {reader.name: reader.checksums for reader in everyone}
+        timings = interleave(runs, rounds)
+    reason = _NOT_INSTALLED if possible else "this file system cannot evict files"
+    checksums = {reader.name: reader.checksums for reader in all_readers}
     return make_table(key, title, layout, rounds, checksums, timings, reason)
 
 
 def write_table(
     key: str, title: str, layout: Layout, peers: Sequence[Peer], folder: Path, rounds: int, durable: bool
-) -> Table:
-    """Writes the same array, one shard after the other where the format has shards.
+) -> ThroughputTable:
+    """Times writes of the same array, shard by shard where the format has shards.
 
     Args:
         key: of the table.
         title: of the table.
-        layout: the array.
-        peers: the rivals.
-        folder: an existing folder for what is written; everything is removed again after each round.
+        layout: of the array.
+        peers: other formats and libraries.
+        folder: existing folder for the files, which are removed after each round.
         rounds: rounds.
-        durable: with fsync of every file and folder on all sides, else without any.
-
-    Returns:
-        The table.
+        durable: whether every file and folder is synced to disk (fsync).
     """
     bits, arrays = random_bits(layout), arrays_of(layout)
     array, size = arrays.acts(arrays.spec.groups[0]), layout.shard_tokens
@@ -173,28 +169,28 @@ def write_table(
             sync_tree(path)
 
     path = folder / "written"
-    rivals = [Rival(name=OURS, run=partial(ours, path), after=partial(_remove, path))]
+    runs = [TimedRun(name=OURS, run=partial(ours, path), after=partial(_remove, path))]
     writers = [peer for peer in peers if peer.writes]
     for peer in writers:
         if peer.installed:
-            rivals.append(Rival(name=peer.name, run=partial(theirs, peer, path), after=partial(_remove, path)))
-    timings = interleave(rivals, rounds)
+            runs.append(TimedRun(name=peer.name, run=partial(theirs, peer, path), after=partial(_remove, path)))
+    timings = interleave(runs, rounds)
     checksums = {OURS: True, **{peer.name: peer.checksums for peer in writers}}
     return make_table(key, title, layout, rounds, checksums, timings)
 
 
 class _Ring:
-    """Arrays that blocks are read into, again and again."""
+    """Arrays that blocks are read into, reused in turn."""
 
     def __init__(self, layout: Layout) -> None:
         block_bytes = layout.nbytes // layout.blocks
         count = min(layout.blocks, max(1, _RING_BYTES // block_bytes))
-        # Ones, not empty: pages that were never touched would be counted as reading.
+        # Ones, not empty: the first touch of pages would count as reading.
         self._slots = np.ones((count, *layout.block_shape), np.uint16)
         self._order = np.random.default_rng(0).permutation(layout.blocks).tolist()
 
     def fill(self, read: ReadBlock) -> None:
-        """Reads every block once."""
+        """Reads every block once in random order."""
         for number, block in enumerate(self._order):
             read(block, self._slots[number % len(self._slots)])
 
@@ -204,7 +200,7 @@ def _check(name: str, read: ReadBlock, blocks: Bits) -> None:
     for block, expected in enumerate(blocks):
         out[...] = 0xFFFF  # no stored value has these bits
         read(block, out)
-        assert np.array_equal(out, expected), f"{name} reads block {block} wrongly"
+        assert np.array_equal(out, expected), f"{name}: block {block} is read wrongly"
 
 
 def make_table(
@@ -215,25 +211,25 @@ def make_table(
     checksums: dict[str, bool],
     timings: dict[str, Timing],
     absent: str = _NOT_INSTALLED,
-) -> Table:
+) -> ThroughputTable:
     """A table from timings.
 
     Args:
         key: of the table.
         title: of the table.
-        layout: what was moved in every round.
+        layout: of the array moved per round.
         rounds: rounds.
         checksums: whether they are verified, by name, in the order of the rows.
-        timings: by name; who has none is absent.
-        absent: why.
+        timings: by name; a row without one is absent.
+        absent: the reason.
     """
     rows = [
         measured_row(name, checks, timings[name], layout.nbytes)
         if name in timings
-        else Row(name=name, checksums=checks, absent=absent)
+        else ThroughputRow(name=name, checksums=checks, absent=absent)
         for name, checks in checksums.items()
     ]
-    return Table(
+    return ThroughputTable(
         key=key,
         title=title,
         nbytes=layout.nbytes,
@@ -255,7 +251,7 @@ def _files(path: Path) -> list[Path]:
 
 
 def _evict(path: Path) -> None:
-    """Tells the system to forget what it holds of files; only clean pages that nobody maps are forgotten."""
+    """Evicts files from the page cache; the system only drops clean pages that no process maps."""
     for file in _files(path):
         descriptor = os.open(file, os.O_RDONLY)
         try:
@@ -265,8 +261,8 @@ def _evict(path: Path) -> None:
             os.close(descriptor)
 
 
-def _forgets(path: Path) -> bool:
-    """Whether the first bytes of files below a folder have to be fetched once they were evicted."""
+def _can_evict(path: Path) -> bool:
+    """Whether reads of evicted files go to the disk."""
     if not hasattr(os, "RWF_NOWAIT"):
         return False
     _evict(path)

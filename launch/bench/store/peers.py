@@ -1,13 +1,12 @@
-"""Other ways to keep the same activations on disk, each by the fastest of its own calls that we found.
+"""Other formats and libraries of the store benchmark, each through the fastest of its calls that we found.
 
-All of them deliver blocks, [S, C, d] bits of C tokens at S sites, into arrays of the caller: what a training loop reads
-at a time. Libraries that know Zarr read the store's own files. The others keep the blocks one after the other, in the
-order in which they are read, so that their reads are as contiguous as ours.
+All of them read blocks [S,C,d], C tokens at S sites, into arrays of the caller. Zarr libraries read the store's own
+files; the others keep the blocks contiguous and in reading order, as the store does.
 
-zarr-python comes twice: indexed as everyone does it, and with its `out` argument. Calls tried and left out because they
-were slower (November 2026): zarr-python and zarrs one of several sites at a time; tensorstore's `read` and a copy;
-torch.load without mmap; safetensors' `get_slice` with torch tensors. zarrs without `out` and `h5py.Dataset.__getitem__`
-were a little slower for one layout and a little faster for the other.
+zarr-python is measured by plain indexing and with its `out` argument. Slower calls, left out (November 2026):
+zarr-python and zarrs one site at a time; tensorstore's `read` and a copy; torch.load without mmap; safetensors'
+`get_slice` with torch tensors. zarrs without `out` and `h5py.Dataset.__getitem__` were slower for one layout and faster
+for the other, by little.
 """
 
 from __future__ import annotations
@@ -31,16 +30,16 @@ _ZARRS = "zarrs.ZarrsCodecPipeline"
 
 @dataclass(frozen=True, kw_only=True)
 class Peer:
-    """A rival format or library.
+    """Another format or library.
 
     Attributes:
-        name: what the tables call it.
-        module: what must be importable; None if it comes with our own requirements.
+        name: row of the tables.
+        module: module that must be importable; None if it is one of our requirements.
         checksums: whether reading verifies checksums.
-        writes: whether its writing is compared; another one stands for it where not.
-        reads_store: whether it reads the store's own files, [T,S,d]; others are given the blocks, [T/C,S,C,d].
-        write: writes an array of either shape under a path that does not exist, without fsync.
-        open: gives, of what was written, or of the store's array, the function that reads a block.
+        writes: whether its writes are compared; not where another peer writes the same way.
+        reads_store: whether it reads the store's own files, [T,S,d]; others read copies in blocks, [T/C,S,C,d].
+        write: writes an array of either shape to a new path, without fsync.
+        open: returns the function that reads a block of a copy or of the store's array.
     """
 
     name: str
@@ -58,7 +57,7 @@ class Peer:
 
 
 def sync_tree(path: Path) -> None:
-    """Forces a file, or all files and folders below a folder, to disk, and the name in the folder above."""
+    """Syncs a file, or all files and folders below a folder, and the parent folder to disk."""
     places = [path, path.parent]
     if path.is_dir():
         places += [Path(folder, name) for folder, folders, files in os.walk(path) for name in (*folders, *files)]
@@ -84,10 +83,10 @@ def _write_zarr(path: Path, array: Bits, layout: Layout, pipeline: str) -> None:
             chunks=chunk,
             dtype="uint16",
             compressors=[Crc32cCodec()],
-            # Otherwise it compares every chunk with the fill value, which takes as long as the rest.
+            # Otherwise every chunk is compared with the fill value, which doubles the time.
             config={"write_empty_chunks": True},
         )
-        # Shard by shard, as a capture would; the whole array at once was faster in some runs and slower in others.
+        # Shard by shard, as in a capture; the whole array at once was not consistently faster.
         for start in range(0, layout.tokens, layout.shard_tokens):
             target[start : start + layout.shard_tokens] = array[start : start + layout.shard_tokens]
 
@@ -124,7 +123,7 @@ def _open_zarr_out(path: Path, layout: Layout) -> Iterator[ReadBlock]:
     source, size = _zarr_array(path, _BATCHED), layout.chunk_tokens
 
     def read(block: int, out: Bits) -> None:
-        # It fills a view with the axes swapped as fast as one in its own order.
+        # Filling a view with swapped axes is as fast as one in its own order.
         rows = slice(block * size, (block + 1) * size)
         source.get_basic_selection((rows,), out=_zarr_buffer(out.transpose(1, 0, 2)))
 
@@ -140,7 +139,7 @@ def _open_zarrs(path: Path, layout: Layout) -> Iterator[ReadBlock]:
         if layout.sites == 1:
             source.get_basic_selection((rows,), out=_zarr_buffer(out.reshape(size, 1, layout.width)))
             return
-        # It fills contiguous arrays only, hence in its own order.
+        # zarrs fills contiguous arrays only.
         tokens_first = np.empty((size, layout.sites, layout.width), np.uint16)
         source.get_basic_selection((rows,), out=_zarr_buffer(tokens_first))
         np.copyto(out, tokens_first.transpose(1, 0, 2))
@@ -149,7 +148,7 @@ def _open_zarrs(path: Path, layout: Layout) -> Iterator[ReadBlock]:
 
 
 def _tensorstore_spec(path: Path) -> dict[str, Any]:
-    # Its own fsync is off: `sync_tree` follows where the comparison is about durable files.
+    # Its own fsync is off; `sync_tree` follows where durable writes are compared.
     return {
         "driver": "zarr3",
         "kvstore": {"driver": "file", "path": str(path)},

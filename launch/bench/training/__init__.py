@@ -1,1 +1,1 @@
-"""Benchmark of training steps: time, memory and traffic (`clt bench train`)."""
+"""Benchmark of training steps: time, memory and traffic between ranks (`clt bench train`)."""

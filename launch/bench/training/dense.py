@@ -1,33 +1,33 @@
-"""The naive way to train the same transcoder: dense products, torch.topk, autograd, PyTorch's fused Adam."""
+"""Dense baseline of the training benchmark: dense products, torch.topk, autograd, PyTorch's fused Adam."""
 
 from __future__ import annotations
 
 import torch
 from torch import Tensor
 
-from clt.launch.bench.training.sizes import Size
+from clt.launch.bench.training.sizes import TrainSize
 from clt.transcoder.layers import source_layers, target_layers
 from clt.transcoder.model import CrossLayerTranscoder
 
 
 class DenseTranscoder:
-    """One rank's share, with activations of all features of all sources as matrices.
+    """Trains one rank's share with the activations of all features of all sources as matrices.
 
     Args:
-        transcoder: whose parameters are trained.
+        transcoder: the share whose parameters are trained.
         size: features and batch.
     """
 
-    def __init__(self, transcoder: CrossLayerTranscoder, size: Size) -> None:
+    def __init__(self, transcoder: CrossLayerTranscoder, size: TrainSize) -> None:
         self._transcoder, self._k = transcoder, size.k
         self._adam = torch.optim.Adam(transcoder.parameters(), lr=1e-3, fused=True)
         self._sources = source_layers(transcoder.config)
         self._n_targets = len(target_layers(transcoder.config))
-        #: Activations of the sources of other ranks; their gradients would be sent back.
+        #: Activations of the sources of other ranks; a real job would return their gradients.
         self._given: dict[int, Tensor] = {}
 
     def step(self, x_LBD: Tensor, y_MBD: Tensor) -> Tensor:
-        """Forward, backward and Adam; the loss."""
+        """One step, forward, backward and Adam; returns the loss."""
         self._adam.zero_grad()
         for z_BF in self._given.values():
             z_BF.grad = None
@@ -37,12 +37,12 @@ class DenseTranscoder:
         return loss.detach()
 
     def loss(self, x_LBD: Tensor, y_MBD: Tensor) -> Tensor:
-        """Mean over all targets of the squared error, as far as targets are owned here."""
+        """Mean over all targets of the squared error, summed over the own targets only."""
         transcoder = self._transcoder
         z = {layer: self._encode(layer, x_BD) for layer, x_BD in zip(transcoder.share.sources, x_LBD, strict=True)}
         losses = []
         for layer, y_BD in zip(transcoder.share.targets, y_MBD, strict=True):
-            W_SFD, b_D = transcoder.W_dec[str(layer)], transcoder.b_dec[str(layer)]
+            W_SFD, b_D = transcoder.decoder_matrix(layer), transcoder.decoder_bias(layer)
             yhat_BD = b_D.expand_as(y_BD)
             for source, W_FD in zip(transcoder.sources_of(layer), W_SFD, strict=True):
                 z_BF = z[source] if source in z else self._of_others(source, y_BD, W_FD.shape[0])

@@ -1,4 +1,4 @@
-"""Starts the ranks of the training benchmark and turns what they saw into rows of its tables."""
+"""Starts the ranks of the training benchmark and turns their results into rows of its tables."""
 
 from __future__ import annotations
 
@@ -14,18 +14,18 @@ from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
-from clt.launch.bench.training.anchors import least_time
 from clt.launch.bench.training.rank import DENSE, RankResult, Task
-from clt.launch.bench.training.sizes import Size, planned_job
+from clt.launch.bench.training.roofline import least_time
+from clt.launch.bench.training.sizes import TrainSize, planned_job
 from clt.planning.counts import memory, traffic
 from clt.planning.job import Job, MeshShape
 from clt.planning.speed import Machine
 
 log = logging.getLogger(__name__)
 
-#: A network namespace of its own, in which the loopback interface carries nothing else.
+#: Runs a command in a new network namespace, whose loopback interface carries nothing else.
 _ISOLATED = ("unshare", "--map-root-user", "--net")
-#: data, layer, column, ZeRO: every axis by itself, and together, by how many ranks there are.
+#: Data, layer, column, ZeRO stage, by number of ranks: every axis alone, and combined.
 MESHES: Mapping[int, tuple[tuple[int, int, int, int], ...]] = {
     1: ((1, 1, 1, 0),),
     2: ((1, 2, 1, 0), (1, 1, 2, 0), (2, 1, 1, 0), (2, 1, 1, 1)),
@@ -34,16 +34,16 @@ MESHES: Mapping[int, tuple[tuple[int, int, int, int], ...]] = {
 
 
 @dataclass(frozen=True, kw_only=True)
-class Row:
-    """One way to train a size, or the naive one.
+class VariantRow:
+    """One variant of a size, or the dense baseline.
 
     Attributes:
-        name: who.
-        tokens: of a step.
+        name: of the variant.
+        tokens: per step.
         steps: seconds of every step by phase.
-        peak_bytes: memory at most; None where the system does not tell.
-        planned_bytes: what `clt plan` says of it; None of the naive way.
-        least_s: least seconds of a step by the ceilings of the machine; None of the naive way.
+        peak_bytes: peak memory; None where the system does not report it.
+        planned_bytes: memory by `clt plan`; None for the dense baseline.
+        least_s: minimum seconds of a step by the roofline; None for the dense baseline.
         least: the same by part of the step.
         absent: why it was not measured.
     """
@@ -83,13 +83,13 @@ class TrafficRow:
     """Bytes of a step on one mesh.
 
     Attributes:
-        size: what was trained.
+        size: name of the size.
         mesh: the processes.
-        counted: sent by the rank that sends most, counted where collectives start.
-        formula: `clt.planning.counts.traffic`.
-        auxk: of these, codes of dead features and their gradients.
-        loopback: per rank, read off the loopback interface, headers included; None where it carries other things too.
-        peak_bytes: memory of the rank that takes most.
+        counted: bytes sent by the rank that sends most, counted where collectives start.
+        formula: bytes by `clt.planning.counts.traffic`.
+        auxk: part of them for codes of dead features and their gradients.
+        loopback: bytes per rank on the loopback interface, headers included; None where it is shared.
+        peak_bytes: memory of the rank with the highest peak.
     """
 
     size: str
@@ -102,36 +102,36 @@ class TrafficRow:
 
 
 def run_task(task: Task) -> list[RankResult]:
-    """Runs the ranks of a task to their end; what each of them saw, in order of rank.
+    """Runs the ranks of a task; returns their results in order of rank.
 
     Raises:
-        RuntimeError: a rank failed, which is a defect; with its last words.
+        RuntimeError: a rank failed, which is a bug; with the end of its standard error.
     """
     isolated = _ISOLATED if task.private_network else ()
     with tempfile.TemporaryDirectory(prefix="clt-bench-") as folder:
         command = (*isolated, sys.executable, "-m", "clt.launch.bench.training.rank", json.dumps(asdict(task)), folder)
         done = subprocess.run(command, capture_output=True, text=True, check=False)
         if done.returncode:
-            raise RuntimeError(f"{task}: code {done.returncode}\n{done.stderr[-4000:]}")
+            raise RuntimeError(f"{task}: exit code {done.returncode}\n{done.stderr[-4000:]}")
         texts = [(Path(folder) / f"{rank}.json").read_text() for rank in range(task.world)]
     return [RankResult(**json.loads(text)) for text in texts]
 
 
 def can_isolate() -> bool:
-    """Whether a job can have a loopback interface of its own here."""
+    """Whether this system allows a job its own network namespace."""
     if shutil.which(_ISOLATED[0]) is None:
         return False
     return subprocess.run([*_ISOLATED, "true"], capture_output=True, check=False).returncode == 0
 
 
-def measure_size(size: Size, steps: int, turns: int, machine: Machine) -> tuple[Row, ...]:
-    """All variants of a size and the naive way, by turns, each turn in a process of its own.
+def measure_size(size: TrainSize, steps: int, turns: int, machine: Machine) -> tuple[VariantRow, ...]:
+    """Measures all variants of a size and the dense baseline in turns, each turn in its own process.
 
     Args:
-        size: what is trained.
-        steps: measured steps of each turn.
-        turns: of each; more than one where the machine has other work, which then strikes all of them.
-        machine: its ceilings.
+        size: the size.
+        steps: measured steps per turn.
+        turns: of each variant; more than one where other load varies, so that it affects all variants.
+        machine: measured rates.
     """
     planned = {variant.name: planned_job(size, variant) for variant in size.variants}
     names = [*planned, *(name for name, dtype in DENSE.items() if dtype in size.dense)]
@@ -141,14 +141,14 @@ def measure_size(size: Size, steps: int, turns: int, machine: Machine) -> tuple[
             seen[name] += run_task(Task(size=size.name, variant=name, steps=steps))
             last = seen[name][-1]
             best = min((sum(step.values()) for step in last.steps), default=math.nan)
-            log.info("bench: %s: %s: %s", size.name, name, last.absent or f"best step {best:.4f} s")
+            log.info("bench %s: %s: %s", size.name, name, last.absent or f"best_step_s={best:.4f}")
     return tuple(_row(size, name, seen[name], planned.get(name), machine) for name in names)
 
 
-def _row(size: Size, name: str, seen: Sequence[RankResult], job: Job | None, machine: Machine) -> Row:
-    """The steps of all turns; `job` is None for the naive way."""
+def _row(size: TrainSize, name: str, seen: Sequence[RankResult], job: Job | None, machine: Machine) -> VariantRow:
+    """A row of the steps of all turns; `job` is None for the dense baseline."""
     least = None if job is None else least_time(job, machine)
-    return Row(
+    return VariantRow(
         name=name,
         tokens=size.batch_tokens,
         steps=tuple(step for turn in seen for step in turn.steps),
@@ -161,15 +161,18 @@ def _row(size: Size, name: str, seen: Sequence[RankResult], job: Job | None, mac
 
 
 def measure_traffic(
-    size: Size, meshes: Sequence[tuple[int, int, int, int]], steps: int, private: bool
+    size: TrainSize, meshes: Sequence[tuple[int, int, int, int]], steps: int, private: bool
 ) -> tuple[tuple[TrafficRow, ...], float | None]:
-    """Bytes of a step on some meshes, and the fastest link that two ranks or more saw.
+    """Measures the bytes of a step of the first variant on some meshes.
 
     Args:
-        size: what is trained, by its first variant.
+        size: the size.
         meshes: data, layer, column and ZeRO stage of each.
         steps: measured steps.
-        private: whether the ranks get a network namespace of their own.
+        private: whether the ranks get their own network namespace.
+
+    Returns:
+        One row per mesh, and the fastest link in bytes/s, None if every mesh has one rank.
     """
     rows, links = [], []
     for data, layer, column, zero in meshes:
@@ -198,5 +201,5 @@ def measure_traffic(
             )
         )
         links += [rank.link for rank in seen if rank.link is not None]
-        log.info("bench: %s: %d bytes counted, %d by the formula", job.mesh, rows[-1].counted, planned.total)
+        log.info("bench %s: counted_bytes=%d formula_bytes=%d", job.mesh, rows[-1].counted, planned.total)
     return tuple(rows), max(links, default=None)

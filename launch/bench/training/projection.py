@@ -1,8 +1,7 @@
-"""How fast a job would be on many devices, from the pieces of a step that were measured on one.
+"""Projection of a job to many devices from the phases of a step measured on one.
 
-Each measured piece is scaled by the work that `clt.planning.counts` and `clt.planning.speed` count for the rank with
-most to do, so it keeps the efficiency that it was seen to have; bytes between ranks go at a named rate, which nobody
-measured here, and nothing overlaps.
+Each phase is scaled by the work that `clt.planning.counts` and `clt.planning.speed` count for the rank with the most
+work, so that it keeps its measured efficiency; bytes between ranks move at assumed rates, without overlap.
 """
 
 from __future__ import annotations
@@ -11,33 +10,33 @@ from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
 
-from clt.launch.bench.training.anchors import least_time
-from clt.launch.bench.training.measure import Row
-from clt.launch.bench.training.sizes import DEFAULT, Size, planned_job, train_config
+from clt.launch.bench.training.measure import VariantRow
+from clt.launch.bench.training.roofline import least_time
+from clt.launch.bench.training.sizes import DEFAULT, TrainSize, planned_job, train_config
 from clt.planning.counts import Memory, memory, traffic
 from clt.planning.job import Job, MeshShape
 from clt.planning.plan import alternatives, plan
 from clt.planning.speed import MACHINES, Machine
 
-#: Jobs that are projected, and on how many devices.
+#: Projected jobs, and numbers of devices.
 PROJECTED = ("gpt2", "llava-slice")
 DEVICES = (8, 16, 32, 64)
-#: Whose memory, links and nodes are taken.
+#: Machine whose memory, links and nodes are assumed.
 LINKED = MACHINES["h200"]
 
 
 @dataclass(frozen=True, kw_only=True)
 class Pieces:
-    """What one measured step took.
+    """Measurement that a projection starts from.
 
     Attributes:
-        size: what was trained.
-        row: of the default variant; AuxK is part of its phases, and as large a part of the job's.
-        machine: ceilings of the device at that size.
+        size: the size.
+        row: of the default variant; AuxK is part of its phases, and an equal part of the job's.
+        machine: measured rates of the device at that size.
     """
 
-    size: Size
-    row: Row
+    size: TrainSize
+    row: VariantRow
     machine: Machine
 
 
@@ -47,14 +46,14 @@ class Projection:
 
     Attributes:
         job: name of its size.
-        pieces: name of the size whose pieces were measured.
+        pieces: name of the measured size.
         mesh: the processes.
-        tokens: of a step.
-        seconds: of a step, by measured piece, as scaled.
+        tokens: per step.
+        seconds: of a step, by phase, scaled from the measurement.
         links_s: seconds of the bytes between ranks at assumed rates.
-        model_bytes: received by a rank inside its model group.
-        data_bytes: received by a rank from its replicas.
-        memory_bytes: of the rank that needs most, by the plan.
+        model_bytes: bytes that a rank receives inside its model group.
+        data_bytes: bytes that a rank receives from its data-parallel replicas.
+        memory_bytes: largest memory of a rank by `clt plan`.
     """
 
     job: str
@@ -73,13 +72,13 @@ class Projection:
         return self.tokens / (sum(self.seconds.values()) + self.links_s)
 
 
-def project(pieces: Pieces, job_size: Size, devices: tuple[int, ...] = DEVICES) -> Iterator[Projection]:
-    """A job on more and more devices, with the same tokens of a step, and with tokens in proportion to devices.
+def project(pieces: Pieces, job_size: TrainSize, devices: tuple[int, ...] = DEVICES) -> Iterator[Projection]:
+    """Projects a job to several numbers of devices, with constant tokens per step and with tokens per device constant.
 
     Args:
-        pieces: what was measured.
-        job_size: the job.
-        devices: how many there are.
+        pieces: the measurement.
+        job_size: size of the job.
+        devices: numbers of devices.
     """
     for world in devices:
         for tokens in dict.fromkeys((job_size.batch_tokens, job_size.batch_tokens * world // devices[0])):
@@ -88,8 +87,8 @@ def project(pieces: Pieces, job_size: Size, devices: tuple[int, ...] = DEVICES) 
                 yield _projected(pieces, job_size.name, job)
 
 
-def _best_job(size: Size, world: int) -> Job | None:
-    """The job on the mesh that `clt plan` finds the fastest."""
+def _best_job(size: TrainSize, world: int) -> Job | None:
+    """The job on the fastest mesh by `clt plan`."""
     config = train_config(size, DEFAULT, Path(), zero=0)
     found = alternatives(plan(config, size.architecture, LINKED), world)
     return found[0].job if found else None
@@ -115,7 +114,7 @@ def _projected(pieces: Pieces, name: str, job: Job) -> Projection:
 
 
 def _work(job: Job, machine: Machine) -> dict[str, float]:
-    """What each piece has to do, in any unit, for the rank with most to do."""
+    """Work of each phase, in any unit, for the rank with the most work."""
     plain = replace(job, config=replace(job.config, auxk=replace(job.config.auxk, coefficient=0.0)))
     least, need = least_time(plain, machine), _largest(plain)
     return {
@@ -123,7 +122,7 @@ def _work(job: Job, machine: Machine) -> dict[str, float]:
         "decode": least.decode,
         "backward": least.decoder_gradients + least.encoder_gradients,
         "optimizer": least.optimizer,
-        # Codes are taken in and grouped by feature; what is left reads and standardises inputs.
+        # Exchange receives codes and groups them by feature; other reads and standardises inputs.
         "exchange": need.codes,
         "other": need.inputs,
     }

@@ -1,24 +1,21 @@
-"""The ranks of one measurement of the training benchmark: real processes that run `Trainer.fit`.
+"""Ranks of one measurement of the training benchmark: processes that run `Trainer.fit`.
 
     python -m clt.launch.bench.training.rank TASK_JSON FOLDER
 
-starts them and leaves one result per rank in the folder. The batches come from here: the source notes when the trainer
-asks for the next one, and ends the run from there. Started in a network namespace of its own, the job also reads off
-the loopback interface what went over it.
+starts them and writes one result per rank to the folder. The batch source marks the steps and ends the run. In its own
+network namespace, the job also reads the byte counter of the loopback interface.
 """
 
 from __future__ import annotations
 
-import fcntl
 import json
 import os
 import socket
-import struct
 import sys
 import tempfile
 import time
 from collections.abc import Iterator
-from contextlib import ExitStack, suppress
+from contextlib import suppress
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 from typing import Any
@@ -28,38 +25,38 @@ import torch.distributed as dist
 from torch import Tensor
 
 from clt.distributed.mesh import Mesh, deal_layers
-from clt.launch.bench.training.clock import PhaseClock
 from clt.launch.bench.training.dense import DenseTranscoder
-from clt.launch.bench.training.memory import PeakMemory
-from clt.launch.bench.training.sizes import SIZES, Dtype, Size, train_config
-from clt.launch.bench.training.slice import given_codes, lone_rank
+from clt.launch.bench.training.lone_mesh import LoneMesh
+from clt.launch.bench.training.meters import PeakMemory, PhaseClock, loopback_bytes, raise_loopback
+from clt.launch.bench.training.sizes import SIZES, Dtype, TrainSize, train_config
 from clt.records import ActivationBatch, TokenTable
+from clt.step_phases import observed_by
 from clt.training.deepspeed_engine import joined_job, local_device
 from clt.training.metrics import MetricsWriter
 from clt.training.trainer import Trainer
 from clt.transcoder.model import CrossLayerTranscoder
 from clt.transcoder.scaling import Scaling
 
-#: The naive way in each type, instead of the name of a variant.
+#: Names of the dense baseline, used in place of a variant, and its dtypes.
 DENSE: dict[str, Dtype] = {"dense, float32": "float32", "dense, bfloat16": "bfloat16"}
-#: Steps before the measured ones; from the second on there are dead features.
+#: Steps before the measured ones; from the second on, features are dead.
 WARM_UP = 3
 _LINK_BYTES, _LINK_ROUNDS = 2**25, 5
 
 
 @dataclass(frozen=True, kw_only=True)
 class Task:
-    """What some ranks measure.
+    """One measurement.
 
     Attributes:
         size: a key of `SIZES`.
         variant: name of one of its variants, or a key of `DENSE`.
-        data: replicas.
+        data: data-parallel replicas.
         layer: ranks of the layer axis.
         column: ranks of the column axis.
-        zero: ZeRO stage; None: as a job has it by default.
+        zero: ZeRO stage; default: that of a job.
         steps: measured steps.
-        private_network: whether the loopback interface carries this job alone, and is to be read.
+        private_network: whether the loopback interface carries only this job and is read.
     """
 
     size: str
@@ -73,20 +70,20 @@ class Task:
 
     @property
     def world(self) -> int:
-        """Processes."""
+        """Number of processes."""
         return self.data * self.layer * self.column
 
 
 @dataclass(frozen=True, kw_only=True)
 class RankResult:
-    """What a rank saw.
+    """Measurements of one rank.
 
     Attributes:
         steps: seconds of every measured step by phase.
-        sent: bytes that it sent in a step by axis, as `Mesh.traffic` counts them; the same in all measured steps.
-        peak_bytes: memory that the job took at most: of the device, or resident beyond what was before.
-        loopback: bytes per step that went over the loopback interface, of all ranks together; None if not read.
-        link: bytes/s that a rank received of an all-gather over the world; None for a world of one.
+        sent: bytes sent per step by axis, counted by `Mesh.traffic`.
+        peak_bytes: peak memory of the job (`PeakMemory`).
+        loopback: bytes per step of all ranks on the loopback interface; None if not read.
+        link: bytes/s received per rank in an all-gather over the world; None for one process.
         absent: why nothing was measured.
     """
 
@@ -99,11 +96,11 @@ class RankResult:
 
 
 class _EnoughError(Exception):
-    """All steps are measured."""
+    """Ends the run after the last measured step."""
 
 
 class _Batches:
-    """The same activations at every step; notes when a step begins, and what was sent before."""
+    """Source of the same batch at every step; marks the beginning of steps and records the bytes sent so far."""
 
     def __init__(self, x: Tensor, y: Tensor, task: Task, mesh: Mesh, clock: PhaseClock) -> None:
         nothing = torch.zeros(y.shape[1], dtype=torch.int64)
@@ -126,29 +123,24 @@ class _Batches:
         raise _EnoughError
 
     def state_dict(self) -> dict[str, Any]:
-        """Nothing: every step sees the same."""
+        """Empty: all steps see the same batch."""
         return {}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Nothing to go to."""
+        """Does nothing."""
 
 
 def measure(task: Task) -> RankResult:
-    """Trains, as one rank of a job, and notes what it takes.
-
-    Args:
-        task: what is measured.
-    """
+    """Trains as one rank of a job and measures it."""
     size, device = SIZES[task.size], local_device()
-    with joined_job(), ExitStack() as stack, tempfile.TemporaryDirectory(prefix="clt-bench-") as scratch:
+    with joined_job(), tempfile.TemporaryDirectory(prefix="clt-bench-") as scratch:
         link = _link() if dist.get_world_size() > 1 else None
         mesh = Mesh.create(task.layer, task.column)
         if size.ranks > 1:
-            mesh = lone_rank(mesh, size.ranks)
-            stack.enter_context(given_codes(size.n_features))
+            mesh = LoneMesh.of(mesh, size.ranks, size.n_features)
         _load_libraries(Path(scratch) / "imports")
         memory = PeakMemory(device)
-        transcoder, x, y = _problem(size, mesh, device)
+        transcoder, x, y = _inputs(size, mesh, device)
         clock = PhaseClock(device)
         if task.variant in DENSE:
             dtype = getattr(torch, DENSE[task.variant])
@@ -159,8 +151,7 @@ def measure(task: Task) -> RankResult:
         layer = max(task.layer, size.ranks)
         config = train_config(size, variant, Path(scratch), layer, task.column, task.zero)
         trainer = Trainer(config, transcoder, batches, mesh, progress_bar=False)
-        stack.enter_context(clock.watching())
-        with suppress(_EnoughError):
+        with observed_by(clock), suppress(_EnoughError):
             trainer.fit()
     last = dict(batches.sent[-1])
     for axis, sent in batches.sent[-2].items():
@@ -174,8 +165,8 @@ def measure(task: Task) -> RankResult:
     )
 
 
-def _problem(size: Size, mesh: Mesh, device: torch.device) -> tuple[CrossLayerTranscoder, Tensor, Tensor]:
-    """A rank's transcoder, and on the device its activations: normal numbers, so that features fire evenly."""
+def _inputs(size: TrainSize, mesh: Mesh, device: torch.device) -> tuple[CrossLayerTranscoder, Tensor, Tensor]:
+    """A rank's transcoder and its activations on the device, normal, so that features fire uniformly."""
     config = size.architecture
     share = deal_layers(config, mesh.layer_size, mesh.column_size)[mesh.model_rank]
     transcoder = CrossLayerTranscoder(config, Scaling.identity(config.n_layers, config.d_model), share)
@@ -187,7 +178,7 @@ def _problem(size: Size, mesh: Mesh, device: torch.device) -> tuple[CrossLayerTr
 
 
 def _load_libraries(folder: Path) -> None:
-    """Does once what imports and maps libraries, 180 MB of them, which are not the job's memory."""
+    """Imports and maps libraries, 180 MB, before the memory of the job is measured."""
     MetricsWriter(folder, 0).close()
     toy = SIZES["toy"]
     config = toy.architecture
@@ -207,7 +198,7 @@ def _dense(
 
 
 def _link() -> float:
-    """Bytes/s that a rank receives, of the best of some all-gathers."""
+    """Bytes/s that a rank receives in the fastest of several all-gathers."""
     own = torch.zeros(_LINK_BYTES, dtype=torch.uint8)
     parts = [torch.empty_like(own) for _ in range(dist.get_world_size())]
     seconds = []
@@ -217,22 +208,6 @@ def _link() -> float:
         dist.all_gather(parts, own)
         seconds.append(time.perf_counter() - started)
     return (len(parts) - 1) * _LINK_BYTES / min(seconds)
-
-
-def loopback_bytes() -> int:
-    """Bytes received so far by the loopback interface of this network namespace."""
-    for line in Path("/proc/self/net/dev").read_text(encoding="utf-8").splitlines():
-        name, _, counts = line.partition(":")
-        if name.strip() == "lo":
-            return int(counts.split()[0])
-    raise OSError("no loopback interface")
-
-
-def raise_loopback() -> None:
-    """Turns the loopback interface of a new network namespace on, as `ip link set lo up` does."""
-    siocsifflags, iff_up = 0x8914, 0x1
-    with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as probe:
-        fcntl.ioctl(probe, siocsifflags, struct.pack("16sh14x", b"lo", iff_up))
 
 
 def _run(task: Task, folder: Path, rank: int) -> None:
@@ -249,7 +224,12 @@ def _rank(rank: int, task: Task, folder: Path) -> None:
 
 
 def main(task_json: str, folder: str) -> None:
-    """Runs all ranks of a task and waits for them."""
+    """Runs all ranks of a task.
+
+    Args:
+        task_json: fields of a `Task`.
+        folder: for the results, RANK.json.
+    """
     task = Task(**json.loads(task_json))
     if task.private_network:
         raise_loopback()
@@ -261,7 +241,7 @@ def main(task_json: str, folder: str) -> None:
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         port = probe.getsockname()[1]
-    # Ranks that share a machine share its processor; only a job of one process is asked how fast it is.
+    # Ranks share the processor of the machine; speed is measured with one process only.
     common = {"OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
     os.environ |= common | {"WORLD_SIZE": str(world), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
     torch.multiprocessing.spawn(_rank, (task, Path(folder)), nprocs=world)

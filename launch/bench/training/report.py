@@ -1,4 +1,4 @@
-"""What the training benchmark reports, as JSON and as text."""
+"""Report of the training benchmark: speed, memory, traffic and projections, as JSON and as text."""
 
 from __future__ import annotations
 
@@ -6,17 +6,17 @@ import json
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 
-from clt.launch.bench.common.machine import Machine, describe
+from clt.launch.bench.common.ceilings import Ceiling, ceilings_text
+from clt.launch.bench.common.machine import MachineInfo, describe
 from clt.launch.bench.common.report import Claim, claims_text, markdown_table
-from clt.launch.bench.kernels.anchors import Anchor
-from clt.launch.bench.training.clock import PHASES
-from clt.launch.bench.training.measure import Row, TrafficRow
+from clt.launch.bench.training.measure import TrafficRow, VariantRow
+from clt.launch.bench.training.meters import PHASES
 from clt.launch.bench.training.projection import DEVICES, LINKED, Projection
 from clt.launch.bench.training.rank import DENSE
-from clt.launch.store_text import count_text
+from clt.launch.tables import count_text
 from clt.planning.job import MeshShape
 
-#: Parts of the least time that belong to each phase; AuxK's is not divided among them.
+#: Parts of the minimum time of each phase; that of AuxK is not divided among them.
 _LEAST = {
     "encode": ("encode",),
     "decode": ("decode",),
@@ -27,47 +27,47 @@ _LEAST = {
 
 @dataclass(frozen=True, kw_only=True)
 class SizeTable:
-    """What was measured of one size.
+    """Measurements at one size.
 
     Attributes:
         size: its name.
-        words: the size in words.
-        rows: variants, the default first and the same without AuxK second; then the naive way.
+        words: its description.
+        rows: variants, the default first and the default without AuxK second, then the dense baseline.
     """
 
     size: str
     words: str
-    rows: tuple[Row, ...]
+    rows: tuple[VariantRow, ...]
 
     @property
-    def plain(self) -> Row:
-        """The default without AuxK, which the naive way does not have."""
+    def plain(self) -> VariantRow:
+        """The default without AuxK, which the dense baseline does not have."""
         return self.rows[1]
 
     @property
-    def dense(self) -> Row:
-        """The naive way in the default's type."""
+    def dense(self) -> VariantRow:
+        """The dense baseline in the dtype of the default."""
         return next(row for row in self.rows if row.name in DENSE)
 
 
 @dataclass(frozen=True, kw_only=True)
 class TrainReport:
-    """Outcome of the benchmark.
+    """Outcome of the training benchmark.
 
     Attributes:
-        machine: where and when.
-        setting: device, threads and steps, in words.
-        anchors: what the machine can do at most.
-        link: bytes/s that a rank received of an all-gather by gloo; None where no two ranks were asked.
+        machine: hardware, versions and date.
+        setting: device, threads and steps, as text.
+        ceilings: measured ceilings of the machine.
+        link: bytes/s received per rank in an all-gather by gloo; None without a job of two ranks.
         tables: speed and memory.
         traffic: bytes between ranks.
         projections: jobs on many devices.
-        claims: what was promised.
+        claims: claims and whether they hold.
     """
 
-    machine: Machine
+    machine: MachineInfo
     setting: str
-    anchors: tuple[Anchor, ...]
+    ceilings: tuple[Ceiling, ...]
     link: float | None
     tables: tuple[SizeTable, ...]
     traffic: tuple[TrafficRow, ...]
@@ -80,7 +80,12 @@ class TrainReport:
 
     def to_text(self) -> str:
         """The report as Markdown tables."""
-        parts = [claims_text(self.claims), self.setting, _anchors_text(self.anchors, self.link)]
+        link = (
+            ()
+            if self.link is None
+            else (("all-gather by gloo, received by a rank", "-", f"{self.link / 1e9:.4g} GB/s"),)
+        )
+        parts = [claims_text(self.claims), self.setting, ceilings_text(self.ceilings, *link)]
         parts += [_size_text(table) for table in self.tables]
         parts.append(_traffic_text(self.traffic))
         if self.projections:
@@ -90,19 +95,9 @@ class TrainReport:
 
 
 def mesh_text(mesh: MeshShape) -> str:
-    """A mesh in words."""
+    """A mesh as text."""
     zero = f", ZeRO-{mesh.zero}" if mesh.zero else ""
     return f"data {mesh.data} x layer {mesh.layer} x column {mesh.column}{zero}"
-
-
-def _anchors_text(anchors: Sequence[Anchor], link: float | None) -> str:
-    rows = []
-    for anchor in anchors:
-        scale, unit = (1e12, "TFLOP/s") if anchor.unit == "FLOP/s" else (1e9, "GB/s")
-        rows.append((anchor.name, f"{anchor.best_s * 1e3:.3f}", f"{anchor.rate / scale:.4g} {unit}"))
-    if link is not None:
-        rows.append(("all-gather by gloo, received by a rank", "-", f"{link / 1e9:.4g} GB/s"))
-    return f"**Ceilings of the machine**\n\n{markdown_table(('', 'ms best', 'rate'), rows)}"
 
 
 def _size_text(table: SizeTable) -> str:
@@ -136,7 +131,7 @@ def _size_text(table: SizeTable) -> str:
     return f"**{table.words}**\n\n{markdown_table(head, rows)}\n\n{_phases_text(table.rows)}"
 
 
-def _phases_text(rows: Sequence[Row]) -> str:
+def _phases_text(rows: Sequence[VariantRow]) -> str:
     lines = []
     for row in rows:
         if row.absent is not None or row.least is None:

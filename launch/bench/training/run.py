@@ -1,13 +1,12 @@
-"""The training benchmark: whole steps of `clt train` beside the naive way, bytes between ranks, and a projection.
+"""Training benchmark: steps of `clt train` against a dense baseline, bytes between ranks, and projections.
 
-`clt bench train` prints it; benchmarks/train.md is one run of it. First what the machine can do at most, then every
-size in processes of its own: tokens/s, memory, the share of the roofline, where the time goes. Bytes are counted on 1,
-2 and 4 gloo ranks of this machine. Activations lie where the step needs them: the store has its own benchmark.
+`clt bench train` prints it; benchmarks/train.md is a committed run. It measures the ceilings of the machine, then every
+size in its own processes: tokens/s, memory, share of the roofline, time by phase. Bytes are counted on 1, 2 and 4 gloo
+ranks of this machine. Activations are in memory: the store has its own benchmark.
 """
 
 from __future__ import annotations
 
-import os
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -15,35 +14,34 @@ import torch
 
 from clt.errors import ConfigError
 from clt.kernels import ops
-from clt.launch.bench.common.machine import this_machine
+from clt.launch.bench.common.ceilings import memory_ceilings
+from clt.launch.bench.common.machine import check_fits, device_words, this_machine
 from clt.launch.bench.common.report import Claim, claim
-from clt.launch.bench.kernels.anchors import memory_anchors
-from clt.launch.bench.training.anchors import anchored_machine, size_anchors
 from clt.launch.bench.training.measure import MESHES, TrafficRow, can_isolate, measure_size, measure_traffic
 from clt.launch.bench.training.projection import PROJECTED, Pieces, Projection, project
 from clt.launch.bench.training.report import SizeTable, TrainReport
-from clt.launch.bench.training.sizes import DEFAULT, SIZES, Size, planned_job
+from clt.launch.bench.training.roofline import measured_machine, size_ceilings
+from clt.launch.bench.training.sizes import DEFAULT, SIZES, TrainSize, planned_job
 from clt.planning.counts import memory
 
-#: Sizes whose numbers mean nothing, and of which nothing is promised.
+#: Sizes without claims, since their numbers are meaningless.
 _TOYS = ("toy", "toy-slice")
 _PACKAGES = ("torch", "triton", "deepspeed", "numpy")
-_GIB = 2**30
-#: What travels is counted at this size, which is quick to train and large against the headers of packets.
+#: Size of the traffic measurement: quick to train, its bytes large against packet headers.
 _TRAFFIC_SIZE = "cpu"
-#: Headers and acknowledgements add so much, relatively, to what is sent.
+#: Bound on bytes with headers and acknowledgements over bytes sent.
 _HEADERS = 1.05
 
 
 @dataclass(frozen=True, kw_only=True)
 class TrainBenchSettings:
-    """What is measured.
+    """Settings of the training benchmark.
 
     Attributes:
-        sizes: names in `SIZES`; empty for gpt2 and llava-slice on a GPU, cpu on a CPU.
-        ranks: worlds on which bytes are counted, of 1, 2 and 4; empty for all three.
-        steps: measured steps; None for 20 on a GPU and 5 in each of three turns on a CPU.
-        quick: a toy size, one mesh of two ranks, two steps: shows that everything runs, and its numbers mean nothing.
+        sizes: names in `SIZES`; default: gpt2 and llava-slice on a GPU, cpu on a CPU.
+        ranks: numbers of ranks of the traffic measurement; default: 1, 2 and 4.
+        steps: measured steps; default: 20 on a GPU, 5 in each of three turns on a CPU.
+        quick: toy size, one mesh of two ranks, two steps: checks that everything runs; its numbers are meaningless.
     """
 
     sizes: tuple[str, ...] = ()
@@ -56,13 +54,10 @@ def bench_train(settings: TrainBenchSettings) -> TrainReport:
     """Runs the benchmark on the first GPU, or on the CPU of a machine without one.
 
     Args:
-        settings: what is measured.
-
-    Returns:
-        Ceilings, speed and memory, bytes, projections and promises.
+        settings: sizes, ranks and steps.
 
     Raises:
-        ConfigError: a size or a number of ranks is not known, or a size does not fit into memory.
+        ConfigError: a size or a number of ranks is unknown, or a size does not fit into memory.
     """
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     sizes, worlds = _sizes(settings, device), _worlds(settings)
@@ -70,24 +65,24 @@ def bench_train(settings: TrainBenchSettings) -> TrainReport:
     turns = 1 if settings.quick or device.type == "cuda" else 3
     machine = this_machine(_PACKAGES, Path())
     rounds, n_bytes = (2, 2**26) if settings.quick else (10, (4 if device.type == "cuda" else 1) * 2**29)
-    stream = memory_anchors(device, n_bytes, rounds)
-    anchors, tables = [*stream], []
+    stream = memory_ceilings(device, n_bytes, rounds)
+    ceilings, tables = [*stream], []
     pieces: list[Pieces] = []
     for size in sizes:
-        found = size_anchors(size, device, rounds)
-        anchors += [*found.products.values(), found.gather]
-        ceilings = anchored_machine(stream, found)
-        rows = measure_size(size, steps, turns, ceilings)
+        found = size_ceilings(size, device, rounds)
+        ceilings += [*found.products.values(), found.gather]
+        measured = measured_machine(stream, found)
+        rows = measure_size(size, steps, turns, measured)
         tables.append(SizeTable(size=size.name, words=str(size), rows=rows))
         if rows[0].absent is None:
-            pieces.append(Pieces(size=size, row=rows[0], machine=ceilings))
+            pieces.append(Pieces(size=size, row=rows[0], machine=measured))
     traffic_size = SIZES["toy" if settings.quick else _TRAFFIC_SIZE]
     meshes = [mesh for world in worlds for mesh in MESHES[world][: 1 if settings.quick else None]]
     traffic, link = measure_traffic(traffic_size, meshes, 2, can_isolate())
     return TrainReport(
         machine=machine,
         setting=_setting(device, turns, steps),
-        anchors=tuple(anchors),
+        ceilings=tuple(ceilings),
         link=link,
         tables=tuple(tables),
         traffic=traffic,
@@ -96,36 +91,26 @@ def bench_train(settings: TrainBenchSettings) -> TrainReport:
     )
 
 
-def _sizes(settings: TrainBenchSettings, device: torch.device) -> list[Size]:
+def _sizes(settings: TrainBenchSettings, device: torch.device) -> list[TrainSize]:
     usual = ("gpt2", "llava-slice") if device.type == "cuda" else ("cpu",)
     names = dict.fromkeys(settings.sizes or (("toy-slice",) if settings.quick else usual))
-    free = torch.cuda.mem_get_info(device)[0] if device.type == "cuda" else _physical_memory()
     for name in names:
         if name not in SIZES:
-            raise ConfigError(f"--size {name}: not known; take one of {', '.join(SIZES)}")
+            raise ConfigError(f"--size {name}: unknown size; choose from {', '.join(SIZES)}")
         job = planned_job(SIZES[name], DEFAULT)
-        needed = memory(job, job.shares()[0]).total
-        if needed > free:
-            raise ConfigError(
-                f"--size {name}: needs about {needed / _GIB:.0f} GiB, and there are {free / _GIB:.0f}; take a smaller "
-                "one"
-            )
+        check_fits(name, memory(job, job.shares()[0]).total, device)
     return [SIZES[name] for name in names]
 
 
 def _worlds(settings: TrainBenchSettings) -> tuple[int, ...]:
     for ranks in settings.ranks:
         if ranks not in MESHES:
-            raise ConfigError(f"--ranks {ranks}: not measured; take {', '.join(map(str, MESHES))}")
+            raise ConfigError(f"--ranks {ranks}: not supported; choose from {', '.join(map(str, MESHES))}")
     return settings.ranks or ((2,) if settings.quick else tuple(MESHES))
 
 
-def _physical_memory() -> int:
-    return os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
-
-
 def _projections(pieces: list[Pieces]) -> tuple[Projection, ...]:
-    """Each job from its own pieces, or from those of the first size that was measured."""
+    """Each job from the measurement of its own size, or from the first one."""
     if not pieces:
         return ()
     by_name = {each.size.name: each for each in pieces}
@@ -133,7 +118,7 @@ def _projections(pieces: list[Pieces]) -> tuple[Projection, ...]:
 
 
 def _speed_claims(tables: list[SizeTable]) -> list[Claim]:
-    """Without AuxK, which the naive way does not have."""
+    """Claims without AuxK, which the dense baseline does not have."""
     claims = []
     for table in tables:
         if table.size in _TOYS:
@@ -160,12 +145,8 @@ def _traffic_claims(rows: tuple[TrafficRow, ...]) -> list[Claim]:
 
 def _setting(device: torch.device, turns: int, steps: int) -> str:
     backend = ops.backend_of(torch.empty(0, device=device))
-    if device.type == "cuda":
-        where = f"{torch.cuda.get_device_name(device)}, CUDA {torch.version.cuda}"
-    else:
-        where = f"CPU, {torch.get_num_threads()} threads"
     return (
-        f"{where}; backend {backend}; {steps} steps after three others, in each of {turns} turns; one process, its "
-        "activations in memory; every feature that the step before did not use counts as dead. Dense: all features "
-        "decoded, torch.topk, autograd, fused Adam, no clipping. Planned: memory by `clt plan`."
+        f"{device_words(device)}; backend {backend}; {steps} steps after three others, in each of {turns} turns; one "
+        "process, activations in memory; every feature that the previous step did not use counts as dead. Dense: all "
+        "features decoded, torch.topk, autograd, fused Adam, no clipping. Planned: memory by `clt plan`."
     )

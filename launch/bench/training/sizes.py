@@ -1,4 +1,4 @@
-"""What the training benchmark trains: sizes, and for each of them the variants of a job that are compared."""
+"""Sizes of the training benchmark, and the variants of a job compared at each."""
 
 from __future__ import annotations
 
@@ -14,47 +14,36 @@ from clt.transcoder.architecture import CLTConfig
 
 Dtype = Literal["float32", "bfloat16"]
 
-#: Steps that a job believes it has: enough that no schedule ends within a benchmark.
+#: Configured steps, so many that no schedule ends within a benchmark.
 _STEPS = 1_000_000
 
 
 @dataclass(frozen=True, kw_only=True)
 class Variant:
-    """A way to train the same transcoder.
+    """Training settings of a transcoder.
 
     Attributes:
-        name: what the tables call it.
-        settings: keys of `TrainConfig` that differ from the size's.
+        name: row of the tables.
+        settings: keys of `TrainConfig` that differ from the defaults.
     """
 
     name: str
     settings: Mapping[str, Any]
 
 
-#: Everything as a job has it by default, and the same without the loss for dead features.
+#: The defaults of a job, and the same without the loss for dead features.
 DEFAULT = Variant(name="Adam, float32", settings={})
 PLAIN = Variant(name="Adam, float32, without AuxK", settings={"auxk": {"coefficient": 0}})
-#: The optimizer inside the backward pass: no gradients are stored, and AuxK's are part of the same pass.
-ROW = Variant(
-    name="row Adam, float32",
-    settings={"optimizer": {"kind": "row_adam", "gradient_clip": 0}},
-)
-ROW_8BIT = Variant(
-    name="row Adam, bfloat16, 8-bit moments",
-    settings={"optimizer": {"kind": "row_adam", "gradient_clip": 0, "weights": "bfloat16", "moments": "int8"}},
-)
-ROW_SMALL = Variant(
-    name="row Adam without momentum, bfloat16",
-    settings={
-        "optimizer": {
-            "kind": "row_adam",
-            "gradient_clip": 0,
-            "weights": "bfloat16",
-            "moments": "bfloat16",
-            "betas": (0, 0.999),
-        }
-    },
-)
+
+
+def _row_adam(name: str, **optimizer: Any) -> Variant:
+    """The optimizer inside the backward pass, without stored gradients; those of AuxK are part of the same pass."""
+    return Variant(name=name, settings={"optimizer": {"kind": "row_adam", "gradient_clip": 0} | optimizer})
+
+
+ROW = _row_adam("row Adam, float32")
+ROW_8BIT = _row_adam("row Adam, bfloat16, 8-bit moments", weights="bfloat16", moments="int8")
+ROW_SMALL = _row_adam("row Adam without momentum, bfloat16", weights="bfloat16", moments="bfloat16", betas=(0, 0.999))
 MASTER = Variant(
     name="Adam, bfloat16 and float32 copies",
     settings={"optimizer": {"weights": "bfloat16_master"}},
@@ -62,21 +51,21 @@ MASTER = Variant(
 _ON_A_GPU = (DEFAULT, PLAIN, MASTER, ROW, ROW_8BIT, ROW_SMALL)
 
 
-@dataclass(frozen=True, kw_only=True)
-class Size:
+@dataclass(frozen=True)
+class TrainSize:
     """A transcoder and a batch.
 
     Attributes:
-        name: what the command line and the tables call it.
+        name: on the command line and in tables.
         n_layers: decoder layers of the model, L.
         d_model: width of the model, D.
         n_features: features per layer, F.
         k: active features per token and layer.
-        n_targets: target layers of a source; None for all from its own on.
-        batch_tokens: tokens of a step.
-        ranks: layer ranks that own the transcoder, of which one is measured; the codes of the others are given.
-        variants: ways to train it; the first is what a job is by default, the second the same without AuxK.
-        dense: types in which the naive way is tried, float32 first.
+        n_targets: target layers of a source; default: all from its own on.
+        batch_tokens: tokens per step.
+        ranks: layer ranks that own the transcoder; one is measured, with given codes of the others.
+        variants: first the defaults of a job, second the same without AuxK.
+        dense: dtypes of the dense baseline, float32 first.
     """
 
     name: str
@@ -100,7 +89,7 @@ class Size:
 
     @property
     def architecture(self) -> CLTConfig:
-        """The transcoder's."""
+        """Configuration of the transcoder."""
         return CLTConfig(
             n_layers=self.n_layers,
             d_model=self.d_model,
@@ -110,78 +99,41 @@ class Size:
         )
 
 
-#: gpt2 and llava-slice: configs/train/gpt2.yaml, and what one GPU of eight has of llava_7b.yaml; cpu: what two cores
-#: train in seconds a step; toy: shows that everything runs.
+#: gpt2: configs/train/gpt2.yaml; llava-slice: the share of one GPU of eight of llava_7b.yaml; cpu: seconds per step on
+#: two cores; toy: only checks that everything runs. Numbers: layers, D, F, k, target layers, tokens per step.
 SIZES = {
     size.name: size
     for size in (
-        Size(
-            name="gpt2",
-            n_layers=12,
-            d_model=768,
-            n_features=16384,
-            k=32,
-            n_targets=None,
-            batch_tokens=16384,
-            variants=_ON_A_GPU,
-            dense=("float32", "bfloat16"),
+        TrainSize("gpt2", 12, 768, 16384, 32, None, 16384, variants=_ON_A_GPU, dense=("float32", "bfloat16")),
+        TrainSize(
+            "llava-slice", 32, 4096, 8192, 32, 16, 16384, ranks=8, variants=_ON_A_GPU, dense=("float32", "bfloat16")
         ),
-        Size(
-            name="llava-slice",
-            n_layers=32,
-            d_model=4096,
-            n_features=8192,
-            k=32,
-            n_targets=16,
-            batch_tokens=16384,
-            ranks=8,
-            variants=_ON_A_GPU,
-            dense=("float32", "bfloat16"),
-        ),
-        Size(
-            name="cpu",
-            n_layers=4,
-            d_model=256,
-            n_features=4096,
-            k=16,
-            n_targets=None,
-            batch_tokens=1024,
-            variants=(DEFAULT, PLAIN, ROW),
-        ),
-        Size(
-            name="toy",
-            n_layers=4,
-            d_model=32,
-            n_features=128,
-            k=4,
-            n_targets=None,
-            batch_tokens=64,
-            variants=_ON_A_GPU,
-        ),
-        Size(name="toy-slice", n_layers=4, d_model=32, n_features=128, k=4, n_targets=2, batch_tokens=64, ranks=2),
+        TrainSize("cpu", 4, 256, 4096, 16, None, 1024, variants=(DEFAULT, PLAIN, ROW)),
+        TrainSize("toy", 4, 32, 128, 4, None, 64, variants=_ON_A_GPU),
+        TrainSize("toy-slice", 4, 32, 128, 4, 2, 64, ranks=2),
     )
 }
 
 
 def train_config(
-    size: Size, variant: Variant, output: Path, layer: int = 1, column: int = 1, zero: int | None = None
+    size: TrainSize, variant: Variant, output: Path, layer: int = 1, column: int = 1, zero: int | None = None
 ) -> TrainConfig:
     """The job of a variant.
 
     Args:
-        size: what is trained.
-        variant: how.
+        size: the size.
+        variant: its settings.
         output: folder of the job.
         layer: ranks of the layer axis.
         column: ranks of the column axis.
-        zero: ZeRO stage; None: as a job has it by default.
+        zero: ZeRO stage; default: that of a job.
     """
     tree: dict[str, Any] = {
         "store": "none",
         "output": str(output),
         "steps": _STEPS,
         "clt": {"n_features": size.n_features, "k": size.k, "n_targets": size.n_targets},
-        # A feature that the step before did not use is dead, so that every step from the second on has all there is.
+        # A feature unused in the previous step counts as dead, so that every step from the second on runs AuxK.
         "auxk": {"dead_after_tokens": 1},
         "data": {"batch_tokens": size.batch_tokens},
         "mesh": {"layer": layer, "column": column, "zero_stage": zero},
@@ -192,17 +144,17 @@ def train_config(
 
 
 def planned_job(
-    size: Size, variant: Variant, data: int = 1, layer: int | None = None, column: int = 1, zero: int | None = None
+    size: TrainSize, variant: Variant, data: int = 1, layer: int | None = None, column: int = 1, zero: int | None = None
 ) -> Job:
-    """The same job as `clt.planning.plan` counts it.
+    """The job of a variant for `clt.planning`.
 
     Args:
-        size: what is trained.
-        variant: how.
-        data: replicas.
-        layer: ranks of the layer axis; None: those of the size, of which one is measured by itself.
+        size: the size.
+        variant: its settings.
+        data: data-parallel replicas.
+        layer: ranks of the layer axis; default: those of the size.
         column: ranks of the column axis.
-        zero: ZeRO stage; None: as a job has it by default.
+        zero: ZeRO stage; default: that of a job.
     """
     layer = layer or size.ranks
     config = train_config(size, variant, Path(), layer, column, zero)

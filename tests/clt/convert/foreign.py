@@ -167,8 +167,8 @@ def crosslayer_coding(folder: Path, x_LBD: Tensor) -> Tensor:
     return torch.stack(outputs)
 
 
-def seed(folder: Path, x_LBD: Tensor, k: int | None = None) -> Tensor:
-    """The seed's replacement: every source's LayerNorm, encoder and decoder, summed over the sources of a target."""
+def vlm_clt_training(folder: Path, x_LBD: Tensor, k: int | None = None) -> Tensor:
+    """The vlm-clt-training replacement: LayerNorm, encoder and decoder of every source, summed over sources."""
     y_LBD = torch.zeros_like(x_LBD)
     for source in range(len(x_LBD) - 1):
         state = torch.load(folder / f"transcoder_L{source}.pt", weights_only=True)["state_dict"]

@@ -1,1 +1,0 @@
-"""Quality of our transcoders against other projects' training on the toy model (`clt bench baselines`)."""
