@@ -11,7 +11,7 @@ Shapes: S prompt length, L layers, H heads, D d_model, V vocabulary.
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable, Collection, Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, replace
 from functools import partial
@@ -43,9 +43,8 @@ class PromptRecording:
         mlp_out: [L,S,D] what each MLP adds.
         final: [S,D] residual stream entering the final norm.
         pattern: [L,H,S,S] attention probabilities, query before key.
-        norm_factor: [2 * L + 1,S] float64, by which each norm multiplied its weight times its input: 1 / denominator.
-            The norms before attention and MLP of layer 0, of layer 1 and so on, then the final norm. None where a norm
-            is not an RMSNorm with a weight.
+        norm_factors: for each of `norm_modules` [S] float64, by which it multiplied its weight times its input:
+            1 / denominator. None for a norm that is not an RMSNorm.
         logits: [S,V].
     """
 
@@ -57,7 +56,7 @@ class PromptRecording:
     mlp_out: Tensor
     final: Tensor
     pattern: Tensor
-    norm_factor: Tensor | None
+    norm_factors: tuple[Tensor | None, ...]
     logits: Tensor
 
 
@@ -101,7 +100,7 @@ def record(adapter: ModelAdapter, inputs: PromptInputs, read_site: ReadSite) -> 
         mlp_out=layers("mlp_out"),
         final=found["lm.final"][0].to(wide),
         pattern=layers("pattern"),
-        norm_factor=None if None in factors else torch.stack(cast(list[Tensor], factors)),
+        norm_factors=tuple(factors),
         logits=logits[0].to(wide),
     )
 
@@ -111,6 +110,29 @@ def norm_modules(adapter: ModelAdapter) -> list[nn.Module]:
     layers = range(adapter.n_layers)
     pairs = [norm for layer in layers for norm in (adapter.attn_norm(layer), adapter.mlp_norm(layer))]
     return [*pairs, adapter.final_norm]
+
+
+def norm_scales(adapter: ModelAdapter, recording: PromptRecording, dtype: torch.dtype) -> list[Tensor]:
+    """The frozen norms as factors of their inputs: weight over denominator.
+
+    Args:
+        adapter: the model.
+        recording: a forward of the prompt.
+        dtype: of the result.
+
+    Returns:
+        [S,D] for each of `norm_modules`.
+
+    Raises:
+        ModelError: a norm is not an RMSNorm.
+    """
+    scales = []
+    for norm, factor_S in zip(norm_modules(adapter), recording.norm_factors, strict=True):
+        if factor_S is None:
+            name = f"{type(norm).__name__} of {adapter.identity.name}"
+            raise ModelError(f"{name}: attribution supports norms that are weight * x / sqrt(mean(x^2) + eps) only")
+        scales.append((_norm_weight(norm) * factor_S[:, None]).to(dtype))
+    return scales
 
 
 def same_values(adapter: ModelAdapter, found: Tensor, expected: Tensor) -> bool:
@@ -125,25 +147,24 @@ def same_values(adapter: ModelAdapter, found: Tensor, expected: Tensor) -> bool:
     return bool((found.to(expected.dtype) - expected).abs().max() <= tolerance * expected.abs().max())
 
 
-def unsupported_norm(adapter: ModelAdapter, norm: nn.Module) -> ModelError:
-    """The error for a norm that is not weight * x / sqrt(mean(x^2) + eps)."""
-    return ModelError(
-        f"{type(norm).__name__} of {adapter.identity.name}: attribution supports norms that are "
-        "weight * x / sqrt(mean(x^2) + eps) only"
-    )
+def _norm_weight(norm: nn.Module) -> Tensor:
+    """[D] float64; 1 for a norm without weight."""
+    weight = cast(Tensor | None, getattr(norm, "weight", None))
+    return torch.ones((), dtype=torch.float64) if weight is None else weight.double()
 
 
 def _keep_factor(
     adapter: ModelAdapter, factors: list[Tensor | None], norm: nn.Module, args: tuple[Any, ...], output: Tensor
 ) -> None:
-    """Appends [S] float64, the least-squares factor of weight * input in the norm's output; None where it is none."""
-    weight = cast(Tensor | None, getattr(norm, "weight", None))
-    if weight is None:
-        factors.append(None)
-        return
-    weighted_SD, output_SD = args[0][0].double() * weight.double(), output[0].double()
+    """Appends [S] float64, the least-squares factor of weight * input in an RMSNorm's output; None for other norms."""
+    x_SD, output_SD = args[0][0].double(), output[0].double()
+    weighted_SD = x_SD * _norm_weight(norm)
+    eps = getattr(norm, "variance_epsilon", getattr(norm, "eps", None))
+    eps = torch.finfo(args[0].dtype).eps if eps is None else eps
+    is_rms = same_values(adapter, output_SD, weighted_SD * torch.rsqrt(x_SD.square().mean(-1, keepdim=True) + eps))
+    # Measured rather than computed, so that a frozen norm gives what the module gave.
     factor_S = (output_SD * weighted_SD).sum(-1) / weighted_SD.square().sum(-1).clamp_min(1e-300)
-    factors.append(factor_S if same_values(adapter, output_SD, weighted_SD * factor_S[:, None]) else None)
+    factors.append(factor_S if is_rms else None)
 
 
 class FrozenModel:
@@ -161,7 +182,7 @@ class FrozenModel:
 
     Raises:
         GraphError: a part is unknown.
-        ModelError: norms are to be frozen, and one is not an RMSNorm with a weight.
+        ModelError: norms are to be frozen, and one is not an RMSNorm.
     """
 
     def __init__(
@@ -174,8 +195,6 @@ class FrozenModel:
         unknown = set(freeze) - set(get_args(FrozenPart))
         if unknown:
             raise GraphError(f"freeze={sorted(unknown)}: unknown; choose among {', '.join(get_args(FrozenPart))}")
-        if "norms" in freeze and recording.norm_factor is None:
-            raise unsupported_norm(adapter, adapter.final_norm)
         self.dtype = dtype or adapter.dtype
         self.adapter, self.inputs, self.recording = adapter, recording.inputs, recording
         if self.dtype != adapter.dtype:
@@ -183,7 +202,8 @@ class FrozenModel:
             tensors = self.inputs.model_inputs.items()
             cast_inputs = {name: x.to(self.dtype) if x.is_floating_point() else x for name, x in tensors}
             self.inputs = replace(self.inputs, model_inputs=cast_inputs)
-        self._freezes_norms = "norms" in freeze
+        scales = norm_scales(adapter, recording, self.dtype) if "norms" in freeze else []
+        self._norms = list(zip(norm_modules(self.adapter), scales, strict=False))
         held = {"lm.embed": recording.embed}
         for part, kind, values in (("attention", "pattern", recording.pattern), ("mlps", "mlp_out", recording.mlp_out)):
             if part in freeze:
@@ -215,18 +235,14 @@ class FrozenModel:
             edits[site] = _on_constant(value, edits.get(site))
         with ExitStack() as stack:
             stack.enter_context(attach(self.adapter, edit=edits))
-            if self._freezes_norms:
-                factors = cast(Tensor, self.recording.norm_factor)
-                for norm, factor_S in zip(norm_modules(self.adapter), factors, strict=True):
-                    stack.callback(norm.register_forward_hook(self._frozen_norm(factor_S)).remove)
+            for norm, scale_SD in self._norms:
+                stack.callback(norm.register_forward_hook(partial(_scale_input, scale_SD)).remove)
             yield
 
-    def _frozen_norm(self, factor_S: Tensor) -> Callable[[nn.Module, tuple[Any, ...], Tensor], Tensor]:
-        def multiply(norm: nn.Module, args: tuple[Any, ...], _output: Tensor) -> Tensor:
-            weight_D = cast(Tensor, norm.weight)
-            return args[0] * (factor_S[:, None] * weight_D.double()).to(self.dtype)
 
-        return multiply
+def _scale_input(scale_SD: Tensor, _norm: nn.Module, args: tuple[Any, ...], _output: Tensor) -> Tensor:
+    """A forward hook: the output of a frozen norm."""
+    return cast(Tensor, args[0]) * scale_SD
 
 
 def _on_constant(value: Tensor, edit: Edit | None) -> Edit:

@@ -16,7 +16,7 @@ from typing import cast
 import torch
 from torch import Tensor, nn
 
-from clt.attribution.replacement.frozen_model import PromptRecording, same_values, unsupported_norm
+from clt.attribution.replacement.frozen_model import PromptRecording, norm_scales, same_values
 from clt.capture.models.adapter import ModelAdapter
 from clt.errors import ModelError
 
@@ -37,10 +37,8 @@ class LinearModel:
         self.adapter = adapter
         self.recording = recording
         self.dtype = recording.embed.dtype
-        layers = range(adapter.n_layers)
-        self.attn_scale = [self._scale(adapter.attn_norm(layer), recording.resid_pre[layer]) for layer in layers]
-        self.mlp_scale = [self._scale(adapter.mlp_norm(layer), recording.resid_mid[layer]) for layer in layers]
-        self.final_scale = self._scale(adapter.final_norm, recording.final)
+        scales = norm_scales(adapter, recording, self.dtype)
+        self.attn_scale, self.mlp_scale, self.final_scale = scales[:-1:2], scales[1::2], scales[-1]
         self.is_causal = not bool(recording.pattern.triu(1).any())
         self._require_reproduction()
 
@@ -100,17 +98,6 @@ class LinearModel:
         v_BRX = v_GRBE.permute(2, 1, 0, 3).reshape(B, R, G * E)
         branch_BRD = (v_BRX @ self.weight(self.adapter.v_proj(layer))).mul_(self.attn_scale[layer][:R])
         return branch_BRD.add_(cotangent_BRD), v_BRX
-
-    def _scale(self, norm: nn.Module, x_SD: Tensor) -> Tensor:
-        """[S,D] by which an RMSNorm multiplies this input: weight over denominator."""
-        weight = cast(Tensor | None, getattr(norm, "weight", None))
-        eps = getattr(norm, "variance_epsilon", getattr(norm, "eps", None))
-        if weight is not None:
-            eps = torch.finfo(x_SD.dtype).eps if eps is None else eps
-            scale_SD = torch.rsqrt(x_SD.square().mean(-1, keepdim=True) + eps) * weight.to(x_SD.dtype)
-            if same_values(self.adapter, norm(x_SD.to(weight.dtype)), x_SD * scale_SD):
-                return scale_SD
-        raise unsupported_norm(self.adapter, norm)
 
     def _require_reproduction(self) -> None:
         found = self.recording

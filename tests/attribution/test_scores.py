@@ -179,7 +179,7 @@ def test_a_cycle_is_refused(graph):
 def test_a_graph_of_biases_has_no_scores(graph):
     edges = torch.zeros_like(graph.edges)
     edges[:, BIAS] = 1.0
-    with pytest.raises(GraphError, match="no target"):
+    with pytest.raises(GraphError, match="are biases"):
         score(replace(graph, edges=edges))
 
 
