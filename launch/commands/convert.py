@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import get_args
 
 import torch
 
@@ -15,12 +14,9 @@ from clt.capture.reading.open_store import open_store
 from clt.capture.reading.token_filter import TokenFilter
 from clt.convert import Combination, Format
 from clt.convert.formats import convert
-from clt.errors import ConfigError, StoreError
+from clt.errors import StoreError
 from clt.records import ActivationBatch
 from clt.transcoder.architecture import CLTConfig, ReadSite
-
-#: Earlier names of formats.
-_RENAMED_FORMATS = {"kokosdev": "vlm_clt_training"}
 
 #: Tokens that are encoded at a time.
 BATCH_TOKENS = 4096
@@ -51,15 +47,6 @@ class ConvertRequest:
     read_site: ReadSite | None = None
     k: int | None = None
     combine: Combination | None = None
-
-
-def format_name(text: str) -> Format:
-    """The format of that name or earlier name; ConfigError if there is none."""
-    formats: tuple[Format, ...] = get_args(Format)
-    for known in formats:
-        if known in (text, _RENAMED_FORMATS.get(text)):
-            return known
-    raise ConfigError(f"format '{text}' is not known; choose one of {', '.join(formats)}")
 
 
 def run(request: ConvertRequest) -> Path:

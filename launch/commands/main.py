@@ -19,7 +19,7 @@ keys. An error of the user is one line on standard error and exit code 2. Traini
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Annotated, get_args
+from typing import Annotated
 
 import typer
 
@@ -40,8 +40,6 @@ app = typer.Typer(
 )
 app.add_typer(store_app, name="store")
 app.add_typer(bench_app, name="bench")
-
-_FORMATS = "|".join(get_args(Format))
 
 
 @app.command(**TAKES_WORDS, add_help_option=False)
@@ -148,8 +146,8 @@ def join(
 def convert(
     source: Annotated[Path, typer.Argument(help="Folder of the transcoder.")],
     target: Annotated[Path, typer.Argument(help="New folder.")],
-    read_as: Annotated[str, typer.Option("--from", metavar=_FORMATS, help="Format of the source.")] = "native",
-    write_as: Annotated[str, typer.Option("--to", metavar=_FORMATS, help="Format of the target.")] = "native",
+    read_as: Annotated[Format, typer.Option("--from", help="Format of the source.")] = "native",
+    write_as: Annotated[Format, typer.Option("--to", help="Format of the target.")] = "native",
     calibrate: Annotated[
         str | None,
         typer.Option(
@@ -172,23 +170,20 @@ def convert(
 
     docs/formats.md describes the formats. Prints the new folder.
     """
-    from clt.launch.commands.convert import ConvertRequest, format_name, run
+    from clt.launch.commands.convert import ConvertRequest, run
 
-    def work() -> Path:
-        request = ConvertRequest(
-            source=source,
-            target=target,
-            read_as=format_name(read_as),
-            write_as=format_name(write_as),
-            store=calibrate,
-            tokens=tokens,
-            read_site=read_site,
-            k=k,
-            combine=combine,
-        )
-        return run(request)
-
-    run_and_exit(work)
+    request = ConvertRequest(
+        source=source,
+        target=target,
+        read_as=read_as,
+        write_as=write_as,
+        store=calibrate,
+        tokens=tokens,
+        read_site=read_site,
+        k=k,
+        combine=combine,
+    )
+    run_and_exit(lambda: run(request))
 
 
 @app.command()
