@@ -38,7 +38,57 @@ IMPORTERS = {
 
 
 #: Sub-package -> sub-packages that it imports, lazily or not, those in `LAZY` left out. `clt/__init__.py` is above all.
-ARROWS = {}
+ARROWS = {
+    "clt.attribution": """
+        clt.attribution.evaluation clt.attribution.graphs clt.attribution.replacement clt.capture.models
+        clt.capture.reading clt.capture.sources clt.evaluation clt.hub clt.transcoder""",
+    "clt.attribution.evaluation": """
+        clt.attribution.graphs clt.attribution.replacement clt.capture clt.capture.models clt.capture.reading
+        clt.capture.sources clt.checkpoint clt.distributed clt.evaluation clt.kernels clt.training clt.transcoder""",
+    "clt.attribution.features": """
+        clt.attribution.graphs clt.attribution.replacement clt.capture.models clt.capture.sources clt.transcoder""",
+    "clt.attribution.graphs": "clt.attribution.replacement clt.attribution.viewer clt.capture.models clt.transcoder",
+    "clt.attribution.replacement": "clt.capture.models clt.capture.sources clt.transcoder",
+    "clt.capture": """
+        clt.capture.models clt.capture.reading clt.capture.sources clt.capture.storage clt.capture.store
+        clt.capture.writing clt.transcoder""",
+    "clt.capture.reading": "clt.capture.storage clt.capture.store",
+    "clt.capture.sources": "clt.capture.models",
+    "clt.capture.store": "clt.capture.storage",
+    "clt.capture.upkeep": """
+        clt.capture clt.capture.models clt.capture.reading clt.capture.storage clt.capture.store
+        clt.capture.writing clt.transcoder""",
+    "clt.capture.writing": "clt.capture.storage clt.capture.store",
+    "clt.checkpoint": "clt.distributed clt.transcoder",
+    "clt.convert": "clt.checkpoint clt.evaluation clt.kernels clt.transcoder",
+    "clt.distributed": "clt.kernels clt.kernels.common clt.transcoder",
+    "clt.evaluation": "clt.distributed clt.transcoder",
+    "clt.hub": "clt.checkpoint clt.transcoder",
+    "clt.kernels": "clt.kernels.common clt.kernels.gpu clt.kernels.pytorch",
+    "clt.kernels.gpu": "clt.kernels.common clt.kernels.pytorch",
+    "clt.kernels.pytorch": "clt.kernels.common",
+    "clt.kernels.tuning": "clt.kernels.common clt.kernels.gpu clt.kernels.pytorch",
+    "clt.launch": """
+        clt.attribution clt.attribution.evaluation clt.attribution.features clt.capture clt.capture.models
+        clt.capture.reading clt.capture.sources clt.capture.writing clt.distributed clt.training clt.transcoder""",
+    "clt.launch.bench.device": """
+        clt.distributed clt.kernels clt.kernels.common clt.kernels.gpu clt.kernels.pytorch clt.training
+        clt.transcoder""",
+    "clt.launch.bench.kernels": "clt.kernels clt.kernels.gpu clt.launch.bench clt.launch.bench.common",
+    "clt.launch.bench.store": """
+        clt.capture clt.capture.models clt.capture.reading clt.capture.storage clt.capture.store
+        clt.capture.writing clt.launch.bench.common""",
+    "clt.launch.bench.training": """
+        clt.distributed clt.kernels clt.launch clt.launch.bench.common clt.planning clt.training clt.transcoder""",
+    "clt.launch.commands": """
+        clt.attribution clt.attribution.viewer clt.capture clt.capture.models clt.capture.reading
+        clt.capture.store clt.capture.upkeep clt.checkpoint clt.convert clt.hub clt.launch clt.launch.bench
+        clt.launch.bench.kernels clt.launch.bench.store clt.launch.bench.training clt.planning clt.training
+        clt.transcoder""",
+    "clt.planning": "clt.checkpoint clt.distributed clt.training clt.transcoder",
+    "clt.training": "clt.checkpoint clt.distributed clt.evaluation clt.kernels clt.kernels.common clt.transcoder",
+    "clt.transcoder": "clt.kernels",
+}
 
 #: The only imports against the arrows: methods that users expect on a class, imported when they are called.
 LAZY = {

@@ -243,7 +243,7 @@ class Graph:
 
         Args:
             folder: where to write it. Default: a new temporary folder.
-            **options: keyword arguments of `clt.attribution.viewer.show.show`, such as `max_nodes`.
+            **options: keyword arguments of `clt.attribution.graphs.show.show`, such as `max_nodes`.
 
         Returns:
             Path of the page.
@@ -251,7 +251,7 @@ class Graph:
         Raises:
             GraphError: an option is out of range, or the folder cannot be written.
         """
-        # The viewer imports this module; see the list of exceptions in tests/test_layering.py.
-        from clt.attribution.viewer.show import show
+        # Imported here, because `show` imports this module.
+        from clt.attribution.graphs.show import show
 
         return show(self, folder, **options)

@@ -16,7 +16,7 @@ from collections.abc import Mapping
 from importlib.resources import files
 from typing import Any
 
-#: The two files of a graph that `clt.attribution.viewer.export` writes.
+#: The two files of a graph that `clt.attribution.graphs.export` writes.
 DOCUMENT_NAME, PAGE_NAME = "graph.json", "index.html"
 
 #: In the order of their dependencies.
@@ -27,7 +27,7 @@ def render_page(document: Mapping[str, Any]) -> str:
     """One self-contained page that shows a graph.
 
     Args:
-        document: a graph document as plain JSON values; see `clt.attribution.viewer.export.GraphDocument`.
+        document: a graph document as plain JSON values; see `clt.attribution.graphs.export.GraphDocument`.
 
     Returns:
         HTML, ASCII only.

@@ -12,10 +12,10 @@ from pathlib import Path
 
 import pytest
 
+from clt.attribution.graphs.export import graph_document, write_export
 from clt.attribution.graphs.graph import Graph
 from clt.attribution.graphs.scores import prune
 from clt.attribution.viewer.document import GraphDocument
-from clt.attribution.viewer.export import graph_document, write_export
 from clt.attribution.viewer.page import render_page
 
 HOSTILE = "</script><img src=x onerror=\"document.body.dataset.hacked='yes'\"><!--<script>&amp;\u2028'\\"

@@ -11,9 +11,9 @@ import webbrowser
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from clt.attribution.graphs.export import graph_document, write_export
 from clt.attribution.graphs.graph import Graph
 from clt.attribution.graphs.scores import prune
-from clt.attribution.viewer.export import graph_document, write_export
 
 if TYPE_CHECKING:
     from clt.attribution.graphs.faithfulness import EdgeReport

@@ -22,6 +22,7 @@ import torch
 from PIL import Image
 from torch import Tensor
 
+from clt.attribution.graphs.entries import link_entries, node_entries, position_entries, short, target_entries
 from clt.attribution.graphs.graph import Graph, GraphImage, NodeKind
 from clt.attribution.graphs.scores import PrunedGraph, score
 from clt.attribution.viewer.document import (
@@ -32,7 +33,6 @@ from clt.attribution.viewer.document import (
     QueryParameters,
     ScoreEntry,
 )
-from clt.attribution.viewer.entries import link_entries, node_entries, position_entries, short, target_entries
 from clt.attribution.viewer.page import DOCUMENT_NAME, PAGE_NAME, render_page
 from clt.errors import GraphError
 
