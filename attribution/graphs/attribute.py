@@ -106,7 +106,7 @@ def attribute_model(
         row_values=values,
         targets=tuple(item.target for item in targets),
         token_ids=token_ids,
-        token_strings=tuple(str(adapter.tokenizer.decode([token])) for token in token_ids.tolist()),
+        token_strings=tuple(map(adapter.token_text, token_ids.tolist())),
         prompt=inputs.prompts[0],
         images=graph_images(adapter, inputs),
         model=adapter.identity,

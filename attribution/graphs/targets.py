@@ -148,7 +148,7 @@ class _Resolver:
         return int(ids[0])
 
     def _text(self, token: int) -> str:
-        return str(self.adapter.tokenizer.decode([token]))
+        return self.adapter.token_text(token)
 
     def _logit(self, token: int, position: int, probability: float) -> ResolvedTarget:
         linear = self.sources.linear

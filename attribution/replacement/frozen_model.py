@@ -60,6 +60,12 @@ class PromptRecording:
     logits: Tensor
 
 
+def require_one_prompt(inputs: PromptInputs) -> None:
+    """Raises GraphError for a batch of several prompts, or one with padding."""
+    if len(inputs.prompts) != 1 or not bool(inputs.real_mask.all()):
+        raise GraphError(f"prompts={len(inputs.prompts)}: give one prompt at a time, without padding")
+
+
 @torch.no_grad()
 def record(adapter: ModelAdapter, inputs: PromptInputs, read_site: ReadSite) -> PromptRecording:
     """Runs the model on one prompt and keeps its activations, attention patterns and norm denominators.
@@ -75,9 +81,8 @@ def record(adapter: ModelAdapter, inputs: PromptInputs, read_site: ReadSite) -> 
     Raises:
         GraphError: there is more than one prompt, or padding.
     """
-    if len(inputs.prompts) != 1 or not bool(inputs.real_mask.all()):
-        raise GraphError(f"prompts={len(inputs.prompts)}: record one prompt at a time, without padding")
-    kinds = dict.fromkeys(("resid_pre", "resid_mid", "mlp_out", "pattern", read_site))
+    require_one_prompt(inputs)
+    kinds: dict[SiteKind, None] = dict.fromkeys(("resid_pre", "resid_mid", "mlp_out", "pattern", read_site))
     sites = [site for kind in kinds for site in decoder_sites(range(adapter.n_layers), kind)]
     factors: list[Tensor | None] = []
     with ExitStack() as stack:
@@ -205,7 +210,11 @@ class FrozenModel:
         scales = norm_scales(adapter, recording, self.dtype) if "norms" in freeze else []
         self._norms = list(zip(norm_modules(self.adapter), scales, strict=False))
         held = {"lm.embed": recording.embed}
-        for part, kind, values in (("attention", "pattern", recording.pattern), ("mlps", "mlp_out", recording.mlp_out)):
+        parts: tuple[tuple[FrozenPart, SiteKind, Tensor], ...] = (
+            ("attention", "pattern", recording.pattern),
+            ("mlps", "mlp_out", recording.mlp_out),
+        )
+        for part, kind, values in parts:
             if part in freeze:
                 held |= {decoder_site(layer, kind): value for layer, value in enumerate(values)}
         self._held = {site: value[None].to(self.dtype) for site, value in held.items()}

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from clt.attribution.replacement.feature_table import FeatureChanges, FeatureTable
-from clt.attribution.replacement.frozen_model import FrozenModel, record
+from clt.attribution.replacement.frozen_model import FrozenModel, FrozenPart, record
 from clt.attribution.replacement.interventions import (
     Intervention,
     LayerCodes,
@@ -97,7 +97,7 @@ def intervene(
     inputs: PromptInputs,
     interventions: Iterable[Intervention],
     *,
-    freeze: Frozen | Collection[Frozen] = ("attention",),
+    freeze: Frozen | Collection[Frozen] = "attention",
     mlps: MlpOutputs = "replaced",
 ) -> InterventionResult:
     """Runs one prompt with and without interventions on features.
@@ -129,25 +129,32 @@ def intervene(
         recording = record(adapter, inputs, transcoder.config.read_site)
     kept: LayerCodes = recorded.codes if "features" in parts else {}
     run: LiveEdits
-    if mlps == "replaced":
+    if is_replaced(mlps):
         run = ReplacedOutputs(transcoder, columns, plan, RecordedErrors(by_target=recorded.errors), kept_codes=kept)
     else:
         run = SteeredOutputs(transcoder, columns, plan, kept, encodes_all=True)
-    held = [*(part for part in ("attention", "norms") if part in parts), *(["mlps"] if kept else [])]
-    logits = FrozenModel(adapter, recording, freeze=held).forward(run.edits())  # type: ignore[arg-type]
+    held = [part for part in get_args(FrozenPart) if part in parts or (part == "mlps" and kept)]
+    logits = FrozenModel(adapter, recording, freeze=held).forward(run.edits())
     if not run.has_changes:
         log.warning(
             "interventions=%d changed no activation: the features are inactive there, or have these values already",
             sum(map(len, plan.values())),
         )
-    tokens = [str(adapter.tokenizer.decode([token])) for token in inputs.tokens.token_id[0].tolist()]
+    tokens = [adapter.token_text(token) for token in inputs.tokens.token_id[0].tolist()]
     before, after = (feature_table(transcoder, codes, columns, tokens) for codes in (recorded.encoded, run.encoded))
     return InterventionResult(
         logits=logits.cpu(),
         logits_before=recording.logits.to(logits.dtype).cpu(),
         changed=FeatureChanges.between(before, after),
-        token_text=lambda token: str(adapter.tokenizer.decode([token])),
+        token_text=adapter.token_text,
     )
+
+
+def is_replaced(mlps: MlpOutputs) -> bool:
+    """Whether MLP outputs are the transcoder's; GraphError for another word than "replaced" and "original"."""
+    if mlps not in get_args(MlpOutputs):
+        raise GraphError(f"mlps={mlps!r}: unknown; choose among {', '.join(get_args(MlpOutputs))}")
+    return mlps == "replaced"
 
 
 def frozen_parts(freeze: Frozen | Collection[Frozen]) -> set[Frozen]:

@@ -23,7 +23,8 @@ import torch
 from torch import Tensor
 
 from clt.attribution.replacement.feature_table import FeatureTable
-from clt.attribution.replacement.intervene import Frozen, InterventionResult, MlpOutputs, intervene
+from clt.attribution.replacement.frozen_model import require_one_prompt
+from clt.attribution.replacement.intervene import Frozen, InterventionResult, MlpOutputs, intervene, is_replaced
 from clt.attribution.replacement.interventions import (
     Intervention,
     LiveEdits,
@@ -309,7 +310,9 @@ class ReplacementModel:
         """
         inputs = self.prepare(prompt, images)
         require_one_prompt(inputs)
-        return self._table(self.codes(inputs, mlps=mlps), inputs)
+        layers = source_layers(self.transcoder.config)
+        tokens = [self.adapter.token_text(token) for token in inputs.tokens.token_id[0].tolist()]
+        return FeatureTable.from_codes(self.codes(inputs, mlps=mlps), layers, tokens)
 
     def intervene(
         self,
@@ -317,7 +320,7 @@ class ReplacementModel:
         interventions: Iterable[Intervention],
         *,
         images: ImageLike | Sequence[ImageLike] = (),
-        freeze: Frozen | Collection[Frozen] = ("attention",),
+        freeze: Frozen | Collection[Frozen] = "attention",
         mlps: MlpOutputs = "replaced",
     ) -> InterventionResult:
         """Runs one prompt with and without interventions on features.
@@ -341,10 +344,6 @@ class ReplacementModel:
         inputs = self.prepare(prompt, images)
         return intervene(self.adapter, self.transcoder, inputs, interventions, freeze=freeze, mlps=mlps)
 
-    def _table(self, codes: SparseCodes, inputs: PromptInputs) -> FeatureTable:
-        tokens = [str(self.adapter.tokenizer.decode([token])) for token in inputs.tokens.token_id[0].tolist()]
-        return FeatureTable.from_codes(codes, source_layers(self.transcoder.config), tokens)
-
     @torch.no_grad()
     def codes(self, inputs: PromptInputs, *, mlps: MlpOutputs = "replaced") -> SparseCodes:
         """Features that are active in a forward of a batch without interventions.
@@ -358,7 +357,7 @@ class ReplacementModel:
         """
         columns = self._columns(inputs)
         run: LiveEdits = ReplacedOutputs(self.transcoder, columns, {})
-        if mlps == "original":
+        if not is_replaced(mlps):
             run = RecordedOutputs(self.transcoder, columns)
         with attach(self.adapter, edit=run.edits()):
             self.adapter.forward(inputs)
@@ -380,17 +379,11 @@ class ReplacementModel:
         """The model with its MLP outputs edited, for as long as the context lasts."""
         columns = self._columns(inputs, new_columns)
         plan = plan_interventions(interventions, self.transcoder, columns)
-        if mlps == "replaced":
+        if is_replaced(mlps):
             return attach(self.adapter, edit=ReplacedOutputs(self.transcoder, columns, plan, errors).edits())
         if errors is not None:
             raise GraphError("error terms belong to replaced MLPs; leave them out with mlps='original'")
         return attach(self.adapter, edit=SteeredOutputs(self.transcoder, columns, plan).edits())
-
-
-def require_one_prompt(inputs: PromptInputs) -> None:
-    """Raises GraphError for a batch of several prompts, or one with padding."""
-    if len(inputs.prompts) != 1 or not bool(inputs.real_mask.all()):
-        raise GraphError(f"{len(inputs.prompts)} prompts or padding given; take one prompt at a time, without padding")
 
 
 def fingerprint(transcoder: CrossLayerTranscoder) -> str:

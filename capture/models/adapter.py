@@ -181,6 +181,10 @@ class ModelAdapter:
         """
         return self.sites.place(site).module
 
+    def token_text(self, token_id: int) -> str:
+        """Text of one vocabulary id."""
+        return str(self.tokenizer.decode([token_id]))
+
     def format_prompt(self, question: str, n_images: int = 0) -> str:
         """Formats a question as a prompt for `prepare`; logs `prompt_format=` chat_template, plain or as_given.
 

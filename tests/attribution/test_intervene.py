@@ -162,3 +162,10 @@ def test_changes_between_tables_by_hand() -> None:
     assert len(FeatureChanges.between(table([]), table([]))) == 0
     # Rounding is no change.
     assert len(FeatureChanges.between(table([(1, 0, 4, 2.0)]), table([(1, 0, 4, 2.00001)]))) == 0
+
+
+def test_unknown_kind_of_mlp_outputs_is_refused(model: ReplacementModel) -> None:
+    inputs = model.prepare(PROMPT)
+    for call in (model.forward, model.codes, model.features, model.generate):
+        with pytest.raises(GraphError, match="mlps='orginal': unknown; choose among replaced, original"):
+            call(inputs, mlps="orginal")
