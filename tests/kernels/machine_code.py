@@ -1,4 +1,4 @@
-"""Compiles every Triton kernel for an H200 (sm_90), without a GPU, and says what machine code came out.
+"""Compiles every Triton kernel for an H200 (sm_90), without a GPU, and counts what its machine code holds.
 
 The kernels' own wrappers run on tensors without memory (the meta device); where they would launch, the kernel is
 compiled with exactly those arguments and its machine code counted. Runs as a program, because a process in which Triton
@@ -10,6 +10,7 @@ interprets cannot compile:
 from __future__ import annotations
 
 import functools
+import itertools
 import json
 import multiprocessing
 import re
@@ -21,8 +22,10 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
+import torch
+
 from .launches import CASES, DTYPES, SIZES, Layer
-from .sass import Counts, read_sass
+from .sass import Code, Counts, read_sass
 
 ARCHITECTURE = 90
 
@@ -119,13 +122,18 @@ def compile_launches() -> list[Launch]:
     return launches
 
 
+@functools.cache
+def disassemble(cubin: bytes) -> tuple[str, Code]:
+    """Resource usage and instruction counts of a compiled kernel; sizes share many kernels."""
+    with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
+        file.write(cubin)
+        file.flush()
+        return _tool("cuobjdump", "-res-usage", file.name), read_sass(_tool("nvdisasm", "-c", "-ndf", file.name))
+
+
 def examine(case: str, layer: Layer, launch: Launch) -> Facts:
     """Registers, stack and instruction counts of a compiled kernel."""
-    with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
-        file.write(launch.cubin)
-        file.flush()
-        usage = _tool("cuobjdump", "-res-usage", file.name)
-        code = read_sass(_tool("nvdisasm", "-c", "-ndf", file.name))
+    usage, code = disassemble(launch.cubin)
     return Facts(
         case=case,
         size=layer.size.name,
@@ -152,10 +160,11 @@ def _tool(name: str, *arguments: str) -> str:
     return subprocess.run([tools() / name, *arguments], capture_output=True, text=True, check=True).stdout
 
 
-def compile_layer(layer: Layer, names: list[str]) -> list[Facts]:
-    """Facts of every launch of the named cases."""
+def compile_sizes(dtype: torch.dtype, names: list[str]) -> list[Facts]:
+    """Facts of every launch of the named cases at all sizes."""
     launches, facts = compile_launches(), []
-    for name in names:
+    for size, name in itertools.product(SIZES, names):
+        layer = Layer(size=size, dtype=dtype)
         CASES[name](layer)
         facts += [examine(name, layer, launch) for launch in launches]
         launches.clear()
@@ -164,10 +173,9 @@ def compile_layer(layer: Layer, names: list[str]) -> list[Facts]:
 
 def main(names: list[str]) -> None:
     """Compiles the named cases, or all, at all sizes and dtypes; prints a list of `Facts`."""
-    layers = [Layer(size=size, dtype=dtype) for size in SIZES for dtype in DTYPES]
-    with ProcessPoolExecutor(2, mp_context=multiprocessing.get_context("spawn")) as pool:
-        found = list(pool.map(compile_layer, layers, [names or list(CASES)] * len(layers)))
-    json.dump([asdict(facts) for of_layer in found for facts in of_layer], sys.stdout)
+    with ProcessPoolExecutor(len(DTYPES), mp_context=multiprocessing.get_context("spawn")) as pool:
+        found = list(pool.map(compile_sizes, DTYPES, [names or list(CASES)] * len(DTYPES)))
+    json.dump([asdict(facts) for of_dtype in found for facts in of_dtype], sys.stdout)
 
 
 if __name__ == "__main__":

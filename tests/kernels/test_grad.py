@@ -143,9 +143,9 @@ def test_bfloat16_gradients_are_rounded_once(case: Case, device: str) -> None:
 
 
 def test_decode_loss_and_decoder_grad_pass_gradcheck(device: str) -> None:
-    values, indices = random_codes(2, 3, 2, 4, dtype=torch.float64, device=device)
-    W, b, y = (torch.randn(*s, dtype=torch.float64, device=device) for s in ((2, 4, 5), (5,), (3, 5)))
-    weights = torch.rand(3, dtype=torch.float64, device=device)
+    values, indices = random_codes(2, 2, 2, 3, dtype=torch.float64, device=device)
+    W, b, y = (torch.randn(*s, dtype=torch.float64, device=device) for s in ((2, 3, 2), (2,), (2, 2)))
+    weights = torch.rand(2, dtype=torch.float64, device=device)
 
     class Loss(torch.autograd.Function):
         @staticmethod
@@ -157,7 +157,7 @@ def test_decode_loss_and_decoder_grad_pass_gradcheck(device: str) -> None:
         @staticmethod
         def backward(ctx, grad_error: Tensor) -> tuple[Tensor, ...]:  # type: ignore[no-untyped-def]
             residual, values, W = ctx.saved_tensors
-            grouping = FeatureCSR.build(values, indices, 4)
+            grouping = FeatureCSR.build(values, indices, 3)
             scale = 2 * grad_error / W.shape[2]
             grads = grad.decoder_grad(
                 DecoderGradInputs(residual, values, indices, W, grouping, weights, scale), config=OTHER
