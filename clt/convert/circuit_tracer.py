@@ -117,7 +117,16 @@ def check_pointwise(transcoder: CrossLayerTranscoder, reader: str) -> None:
 
 
 def pair_or_zeros(transcoder: CrossLayerTranscoder, source: int, target: int) -> Tensor:
-    """[F,D]: decoder of a source into a target, zeros if the transcoder has none."""
+    """Decoder of a source into a target, zeros if the transcoder has none.
+
+    Args:
+        transcoder: a transcoder with untied decoders.
+        source: layer of the features.
+        target: layer of the MLP output.
+
+    Returns:
+        [F,D].
+    """
     if target in transcoder.targets_of(source):
         return transcoder.decoder(source, target)
     return torch.zeros(transcoder.config.n_features, transcoder.config.d_model, dtype=transcoder.dtype)

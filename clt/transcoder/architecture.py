@@ -136,5 +136,11 @@ class CLTConfig(TranscoderSettings):
 
     @classmethod
     def resolve(cls, settings: TranscoderSettings, n_layers: int, d_model: int) -> CLTConfig:
-        """Adds the model's dimensions to the settings."""
+        """Adds the model's dimensions to the settings.
+
+        Args:
+            settings: the user's settings.
+            n_layers: decoder layers of the model.
+            d_model: width of its residual stream.
+        """
         return cls(**asdict(settings), n_layers=n_layers, d_model=d_model)

@@ -131,7 +131,16 @@ def squared_error(
 
 
 def pair_decoder(transcoder: CrossLayerTranscoder, source: int, target: int) -> Tensor:
-    """[F,D_own]: contribution of each feature of a source to the reconstruction of a target per unit of activation."""
+    """Contribution of each feature of a source to the reconstruction of a target per unit of activation.
+
+    Args:
+        transcoder: the transcoder, or one rank's share.
+        source: source layer.
+        target: one of its targets.
+
+    Returns:
+        [F,D_own].
+    """
     if transcoder.config.independent is not None:
         row = transcoder.sources_of(target).index(source)
         return combination(transcoder, target)[row] * transcoder.decoder_matrix(target)[row]
@@ -164,7 +173,17 @@ def _slots(
 
 
 def written(transcoder: CrossLayerTranscoder, target: int, values_SBK: Tensor, indices_SBK: Tensor) -> Tensor:
-    """[S,B,K]: factors of the decoder vectors into a target: activations plus, if the config has them, offsets."""
+    """Factors of the decoder vectors into a target: activations plus, if the config has them, offsets.
+
+    Args:
+        transcoder: the transcoder, or one rank's share.
+        target: target layer owned here.
+        values_SBK: [S,B,K] activations of its sources.
+        indices_SBK: [S,B,K] int32 feature numbers.
+
+    Returns:
+        [S,B,K]; 0 in empty slots.
+    """
     if not transcoder.config.feature_offset:
         return values_SBK
     offset_SBK = _of_slots(transcoder.feature_offsets(target), indices_SBK)

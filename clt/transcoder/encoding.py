@@ -57,7 +57,20 @@ def encode(transcoder: CrossLayerTranscoder, x_LBD: Tensor, k: int, peers: Peers
 
 
 def encode_layer(transcoder: CrossLayerTranscoder, layer: int, x_BD: Tensor, k: int) -> tuple[Tensor, Tensor]:
-    """Codes [B,K] of one layer alone, at inference; see `encode`."""
+    """Codes of one layer alone, at inference.
+
+    Args:
+        transcoder: the transcoder, or one rank's share.
+        layer: source layer owned here.
+        x_BD: [B,D] standardised encoder input.
+        k: active features per token, for rules that select k.
+
+    Returns:
+        values [B,K] and indices [B,K] int32.
+
+    Raises:
+        CheckpointError: the rule has no inference threshold yet.
+    """
     compares = transcoder.config.sparsity.kind in ("joint_topk", "batch_topk")
     rule = all_positive if compares else RULES[transcoder.config.sparsity.kind]
     codes, _ = _activate(transcoder, (layer,), x_BD[None], k, rule, Peers(), compares)
@@ -66,7 +79,16 @@ def encode_layer(transcoder: CrossLayerTranscoder, layer: int, x_BD: Tensor, k: 
 
 @torch.no_grad()
 def scores_of(transcoder: CrossLayerTranscoder, layer: int, pre_BF: Tensor) -> Tensor:
-    """Scores that rules compare: pre-activations [B,F], times decoder norm if the settings say so."""
+    """Scores that rules compare: pre-activations, times decoder norm if the settings say so.
+
+    Args:
+        transcoder: the transcoder, or one rank's share.
+        layer: source layer owned here.
+        pre_BF: [B,F] its pre-activations.
+
+    Returns:
+        [B,F].
+    """
     if not transcoder.config.sparsity.uses_decoder_norm:
         return pre_BF
     return pre_BF * transcoder.decoder_norm[layer].to(pre_BF.dtype)
@@ -123,7 +145,17 @@ def _placed(squares_SF: Tensor, start: int, n_rows: int) -> Tensor:
 
 
 def sum_by_feature(amounts_BK: Tensor, values_BK: Tensor, indices_BK: Tensor, n_features: int) -> Tensor:
-    """[F]: sum over the filled slots of each feature, bitwise reproducible."""
+    """Sum over the filled slots of each feature, bitwise reproducible.
+
+    Args:
+        amounts_BK: [B,K] numbers to sum.
+        values_BK: [B,K] activations; slots with 0 are empty.
+        indices_BK: [B,K] int32 feature numbers.
+        n_features: features of the layer, F.
+
+    Returns:
+        [F].
+    """
     csr = ops.feature_csr(values_BK[None], indices_BK[None], n_features)
     # The gradient of the encoder bias is this sum.
     nothing_BD = amounts_BK.new_zeros(len(amounts_BK), 1)
@@ -153,7 +185,16 @@ def jump(values_BK: Tensor, log_threshold_F: Tensor, indices_BK: Tensor, bandwid
 
 
 def in_window(values_BK: Tensor, thresholds_BK: Tensor, bandwidth: float) -> Tensor:
-    """Slots that are filled and at most a bandwidth above their threshold."""
+    """Slots that are filled and at most a bandwidth above their threshold.
+
+    Args:
+        values_BK: [B,K] activations.
+        thresholds_BK: [B,K] thresholds of their features.
+        bandwidth: in standardised units.
+
+    Returns:
+        [B,K] bool.
+    """
     return (values_BK != 0) & (values_BK <= thresholds_BK + bandwidth)
 
 

@@ -69,7 +69,13 @@ class MappedDecoder(nn.Module):
 
 
 def put_mapped(decoders: nn.ParameterDict, name: str, decoder: MappedDecoder) -> None:
-    """Replaces a parameter by a mapped decoder."""
+    """Replaces a parameter by a mapped decoder.
+
+    Args:
+        decoders: W_dec of a transcoder.
+        name: target layer, as the key.
+        decoder: decoders into that target.
+    """
     # A module cannot replace a parameter of the same name in place.
     del decoders[name]
     decoders[name] = decoder
