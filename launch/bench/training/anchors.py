@@ -16,7 +16,7 @@ from clt.launch.bench.kernels.data import Size as ProductSize
 from clt.launch.bench.kernels.measure import time_runs
 from clt.launch.bench.training.sizes import Size, planned_job
 from clt.planning.job import Job
-from clt.planning.speed import Machine, Rates, StepTime, step_time
+from clt.planning.speed import MachineModel, Rates, StepTime, step_time
 
 _DTYPES = {2: torch.bfloat16, 4: torch.float32}
 
@@ -49,14 +49,14 @@ def size_anchors(size: Size, device: torch.device, rounds: int) -> SizeAnchors:
     return SizeAnchors(products=products, gather=_gather_anchor(size, device, rounds))
 
 
-def anchored_machine(memory: tuple[Anchor, ...], size: SizeAnchors) -> Machine:
+def anchored_machine(memory: tuple[Anchor, ...], size: SizeAnchors) -> MachineModel:
     """The machine as `clt.planning.speed` takes one, all of whose rates were measured; without links."""
     read, copy, *cache = memory
     stream = max(read.rate, copy.rate)
     gather = max(size.gather.rate, *(anchor.rate for anchor in cache), 0.0)
     products = {width: anchor.rate for width, anchor in size.products.items()}
     most = max(products.values())
-    return Machine(
+    return MachineModel(
         name="this machine",
         memory=0,
         usable=1,
@@ -75,7 +75,7 @@ def anchored_machine(memory: tuple[Anchor, ...], size: SizeAnchors) -> Machine:
     )
 
 
-def least_time(job: Job, machine: Machine) -> StepTime:
+def least_time(job: Job, machine: MachineModel) -> StepTime:
     """Least seconds of one rank's step by the ceilings, links left out: a rank alone has none."""
     return replace(step_time(job, machine), model_axis=0.0, data_axis=0.0)
 

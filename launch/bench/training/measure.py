@@ -19,7 +19,7 @@ from clt.launch.bench.training.rank import DENSE, RankResult, Task
 from clt.launch.bench.training.sizes import Size, planned_job
 from clt.planning.counts import memory, traffic
 from clt.planning.job import Job, MeshShape
-from clt.planning.speed import Machine
+from clt.planning.speed import MachineModel
 
 log = logging.getLogger(__name__)
 
@@ -124,7 +124,7 @@ def can_isolate() -> bool:
     return subprocess.run([*_ISOLATED, "true"], capture_output=True, check=False).returncode == 0
 
 
-def measure_size(size: Size, steps: int, turns: int, machine: Machine) -> tuple[Row, ...]:
+def measure_size(size: Size, steps: int, turns: int, machine: MachineModel) -> tuple[Row, ...]:
     """All variants of a size and the naive way, by turns, each turn in a process of its own.
 
     Args:
@@ -145,7 +145,7 @@ def measure_size(size: Size, steps: int, turns: int, machine: Machine) -> tuple[
     return tuple(_row(size, name, seen[name], planned.get(name), machine) for name in names)
 
 
-def _row(size: Size, name: str, seen: Sequence[RankResult], job: Job | None, machine: Machine) -> Row:
+def _row(size: Size, name: str, seen: Sequence[RankResult], job: Job | None, machine: MachineModel) -> Row:
     """The steps of all turns; `job` is None for the naive way."""
     least = None if job is None else least_time(job, machine)
     return Row(

@@ -14,10 +14,10 @@ from pathlib import Path
 from clt.launch.bench.training.anchors import least_time
 from clt.launch.bench.training.measure import Row
 from clt.launch.bench.training.sizes import DEFAULT, Size, planned_job, train_config
-from clt.planning.counts import Memory, memory, traffic
+from clt.planning.counts import RankMemory, memory, traffic
 from clt.planning.job import Job, MeshShape
 from clt.planning.plan import alternatives, plan
-from clt.planning.speed import MACHINES, Machine
+from clt.planning.speed import MACHINES, MachineModel
 
 #: Jobs that are projected, and on how many devices.
 PROJECTED = ("gpt2", "llava-slice")
@@ -38,7 +38,7 @@ class Pieces:
 
     size: Size
     row: Row
-    machine: Machine
+    machine: MachineModel
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -114,7 +114,7 @@ def _projected(pieces: Pieces, name: str, job: Job) -> Projection:
     )
 
 
-def _work(job: Job, machine: Machine) -> dict[str, float]:
+def _work(job: Job, machine: MachineModel) -> dict[str, float]:
     """What each piece has to do, in any unit, for the rank with most to do."""
     plain = replace(job, config=replace(job.config, auxk=replace(job.config.auxk, coefficient=0.0)))
     least, need = least_time(plain, machine), _largest(plain)
@@ -129,7 +129,7 @@ def _work(job: Job, machine: Machine) -> dict[str, float]:
     }
 
 
-def _largest(job: Job) -> Memory:
+def _largest(job: Job) -> RankMemory:
     return max((memory(job, share) for share in job.shares()), key=lambda need: need.total)
 
 
