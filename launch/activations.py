@@ -1,4 +1,4 @@
-"""Where a training job gets its activations: from a store, or from the running model."""
+"""Activations of a training job, from a store or from the running model."""
 
 from __future__ import annotations
 
@@ -25,14 +25,14 @@ from clt.training.trainer import BatchSource
 
 @dataclass(frozen=True, kw_only=True)
 class Activations:
-    """What training needs to know of its activations, wherever they come from.
+    """Activations to train on, from a store or from the running model.
 
     Attributes:
-        model: whose they are.
-        id: hash of what they are, for checkpoints.
+        model: the model that they belong to.
+        id: hash of their content, for checkpoints.
         stats: moments of sites over the tokens that pass a filter.
         token_counts: [c] tokens that pass a filter, by modality.
-        batches: makes the batches of a rank from (x sites, y sites, filter, data rank, data ranks).
+        batches: makes the batches of a rank from (x sites, y sites, filter, data rank, data size).
     """
 
     model: ModelIdentity
@@ -52,9 +52,9 @@ def open_activations(config: TrainConfig) -> Activations:
         Its activations.
 
     Raises:
-        StoreError: the store is missing or damaged, or the ring's place holds something else.
+        StoreError: the store is missing or damaged, or the ring's folder holds something else.
         ModelError: the model cannot be loaded.
-        ConfigError: the capture's file is wrong, or the ring cannot be shared by the job's processes.
+        ConfigError: the capture config is wrong, or the ring cannot be shared by the job's processes.
     """
     if config.streaming is not None:
         return _from_model(config.streaming, config.data, config.seed)
@@ -82,8 +82,8 @@ def open_activations(config: TrainConfig) -> Activations:
 def _from_model(settings: StreamingSettings, data: DataSettings, seed: int) -> Activations:
     if settings.ring.startswith("memory://") and job_world() > 1:
         raise ConfigError(
-            f"streaming.ring={settings.ring}: {job_world()} processes cannot share the memory of one; use a folder, "
-            f"/dev/shm/ring for instance"
+            f"streaming.ring={settings.ring}: {job_world()} processes cannot share the memory of one process; use a "
+            "folder, for instance /dev/shm/ring"
         )
     job = plan_capture(replace(load_config(CaptureConfig, settings.capture), output=settings.ring))
     ring = CaptureRing(job, settings.ring, settings.units, seed, Schedule())

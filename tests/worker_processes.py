@@ -102,8 +102,8 @@ def serve(work: Callable[..., int], prepare: Callable[[], None] = lambda: None) 
     """Forks a worker for each request of a `WorkerServer`, and answers when one ends.
 
     Args:
-        work: does a job, given its fields; returns the exit code. With SystemExit the interpreter ends as usual; else
-            the process ends at once.
+        work: does a job, given its fields; returns the exit code. The process then ends at once: tearing down an
+            interpreter of this size takes more than a second.
         prepare: imports, before any worker is forked, what all of them need.
     """
     # What libraries print goes to the log; answers have the pipe for themselves.
@@ -120,13 +120,14 @@ def serve(work: Callable[..., int], prepare: Callable[[], None] = lambda: None) 
                 status = 1
                 try:
                     status = work(**request["fork"])
-                except Exception:
+                except BaseException:
                     traceback.print_exc()
                 sys.stdout.flush()
                 sys.stderr.flush()
                 os._exit(status)
         answers.write(json.dumps(answer) + "\n")
         answers.flush()
+    os._exit(0)
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -222,7 +222,7 @@ class InFlightCodes:
         self._buffers.await_all()
 
     def all_rows(self) -> tuple[Tensor, Tensor, ops.FeatureCSR | None]:
-        """Codes of all source layers and their grouping, as `take` gives them, but outside autograd."""
+        """Codes of all source layers and their grouping, as from `take`, but outside autograd."""
         buffers = self._buffers
         buffers.await_rows(slice(None))
         return buffers.values, buffers.indices, buffers.grouping(slice(None))

@@ -1,8 +1,7 @@
-"""What the outside world does to a running job: signals that ask it to stop, and ranks that go missing.
+"""Stop requests by SIGTERM and Ctrl-C.
 
-A signal is taken down by a thread, not by Python's handler, which waits until the main thread comes back from whatever
-it is doing: the second signal must end even a process that waits for a lost rank. Who is missing is found out in
-`clt.distributed.watchdog`.
+Signals are handled by a thread, not by Python's handlers, which run only when the main thread returns to the
+interpreter: the second signal must end even a process that waits for a lost rank (`clt.distributed.watchdog`).
 """
 
 from __future__ import annotations
@@ -18,21 +17,21 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from types import FrameType
 
-#: Signals that ask a job to write a checkpoint and end.
+#: Signals that request a checkpoint and the end of the job.
 STOP_SIGNALS = (signal.SIGTERM, signal.SIGINT)
 
-#: Signals in the first so many seconds are one request: torchrun passes on the Ctrl-C that the terminal sends to all,
-#: and takes its time on a busy machine.
+#: Signals within this time of the first count as the same request: the terminal sends Ctrl-C to all processes and
+#: torchrun forwards it once more, late on a busy machine.
 ONE_REQUEST_SECONDS = 3.0
 
 
 @dataclass
 class JobControl:
-    """What a training loop and the threads beside it tell each other.
+    """State shared by a training loop and the threads that watch it.
 
     Attributes:
-        stop_requested: the loop finishes the step in hand, writes a checkpoint and ends.
-        progress: grows with whatever the loop gets done.
+        stop_requested: the loop finishes the current step, writes a checkpoint and ends.
+        progress: counter of completed pieces of work.
     """
 
     stop_requested: bool = False
@@ -41,9 +40,9 @@ class JobControl:
 
 @contextmanager
 def stop_on_signals() -> Iterator[JobControl]:
-    """Lets the first SIGTERM or SIGINT request a stop and the second end the process; restores the handlers afterwards.
+    """Makes the first SIGTERM or SIGINT request a stop and the second end the process, while the block runs.
 
-    Outside of the main thread, which alone may set handlers, it does nothing.
+    Does nothing outside of the main thread, the only one that may set handlers.
     """
     control = JobControl()
     if threading.current_thread() is not threading.main_thread():
@@ -67,7 +66,7 @@ def stop_on_signals() -> Iterator[JobControl]:
 
 
 def _noted(_number: int, _frame: FrameType | None) -> None:
-    """A handler that Python may call late; `_listen` has read the signal's number from the wake-up descriptor."""
+    """Does nothing: `_listen` has read the signal's number from the wake-up descriptor."""
 
 
 def _listen(receiver: socket.socket, control: JobControl) -> None:
@@ -80,11 +79,11 @@ def _listen(receiver: socket.socket, control: JobControl) -> None:
         if not control.stop_requested:
             control.stop_requested, first = True, time.monotonic()
             print(
-                f"{name}: stopping after this step, with a checkpoint; once more, "
-                f"after {ONE_REQUEST_SECONDS:g} s, ends at once",
+                f"{name}: stopping after this step with a checkpoint; "
+                f"press Ctrl-C again after {ONE_REQUEST_SECONDS:g} s to exit immediately without a checkpoint",
                 file=sys.stderr,
                 flush=True,
             )
         elif time.monotonic() - first > ONE_REQUEST_SECONDS:
-            print(f"{name} again: ending without a checkpoint", file=sys.stderr, flush=True)
+            print(f"{name} again: exiting without a checkpoint", file=sys.stderr, flush=True)
             os._exit(128 + number)

@@ -1,10 +1,10 @@
-"""The mesh of processes and what each of them owns.
+"""The mesh of processes and the share of the transcoder that each of them owns.
 
 Three axes: data x layer x column, rank = (data*layer_size + layer)*column_size + column. The ranks of one data index
 are a model group: they see the same tokens and own one transcoder together. A layer rank owns some target layers with
 all decoders into them, and as many encoders; its column ranks split these decoders by output channels and deal the
-encoders among themselves. What they say to each other is in `clt.distributed.code_exchange`. Data axis: replicas of
-that on other tokens, kept equal by `clt.training.deepspeed_engine`. A world of one process runs the same code.
+encoders among themselves. They exchange codes (`clt.distributed.code_exchange`). The data axis has data-parallel
+replicas on other tokens, kept equal by `clt.training.deepspeed_engine`. One process runs the same code.
 """
 
 from __future__ import annotations
@@ -35,7 +35,7 @@ class Mesh:
 
     Attributes:
         data_rank: place on the data axis.
-        data_size: replicas.
+        data_size: data-parallel replicas.
         layer_rank: place on the layer axis.
         layer_size: ranks over which the layers are dealt.
         column_rank: place on the column axis.
@@ -59,7 +59,7 @@ class Mesh:
 
     @classmethod
     def create(cls, layer_size: int, column_size: int = 1) -> Mesh:
-        """Arranges the processes of the initialised default group; every rank must call it.
+        """Arranges the processes of the initialised default group in a mesh; every rank must call it.
 
         Args:
             layer_size: ranks of the layer axis.
@@ -100,11 +100,17 @@ class Mesh:
 
     @property
     def is_first(self) -> bool:
-        """Whether this is the rank that speaks to the user."""
+        """Whether this is the rank that logs and writes reports."""
         return self.data_rank == 0 and self.model_rank == 0
 
     def all_reduce(self, tensor: Tensor, axis: Axis, op: dist.ReduceOp.RedOpType = dist.ReduceOp.SUM) -> Tensor:
-        """Reduces a tensor in place over the data axis, the model group or the world and returns it."""
+        """Reduces a tensor in place over an axis and returns it.
+
+        Args:
+            tensor: of any shape, alike on all ranks.
+            axis: the data axis, the model group or the world.
+            op: the reduction.
+        """
         groups = {"data": self.data_group, "model": self.model_group, "world": None}
         dist.all_reduce(tensor, op, group=groups[axis])
         self.traffic.count(axis, "all_reduce", tensor.nbytes, dist.get_world_size(groups[axis]))
@@ -121,7 +127,7 @@ class Mesh:
 
     @contextmanager
     def together(self, failure: type[CLTError]) -> Iterator[None]:
-        """Runs a block that has no collectives on every rank; if it fails on any, all raise that rank's message.
+        """Runs a block without collectives; if it fails on any rank, all ranks raise the first failing rank's message.
 
         Args:
             failure: class of the error that all ranks raise.
@@ -174,7 +180,16 @@ class Mesh:
 
 
 def check_world(world_size: int, layer_size: int, column_size: int = 1) -> None:
-    """ConfigError unless the processes fill the mesh."""
+    """Checks that the processes fill the mesh.
+
+    Args:
+        world_size: number of processes.
+        layer_size: ranks of the layer axis.
+        column_size: ranks of the column axis.
+
+    Raises:
+        ConfigError: layer_size * column_size does not divide world_size.
+    """
     if world_size % (layer_size * column_size):
         key = f"mesh.layer={layer_size}" + (f" times mesh.column={column_size}" if column_size > 1 else "")
         raise ConfigError(f"{key} does not divide the {world_size} processes; change mesh.layer or --nproc_per_node")
@@ -183,10 +198,10 @@ def check_world(world_size: int, layer_size: int, column_size: int = 1) -> None:
 def deal_layers(config: CLTConfig, layer_size: int, column_size: int = 1) -> tuple[LayerShare, ...]:
     """Deals target layers over layer ranks by cost, and with each target one source layer.
 
-    The cost of a target is its [F,D] matrices: one decoder per source, and the encoder dealt with it. The dearest goes
-    first, always to the rank with the least cost that owns less than its even number of layers. A layer that is source
-    and target stays with one layer rank, whose first column rank writes its checkpoint file. The column ranks of a
-    layer rank take turns with its sources; one may get none.
+    The cost of a target is its number of [F,D] matrices: one decoder per source, and the encoder dealt with it. Targets
+    are dealt in order of falling cost, each to the rank of least cost that owns fewer than its even number of layers. A
+    layer that is source and target stays with one layer rank, whose first column rank writes its checkpoint file. The
+    sources of a layer rank are dealt to its column ranks in turn; a column rank may get none.
 
     Args:
         config: architecture.
@@ -233,7 +248,7 @@ def deal_layers(config: CLTConfig, layer_size: int, column_size: int = 1) -> tup
 
 
 def layers_of_rank(shares: tuple[LayerShare, ...], mesh: Mesh) -> tuple[int, ...]:
-    """Layers of which a rank and the column ranks beside it own parts; ascending, the same on all of them."""
+    """Layers of which a rank and its column ranks own parts; ascending, the same on all of them."""
     first = mesh.layer_rank * mesh.column_size
     group = shares[first : first + mesh.column_size]
     return tuple(sorted({layer for share in group for layer in (*share.sources, *share.targets)}))

@@ -1,8 +1,7 @@
-"""How the processes of a job find each other: a store that all reach, and agreement on which start of the job it is.
+"""Rendezvous of a job's processes: a store that all reach, with keys of this start of the job only.
 
-torchrun keeps its store when it restarts the ranks, with all that the last start left there, and counts restarts on
-each machine by itself. So the ranks agree on a token that none of an earlier start can know, and keep what they write
-under it.
+torchrun keeps its store when it restarts the ranks, with the keys of the last start, and counts restarts on each
+machine separately. So the ranks agree on a token that no earlier start can know, and write under its prefix.
 """
 
 from __future__ import annotations
@@ -21,16 +20,16 @@ _POLL_SECONDS = 0.02
 
 
 def meet(timeout_seconds: float) -> tuple[dist.Store, int, int]:
-    """Waits for all ranks of the job that the environment describes; a process without one is a job by itself.
+    """Waits for all ranks of the job that the environment describes; without one, this process is a job by itself.
 
     Args:
-        timeout_seconds: how long; then the process ends with a line that names who is missing.
+        timeout_seconds: after this time the process ends with a line that names the missing ranks.
 
     Returns:
-        A store for this start of the job, the number of this process, and how many there are.
+        A store for this start of the job, the rank of this process, and the number of ranks.
     """
     if "RANK" not in os.environ:
-        # DeepSpeed insists on the variable; torchrun sets it.
+        # DeepSpeed requires the variable, which torchrun sets.
         os.environ.setdefault("LOCAL_RANK", "0")
         return dist.HashStore(), 0, 1
     rank = os.environ["RANK"]
@@ -40,24 +39,24 @@ def meet(timeout_seconds: float) -> tuple[dist.Store, int, int]:
         token = agree_on_token(store, number, world, timeout_seconds)
     except dist.DistError as error:
         reason = str(error).partition("\n")[0]
-        leave(f"rank {rank}: the ranks did not meet at {place} ({reason}); see the log of the missing one")
+        leave(f"rank {rank}: rendezvous at {place} failed ({reason}); see the log of the missing rank")
     return dist.PrefixStore(token, store), number, world
 
 
 def agree_on_token(store: dist.Store, rank: int, world: int, timeout_seconds: float) -> str:
-    """A word that the ranks of this start share and those of no other start know.
+    """A token shared by the ranks of this start of the job and unknown to every other start.
 
-    Every rank leaves a word of its own; the first answers with the token and all the words, until every rank has seen
-    its own among them.
+    Every rank writes a random word; rank 0 answers with the token and all words until every rank has found its own
+    among them.
 
     Args:
         store: reached by all ranks.
-        rank: number of this process.
-        world: how many there are.
-        timeout_seconds: how long to wait for the others.
+        rank: of this process.
+        world: number of ranks.
+        timeout_seconds: time to wait for the others.
 
     Raises:
-        DistStoreError: a rank did not come.
+        DistStoreError: a rank did not join.
     """
     own, deadline = uuid.uuid4().hex, time.monotonic() + timeout_seconds
     store.set(f"clt/word/{rank}", own)
@@ -77,10 +76,10 @@ def agree_on_token(store: dist.Store, rank: int, world: int, timeout_seconds: fl
     if rank:
         raise dist.DistStoreError("rank 0 did not answer")
     missing = [str(r) for r, seen in enumerate(_read(store, "clt/seen", world)) if r and seen != own]
-    raise dist.DistStoreError(f"rank {', '.join(missing)} of {world} did not come")
+    raise dist.DistStoreError(f"rank {', '.join(missing)} of {world} did not join")
 
 
 def _read(store: dist.Store, key: str, world: int) -> list[str]:
-    """What ranks have left under a key; empty for those that have left nothing."""
+    """What each rank has written under a key; empty for ranks that have written nothing."""
     keys = [f"{key}/{rank}" for rank in range(world)]
     return [store.get(key).decode() if store.check([key]) else "" for key in keys]

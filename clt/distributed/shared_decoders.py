@@ -1,9 +1,9 @@
-"""Decoders that belong to sources, brought to all ranks that decode, and their gradients brought back.
+"""Exchange of decoders that belong to sources, and of their gradients.
 
 With `clt.tied_decoders: source` a rank owns W_shared and target_scale of its own sources, all columns. At the start of
 a step every rank receives those of all sources, of W_shared only the columns that it decodes. In the backward pass the
-gradients of all targets are added up here, and the sums go to the owners when the last target has its part: after
-everything else that ranks exchange, as autograd runs what was recorded first last.
+gradients of all own targets are summed locally and sent to the owners when the last target has contributed: after all
+other collectives, since autograd runs last what was recorded first.
 
 Shape letters: L source layers, S sources of one target, T targets of one source, D d_model, F features, R ranks.
 """
@@ -40,12 +40,12 @@ def shared_decoders(transcoder: CrossLayerTranscoder, mesh: Mesh) -> SharedDecod
 
 
 class SharedDecoders:
-    """The decoders of all sources on one rank, from `shared_decoders`."""
+    """Decoders of all sources on one rank, from `shared_decoders`."""
 
     def __init__(self, transcoder: CrossLayerTranscoder, mesh: Mesh) -> None:
         self._transcoder, self._bank = transcoder, _Bank(transcoder, mesh)
         sources = transcoder.share.sources
-        # A rank without sources takes part in the way back too: its graph must reach it.
+        # A rank without sources takes part in the backward collective too: its graph must reach it.
         anchor = torch.zeros((), requires_grad=True)
         own = [read(source) for read in (transcoder.shared_decoder, transcoder.target_scales) for source in sources]
         like = transcoder.decoder_bias(transcoder.share.targets[0])
@@ -63,7 +63,7 @@ class SharedDecoders:
 class _Bank:
     """Buffers of all sources' decoders and of their gradients. It must not refer to a graph, which refers to it.
 
-    What travels of a source is [F,w+T]: its decoders' columns, w of each rank, and its scales as T further columns.
+    A source is sent as [F,w+T]: its decoders' columns, w of each rank, and its scales as T further columns.
     """
 
     def __init__(self, transcoder: CrossLayerTranscoder, mesh: Mesh) -> None:
@@ -73,7 +73,7 @@ class _Bank:
         )
         self._mesh = mesh
         self._dealt = [len(share.sources) for share in shares]
-        #: Rows of all sources in the order in which they travel.
+        #: Rows of all sources in the order in which they are sent.
         self._rows = [layers.index(layer) for share in shares for layer in share.sources]
         self._n_targets = [len(transcoder.targets_of(layer)) for layer in transcoder.share.sources]
         self._most_targets = max(len(transcoder.targets_of(layer)) for layer in layers)
@@ -81,7 +81,13 @@ class _Bank:
         self._gradients: tuple[Tensor, Tensor] | None = None
 
     def receive(self, W: Sequence[Tensor], scales: Sequence[Tensor], like: Tensor) -> None:
-        """Sends W [F,D] and scales [T,F] of the own sources to all ranks, and receives those of all sources."""
+        """Sends decoders and scales of the own sources to all ranks, and receives those of all sources.
+
+        Args:
+            W: [F,D] by own source.
+            scales: [T,F] by own source.
+            like: any tensor with their device and dtype; a rank may have no source.
+        """
         mesh, T = self._mesh, self._most_targets
         own = [
             torch.cat([W_FD.unflatten(1, (mesh.column_size, -1)), _beside(scale_TF, mesh.column_size, T)], dim=2)
@@ -100,7 +106,14 @@ class _Bank:
             self.scale_LTF[row] = arrived_FN[:, self._width :].T
 
     def add_gradients(self, rows: slice, places: Sequence[int], W: Tensor | None, scale: Tensor | None) -> None:
-        """Adds what one target contributes to the gradients of its sources."""
+        """Adds the gradients that one target contributes to its sources.
+
+        Args:
+            rows: of the target's sources.
+            places: place of the target among the targets of each of them.
+            W: [S,F,D_own], or None.
+            scale: [S,F], or None.
+        """
         if self._gradients is None:
             wide = accumulator(self.W_LFD.dtype)
             self._gradients = self.W_LFD.new_zeros(self.W_LFD.shape, dtype=wide), self.scale_LTF.to(wide).zero_()
@@ -129,13 +142,13 @@ class _Bank:
             yield sums_CLFN[:, row, :, self._width : self._width + n_targets].sum(dim=0).T
 
     def _all_to_all(self, arrived: Tensor, wire: Tensor, arriving: list[int], leaving: list[int]) -> None:
-        """Exchanges rows as bytes, which every backend knows."""
+        """Exchanges rows as bytes, which every backend supports."""
         group = self._mesh.model_group
         dist.all_to_all_single(as_bytes(arrived), as_bytes(wire.contiguous()), arriving, leaving, group=group)
 
 
 class _Receive(torch.autograd.Function):
-    """Between the parameters and the buffers; what it returns only ties the graph together."""
+    """Between the parameters and the buffers; the scalar it returns only anchors the way back in the graph."""
 
     @staticmethod
     def forward(ctx: Any, bank: _Bank, anchor: Tensor, like: Tensor, *own: Tensor) -> Tensor:
@@ -151,7 +164,7 @@ class _Receive(torch.autograd.Function):
 
 
 class _Into(torch.autograd.Function):
-    """Between the buffers and a target that reads some of them."""
+    """Between the buffers and a target that reads some of their rows."""
 
     @staticmethod
     def forward(ctx: Any, bank: _Bank, rows: slice, places: Sequence[int], anchor: Tensor) -> tuple[Tensor, Tensor]:

@@ -1,4 +1,4 @@
-"""Bytes that a rank moves to and from other ranks, counted where collectives start."""
+"""Counts of the bytes that a rank exchanges with other ranks, taken where collectives start."""
 
 from __future__ import annotations
 
@@ -11,8 +11,8 @@ Collective = Literal["all_gather", "reduce_scatter", "all_reduce"]
 class Traffic:
     """Bytes that this rank has sent, by axis and collective; it receives as many.
 
-    What is counted is what every algorithm that needs the least bytes sends: of an all-gather and a reduce-scatter over
-    n ranks n - 1 parts, of an all-reduce 2 (n - 1) / n of the tensor.
+    The counts are those of bandwidth-optimal algorithms: n - 1 parts for an all-gather or reduce-scatter over n ranks,
+    2 (n - 1) / n of the tensor for an all-reduce.
     """
 
     def __init__(self) -> None:
@@ -22,10 +22,10 @@ class Traffic:
         """Adds a collective.
 
         Args:
-            axis: whose ranks take part.
+            axis: of the mesh.
             collective: its kind.
-            part_bytes: of one rank's part, or of the whole tensor of an all-reduce.
-            ranks: how many take part.
+            part_bytes: bytes of one rank's part, or of the whole tensor of an all-reduce.
+            ranks: number of ranks that take part.
         """
         whole = 2 * (ranks - 1) * part_bytes // ranks if collective == "all_reduce" else (ranks - 1) * part_bytes
         self._sent[axis, collective] += whole

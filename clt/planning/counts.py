@@ -28,21 +28,21 @@ AGREED = 4
 
 
 @dataclass(frozen=True, kw_only=True)
-class Memory(Sum):
-    """Bytes of a rank at the worst moment of a step.
+class RankMemory(Sum):
+    """Peak bytes of a rank during a step.
 
     Attributes:
         weights: as the kernels read them.
         gradients: kept after the backward pass; 1/data of them under ZeRO.
-        optimizer: moments and master copy, 1/data of them under ZeRO; and the running mean of the weights.
-        buffers: gradients on their way: DeepSpeed's bucket, all gradients once under ZeRO-1, and the decoder gradients
-            of AuxK for one target before they are added up.
+        optimizer: moments and master copy, 1/data of them under ZeRO; and EMA weights.
+        buffers: DeepSpeed's bucket, all gradients once under ZeRO-1, and the decoder gradients of AuxK for one target
+            before they are accumulated.
         inputs: activations as read and standardised.
-        pre_activations: as many as the rule of sparsity needs at once.
-        codes: own and everybody's values and indices, their gradients, and the grouping by feature.
-        residuals: of the own targets; of every source of them if these are independent.
-        shared_decoders: those of all sources on every rank, where they belong to sources, with their gradients, which
-            are also packed, sent and received.
+        pre_activations: as many as the sparsity rule needs at once.
+        codes: values and indices of own and of all sources, their gradients, and the grouping by feature.
+        residuals: of the own targets, or of every (source, target) pair for independent sources.
+        shared_decoders: decoders of all sources, if they belong to sources, with their gradients, which are also
+            packed, sent and received.
     """
 
     weights: float
@@ -58,7 +58,7 @@ class Memory(Sum):
 
 @dataclass(frozen=True, kw_only=True)
 class StepTraffic(Sum):
-    """Bytes that a rank receives in a step, and sends as many; counts of a ring, which no algorithm beats by much.
+    """Bytes that a rank receives, and sends, in a step, for ring collectives, which no algorithm beats by much.
 
     Attributes:
         values: all-gather of code values.
@@ -67,9 +67,9 @@ class StepTraffic(Sum):
         auxk: the same three for the codes of dead features.
         gradients: mean of the gradients over the data axis.
         weights: ZeRO's all-gather of updated weights over the data axis.
-        shared_decoders: decoders that belong to sources, and their gradients on the way back.
-        selection: what ranks tell each other to select features, beyond topk.
-        bookkeeping: which features fired, the finite check and the messages of `Mesh.together`.
+        shared_decoders: decoders that belong to sources, and their gradients.
+        selection: collectives that select features, for rules other than topk.
+        bookkeeping: features that fired, the finite check and the messages of `Mesh.together`.
     """
 
     values: float
@@ -84,12 +84,12 @@ class StepTraffic(Sum):
 
     @property
     def model_axis(self) -> float:
-        """What travels inside a model group (layer x column)."""
+        """Bytes within a model group (layer x column)."""
         return self.values + self.indices + self.code_gradients + self.auxk + self.shared_decoders + self.selection
 
     @property
     def data_axis(self) -> float:
-        """What travels between replicas."""
+        """Bytes between data-parallel replicas."""
         return self.gradients + self.weights
 
 
@@ -114,13 +114,13 @@ class Flops(Sum):
     auxk: float
 
 
-def memory(job: Job, share: LayerShare) -> Memory:
-    """Bytes of one rank at the worst moment of a step.
+def memory(job: Job, share: LayerShare) -> RankMemory:
+    """Peak bytes of one rank during a step.
 
     With p parameters of the share, n replicas, and w, g, m, o bytes of a weight, gradient, master and moments: ZeRO-0
     holds p (w + g + m + o) and flattens gradients in buckets. ZeRO-1 and 2 hold p w + p (g + 4 + o) / n, where the 4 is
     DeepSpeed's float32 master, made for float32 weights too; ZeRO-1 also holds all gradients, p g, until they are
-    reduced, and bfloat16 gradients are widened to float32 for the step. A running mean of the weights is 4 p more.
+    reduced, and bfloat16 gradients are widened to float32 for the step. EMA weights are 4 p more.
 
     Args:
         job: the job.
@@ -145,7 +145,7 @@ def memory(job: Job, share: LayerShare) -> Memory:
     x_layers, n_targets = len(input_layers(architecture, share)), len(share.targets)
     raw = job.batch * (x_layers + n_targets) * architecture.d_model * RAW
     standardised = tokens * (x_layers * architecture.d_model + n_targets * columns) * kind.weight
-    return Memory(
+    return RankMemory(
         weights=own * kind.weight,
         gradients=own * kind.gradient / split,
         optimizer=own * (kind.moments + (max(kind.master, FLOAT) if zero else kind.master)) / split + mean,
@@ -153,7 +153,7 @@ def memory(job: Job, share: LayerShare) -> Memory:
         inputs=raw + standardised,
         pre_activations=_pre_activations(job, len(share.sources)),
         codes=_code_memory(job, len(share.sources)),
-        # AuxK stacks the residuals of its tokens and leaves its own.
+        # AuxK stacks the residuals of its tokens and keeps its own.
         residuals=_residuals(architecture, share) * columns * kind.weight * (tokens + 2 * job.auxk_part),
         shared_decoders=len(source_layers(architecture))
         * _shared_numbers(architecture, columns)
@@ -162,12 +162,12 @@ def memory(job: Job, share: LayerShare) -> Memory:
 
 
 def _residuals(architecture: CLTConfig, share: LayerShare) -> int:
-    """Reconstructions that are held against a target."""
+    """Residuals of a rank: one per target, or per (source, target) pair for independent sources."""
     return len(share.targets) if architecture.independent is None else pairs(architecture, share.targets)
 
 
 def _shared_numbers(architecture: CLTConfig, columns: int) -> int:
-    """Numbers of decoders and scales that travel to a rank from one source, where they belong to sources."""
+    """Numbers (decoder and scales) that one source sends to a rank, if decoders belong to sources."""
     if architecture.tied_decoders != "source":
         return 0
     return architecture.n_features * (
@@ -176,7 +176,7 @@ def _shared_numbers(architecture: CLTConfig, columns: int) -> int:
 
 
 def _pre_activations(job: Job, own_sources: int) -> int:
-    """A chunk of one layer's; rules that compare tokens, layers or norms hold those of all own layers several times."""
+    """Bytes: topk holds a chunk of one layer, the other rules hold those of all own layers several times."""
     layer = job.part * job.architecture.n_features * job.numerics.weight
     if job.architecture.sparsity.kind == "topk" and not job.architecture.sparsity.uses_decoder_norm:
         return min(layer, PRE_ACTIVATIONS) if own_sources else 0
@@ -186,7 +186,7 @@ def _pre_activations(job: Job, own_sources: int) -> int:
 
 
 def _code_memory(job: Job, own_sources: int) -> int:
-    """Own codes; everybody's, as they travel too; their gradients; and slot and token numbers by feature."""
+    """Bytes: own codes; those of all sources, also as sent; their gradients; slot and token numbers by feature."""
     slots = job.part * job.slots + job.auxk_part * job.auxk_slots
     code, layers = job.numerics.weight + INDEX, len(source_layers(job.architecture))
     received = code + index_dtype(job.architecture.n_features).itemsize + CODE_GRADIENT + 2 * INDEX
@@ -206,7 +206,7 @@ def traffic(job: Job) -> StepTraffic:
         job: the job.
 
     Returns:
-        The bytes; the padding of ranks with fewer than S encoders travels too.
+        The bytes, including the padding of ranks with fewer than S encoders.
     """
     shares, kind, mesh = job.shares(), job.numerics, job.mesh
     most_sources, index = slot_count(shares), index_dtype(job.architecture.n_features).itemsize
@@ -232,7 +232,7 @@ def traffic(job: Job) -> StepTraffic:
 
 
 def _selection(job: Job) -> float:
-    """What the rules of `clt.transcoder.sparsity` sum up over ranks, in numbers of 8 bytes.
+    """Bytes of the all-reduces of `clt.transcoder.sparsity`, of 8-byte numbers.
 
     Decoder norms: L F over the model group. joint_topk: 256 B per radix digit, of which a value has as many as bytes,
     L B ties and one count. batch_topk: 256 per digit and data (L + 1) ties over the world, and one count.
@@ -253,7 +253,7 @@ def _selection(job: Job) -> float:
 
 
 def all_reduce(n_bytes: float, ranks: int) -> float:
-    """Bytes that each of r ranks receives in a ring's all-reduce of b bytes: 2 b (r - 1) / r."""
+    """Bytes that each of r ranks receives in a ring all-reduce of b bytes: 2 b (r - 1) / r."""
     return 2 * n_bytes * (ranks - 1) / ranks
 
 
@@ -275,7 +275,7 @@ def flops(job: Job) -> Flops:
 
 
 def dense_flops(job: Job) -> float:
-    """What a step takes if every feature is decoded, 2 N F D (2 L + 3 P), without AuxK and skip."""
+    """FLOP of a step that decodes every feature, 2 N F D (2 L + 3 P), without AuxK and skip."""
     architecture = job.architecture
     products = 2 * len(source_layers(architecture)) + 3 * pairs(architecture)
     return 2.0 * job.config.data.batch_tokens * architecture.n_features * architecture.d_model * products

@@ -1,4 +1,4 @@
-"""A training job as `clt.planning.plan` counts it: architecture, mesh, number types, shares of the ranks, parameters.
+"""Description of a training job for `clt.planning`: architecture, mesh, dtypes, shares of the ranks, parameters.
 
 Shape letters of the plan: L source layers, M target layers, P (source, target) pairs, D width, F features, K active per
 token and source layer, N tokens of a step, B = N / data tokens that a rank sees.
@@ -15,14 +15,14 @@ from clt.training.settings import OptimizerSettings, TrainConfig
 from clt.transcoder.architecture import CLTConfig
 from clt.transcoder.layers import LayerShare, sources_of, target_layers, targets_of
 
-#: A guess: the token and layer with most active features has so many times k of them, where the rule lets them differ.
-#: Codes are padded to that; what is decoded is k on average.
+#: A guess for rules other than topk: active features of the token and layer with most of them, in multiples of k. Codes
+#: are padded to that; k features are decoded on average.
 SLOTS_PER_K = 4
 
 
 @dataclass(frozen=True, kw_only=True)
 class Sum:
-    """Numbers that belong together; `total` adds them up."""
+    """Parts of a sum; `total` adds them up."""
 
     @property
     def total(self) -> float:
@@ -32,16 +32,16 @@ class Sum:
 
 @dataclass(frozen=True, kw_only=True)
 class Numerics:
-    """In which types weights and optimizer live.
+    """Dtypes of weights and optimizer state.
 
     Attributes:
-        name: what `clt plan --numerics` calls it.
+        name: description in the output of `clt plan`.
         weight: bytes of a weight as the kernels read it, and of activations and code values.
         gradient: bytes of a stored gradient; 0 where the optimizer is part of the backward pass.
         master: bytes of a float32 copy of a weight; 0 for none.
         moments: bytes of all moments of a weight.
-        zero: ZeRO stages it works with, the usual one first.
-        replicas: whether the data axis may exceed 1.
+        zero: supported ZeRO stages, the default first.
+        replicas: whether data-parallel replicas are supported.
     """
 
     name: str
@@ -54,7 +54,7 @@ class Numerics:
 
     @property
     def bytes_per_parameter(self) -> int:
-        """Resident bytes of a parameter where ZeRO splits nothing."""
+        """Bytes in memory per parameter where ZeRO splits nothing."""
         return self.weight + self.gradient + self.master + self.moments
 
     @property
@@ -71,7 +71,7 @@ _BYTES = {"float32": 4, "bfloat16": 2, "int8": 1}
 
 
 def numerics_of(settings: OptimizerSettings) -> Numerics:
-    """The types that a job's optimizer settings ask for."""
+    """Dtypes of a job's optimizer settings."""
     if settings.kind == "row_adam":
         weight, moment = _BYTES[settings.weights], _BYTES[settings.moments]
         # Without momentum there is one moment; no gradient of a matrix is stored.
@@ -85,7 +85,7 @@ def numerics_of(settings: OptimizerSettings) -> Numerics:
 
 _ROW_ADAM = OptimizerSettings(kind="row_adam", betas=(0.0, 0.999), gradient_clip=0)
 
-#: What a job would take with other types; 16, 16, 8, 6, 4 and 3 bytes per parameter.
+#: Choices of `clt plan --numerics`; 16, 16, 8, 6, 4 and 3 bytes per parameter.
 NUMERICS = {
     "float32": numerics_of(OptimizerSettings()),
     "bf16-master": numerics_of(OptimizerSettings(weights="bfloat16_master")),
@@ -120,13 +120,13 @@ class MeshShape:
 
 @dataclass(frozen=True, kw_only=True)
 class Job:
-    """A training job, complete with what its configuration leaves to the store and to torchrun.
+    """A training job, with what its configuration leaves to the store and to torchrun.
 
     Attributes:
         config: the configuration.
         architecture: the architecture.
         mesh: the processes.
-        numerics: types of weights and optimizer.
+        numerics: dtypes of weights and optimizer.
     """
 
     config: TrainConfig
@@ -141,18 +141,18 @@ class Job:
 
     @property
     def part(self) -> int:
-        """Tokens of them that go forward and backward at once."""
+        """Tokens of a micro-batch of one rank."""
         return self.batch // self.config.data.micro_batches
 
     @property
     def auxk_part(self) -> int:
-        """Tokens of a part that AuxK looks at: every n-th, as `clt.training.objective` takes them; 0 without AuxK."""
+        """Tokens of a micro-batch that AuxK uses: every n-th, as in `clt.training.objective`; 0 without AuxK."""
         auxk = self.config.auxk
         return -(-self.part // round(1 / auxk.token_fraction)) if auxk.coefficient else 0
 
     @property
     def auxk_batch(self) -> int:
-        """Tokens of a step that AuxK looks at."""
+        """Tokens of a step that AuxK uses."""
         return self.auxk_part * self.config.data.micro_batches
 
     @property
@@ -167,11 +167,11 @@ class Job:
 
     @property
     def auxk_slots(self) -> int:
-        """The same for the dead features of AuxK."""
+        """Slots per token and source layer for the dead features of AuxK."""
         return self.config.auxk.k or self.architecture.k
 
     def shares(self) -> tuple[LayerShare, ...]:
-        """What the ranks of a model group own, in the order of `Mesh.model_rank`."""
+        """Shares of the ranks of a model group, in the order of `Mesh.model_rank`."""
         return deal_layers(self.architecture, self.mesh.layer, self.mesh.column)
 
 

@@ -1,7 +1,7 @@
-"""What a training job takes and whether it fits, before anything runs: `clt plan` prints it.
+"""Plans of training jobs, printed by `clt plan`: resources that a job needs, and whether it fits.
 
-Counted from the configuration: parameters and memory of a rank (`clt.planning.counts`), bytes on each axis of the mesh,
-arithmetic, bytes of the store. Projected: seconds of a step on a named machine (`clt.planning.speed`).
+Counted from the configuration: parameters and memory of a rank, bytes on each axis of the mesh, arithmetic
+(`clt.planning.counts`) and bytes of the store. Projected: seconds of a step on a named machine (`clt.planning.speed`).
 """
 
 from __future__ import annotations
@@ -13,15 +13,24 @@ from pathlib import Path
 from clt.checkpoint.training_output import METRICS_FILE, read_metrics
 from clt.distributed.mesh import check_world
 from clt.errors import ConfigError
-from clt.planning.counts import Flops, Memory, StepTraffic, dense_flops, flops, memory, store_bytes_per_token, traffic
+from clt.planning.counts import (
+    Flops,
+    RankMemory,
+    StepTraffic,
+    dense_flops,
+    flops,
+    memory,
+    store_bytes_per_token,
+    traffic,
+)
 from clt.planning.job import Job, MeshShape, Numerics, Parameters, numerics_of, pairs, parameters
-from clt.planning.speed import Machine, StepTime, step_time
+from clt.planning.speed import MachineModel, StepTime, step_time
 from clt.training.metrics import BYTES_PER_STEP
 from clt.training.settings import TrainConfig
 from clt.transcoder.architecture import CLTConfig
 from clt.transcoder.layers import target_layers
 
-#: Worlds that are tried for the smallest one that fits.
+#: World sizes tried in search of the smallest one that fits.
 WORLDS = (1, 2, 4, 8, 16, 24, 32, 48, 64, 96, 128, 192, 256)
 
 
@@ -31,26 +40,26 @@ class Plan:
 
     Attributes:
         job: the job.
-        machine: where it would run.
-        tokens: tokens that it would see.
+        machine: the machine, one device per rank.
+        tokens: tokens to train on.
         parameters: of the whole transcoder.
         pairs: (source, target) decoders.
-        rank_parameters: of the rank that holds most, and of the one that holds least.
-        memory: of the rank that needs most.
+        rank_parameters: of the rank with most parameters, and of the one with fewest.
+        memory: of the rank that needs most memory.
         traffic: bytes that a rank receives in a step.
         flops: of a step over all ranks.
-        dense_flops: of a step in which every feature were decoded.
+        dense_flops: of a step that decodes every feature.
         store_bytes: activations of `tokens` tokens in bfloat16.
         step: projected seconds of a step.
     """
 
     job: Job
-    machine: Machine
+    machine: MachineModel
     tokens: float
     parameters: Parameters
     pairs: int
     rank_parameters: tuple[int, int]
-    memory: Memory
+    memory: RankMemory
     traffic: StepTraffic
     flops: Flops
     dense_flops: float
@@ -59,12 +68,12 @@ class Plan:
 
     @property
     def fits(self) -> bool:
-        """Whether the memory of the rank that needs most is there."""
+        """Whether the rank that needs most memory fits on a device."""
         return self.memory.total <= self.machine.memory * self.machine.usable
 
     @property
     def tokens_per_second(self) -> float:
-        """Projected, over all ranks, as far as the store delivers."""
+        """Projected tokens/s over all ranks, if the store is fast enough."""
         return self.job.config.data.batch_tokens / self.step.total
 
     @property
@@ -74,13 +83,13 @@ class Plan:
 
     @property
     def store_rate(self) -> float:
-        """Bytes/s that the store must deliver for that, to all nodes together."""
+        """Bytes/s that the store must deliver to all nodes together at that speed."""
         return self.tokens_per_second * self.store_bytes / self.tokens
 
 
 @dataclass(frozen=True, kw_only=True)
 class MeasuredRun:
-    """What a run of a job reported.
+    """Speed and traffic that a run of a job reported.
 
     Attributes:
         tokens_per_second: over all ranks.
@@ -94,7 +103,7 @@ class MeasuredRun:
 def plan(
     config: TrainConfig,
     architecture: CLTConfig,
-    machine: Machine,
+    machine: MachineModel,
     *,
     world: int | None = None,
     tokens: float | None = None,
@@ -105,10 +114,10 @@ def plan(
     Args:
         config: the job.
         architecture: its architecture.
-        machine: where it runs, one device per rank.
-        world: processes; absent: one model group.
-        tokens: tokens to train on; absent: all steps of the job.
-        numerics: types of weights and optimizer; absent: those of the configuration.
+        machine: the machine, one device per rank.
+        world: processes; default: one model group.
+        tokens: tokens to train on; default: all steps of the job.
+        numerics: dtypes of weights and optimizer; default: those of the configuration.
 
     Returns:
         The plan.
@@ -129,15 +138,18 @@ def plan(
         )
     if shape.zero not in numerics.zero:
         raise ConfigError(
-            f"mesh.zero_stage={shape.zero} does not go with {numerics.name}; set mesh.zero_stage={numerics.zero[0]}"
+            f"mesh.zero_stage={shape.zero} is not supported with {numerics.name}; set it to {numerics.zero[0]}"
         )
     if data > 1 and not numerics.replicas:
-        raise ConfigError(f"{numerics.name} takes no replicas, and these are {data}; raise mesh.layer or mesh.column")
+        raise ConfigError(
+            f"{numerics.name} does not support data parallelism ({data} replicas requested); raise mesh.layer or "
+            "mesh.column"
+        )
     job = Job(config=config, architecture=architecture, mesh=shape, numerics=numerics)
     return _planned(job, machine, tokens or config.steps * config.data.batch_tokens)
 
 
-def _planned(job: Job, machine: Machine, tokens: float) -> Plan:
+def _planned(job: Job, machine: MachineModel, tokens: float) -> Plan:
     shares = job.shares()
     own = [parameters(job.architecture, share).total for share in shares]
     return Plan(
@@ -157,7 +169,12 @@ def _planned(job: Job, machine: Machine, tokens: float) -> Plan:
 
 
 def meshes(job: Job, world: int) -> Iterator[MeshShape]:
-    """Every mesh of so many processes on which the job can run, ZeRO as in the job where there are replicas, else 0."""
+    """Every mesh on which the job can run, with the job's ZeRO stage where there are replicas, else 0.
+
+    Args:
+        job: the job.
+        world: processes.
+    """
     for layer in _divisors(world, len(target_layers(job.architecture))):
         for column in _divisors(world // layer, job.architecture.d_model):
             data = world // layer // column
@@ -167,15 +184,15 @@ def meshes(job: Job, world: int) -> Iterator[MeshShape]:
 
 
 def alternatives(chosen: Plan, world: int | None = None, numerics: Numerics | None = None) -> list[Plan]:
-    """The job on every mesh where it fits, the fastest first, and of equally fast ones those with few columns.
+    """Plans of the job on every mesh where it fits: fastest first, of equally fast ones those with few columns first.
 
     Args:
         chosen: a plan of the job.
-        world: processes; absent: as many as in that plan.
-        numerics: types of weights and optimizer; absent: as in that plan.
+        world: processes; default: as many as in that plan.
+        numerics: dtypes of weights and optimizer; default: as in that plan.
 
     Returns:
-        The plans; empty where the job fits on no mesh.
+        The plans; empty if the job fits on no mesh.
     """
     job = replace(chosen.job, numerics=numerics or chosen.job.numerics)
     found = []
@@ -186,12 +203,12 @@ def alternatives(chosen: Plan, world: int | None = None, numerics: Numerics | No
             shape = replace(shape, zero=job.numerics.zero[0])
         found.append(_planned(replace(job, mesh=shape), chosen.machine, chosen.tokens))
     fitting = [candidate for candidate in found if candidate.fits]
-    # To three digits: what differs less is no difference for a projection.
+    # To three digits: a projection is not more precise.
     return sorted(fitting, key=lambda p: (-float(f"{p.tokens_per_second:.3g}"), p.job.mesh.column, p.job.mesh.layer))
 
 
 def smallest(chosen: Plan, numerics: Numerics | None = None) -> Plan | None:
-    """The job on the fewest devices (of `WORLDS`) where it fits, on the fastest mesh; None where none is enough."""
+    """Plan on the fewest devices (of `WORLDS`) on which the job fits, on the fastest mesh; None if it fits on none."""
     for world in WORLDS:
         fitting = alternatives(chosen, world, numerics)
         if fitting:
@@ -200,7 +217,7 @@ def smallest(chosen: Plan, numerics: Numerics | None = None) -> Plan | None:
 
 
 def measured_run(output: Path) -> MeasuredRun | None:
-    """Medians of what a run reported in the second half of its `metrics.jsonl`; None without such a run.
+    """Medians over the second half of the reports in a run's `metrics.jsonl`; None without such a run.
 
     Raises:
         CheckpointError: the file is damaged.

@@ -1,8 +1,8 @@
-"""How long a training step should take on a named machine: a roofline model. Its results are projections.
+"""Roofline model of the time of a training step on a named machine. Its results are projections.
 
-The time of a rank is the sum over its operations of arithmetic, gathered rows and streamed bytes, each over the rate
-that the machine is taken to achieve; then the links, as if nothing overlapped. Launches, waiting for data and the
-latency of collectives are left out. Where the rates come from stands beside them.
+The time of a rank is the sum over its operations of arithmetic, gathered rows and streamed bytes, each divided by the
+rate that the machine is assumed to achieve, plus communication, as if nothing overlapped. Kernel launches, waiting for
+data and the latency of collectives are left out. The sources of the rates are given beside them.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from clt.transcoder.layers import LayerShare
 
 @dataclass(frozen=True, kw_only=True)
 class Rates:
-    """What a device is taken to achieve.
+    """Rates that a device is assumed to achieve.
 
     Attributes:
         product_low: FLOP/s of the encoder's product in bfloat16.
@@ -25,7 +25,7 @@ class Rates:
         gather_back: bytes/s of rows of gradients and inputs in the backward pass.
         stream_back: bytes/s of weights read and their gradients written in the backward pass.
         stream: bytes/s of everything else, the optimizer above all.
-        source: where the numbers come from.
+        source: of the numbers.
     """
 
     product_low: float
@@ -38,15 +38,15 @@ class Rates:
 
 
 @dataclass(frozen=True, kw_only=True)
-class Machine:
-    """A device and what connects it.
+class MachineModel:
+    """Device and links of a machine, as the roofline model needs them.
 
     Attributes:
-        name: what `clt plan --gpu` calls it.
+        name: of `clt plan --gpu`.
         memory: bytes of a device.
-        usable: share of them that a job can fill: CUDA context, NCCL's buffers and fragmentation take the rest.
+        usable: share of the memory that a job can use, after CUDA context, NCCL buffers and fragmentation.
         rates: of a device.
-        per_node: devices that the node's link connects.
+        per_node: devices of a node.
         node_link: bytes/s that a device receives within a node.
         network: bytes/s that a device receives from other nodes.
     """
@@ -60,26 +60,26 @@ class Machine:
     network: float
 
 
-#: Vendors' bfloat16 (dense) and float32 FLOP/s, bytes/s of memory, bytes of memory, bytes/s of NVLink per direction.
+#: Vendor data: bfloat16 (dense), float32 FLOP/s, bytes/s of memory, bytes of memory, bytes/s of NVLink per direction.
 _SHEETS = {
     "h200": (989e12, 67e12, 4.8e12, 141e9, 450e9),
     "h100": (989e12, 67e12, 3.35e12, 80e9, 450e9),
     "a100": (312e12, 19.5e12, 2.04e12, 80e9, 300e9),
 }
-#: Measured on an H200 (research note kernels.md): 790 of 989 TFLOP/s, 4.3 of 4.8 TB/s; taken for the others too.
+#: Measured on an H200 (research note kernels.md): 790 of 989 TFLOP/s, 4.3 of 4.8 TB/s; assumed for the others too.
 _PRODUCT, _STREAM = 0.8, 0.9
 #: Rows are gathered column chunk by column chunk, so that those in use stay in L2. For reads of H200's L2 9.7 TB/s were
-#: published; three quarters of that is the note's planning value, which no kernel of ours has shown yet. The H100 has
-#: the same L2; of the A100's the note says nothing, so that it gathers from memory here.
+#: published; three quarters of that is the note's planning value, which no kernel of this project has reached yet. The
+#: H100 has the same L2; the note has no value for the A100, which gathers from memory here.
 _L2_GATHER = 7.3e12
 #: Guesses: NVLink and network at 0.8; 400 Gb/s of network for every GPU; 0.9 of a GPU's memory for the job.
 _LINK, _NETWORK, _USABLE = 0.8, 50e9, 0.9
 
 
-def _gpu(name: str) -> Machine:
+def _gpu(name: str) -> MachineModel:
     low, single, memory_rate, memory, link = _SHEETS[name]
     gather = memory_rate * _STREAM if name == "a100" else _L2_GATHER
-    return Machine(
+    return MachineModel(
         name=name,
         memory=memory,
         usable=_USABLE,
@@ -90,7 +90,7 @@ def _gpu(name: str) -> Machine:
             gather_back=gather,
             stream_back=memory_rate * _STREAM,
             stream=memory_rate * _STREAM,
-            source="vendor's figures times assumed efficiencies, nothing measured",
+            source="vendor data times assumed efficiencies, nothing measured",
         ),
         per_node=8,
         node_link=link * _LINK,
@@ -98,8 +98,8 @@ def _gpu(name: str) -> Machine:
     )
 
 
-#: Rates of benchmarks/kernels.md for one process with two threads, whose ranks would share the same two cores.
-_CPU = Machine(
+#: Rates of benchmarks/kernels.md for one process with two threads; several ranks would share these two cores.
+_CPU = MachineModel(
     name="cpu",
     memory=24e9,
     usable=0.9,
@@ -129,7 +129,7 @@ class StepTime(Sum):
         decode: gather of the active features' rows, and the residuals.
         decoder_gradients: gather, weights read, gradients written.
         encoder_gradients: the same of the encoders.
-        auxk: all of these for AuxK; its decoder gradients are added to those of the loss, which costs three passes.
+        auxk: all of these for AuxK; accumulating its decoder gradients costs three passes.
         optimizer: clipping and Adam; 1/data of it under ZeRO.
         model_axis: codes and their gradients.
         data_axis: gradients, and weights under ZeRO.
@@ -145,12 +145,12 @@ class StepTime(Sum):
     data_axis: float
 
 
-def step_time(job: Job, machine: Machine) -> StepTime:
-    """Projected seconds of a step: those of the rank with most to do.
+def step_time(job: Job, machine: MachineModel) -> StepTime:
+    """Projected seconds of a step: those of the slowest rank.
 
     Args:
         job: the job.
-        machine: where it runs, one device per rank.
+        machine: the machine, one device per rank.
 
     Returns:
         The seconds.
@@ -159,13 +159,13 @@ def step_time(job: Job, machine: Machine) -> StepTime:
     return max((_rank_time(job, share, machine, moved) for share in job.shares()), key=lambda time: time.total)
 
 
-def _rank_time(job: Job, share: LayerShare, machine: Machine, moved: StepTraffic) -> StepTime:
+def _rank_time(job: Job, share: LayerShare, machine: MachineModel, moved: StepTraffic) -> StepTime:
     kind, rates, mesh = job.numerics, machine.rates, job.mesh
     forward, backward, encoder_back, encode = _passes(job, share, rates, job.batch, job.architecture.k)
     auxk = sum(_passes(job, share, rates, job.auxk_batch, job.auxk_slots)) if job.auxk_batch else 0.0
     decoders = parameters(job.architecture, share).decoders
     if job.auxk_batch:
-        # Adding to a gradient that is there reads both and writes one; the pass itself counts the writing.
+        # Accumulating reads both gradients and writes one; the pass itself counts the write.
         auxk += 2 * decoders * kind.gradient / rates.stream
     own = parameters(job.architecture, share).total / (mesh.data if mesh.zero else 1)
     skip = 4.0 * job.batch * parameters(job.architecture, share).skip
@@ -187,7 +187,7 @@ def _passes(job: Job, share: LayerShare, rates: Rates, tokens: int, slots: int) 
     architecture, size, columns = job.architecture, job.numerics.weight, width(job.architecture, share)
     n_sources, n_pairs = len(share.sources), pairs(architecture, share.targets)
     rows, matrix = tokens * slots * columns * size, architecture.n_features * columns * size
-    # Where k is a large share of F, products over all features are faster, and the kernels take them.
+    # Where k is a large share of F, dense products are faster, and the kernels use them.
     product = 2.0 * tokens * architecture.n_features * columns / _product(job, rates)
     residuals = 2 * len(share.targets) * tokens * columns * size / rates.stream
     forward = n_pairs * min(rows / rates.gather, product) + residuals
@@ -209,6 +209,6 @@ def _product(job: Job, rates: Rates) -> float:
     return rates.product_float32 if job.numerics.weight == 4 else rates.product_low
 
 
-def _link(machine: Machine, ranks: int) -> float:
+def _link(machine: MachineModel, ranks: int) -> float:
     """Bytes/s between ranks: neighbouring ranks share a node, so a group of more than a node uses the network."""
     return machine.node_link if ranks <= machine.per_node else machine.network

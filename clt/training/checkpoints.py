@@ -1,19 +1,8 @@
-"""Checkpoints of a training job: atomic, one set of files per layer, so that any mesh can resume them.
+"""Checkpoints of a training job: written atomically, one set of files per layer, so that any mesh can resume them.
 
-OUTPUT/latest                       name of the newest good checkpoint
-OUTPUT/step_00000500/
-    layer_00.safetensors ...        weights; with the next two, what `CrossLayerTranscoder.from_pretrained` reads
-    scaling.safetensors
-    transcoder.json
-    optimizer_00.safetensors ...    Adam's state of the same tensors, and tokens since each feature fired
-    average_00.safetensors ...      running mean of the weights, with optimizer.ema_decay; for `from_pretrained` too
-    progress.json                   steps, tokens, place in the store
-    config.yaml                     the resolved `TrainConfig`
-    manifest.json                   size and CRC-32C of every other file; written last
-
-A checkpoint is written under a temporary name and renamed when it is complete, then `latest` is replaced: a job killed
-at any moment leaves good checkpoints and temporary names only. Training draws no random numbers after the initial
-weights, so there is no generator state to keep. All ranks need the same file system.
+docs/training.md lists the files. A checkpoint is written under a temporary name and renamed when complete, then
+`latest` is replaced: a job killed at any moment leaves only good checkpoints and temporary names. Training draws no
+random numbers after the initial weights, so that no generator state is saved. All ranks need a common file system.
 """
 
 from __future__ import annotations
@@ -67,21 +56,21 @@ CONFIG_FILE = "config.yaml"
 FIRING_KEY = "tokens_since_fired"
 STEP_PATTERN = "step_*"
 
-#: Keys of a job that may change when it is resumed; the store is compared by its id.
+#: Keys that may change when a job is resumed; the store is compared by its id.
 MAY_CHANGE = ("store", "output", "mesh", "kernels", "evaluation", "log_every", "checkpoint_every", "keep_checkpoints")
 
 
 @dataclass(frozen=True, kw_only=True)
 class Progress:
-    """How far a job is.
+    """Progress of a job.
 
     Attributes:
         step: steps done, skipped ones included.
         tokens: tokens seen, over all ranks.
-        adam_steps: steps that the optimizer took.
+        adam_steps: optimizer steps taken.
         skipped_steps: steps not taken because loss or gradients were not finite.
-        skipped_in_a_row: how many of them came last.
-        batches: place in the store, from the batch source's `state_dict`; plain values.
+        skipped_in_a_row: how many of them came last, consecutively.
+        batches: position in the store, from the batch source's `state_dict`; plain values.
     """
 
     step: int = 0
@@ -98,10 +87,10 @@ class Checkpoints:
     Args:
         config: the job.
         transcoder: this rank's share, as trained.
-        engine: holds its optimizer.
+        engine: with its optimizer.
         tracker: tokens since each feature of the own sources fired.
         mesh: the processes.
-        average: running mean of the weights, if one is kept.
+        average: EMA weights, if kept.
     """
 
     def __init__(
@@ -125,7 +114,7 @@ class Checkpoints:
         """Writes a checkpoint and removes the oldest beyond `keep_checkpoints`; all ranks must call it.
 
         Args:
-            progress: how far the job is.
+            progress: of the job.
 
         Returns:
             Its folder.
@@ -152,7 +141,7 @@ class Checkpoints:
                     prune(output, STEP_PATTERN, self._config.keep_checkpoints)
         except CheckpointError as error:
             if self._mesh.is_first:
-                # On a full disk, half a checkpoint would only be in the way.
+                # On a full disk, an incomplete checkpoint would only take space.
                 shutil.rmtree(temporary, ignore_errors=True)
             raise CheckpointError(f"{error}; {self._last_good()}") from None
         return output / name
@@ -167,10 +156,10 @@ class Checkpoints:
         """Restores weights, optimizer and counters from the newest checkpoint of the output folder.
 
         Returns:
-            How far that job was, or None when there is no checkpoint; all ranks must call it.
+            Progress of that job, or None when there is no checkpoint; all ranks must call it.
 
         Raises:
-            CheckpointError: the checkpoint is damaged, or of another job; names the file and key.
+            CheckpointError: the checkpoint is damaged, or belongs to another job; names the file and key.
         """
         progress = None
         with self._mesh.together(CheckpointError):
@@ -178,12 +167,12 @@ class Checkpoints:
             if folder is not None:
                 progress = self._restore(folder)
                 if self._mesh.is_first:
-                    # A run killed after its last checkpoint was named has left this to do, and nobody else would.
+                    # A run killed after it named its last checkpoint has not pruned the old ones.
                     prune(self._config.output, STEP_PATTERN, self._config.keep_checkpoints)
         return progress
 
     def _write_layers(self, folder: Path) -> CheckpointError | None:
-        """Writes the layers of this layer rank; all ranks take part even after a failure, which it returns."""
+        """Writes the layers of this layer rank and returns its first failure; all ranks take part even after one."""
         failure = None
         checksums: Checksums = {}
         for row, layer in enumerate(self._layers):
@@ -200,7 +189,7 @@ class Checkpoints:
         return failure
 
     def _files_of(self, layer: int) -> Iterator[tuple[str, dict[str, Tensor]]]:
-        """Names and tensors of a layer's files, one after the other: as far as they are owned here."""
+        """Names and tensors of a layer's files, as far as they are owned here."""
         parameters = layer_tensors(self._transcoder, layer)
         buffers = layer_buffers(self._transcoder, layer)
         yield layer_file(layer), {key: self._engine.weights(p) for key, p in parameters.items()} | buffers
@@ -259,9 +248,9 @@ class Checkpoints:
         return {FIRING_KEY: self._tracker.silent_LF[sources.index(layer)]} if layer in sources else {}
 
     def _check_same_job(self, folder: Path) -> None:
-        """CheckpointError naming the first key in which the checkpoint's job is not this one."""
+        """Raises CheckpointError naming the first key in which the checkpoint's job differs from this one."""
         saved_card, own_card = json.loads((folder / CARD_FILE).read_text(encoding="utf-8")), card(self._transcoder)
-        # Read and written again: settings that a checkpoint of an earlier version lacks have their defaults.
+        # Parsed and dumped again: settings that a checkpoint of an earlier version lacks have their defaults.
         saved_card["config"] = config_to_tree(read_card(folder / CARD_FILE)[0])
         for key in ("store", "model", "config"):
             _compare(folder / CARD_FILE, key, saved_card.get(key), own_card[key])
@@ -277,7 +266,7 @@ def step_folder(step: int) -> str:
 
 
 def optimizer_file(layer: int) -> str:
-    """Name of the file with the optimizer's state of one layer."""
+    """Name of the file with the optimizer state of one layer."""
     return f"optimizer_{layer:02d}.safetensors"
 
 

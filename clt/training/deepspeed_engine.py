@@ -1,9 +1,8 @@
-"""DeepSpeed behind one small interface: data-parallel optimisation of one rank's share of the layers.
+"""DeepSpeed engine: data-parallel optimisation of one rank's share of the layers.
 
 The only module that imports deepspeed. ZeRO 0, 1 and 2 run over the data axis of a `clt.distributed.mesh.Mesh`, which
-DeepSpeed knows as its `mpu`. What DeepSpeed 0.19 leaves open is settled here, alike for every stage: whether a step is
-finite is decided by all ranks before the optimizer moves, the gradient norm is global, and Adam's state exists from the
-start so that it can be restored.
+is DeepSpeed's `mpu`. For every stage alike, all ranks decide whether a step is finite before the optimizer steps, the
+gradient norm is global, and Adam's state exists from the start so that it can be restored.
 """
 
 from __future__ import annotations
@@ -24,8 +23,8 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
-# Its functions keep the world of the moment as default of an argument. Left to PyTorch, which needs it for the first
-# kernel, the import would fall into the job, and its world would stay (see `_leave`).
+# Its functions keep the current process group as default of an argument. PyTorch would import it for the first kernel,
+# during the job, whose process group would then stay alive (see `_leave`).
 import torch.distributed.nn
 from torch import Tensor, nn
 
@@ -41,25 +40,24 @@ from clt.training.settings import MeshSettings, OptimizerSettings
 _MOMENTS = (FIRST_MOMENT, SECOND_MOMENT)
 _LARGEST_BUCKET = 500_000_000
 _PATIENCE_SECONDS = MeshSettings().timeout_seconds
-#: DeepSpeed's engines in this process. Hooks of their gradients keep them, in cycles that Python does not see.
+#: DeepSpeed engines of this process. Hooks of their gradients keep them alive, in cycles that Python does not see.
 _engines: weakref.WeakSet[Any] = weakref.WeakSet()
 
 # For `_leave`: the last cycles that hold a process group.
 atexit.register(gc.collect)
 
-# DeepSpeed 0.19 calls a collective that torch 2.13 has renamed; users of this project cannot change that.
+# DeepSpeed 0.19 calls a collective that torch 2.13 has renamed.
 warnings.filterwarnings("ignore", message=r".*all_gather_into_tensor. is deprecated", category=FutureWarning)
 
 
 @contextmanager
 def joined_job(timeout_seconds: float = _PATIENCE_SECONDS, control: JobControl | None = None) -> Iterator[None]:
-    """Joins the processes that torchrun started, or makes a job of this process alone; leaves it at the end.
+    """Joins the processes that torchrun started, or makes a job of this process alone; leaves it after the block.
 
     Args:
-        timeout_seconds: how long a rank may let the others wait.
+        timeout_seconds: longest wait for another rank.
         control: with it, a rank that is lost, hangs or fails ends the job with one line that names it
-        (`clt.distributed.watchdog`);
-            the caller raises `control.progress` at least once within the timeout.
+            (`clt.distributed.watchdog`); the caller increments `control.progress` at least once within the timeout.
     """
     deepspeed = _deepspeed()
     backend = "cpu:gloo,cuda:nccl" if torch.cuda.is_available() else "gloo"
@@ -77,11 +75,11 @@ def joined_job(timeout_seconds: float = _PATIENCE_SECONDS, control: JobControl |
 
 
 def _leave(deepspeed: ModuleType) -> None:
-    """Ends DeepSpeed's engines and the process groups, so that none outlives the interpreter.
+    """Destroys DeepSpeed's engines and the process groups, so that none outlives the interpreter.
 
-    Gloo's threads let go of a tensor under the interpreter's lock. One that is being torn down ends threads that wait
-    for it, and that aborts the process (exit code 134) after a job that was complete. A group waits for its threads
-    when the last reference goes: after this only frames and cycles hold one, and at exit there are no frames.
+    Gloo's threads release tensors under the interpreter's lock. An interpreter that is shutting down ends threads that
+    wait for the lock, which aborts the process (exit code 134) after a complete job. A group joins its threads when its
+    last reference goes: after this only frames and cycles hold one, and at exit there are no frames.
     """
     while _engines:
         _engines.pop().destroy()
@@ -99,9 +97,8 @@ class DeepSpeedEngine:
     """Forward, backward and Adam steps of one rank's module: a `clt.training.engine.Engine`.
 
     Args:
-        module: `clt.training.objective.Objective`; the loss is the sum of what it returns over the model group,
-        averaged over
-            the data axis.
+        module: `clt.training.objective.Objective`; the loss is the sum of its outputs over the model group, averaged
+            over the data axis.
         mesh: the processes.
         settings: Adam, clipping, and whether weights are bfloat16 beside float32 copies.
         zero_stage: 0, 1 or 2; 0 only without such copies.
@@ -143,14 +140,14 @@ class DeepSpeedEngine:
     def train_step(
         self, parts: Iterable[StepInputs], learning_rate: float, stop: bool
     ) -> tuple[StepCheck, Observations]:
-        """As `clt.training.engine.Engine.train_step`: finite are the loss and all gradients."""
+        """See `clt.training.engine.Engine.train_step`; the loss and all gradients are checked for NaN/inf."""
         losses, seen = [], []
         for number, inputs in enumerate(parts, start=1):
             loss, observed = self._engine(*inputs)
             with phase("backward"):
                 self._engine.backward(loss)
             if number < self._micro_batches:
-                # Between micro-batches only counts.
+                # Between micro-batches this only counts.
                 self._engine.step()
             if number == self._micro_batches or self._stage == 2:
                 # DeepSpeed starts its collectives itself, so they are counted here. ZeRO-2 keeps no whole gradients.
@@ -170,33 +167,33 @@ class DeepSpeedEngine:
         return check, Observations.mean(seen)
 
     def _check(self, loss: Tensor, stop: bool) -> StepCheck:
-        """Asks all ranks, after the backward pass, whether the step may be taken; one all-reduce, one host sync."""
+        """Agreement of all ranks, after the backward pass, on whether the step is finite."""
         norms = torch.stack([torch.linalg.vector_norm(gradient.float()) for gradient in self._gradients()]).double()
         # ZeRO-1 and 2 split the gradients over the data axis; without ZeRO every replica holds all of them.
         copies = self._mesh.data_size if self._stage == 0 else 1
         return agree(self._mesh, loss, norms.square().sum() / copies, stop)
 
     def _discard(self) -> None:
-        """Forgets the gradients; weights and moments stay as they are."""
+        """Drops the gradients without changing weights and moments."""
         if self._stage == 0:
             self._engine.zero_grad()
-            # DeepSpeed counts micro-batches where it takes a step, to know which one completes the next.
+            # DeepSpeed counts micro-batches in `step`, to know which one completes the next step.
             self._engine.micro_steps += 1
             return
-        # DeepSpeed's own way to drop reduced gradients and reset its buffers is a step it finds to be not finite.
+        # DeepSpeed drops reduced gradients and resets its buffers in a step that is not finite.
         for gradient in self._gradients():
             gradient.fill_(math.nan)
         self._engine.step()
 
     def weights(self, parameter: Tensor) -> Tensor:
-        """As `clt.training.engine.Engine.weights`: the float32 copy of a bfloat16 parameter."""
+        """See `clt.training.engine.Engine.weights`: the float32 copy of a bfloat16 parameter."""
         if self._stage == 0:
             return parameter.detach()
         whole: Tensor = self._deepspeed.utils.safe_get_full_fp32_param(parameter)
         return whole.view_as(parameter)
 
     def optimizer_state(self, parameter: Tensor) -> Mapping[str, Tensor]:
-        """As `clt.training.engine.Engine.optimizer_state`."""
+        """See `clt.training.engine.Engine.optimizer_state`."""
         if self._stage == 0:
             return {key: self._adam.state[parameter][key] for key in _MOMENTS}
         read = self._deepspeed.utils.safe_get_full_optimizer_state
@@ -204,7 +201,7 @@ class DeepSpeedEngine:
 
     @torch.no_grad()
     def restore(self, parameter: Tensor, weights: Tensor, state: Mapping[str, Tensor]) -> None:
-        """As `clt.training.engine.Engine.restore`."""
+        """See `clt.training.engine.Engine.restore`."""
         parameter.copy_(weights)
         if self._stage == 0:
             for key in _MOMENTS:
@@ -225,13 +222,13 @@ class DeepSpeedEngine:
             state["step"].fill_(steps)
 
     def _gradients(self) -> list[Tensor]:
-        """Reduced gradients that this rank would step with."""
+        """Reduced gradients of this rank's optimizer step."""
         if self._stage == 0:
             return [p.grad for p in self._engine.module.parameters() if p.grad is not None]
         return [gradient for group in self._engine.optimizer.averaged_gradients.values() for gradient in group]
 
     def _create_state(self) -> None:
-        """Adam's state before the first step: DeepSpeed cannot set what does not exist, nor reach `step`."""
+        """Creates Adam's state before the first step: DeepSpeed cannot restore a state that does not exist."""
         for group in self._adam.param_groups:
             for p in group["params"]:
                 self._adam.state[p] = {"step": torch.zeros((), dtype=torch.float32, device=p.device)}
@@ -241,16 +238,19 @@ class DeepSpeedEngine:
 
 
 def agree(mesh: Mesh, loss: Tensor, gradient_square: Tensor, stop: bool) -> StepCheck:
-    """What all ranks together make of a step; one all-reduce, one host sync.
+    """Agreement of all ranks on a step: one all-reduce, one host sync.
 
     Args:
         mesh: the processes.
-        loss: this rank's share.
-        gradient_square: this rank's share of the squared gradient norm.
-        stop: whether this rank has been told to stop.
+        loss: scalar, this rank's share.
+        gradient_square: scalar, this rank's share of the squared gradient norm.
+        stop: whether a stop was requested on this rank.
+
+    Returns:
+        Loss, gradient norm, whether both are finite, and whether any rank requested a stop.
     """
-    told = gradient_square.new_full((), float(stop))
-    sums = torch.stack([loss.detach().double() / mesh.data_size, gradient_square.double(), told.double()])
+    requested = gradient_square.new_full((), float(stop))
+    sums = torch.stack([loss.detach().double() / mesh.data_size, gradient_square.double(), requested.double()])
     total_loss, square, stops = mesh.all_reduce(sums, "world").tolist()
     finite = math.isfinite(total_loss) and math.isfinite(square)
     norm = math.sqrt(square) if finite else math.inf
@@ -260,11 +260,11 @@ def agree(mesh: Mesh, loss: Tensor, gradient_square: Tensor, stop: bool) -> Step
 def deepspeed_config(
     n_parameters: int, settings: OptimizerSettings, zero_stage: int, micro_batches: int = 1
 ) -> dict[str, Any]:
-    """DeepSpeed's configuration, derived from ours.
+    """DeepSpeed's configuration.
 
     Args:
         n_parameters: parameters of this rank.
-        settings: Adam, clipping, type of the weights.
+        settings: Adam, clipping, dtype of the weights.
         zero_stage: 0, 1 or 2.
         micro_batches: of a step.
 
@@ -273,7 +273,7 @@ def deepspeed_config(
     """
     bucket = min(n_parameters, _LARGEST_BUCKET)
     return {
-        # Batches are ours: DeepSpeed only needs consistent numbers.
+        # DeepSpeed does not see batches, and only needs consistent numbers.
         "train_micro_batch_size_per_gpu": 1,
         "gradient_accumulation_steps": micro_batches,
         "steps_per_print": sys.maxsize,
@@ -294,7 +294,7 @@ def deepspeed_config(
 
 
 def _deepspeed() -> ModuleType:
-    """The deepspeed module, told which device to use and not to compile a shared-memory op at run time."""
+    """The deepspeed module, set to this device and not to compile a shared-memory op at run time."""
     os.environ.setdefault("DS_ACCELERATOR", "cuda" if torch.cuda.is_available() else "cpu")
     import deepspeed
     from deepspeed.ops import __compatible_ops__ as compatible

@@ -1,4 +1,4 @@
-"""A step of training as trainer and engines see it: what goes in, what comes out, what an engine can do."""
+"""Interface between trainer and engines: inputs and result of a training step, and the `Engine` protocol."""
 
 from __future__ import annotations
 
@@ -27,13 +27,14 @@ class StepInputs(NamedTuple):
 
 @dataclass(frozen=True, kw_only=True)
 class StepCheck:
-    """What all ranks know of a step before the optimizer moves.
+    """Result of a step that all ranks agree on before the optimizer steps.
 
     Attributes:
-        finite: what was looked at is finite on every rank.
+        finite: whether everything checked is finite on every rank.
         loss: the loss over all tokens and targets.
-        gradient_norm: global norm before clipping; infinite if not finite, NaN where gradients are never there at once.
-        stop: a rank has been told to stop.
+        gradient_norm: global norm before clipping; infinite if not finite, NaN for an engine that never has all
+            gradients at once.
+        stop: whether a stop was requested on any rank.
     """
 
     finite: bool
@@ -51,25 +52,30 @@ class Engine(Protocol):
     def train_step(
         self, parts: Iterable[StepInputs], learning_rate: float, stop: bool
     ) -> tuple[StepCheck, Observations]:
-        """One step on a batch, taken if all ranks find it finite, else by none; all ranks call it together.
+        """One step on a batch, taken on all ranks if it is finite on all, else on none; all ranks call it together.
 
         Args:
             parts: the micro-batches, of equally many tokens.
             learning_rate: of this step.
-            stop: whether this rank has been told to stop.
+            stop: whether a stop was requested on this rank.
 
         Returns:
-            What the ranks agreed on, and what was seen on this rank's tokens.
+            What the ranks agreed on, and the metrics of this rank's tokens.
         """
 
     def weights(self, parameter: Tensor) -> Tensor:
-        """A parameter with all the digits that training keeps of it; all ranks of the data axis call it."""
+        """A parameter in the full precision that training keeps; all ranks of the data axis call it."""
 
     def optimizer_state(self, parameter: Tensor) -> Mapping[str, Tensor]:
         """Adam's state of a parameter by name, moments in float32; all ranks of the data axis call it."""
 
     def restore(self, parameter: Tensor, weights: Tensor, state: Mapping[str, Tensor]) -> None:
-        """Sets a parameter and its state to what `weights` and `optimizer_state` gave, bit for bit.
+        """Sets a parameter and its state to results of `weights` and `optimizer_state`, bit for bit.
+
+        Args:
+            parameter: of this rank's share.
+            weights: from `weights`.
+            state: from `optimizer_state`.
 
         Raises:
             KeyError: the state lacks an entry.

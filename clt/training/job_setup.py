@@ -1,4 +1,4 @@
-"""A training job put together from its settings: checks, kernels, engine."""
+"""Setup of a training job from its settings: checks, kernels, engine."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from clt.transcoder.model import CrossLayerTranscoder
 
 
 def make_engine(config: TrainConfig, objective: Objective, mesh: Mesh) -> Engine:
-    """The engine that the job's optimizer asks for.
+    """The engine of the job's optimizer.
 
     Args:
         config: the job, checked by `check_job`.
@@ -31,15 +31,15 @@ def make_engine(config: TrainConfig, objective: Objective, mesh: Mesh) -> Engine
 
 
 def weight_dtype(config: TrainConfig) -> torch.dtype:
-    """In which dtype the kernels read the weights."""
+    """Dtype in which the kernels read the weights."""
     return torch.float32 if config.optimizer.weights == "float32" else torch.bfloat16
 
 
 def choose_kernels(config: TrainConfig, transcoder: CrossLayerTranscoder) -> None:
-    """Makes the process use the kernels that the job names.
+    """Selects the kernels that the job names for this process.
 
     Raises:
-        ConfigError: they cannot run on the transcoder.
+        ConfigError: they cannot run on the transcoder's device.
     """
     try:
         ops.use_backend(config.kernels)
@@ -49,12 +49,15 @@ def choose_kernels(config: TrainConfig, transcoder: CrossLayerTranscoder) -> Non
 
 
 def check_job(config: TrainConfig, architecture: CLTConfig, data_size: int) -> None:
-    """ConfigError naming the key unless the settings fit each other and the data axis.
+    """Checks that the settings fit each other and the data axis.
 
     Args:
         config: the job.
         architecture: its architecture.
-        data_size: replicas on the data axis.
+        data_size: data-parallel replicas.
+
+    Raises:
+        ConfigError: they do not; names the key.
     """
     data = config.data
     if data.batch_tokens % (data_size * data.micro_batches):
@@ -67,29 +70,31 @@ def check_job(config: TrainConfig, architecture: CLTConfig, data_size: int) -> N
     if config.optimizer.kind == "row_adam":
         _check_row_adam(config, architecture, data_size)
     elif config.optimizer.weights == "bfloat16_master" and config.mesh.zero_stage == 0:
-        raise ConfigError("mesh.zero_stage=0 keeps no float32 copies; set 1 or 2, or optimizer.weights=float32")
+        raise ConfigError(
+            "mesh.zero_stage=0 does not support optimizer.weights=bfloat16_master; set 1 or 2, or "
+            "optimizer.weights=float32"
+        )
 
 
 def _check_row_adam(config: TrainConfig, architecture: CLTConfig, data_size: int) -> None:
     key = "optimizer.kind=row_adam"
     if data_size > 1:
         raise ConfigError(
-            f"{key} moves weights before replicas could agree on gradients, and there are {data_size} replicas; raise "
-            "mesh.layer or mesh.column, or set optimizer.kind=adam"
+            f"{key} does not support data parallelism ({data_size} replicas requested); raise mesh.layer or "
+            "mesh.column, or set optimizer.kind=adam"
         )
     if config.mesh.zero_stage:
-        raise ConfigError(f"mesh.zero_stage={config.mesh.zero_stage} does not go with {key}; remove it")
+        raise ConfigError(f"mesh.zero_stage={config.mesh.zero_stage} is not supported with {key}; remove it")
     if config.data.micro_batches > 1:
         raise ConfigError(
-            f"data.micro_batches={config.data.micro_batches} does not go with {key}, which stores no gradients to add "
-            "to; set 1"
+            f"data.micro_batches={config.data.micro_batches} is not supported with {key}, which stores no gradients; "
+            "set 1"
         )
     for name, form in (("tied_decoders", architecture.tied_decoders), ("independent", architecture.independent)):
         if form is not None:
-            raise ConfigError(f"clt.{name}={form} does not go with {key}; set optimizer.kind=adam")
+            raise ConfigError(f"clt.{name}={form} is not supported with {key}; set optimizer.kind=adam")
     if architecture.sparsity.has_penalty:
         raise ConfigError(
-            f"clt.sparsity.kind={architecture.sparsity.kind} does not go with {key}: its penalty moves all decoder "
-            "rows; set "
-            "optimizer.kind=adam"
+            f"clt.sparsity.kind={architecture.sparsity.kind} is not supported with {key}: its penalty has "
+            "gradients for all decoder rows; set optimizer.kind=adam"
         )

@@ -1,15 +1,13 @@
-"""The training loss, in standardised units: squared error of every target plus what keeps features alive.
+"""Training loss, in standardised units: squared error of every target plus two terms for dead features.
 
-The squared error is divided by the store's variance, a constant (1 in standardised units), not by the batch's: so it is
-a plain mean over tokens and the same on any number of ranks. Weights of tokens are divided by their mean over the
-store, a constant too, not by the batch's.
+The squared error is divided by the store's variance (1 in standardised units) and token weights by their mean over the
+store, both constants, so that the loss is a mean over tokens on any number of ranks.
 
-Dead features get two terms. AuxK (Gao et al. 2024, "Scaling and evaluating sparse autoencoders", section A.2), carried
-over to cross-layer decoders: the dead features of all layers reconstruct what the live ones miss in every target. That
-teaches them something useful, but the residual is small, so their activations stay below the K-th of the live ones and
-they remain unselected. The revival term raises the activations that AuxK selected until they win a place; it ends for a
-feature when the feature fires (a pre-activation loss in the manner of Conerly et al. 2025, "Dictionary learning
-optimization techniques", restricted to the slots where the feature fits best).
+AuxK (Gao et al. 2024, "Scaling and evaluating sparse autoencoders", section A.2), extended to cross-layer decoders: the
+dead features of all layers reconstruct what the live ones miss in every target. The residual is small, so its gradient
+is too small for dead features to re-enter the top k. The revival term raises the activations that AuxK selected until
+the feature fires (a pre-activation loss in the manner of Conerly et al. 2025, "Dictionary learning optimization
+techniques", restricted to the slots where the feature fits best).
 """
 
 from __future__ import annotations
@@ -34,7 +32,7 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True, kw_only=True)
 class LossTerms:
-    """What one rank's tokens and targets contribute.
+    """Loss terms of one rank's tokens and targets.
 
     Attributes:
         total: scalar to differentiate: this rank's share of the loss; the sum over the model group is the loss.
@@ -51,17 +49,17 @@ class LossTerms:
 
 
 def modality_weights(settings: TokenWeights, counts: Sequence[int]) -> Tensor | None:
-    """What a token of each modality counts in the loss: its weight over the mean weight of all tokens that train.
+    """Weight of a token of each modality in the loss: its setting over the mean over all tokens that train.
 
     Args:
         settings: the weights.
-        counts: tokens that train by modality, in the order of `Modality`; those beyond have none.
+        counts: tokens that train, by modality in the order of `Modality`.
 
     Returns:
-        [G] float64, mean 1 over the tokens; None if all modalities weigh the same.
+        [G] float64, mean 1 over the tokens; None if all weights are equal.
 
     Raises:
-        ConfigError: no token that trains has a weight.
+        ConfigError: all tokens that train have weight 0.
     """
     weights = (settings.text, settings.image, settings.image_special, settings.bos)
     if len(set(weights)) == 1:
@@ -70,7 +68,7 @@ def modality_weights(settings: TokenWeights, counts: Sequence[int]) -> Tensor | 
     if sum(sums) == 0:
         some = " and ".join(Modality(number).name.lower() for number, count in enumerate(counts) if count)
         raise ConfigError(
-            f"data.token_weights: the tokens that pass the filter ({some or 'none'}) have weight 0; give them a weight"
+            f"data.token_weights: the tokens that pass the filter ({some or 'none'}) have weight 0; raise it"
         )
     return torch.tensor(weights, dtype=torch.float64) * sum(counts) / sum(sums)
 
@@ -87,8 +85,7 @@ def encode_dead(
         k: slots per token and layer.
 
     Yields:
-        values [B,K] and indices [B,K] int32 of each source owned here; a layer without dead features has empty slots
-        only.
+        values [B,K] and indices [B,K] int32 of each own source; all slots of a layer without dead features are empty.
     """
     for row, layer in enumerate(transcoder.share.sources):
         exclude_F = torch.zeros_like(transcoder.encoder_bias(layer)).masked_fill(~dead_LF[row], -torch.inf)
@@ -114,9 +111,9 @@ def auxk_error(
         values_SBK: [S,B,K] activations of the dead features of this target's sources.
         indices_SBK: [S,B,K] int32 feature numbers.
         missed: [B,D_own] standardised y - yhat of the same tokens, [S,B,D_own] of independent sources; a constant.
-        csr: grouping of these S layers, which the backward pass else builds itself.
+        csr: grouping of these S layers by feature; None: the backward pass builds it.
         weights_B: [B] weight of each token; None for 1/B.
-        shared: decoders that belong to sources, if there are any that are not owned here.
+        shared: decoders that belong to sources, if some are not owned here.
 
     Returns:
         error [], weighted sum over tokens of the mean over all D channels as far as columns are owned here, and the
@@ -130,7 +127,7 @@ def auxk_error(
 
 
 def revival(codes: SparseCodes, n_sources: int, weights_B: Tensor | None = None) -> Tensor:
-    """Negative mean activation of the dead features that AuxK selected: falls as they rise.
+    """Negative mean activation of the dead features that AuxK selected.
 
     Args:
         codes: dead features' codes of the sources owned here, [L_own,B,K].

@@ -1,10 +1,9 @@
-"""What training reports: averages over the steps since the last report, to TensorBoard and to `metrics.jsonl`.
+"""Metrics of training: averages over the steps since the last report, for TensorBoard and `metrics.jsonl`.
 
 `fvu` of a target is its squared error over the store's variance, averaged over the tokens of the window with the
-weights of `data.token_weights`: the loss itself, not the held-out measure of `clt.evaluation.evaluator`, which
-knows no weights. `l0` counts active features per token and source layer.
-`dead_fraction` is the share of features that have not fired in the training window of `auxk.dead_after_tokens`.
-The only module that imports tensorboard.
+weights of `data.token_weights`: the loss itself, unlike the unweighted held-out measure of `clt.evaluation.evaluator`.
+`l0` counts active features per token and source layer. `dead_fraction` is the share of features that have not fired in
+the last `auxk.dead_after_tokens` tokens. The only module that imports tensorboard.
 """
 
 from __future__ import annotations
@@ -30,13 +29,15 @@ from clt.transcoder.architecture import CLTConfig
 from clt.transcoder.layers import LayerShare, source_layers, target_layers
 
 TENSORBOARD_FOLDER = "tensorboard"
-#: Tags of the bytes that the reporting rank sends, one for each axis of the mesh on which it sends any.
+#: Prefix of the TensorBoard tags of training, beside `heldout/` and `replacement/` of evaluations.
+TRAIN_TAG = "train"
+#: Name of the bytes that the reporting rank sends, one tag for each axis of the mesh on which it sends any.
 BYTES_PER_STEP = "bytes_per_step"
 
 
 @dataclass(frozen=True, kw_only=True)
 class Observations:
-    """What one step tells about this rank's layers, on its tokens; nothing here carries a gradient.
+    """Metrics of one step for this rank's layers and tokens; detached.
 
     Attributes:
         error_M: [M_own] squared error per target over the store's variance.
@@ -56,7 +57,7 @@ class Observations:
 
     @classmethod
     def mean(cls, parts: Sequence[Observations]) -> Observations:
-        """What a step tells that was done in micro-batches of equally many tokens."""
+        """Metrics of a step taken in micro-batches of equally many tokens."""
         if len(parts) == 1:
             return parts[0]
         means = {
@@ -68,7 +69,7 @@ class Observations:
 
 @dataclass(frozen=True, kw_only=True)
 class WindowAverages:
-    """Averages over the steps taken since the last report; without any, all but the dead fraction are NaN.
+    """Averages over the steps taken since the last report; without steps, all but the dead fraction are NaN.
 
     Attributes:
         loss: mean over targets of fvu, plus the weighted terms of dead features and of the penalty.
@@ -78,8 +79,8 @@ class WindowAverages:
         fvu: by target layer.
         l0: by source layer.
         dead_fraction: by source layer, at the end of the window.
-        tokens_per_second: over all ranks; skipped steps count too.
-        bytes_per_step: sent by this rank in a step, by axis of the mesh; skipped steps count too.
+        tokens_per_second: over all ranks, skipped steps included.
+        bytes_per_step: sent by this rank per step, by axis of the mesh, skipped steps included.
     """
 
     loss: float
@@ -116,7 +117,7 @@ class TrainingMetrics:
     skipped_steps: int
 
     def scalars(self) -> dict[str, float]:
-        """Every finite number by its TensorBoard tag; layers have their own tags beside the mean."""
+        """Every finite number by name: its key in `metrics.jsonl`, and its TensorBoard tag after `train/`."""
         seen = self.averages
         tags: dict[str, float] = {
             "tokens": self.tokens,
@@ -164,7 +165,7 @@ class MetricsWindow:
         self._steps += 1
 
     def leave_out(self, seconds: float) -> None:
-        """Time that was not training, and does not count in `tokens_per_second`."""
+        """Leaves out time without training from `tokens_per_second`."""
         self._start += seconds
 
     def add_tokens(self, tokens: int) -> None:
@@ -176,7 +177,7 @@ class MetricsWindow:
         self._traffic.append(sent)
 
     def close(self, dead_L: Tensor, mesh: Mesh) -> WindowAverages:
-        """Averages over the window and all ranks, which must all call it; a new window starts.
+        """Averages over the window and all ranks, which must all call it; starts a new window.
 
         Args:
             dead_L: [L_own] share of dead features of every source of this rank.
@@ -207,7 +208,7 @@ class MetricsWriter:
     """Writes reports of the job's first rank to a folder.
 
     Args:
-        folder: the job's output; reports of steps after `resume_step`, which a killed run left, are removed.
+        folder: the job's output; reports that a killed run left of steps after `resume_step` are removed.
         resume_step: steps done when writing starts.
     """
 
@@ -226,10 +227,10 @@ class MetricsWriter:
         self._lines.write(json.dumps({"step": metrics.step, **scalars}) + "\n")
         self._lines.flush()
         for tag, value in scalars.items():
-            self._board.add_scalar(tag, value, metrics.step)
+            self._board.add_scalar(f"{TRAIN_TAG}/{tag}", value, metrics.step)
 
     def write_evaluation(self, step: int, evaluation: Evaluation) -> None:
-        """Appends what an evaluation found, as a report of its own.
+        """Appends the results of an evaluation as a report of their own.
 
         Args:
             step: steps done.
@@ -277,7 +278,7 @@ class MetricsWriter:
 
 
 def _cut(path: Path, step: int) -> None:
-    """Removes reports of later steps, and a half written one."""
+    """Removes reports of later steps, and an incomplete one."""
     if not path.exists():
         return
     kept = [report for report in read_metrics(path) if report["step"] <= step]

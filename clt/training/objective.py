@@ -1,4 +1,4 @@
-"""One rank's forward pass in training: raw activations, codes, exchange, reconstructions, share of the loss."""
+"""Training objective of one rank: raw activations to codes, exchange, reconstructions and its share of the loss."""
 
 from __future__ import annotations
 
@@ -29,12 +29,12 @@ Decode = Callable[[int, int, Tensor, Tensor, ops.FeatureCSR | None], tuple[Tenso
 
 @dataclass(frozen=True, kw_only=True)
 class DeadPart:
-    """What the auxiliary loss leaves for a backward pass.
+    """Tensors of the auxiliary loss that a backward pass needs.
 
     Attributes:
         codes: of the dead features, from all ranks.
-        x_LBD: [L_own,B,D] encoder inputs of the tokens that it looks at.
-        residuals: [B,D_own] of every own target, what the dead features do not reconstruct of what is missed.
+        x_LBD: [L_own,B,D] encoder inputs of the tokens of the auxiliary loss.
+        residuals: [B,D_own] of every own target, dead features' reconstruction - missed output.
         weights_B: [B] of these tokens, None for 1/B.
     """
 
@@ -46,7 +46,7 @@ class DeadPart:
 
 @dataclass(frozen=True, kw_only=True)
 class ForwardPass:
-    """What a forward pass found, and leaves for a backward pass.
+    """Results of a forward pass, with the tensors that a backward pass needs.
 
     Attributes:
         x_LBD: [L_own,B,D] standardised encoder inputs.
@@ -67,10 +67,10 @@ class ForwardPass:
     terms: LossTerms
 
     def observations(self, penalty: Tensor | None = None) -> Observations:
-        """What is reported of it.
+        """Metrics of the forward pass.
 
         Args:
-            penalty: this rank's share of the sparsity penalty, if the rule has one.
+            penalty: scalar, this rank's share of the sparsity penalty, if the rule has one.
         """
         own = self.codes.own
         return Observations(
@@ -88,14 +88,14 @@ class Objective(nn.Module):
 
     Args:
         transcoder: this rank's share.
-        exchange: brings the codes of all layers.
+        exchange: gathers the codes of all layers.
         settings: auxiliary loss.
 
     Attributes:
         transcoder: this rank's share.
         settings: auxiliary loss.
-        n_targets: of the whole transcoder.
-        order: rows of the own targets; those whose codes arrive first come first.
+        n_targets: target layers of the whole transcoder.
+        order: rows of the own targets, in the order in which their codes arrive.
     """
 
     def __init__(self, transcoder: CrossLayerTranscoder, exchange: CodeExchange, settings: AuxKSettings) -> None:
@@ -132,7 +132,7 @@ class Objective(nn.Module):
             weights_B: [B] weight of each token in all terms of the loss, over B; None for 1/B.
 
         Returns:
-            This rank's share of the loss, and what was seen.
+            This rank's share of the loss, and its metrics.
         """
         passed = self.run(x_raw, y_raw, k, dead_LF, weights_B)
         transcoder, total, penalty = self.transcoder, passed.terms.total, None
@@ -152,7 +152,7 @@ class Objective(nn.Module):
         weights_B: Tensor | None,
         needs_gradient: bool | None = None,
     ) -> ForwardPass:
-        """The forward pass but for the sparsity penalty; arguments as of `forward`.
+        """The forward pass without the sparsity penalty; see `forward` for the other arguments.
 
         Args:
             needs_gradient: as of `CodeExchange.send`.
@@ -169,7 +169,7 @@ class Objective(nn.Module):
 
         shared = shared_decoders(transcoder, self._exchange.mesh)
         codes = self._send(x_LBD, k, needs_gradient)
-        # Every n-th token of each rank: the share is exact and no random state has to be kept.
+        # Every n-th token of each rank: the share is exact and needs no random numbers.
         tokens = slice(None, None, round(1 / self.settings.token_fraction))
         # Sent before anything is decoded: these codes are in flight meanwhile, and so are their gradients later.
         dead_codes = None if dead_LF is None else self._send_dead(x_LBD[:, tokens], dead_LF, needs_gradient)
@@ -241,6 +241,6 @@ def _row(x_MBD: Tensor | None, row: int) -> Tensor | None:
 
 
 def _of_some(weights_B: Tensor, tokens: slice) -> Tensor:
-    """Weights, over their number, of every n-th token."""
+    """Weights of every n-th token, rescaled to their number."""
     some_B = weights_B[tokens]
     return some_B * (len(weights_B) / len(some_B))

@@ -1,12 +1,12 @@
-"""Steps whose optimizer is part of the backward pass: row-sparse Adam, without stored gradients of the matrices.
+"""Row-sparse Adam inside the backward pass, without stored gradients of the matrices.
 
-The forward pass is that of `clt.training.objective`. Then all ranks agree whether the loss is finite; if it is, every
-own target gives the gradients of its activations and moves its decoders from one read of the residuals, the gradients
-travel back to the encoders, and these are moved too. AuxK's tokens are put behind those of the loss, so that a row is
-moved once, by the sum of both gradients.
+The forward pass is that of `clt.training.objective`. Then all ranks agree whether the loss is finite; if it is, one
+read of the residuals of every own target gives the gradients of its activations and updates its decoders; the gradients
+are sent to the encoders, which are updated too. AuxK's tokens are appended to those of the loss, so that a row is
+updated once, by the sum of both gradients.
 
-Limits, which follow from moving weights before all gradients are known: no clipping and no micro-batches, one replica,
-and finite is said of the loss alone. With beta1 > 0 momentum is that of Adam only for rows whose feature fires
+Weights are updated before all gradients are known: no clipping, no micro-batches, one data-parallel replica, and only
+the loss is checked for NaN/inf. With beta1 > 0 momentum is Adam's only for rows whose feature fires
 (`clt.kernels.common.adam`).
 """
 
@@ -38,13 +38,13 @@ _MOMENTS = {"float32": None, "bfloat16": torch.bfloat16, "int8": torch.uint8}
 
 
 class RowEngine:
-    """Forward, backward and row-sparse Adam of one rank's share: a `clt.training.engine.Engine`.
+    """Forward, backward and row-sparse Adam of one rank's share; implements `clt.training.engine.Engine`.
 
     Args:
         objective: of the share; its sparsity has no penalty.
-        mesh: the processes, without replicas.
+        mesh: the processes, one data-parallel replica.
         settings: of kind row_adam.
-        seed: of the stochastic rounding of bfloat16 and 8-bit numbers.
+        seed: random seed of the stochastic rounding of bfloat16 and 8-bit numbers.
 
     Attributes:
         adam_steps: steps taken.
@@ -57,7 +57,7 @@ class RowEngine:
         self.adam_steps, self._bias_rate = 0, settings.bias_rate
         self._states: dict[Tensor, ops.RowAdamState] = {}
         for name, parameter in objective.named_parameters():
-            # A bias is one row that moves at every step. It is small: its moments keep all digits.
+            # A bias is one row that is updated in every step. It is small: its moments stay in full precision.
             rows = parameter if parameter.dim() > 1 else parameter[None]
             kept = _MOMENTS[settings.moments] if parameter.dim() > 1 else None
             own = replace(self._adam, seed=zlib.crc32(f"{seed}/{name}".encode()) >> 1)
@@ -67,7 +67,7 @@ class RowEngine:
     def train_step(
         self, parts: Iterable[StepInputs], learning_rate: float, stop: bool
     ) -> tuple[StepCheck, Observations]:
-        """As `clt.training.engine.Engine.train_step`, on one part; finite is the loss."""
+        """See `clt.training.engine.Engine.train_step`; one micro-batch, and only the loss is checked for NaN/inf."""
         (inputs,) = parts
         passed = self._objective.run(
             inputs.x_raw, inputs.y_raw, inputs.k, inputs.dead_LF, inputs.weights_B, needs_gradient=True
@@ -84,18 +84,18 @@ class RowEngine:
         return replace(check, gradient_norm=math.nan if check.finite else math.inf), passed.observations()
 
     def weights(self, parameter: Tensor) -> Tensor:
-        """As `clt.training.engine.Engine.weights`."""
+        """See `clt.training.engine.Engine.weights`."""
         return parameter.detach()
 
     def optimizer_state(self, parameter: Tensor) -> Mapping[str, Tensor]:
-        """As `clt.training.engine.Engine.optimizer_state`, with the step at which each row was moved last."""
+        """See `clt.training.engine.Engine.optimizer_state`; also the step in which each row was last updated."""
         state = self._states[parameter]
         moments = {key: moment.view(parameter.shape) for key, moment in state.moments().items()}
         return moments | {LAST_STEP: state.last_step_R}
 
     @torch.no_grad()
     def restore(self, parameter: Tensor, weights: Tensor, state: Mapping[str, Tensor]) -> None:
-        """As `clt.training.engine.Engine.restore`."""
+        """See `clt.training.engine.Engine.restore`."""
         parameter.copy_(weights)
         own = self._states[parameter]
         keys = (SECOND_MOMENT, *(() if self._adam.beta1 == 0 else (FIRST_MOMENT,)))
@@ -103,7 +103,7 @@ class RowEngine:
 
     @phase("backward")
     def _backward(self, passed: ForwardPass, hyper: Tensor, bias_hyper: Tensor) -> None:
-        """Moves all weights; targets whose codes came last come first, so that sums over ranks start early."""
+        """Updates all weights; targets whose codes arrived last come first, so that sums over ranks start early."""
         merged = _Merged(self._objective, passed)
         for row in reversed(self._objective.order):
             self._move_target(row, passed, merged, hyper)
@@ -136,7 +136,7 @@ class RowEngine:
             self._move(transcoder.skip_matrix(layer), grad_BD.T @ passed.x_MBD[row].to(grad_BD.dtype), hyper)
 
     def _move_encoder(self, row: int, merged: _Merged, hyper: Tensor) -> Tensor:
-        """Moves W_enc of an own source; [F] is the gradient of its b_enc."""
+        """Updates W_enc of an own source; returns the gradient [F] of its b_enc."""
         transcoder = self._objective.transcoder
         layer = transcoder.share.sources[row]
         W_enc_FD, own = transcoder.encoder_matrix(layer), transcoder.source_row(layer)
@@ -161,10 +161,10 @@ class RowEngine:
 
 
 class _Merged:
-    """Codes, residuals and inputs of the loss's tokens with those of AuxK behind them.
+    """Codes, residuals and inputs of the loss's tokens, followed by those of AuxK.
 
     Attributes:
-        tokens: B, of the loss; N with those of AuxK.
+        tokens: B, tokens of the loss; N with those of AuxK.
         values, indices: [L,N,K] codes of all source layers, slots padded to the wider of both.
         csr: their grouping.
         weights_N: [N] factor of each token's squared error, AuxK's coefficient included.
@@ -187,7 +187,7 @@ class _Merged:
             self.weights_N = torch.cat([self.weights_N, objective.settings.coefficient * aux_B])
             self._aux_k = aux_values.shape[2]
             csr = ops.feature_csr(self.values, self.indices, objective.transcoder.config.n_features)
-        assert csr is not None, "codes whose gradients come back arrive grouped"
+        assert csr is not None, "codes that need gradients arrive grouped"
         self.csr = csr
 
     def residual(self, row: int) -> Tensor:
@@ -201,7 +201,7 @@ class _Merged:
         return own if dead is None else torch.cat([own, dead.x_LBD[row]])
 
     def add_gradient(self, rows: slice, gradient_SNK: Tensor) -> None:
-        """Sends the gradients of one target's sources on their way."""
+        """Adds the gradients of one target's sources, which are sent to their ranks when complete."""
         self._passed.codes.add_gradient(rows, gradient_SNK[:, : self.tokens, : self._k])
         if self._passed.dead is not None:
             self._passed.dead.codes.add_gradient(rows, gradient_SNK[:, self.tokens :, : self._aux_k])
@@ -219,7 +219,16 @@ class _Merged:
 
 
 def revival_gradient(objective: Objective, codes: SparseCodes, weights_B: Tensor | None) -> Tensor:
-    """[L_own,B,K] gradient of the revival term with respect to activations."""
+    """Gradient of the revival term with respect to activations.
+
+    Args:
+        objective: of the share.
+        codes: dead features' codes of the own sources, [L_own,B,K].
+        weights_B: [B] weight of each token; None for 1/B.
+
+    Returns:
+        [L_own,B,K].
+    """
     with torch.enable_grad():
         values = codes.values.detach().requires_grad_()
         term = revival(replace(codes, values=values), objective.transcoder.n_sources, weights_B)
@@ -232,5 +241,5 @@ def _weights(weights_B: Tensor | None, tokens: int, like: Tensor) -> Tensor:
 
 
 def _padded(codes: Tensor, k: int) -> Tensor:
-    """Codes with empty slots up to k."""
+    """Codes padded with empty slots to k."""
     return pad(codes, (0, k - codes.shape[-1]))

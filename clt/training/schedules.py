@@ -1,4 +1,4 @@
-"""Learning rate, k and the penalty's weight as pure functions of the step: nothing to save, nothing to drift."""
+"""Schedules of learning rate, k and the penalty's weight: pure functions of the step, without state to save."""
 
 from __future__ import annotations
 

@@ -1,8 +1,8 @@
 """Training of a cross-layer transcoder: batches of activations in, checkpoints and metrics out.
 
-A step: every rank encodes its sources, the codes travel, every rank decodes its targets, and the summed squared error
-goes backward the same way; then all ranks agree whether the step is finite, and take it or skip it together. Where the
-activations come from is the caller's business: any `BatchSource` will do.
+In a step every rank encodes its sources, the ranks exchange codes, every rank decodes its targets, and the summed
+squared error goes backward the same way; then all ranks agree whether the step is finite and take or skip it together.
+Activations come from any `BatchSource`.
 """
 
 from __future__ import annotations
@@ -41,25 +41,25 @@ from clt.transcoder.model import CrossLayerTranscoder
 
 log = logging.getLogger(__name__)
 
-#: Steps in a row without a finite loss and gradient that end a job.
+#: A job ends after this many consecutive steps without a finite loss and gradient.
 MOST_SKIPPED_STEPS = 10
 
 
 class BatchSource(Protocol):
-    """Activations of this rank's tokens and layers, for ever, from a place that can be saved.
+    """Endless batches of this rank's tokens and layers, from a position that can be saved.
 
     `x` holds the layers `clt.distributed.mesh.input_layers` of the rank's share and `y` its targets, both raw and
-    ascending. Ranks of a model group get the same tokens; ranks of the data axis get other tokens, as many each.
+    ascending. Ranks of a model group get the same tokens; ranks of the data axis get different tokens, equally many.
     """
 
     def __iter__(self) -> Iterator[ActivationBatch]:
-        """Batches from the current place on."""
+        """Batches from the current position on."""
 
     def state_dict(self) -> dict[str, Any]:
-        """The place after the last batch taken, in plain values; the same on all ranks."""
+        """The position after the last batch taken, in plain values; the same on all ranks."""
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Goes to a saved place."""
+        """Goes to a saved position."""
 
 
 class Trainer:
@@ -71,10 +71,10 @@ class Trainer:
         batches: this rank's activations.
         mesh: the processes.
         progress_bar: whether the first rank shows one; by default when standard error is a terminal.
-        evaluators: what `evaluation.every` runs, on all ranks.
+        evaluators: run every `evaluation.every` steps, on all ranks.
         weights_G: [G] weight of a token of each modality in the loss, mean 1 (`clt.training.loss.modality_weights`);
-        absent: 1.
-        control: asks for an early end, and hears of progress.
+            None: 1.
+        control: requests a stop, and counts progress.
 
     Raises:
         ConfigError: the settings do not fit each other or the mesh; names the key.
@@ -115,15 +115,15 @@ class Trainer:
     def fit(self) -> Path:
         """Trains to the last step, from the newest checkpoint of the output folder when there is one.
 
-        When any rank's `control` asks for a stop, the step in hand becomes the last of this run.
+        When any rank's `control` requests a stop, the current step is the last of this run.
 
         Returns:
             Folder of the last checkpoint.
 
         Raises:
             NonFiniteError: ten steps in a row had a loss or gradient that is not finite.
-            CheckpointError: a checkpoint or report cannot be written, or a checkpoint not be read, or it is of another
-                job; the last good checkpoint stays.
+            CheckpointError: a checkpoint or report cannot be written, or a checkpoint cannot be read or belongs to
+                another job; the last good checkpoint stays.
             StoreError: the batches cannot be read.
         """
         config = self._config
@@ -158,7 +158,7 @@ class Trainer:
         return config.output / step_folder(self._progress.step)
 
     def _train_step(self, batch: ActivationBatch) -> StepCheck:
-        """One batch forward and backward; the optimizer moves if all ranks found the step finite."""
+        """One batch forward and backward; the optimizer steps if all ranks found the step finite."""
         done, settings = self._progress, self._config.optimizer
         rate = learning_rate(done.step, self._config.steps, settings)
         check, seen = self._engine.train_step(self._parts(batch), rate, self._control.stop_requested)
@@ -175,7 +175,7 @@ class Trainer:
             skipped_in_a_row=0 if check.finite else done.skipped_in_a_row + 1,
         )
         self._control.progress += 1
-        self._end_if_hopeless()
+        self._end_after_skipped_steps()
         return check
 
     def _parts(self, batch: ActivationBatch) -> Iterator[StepInputs]:
@@ -210,13 +210,13 @@ class Trainer:
             return None
         return self._weights_G[modality_B.to(self._weights_G.device).long()] / len(modality_B)
 
-    def _end_if_hopeless(self) -> None:
+    def _end_after_skipped_steps(self) -> None:
         done = self._progress
         if done.skipped_in_a_row < MOST_SKIPPED_STEPS:
             return
         raise NonFiniteError(
             f"{self._config.output}: loss or gradients were not finite in {MOST_SKIPPED_STEPS} steps in a row, up to "
-            f"step {done.step}; lower optimizer.learning_rate, or look for NaN in the store {self._config.store}"
+            f"step {done.step}; lower optimizer.learning_rate, or check store={self._config.store} for NaN"
         )
 
     def _measure(self, check: StepCheck) -> TrainingMetrics:
@@ -233,20 +233,20 @@ class Trainer:
         )
 
     def _evaluate(self, writer: MetricsWriter | None) -> None:
-        """Measures the weights, or their mean if kept; after the checkpoint, so that a failure here costs no steps."""
+        """Evaluates the weights, or the EMA weights if kept; after the checkpoint, so that a failure costs no steps."""
         started = time.perf_counter()
         with nullcontext() if self._average is None else self._average.in_place():
             evaluation = evaluate_all(self._evaluators, self.transcoder, self._mesh, self._control)
         seconds = time.perf_counter() - started
         self._window.leave_out(seconds)
         if evaluation is None:
-            log.info("step %d of %d: evaluation left unfinished", self._progress.step, self._config.steps)
+            log.info("step=%d evaluation stopped on request", self._progress.step)
             return
         with self._reporting():
             if writer is not None:
                 writer.write_evaluation(self._progress.step, evaluation)
         self._control.progress += 1
-        log.info("step %d of %d: evaluated in %.1f s", self._progress.step, self._config.steps, seconds)
+        log.info("step=%d evaluation_seconds=%.1f", self._progress.step, seconds)
 
     @contextmanager
     def _reports(self) -> Iterator[MetricsWriter | None]:
@@ -258,7 +258,7 @@ class Trainer:
         try:
             yield writer
         except BaseException:
-            # What ended the job is told, not that its reports cannot be closed for the same reason.
+            # Report what ended the job, not that its reports cannot be closed for the same reason.
             with suppress(OSError):
                 if writer is not None:
                     writer.close()
@@ -269,26 +269,26 @@ class Trainer:
 
     @contextmanager
     def _reporting(self) -> Iterator[None]:
-        """Makes a report that the first rank cannot write an error of all ranks."""
+        """Raises an error of the first rank's reports on all ranks."""
         with self._mesh.together(CheckpointError):
             try:
                 yield
             except OSError as error:
                 raise CheckpointError(
-                    f"{self._config.output}: reports cannot be written ({error.strerror or error}); mend that and "
-                    "start the job again, it goes on from its last checkpoint"
+                    f"{self._config.output}: reports cannot be written ({error.strerror or error}); fix that and "
+                    "start the job again, it resumes from its last checkpoint"
                 ) from None
 
     def _resume(self) -> None:
         progress = self._checkpoints.resume()
         if progress is None:
-            log.info("training from the start: %d steps into %s", self._config.steps, self._config.output)
+            log.info("training from scratch: steps=%d output=%s", self._config.steps, self._config.output)
             return
         self._progress = progress
         self._batches.load_state_dict(dict(progress.batches))
-        log.info("resuming %s after step %d of %d", self._config.output, progress.step, self._config.steps)
+        log.info("resuming: step=%d/%d output=%s", progress.step, self._config.steps, self._config.output)
 
     def _save(self, check: StepCheck) -> None:
         folder = self._checkpoints.save(replace(self._progress, batches=self._batches.state_dict()))
         self._control.progress += 1
-        log.info("step %d of %d: loss %.4g, saved %s", self._progress.step, self._config.steps, check.loss, folder)
+        log.info("step=%d/%d loss=%.4g checkpoint=%s", self._progress.step, self._config.steps, check.loss, folder)

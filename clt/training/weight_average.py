@@ -1,4 +1,4 @@
-"""A running mean of the weights, which is often better than the weights at any one step.
+"""EMA weights: an exponential moving average of the weights, often better than the weights at any one step.
 
 mean += (1 - d) (weight - mean) after every step, with d = min(decay, t / (t + 1)) at step t: a plain mean at first, so
 that the initial weights count no more than any others (Polyak and Juditsky 1992, "Acceleration of stochastic
@@ -15,11 +15,11 @@ from torch import Tensor, nn
 
 
 class WeightAverage:
-    """Running mean of a module's parameters, in float32 or wider.
+    """EMA weights of a module, in float32 or wider.
 
     Args:
-        module: whose parameters; the mean starts with their values.
-        decay: share of the mean that a step keeps, 0 < decay < 1.
+        module: the module; the average starts with its weights.
+        decay: share of the average that a step keeps, 0 < decay < 1.
     """
 
     def __init__(self, module: nn.Module, decay: float) -> None:
@@ -31,22 +31,22 @@ class WeightAverage:
 
     @torch.no_grad()
     def update(self, steps: int) -> None:
-        """Counts the weights after a step.
+        """Updates the average after a step.
 
         Args:
-            steps: optimizer steps taken, this one included.
+            steps: optimizer steps taken, including this one.
         """
         weight = 1 - min(self._decay, steps / (steps + 1))
         for parameter, mean in self._means.items():
             mean.lerp_(parameter.to(mean.dtype), weight)
 
     def of(self, parameter: Tensor) -> Tensor:
-        """The mean of a parameter of the module; to be read, or written when a job is resumed."""
+        """EMA weights of a parameter of the module; to be read, or written when a job is resumed."""
         return self._means[parameter]
 
     @contextmanager
     def in_place(self) -> Iterator[None]:
-        """Puts the means in the module's place while the block runs; what the block does to them is lost."""
+        """Gives the module its EMA weights during the block; changes that the block makes to them are lost."""
         own = {parameter: parameter.data for parameter in self._means}
         for parameter, mean in self._means.items():
             parameter.data = mean.to(parameter.dtype)

@@ -103,10 +103,11 @@ def test_tensorboard_and_json_lines_say_the_same(tmp_path: Path) -> None:
     board = EventAccumulator(str(tmp_path / "tensorboard"))
     board.Reload()
     reports = read_metrics(tmp_path / "metrics.jsonl")
-    assert sorted(board.Tags()["scalars"]) == sorted(reports[0].keys() - {"step"})
-    for tag in board.Tags()["scalars"]:
-        assert [(event.step, pytest.approx(event.value)) for event in board.Scalars(tag)] == [
-            (report["step"], report[tag]) for report in reports
+    keys = sorted(reports[0].keys() - {"step"})
+    assert sorted(board.Tags()["scalars"]) == [f"train/{key}" for key in keys] and "loss" in keys
+    for key in keys:
+        assert [(event.step, pytest.approx(event.value)) for event in board.Scalars(f"train/{key}")] == [
+            (report["step"], report[key]) for report in reports
         ]
 
 

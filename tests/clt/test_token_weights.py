@@ -41,7 +41,7 @@ def test_equal_weights_are_no_weights() -> None:
 def test_weights_that_let_nothing_train_are_refused() -> None:
     tree: dict[str, Any] = {"store": "s", "output": "o", "steps": 1, "clt": {"n_features": 8, "k": 4}}
     nothing = dict.fromkeys(("text", "image", "image_special", "bos"), 0)
-    with pytest.raises(ConfigError, match=r"data\.token_weights: .*nothing would train"):
+    with pytest.raises(ConfigError, match=r"data\.token_weights: .*no token trains"):
         parse_config(TrainConfig, tree | {"data": {"token_weights": nothing}}, "job")
     with pytest.raises(ConfigError, match=r"data\.token_weights\.image: "):
         parse_config(TrainConfig, tree | {"data": {"token_weights": {"image": -1}}}, "job")

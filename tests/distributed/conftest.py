@@ -12,6 +12,7 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 from ..worker_processes import WorkerServer
+from .kill_worker import Ranks
 
 sys.path.insert(0, str(Path(__file__).parent))
 
@@ -39,6 +40,14 @@ def rank_server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[WorkerServ
     """Forks ranks that call a function of a test module; see `rank_main.py`."""
     # No compiler, no ninja: nothing may be built at run time.
     server = WorkerServer("tests.distributed.rank_main", tmp_path_factory.mktemp("rank_server"), PATH="")
+    yield server
+    server.close()
+
+
+@pytest.fixture(scope="session")
+def ranks(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Ranks]:
+    """Ranks of the toy training job that can be killed."""
+    server = Ranks(tmp_path_factory.mktemp("killed_ranks"))
     yield server
     server.close()
 

@@ -6,7 +6,6 @@ import os
 import random
 import signal
 from collections import Counter
-from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -48,13 +47,6 @@ SHAPES = {
 }
 #: What a rank does not wait longer for. A killed one is noticed at once: only a busy machine takes time.
 TIMEOUT = 60
-
-
-@pytest.fixture(scope="module")
-def ranks(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Ranks]:
-    server = Ranks(tmp_path_factory.mktemp("ranks"))
-    yield server
-    server.close()
 
 
 @dataclass

@@ -36,7 +36,7 @@ def test_job_killed_at_any_moment_ends_with_the_same_bits(job: Path, tmp_path: P
     stdout, stderr = process.communicate(timeout=120)
     assert process.returncode == 0, stderr
     assert stdout == f"{output / 'step_00000060'}\n"
-    resumed = re.search(r"resuming .* after step (\d+) of 60", stderr)
+    resumed = re.search(r"resuming: step=(\d+)/60", stderr)
     assert resumed and int(resumed[1]) >= 5, stderr
 
     folder = latest_folder(output)

@@ -1,4 +1,4 @@
-"""What a training run says it sent is what the plan counts, to the byte."""
+"""The bytes that a training run reports as sent are those of the plan."""
 
 from __future__ import annotations
 

@@ -28,7 +28,7 @@ from clt.launch.bench.training.roofline import least_time, measured_machine, siz
 from clt.launch.bench.training.run import TrainBenchSettings, bench_train
 from clt.launch.bench.training.sizes import DEFAULT, PLAIN, SIZES, planned_job, train_config
 from clt.launch.commands.main import app
-from clt.planning.speed import Machine
+from clt.planning.speed import MachineModel
 from clt.step_phases import observed_by, phase
 from clt.training.deepspeed_engine import joined_job
 from clt.training.objective import Objective
@@ -175,12 +175,12 @@ def test_peak_memory_is_what_was_there_at_once() -> None:
 
 
 @pytest.fixture(scope="module")
-def machine() -> Machine:
+def machine() -> MachineModel:
     """This one, by ceilings that mean little."""
     return measured_machine(memory_ceilings(CPU, 2**22, 1), size_ceilings(TOY, CPU, 1))
 
 
-def test_least_time_of_a_rank_leaves_links_out_and_divides_by_measured_rates(machine: Machine) -> None:
+def test_least_time_of_a_rank_leaves_links_out_and_divides_by_measured_rates(machine: MachineModel) -> None:
     least = least_time(planned_job(SLICE, PLAIN), machine)
     assert least.model_axis == least.data_axis == least.auxk == 0
     products = 2 * SLICE.batch_tokens * SLICE.d_model * SLICE.n_features * 2 / machine.rates.product_float32
@@ -188,7 +188,7 @@ def test_least_time_of_a_rank_leaves_links_out_and_divides_by_measured_rates(mac
     assert least_time(planned_job(SLICE, DEFAULT), machine).auxk > 0
 
 
-def test_projection_to_the_device_that_was_measured_is_the_measurement(machine: Machine) -> None:
+def test_projection_to_the_device_that_was_measured_is_the_measurement(machine: MachineModel) -> None:
     size = SIZES["cpu"]
     step = {phase: 0.1 * number for number, phase in enumerate(PHASES, start=1)}
     row = VariantRow(name="default", tokens=size.batch_tokens, steps=(step,))

@@ -19,7 +19,7 @@ from clt.launch.bench.training.roofline import least_time
 from clt.launch.bench.training.sizes import TrainSize, planned_job
 from clt.planning.counts import memory, traffic
 from clt.planning.job import Job, MeshShape
-from clt.planning.speed import Machine
+from clt.planning.speed import MachineModel
 
 log = logging.getLogger(__name__)
 
@@ -124,7 +124,7 @@ def can_isolate() -> bool:
     return subprocess.run([*_ISOLATED, "true"], capture_output=True, check=False).returncode == 0
 
 
-def measure_size(size: TrainSize, steps: int, turns: int, machine: Machine) -> tuple[VariantRow, ...]:
+def measure_size(size: TrainSize, steps: int, turns: int, machine: MachineModel) -> tuple[VariantRow, ...]:
     """Measures all variants of a size and the dense baseline in turns, each turn in its own process.
 
     Args:
@@ -145,7 +145,7 @@ def measure_size(size: TrainSize, steps: int, turns: int, machine: Machine) -> t
     return tuple(_row(size, name, seen[name], planned.get(name), machine) for name in names)
 
 
-def _row(size: TrainSize, name: str, seen: Sequence[RankResult], job: Job | None, machine: Machine) -> VariantRow:
+def _row(size: TrainSize, name: str, seen: Sequence[RankResult], job: Job | None, machine: MachineModel) -> VariantRow:
     """A row of the steps of all turns; `job` is None for the dense baseline."""
     least = None if job is None else least_time(job, machine)
     return VariantRow(

@@ -13,15 +13,15 @@ from pathlib import Path
 from clt.launch.bench.training.measure import VariantRow
 from clt.launch.bench.training.roofline import least_time
 from clt.launch.bench.training.sizes import DEFAULT, TrainSize, planned_job, train_config
-from clt.planning.counts import Memory, memory, traffic
+from clt.planning.counts import RankMemory, memory, traffic
 from clt.planning.job import Job, MeshShape
 from clt.planning.plan import alternatives, plan
-from clt.planning.speed import MACHINES, Machine
+from clt.planning.speed import MACHINES, MachineModel
 
 #: Projected jobs, and numbers of devices.
 PROJECTED = ("gpt2", "llava-slice")
 DEVICES = (8, 16, 32, 64)
-#: Machine whose memory, links and nodes are assumed.
+#: MachineModel whose memory, links and nodes are assumed.
 LINKED = MACHINES["h200"]
 
 
@@ -37,7 +37,7 @@ class Pieces:
 
     size: TrainSize
     row: VariantRow
-    machine: Machine
+    machine: MachineModel
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -113,7 +113,7 @@ def _projected(pieces: Pieces, name: str, job: Job) -> Projection:
     )
 
 
-def _work(job: Job, machine: Machine) -> dict[str, float]:
+def _work(job: Job, machine: MachineModel) -> dict[str, float]:
     """Work of each phase, in any unit, for the rank with the most work."""
     plain = replace(job, config=replace(job.config, auxk=replace(job.config.auxk, coefficient=0.0)))
     least, need = least_time(plain, machine), _largest(plain)
@@ -128,7 +128,7 @@ def _work(job: Job, machine: Machine) -> dict[str, float]:
     }
 
 
-def _largest(job: Job) -> Memory:
+def _largest(job: Job) -> RankMemory:
     return max((memory(job, share) for share in job.shares()), key=lambda need: need.total)
 
 

@@ -14,7 +14,7 @@ import torch
 from clt.launch.bench.common.ceilings import Ceiling, gather_ceiling, product_ceiling
 from clt.launch.bench.training.sizes import TrainSize, planned_job
 from clt.planning.job import Job
-from clt.planning.speed import Machine, Rates, StepTime, step_time
+from clt.planning.speed import MachineModel, Rates, StepTime, step_time
 
 _DTYPES = {2: torch.bfloat16, 4: torch.float32}
 
@@ -46,14 +46,14 @@ def size_ceilings(size: TrainSize, device: torch.device, rounds: int) -> SizeCei
     return SizeCeilings(products=products, gather=gather_ceiling(shape, size.k, device, rounds))
 
 
-def measured_machine(memory: Sequence[Ceiling], size: SizeCeilings) -> Machine:
+def measured_machine(memory: Sequence[Ceiling], size: SizeCeilings) -> MachineModel:
     """This machine for `clt.planning.speed`, with measured rates and without links."""
     read, copy, *cache = memory
     stream = max(read.rate, copy.rate)
     gather = max(size.gather.rate, *(ceiling.rate for ceiling in cache), 0.0)
     products = {width: ceiling.rate for width, ceiling in size.products.items()}
     most = max(products.values())
-    return Machine(
+    return MachineModel(
         name="this machine",
         memory=0,
         usable=1,
@@ -72,6 +72,6 @@ def measured_machine(memory: Sequence[Ceiling], size: SizeCeilings) -> Machine:
     )
 
 
-def least_time(job: Job, machine: Machine) -> StepTime:
+def least_time(job: Job, machine: MachineModel) -> StepTime:
     """Minimum seconds of one rank's step, without links, which a rank alone does not have."""
     return replace(step_time(job, machine), model_axis=0.0, data_axis=0.0)
