@@ -17,10 +17,10 @@ from clt.capture.reading.token_filter import filtered_moments
 from clt.capture.storage.base import Storage
 from clt.capture.storage.local import LocalStorage
 from clt.capture.store.arrays import DATA, TOKEN_DTYPES, ArraySpec
-from clt.capture.store.committed_units import merged_moments
+from clt.capture.store.committed_units import merged_moments, stored_moments
 from clt.capture.store.file_records import FileRecord, check_contents, read_checked
 from clt.capture.store.json_files import unsealed
-from clt.capture.store.layout import StoreArrays, commit_path, stats_arrays
+from clt.capture.store.layout import StoreArrays, commit_path
 from clt.capture.store.moments import Moments
 from clt.capture.store.quantise import Standardiser, unpack_standardisers
 from clt.capture.store.schema import QUANTISATION, TOKEN_CLASSES, Manifest, SiteGroup, UnitRecord
@@ -72,9 +72,7 @@ class ActivationStore:
         self._arrays = StoreArrays(manifest.spec, len(manifest.units))
         self._acts = {group.name: self._arrays.acts(group) for group in self.spec.groups}
         self._tokens = {name: self._arrays.token(name) for name in TOKEN_DTYPES}
-        self._files: dict[str, FileRecord] = {
-            record.path: record for record in itertools.chain(manifest.files, *(unit.files for unit in manifest.units))
-        }
+        self._files: dict[str, FileRecord] = {record.path: record for record in manifest.all_files}
         self._n_tokens = {entry.unit: entry.n_tokens for entry in self.units}
         self._readers: dict[str, ShardReader] = {}
         self._moments: dict[str, Moments] = {}
@@ -302,10 +300,9 @@ class ActivationStore:
     def moments(self, group: str) -> Moments:
         """Moments of all sites of a group over the whole store, by token class."""
         if group not in self._moments:
-            arrays = stats_arrays(self._group(group))
-            if all(array.shard(0) in self._files for array in arrays.values()):
-                parts = {name: read_rows(self._reader(a, 0), a, len(TOKEN_CLASSES)) for name, a in arrays.items()}
-                self._moments[group] = Moments(**{name: torch.from_numpy(part) for name, part in parts.items()})
+            stored = stored_moments(self.storage, self._group(group), self._files)
+            if stored is not None:
+                self._moments[group] = stored
             else:
                 self._moments |= merged_moments(self.storage, self.units, self.spec.groups)
         return self._moments[group]

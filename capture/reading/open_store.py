@@ -5,7 +5,6 @@
 
 from __future__ import annotations
 
-import itertools
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -38,7 +37,7 @@ def open_store(location: str | Path | Storage) -> ActivationStore:
         raise StoreError(f"{storage.url}: the capture has not finished (no {MANIFEST}); run the same capture again")
     store_id, manifest = read_manifest(storage)
     sizes = {entry.key: entry.bytes for entry in storage.list("")}
-    for record in itertools.chain(manifest.files, *(unit.files for unit in manifest.units)):
+    for record in manifest.all_files:
         check_size(storage, record, sizes.get(record.path))
     return ActivationStore(storage, store_id, manifest)
 
@@ -66,8 +65,8 @@ def open_committed(location: str | Path | Storage, units: Sequence[int] | None =
     entries = tuple(unit_entry(*read_commit(storage, unit, digest)) for unit in numbers)
     if not entries:
         raise StoreError(f"{storage.url}: no unit is committed yet; start the capture or wait for it")
-    for record in itertools.chain(*(entry.files for entry in entries)):
-        check_size(storage, record, storage.size(record.path))
     files = (record_file(storage, QUANTISATION),) if spec.store_dtype == "int8" else ()
     manifest = Manifest(spec=spec, units=entries, files=files, quantisation={})
+    for record in manifest.all_files:
+        check_size(storage, record, storage.size(record.path))
     return ActivationStore(storage, sealed(manifest)[0], manifest)

@@ -109,13 +109,15 @@ class Storage(ABC):
             StoreError: the file is missing or ends before the buffers are full.
         """
 
-    @abstractmethod
     def put(self, key: str, data: bytes) -> bool:
         """Writes a new file atomically and durably.
 
         Returns:
             False if the name was taken; nothing is changed then.
         """
+        with self.create(key) as upload:
+            upload.write([data])
+            return upload.publish()
 
     @abstractmethod
     def replace(self, key: str, data: bytes) -> None:

@@ -162,11 +162,6 @@ class LocalStorage(Storage):
         except OSError as error:
             _explain(self.name(key), error)
 
-    def put(self, key: str, data: bytes) -> bool:
-        with self.create(key) as upload:
-            upload.write([data])
-            return upload.publish()
-
     def replace(self, key: str, data: bytes) -> None:
         with self.create(key) as upload:
             upload.write([data])

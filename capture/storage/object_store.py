@@ -127,11 +127,6 @@ class ObjectStorage(Storage):
         if views or not wanted:
             self._check_length(key, end)
 
-    def put(self, key: str, data: bytes) -> bool:
-        with self.create(key) as upload:
-            upload.write([data])
-            return upload.publish()
-
     def replace(self, key: str, data: bytes) -> None:
         with self.explained(self.name(key)):
             obstore.put(self.store, key, data, mode="overwrite", use_multipart=False)

@@ -3,18 +3,18 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+
+import torch
 
 from clt.capture.storage.base import Storage
 from clt.capture.store.file_records import FileRecord, read_checked, record_of
 from clt.capture.store.json_files import unsealed
-from clt.capture.store.layout import commit_path, stats_path
+from clt.capture.store.layout import commit_path, stats_arrays, stats_path
 from clt.capture.store.moments import Moments, unpack_moments
-from clt.capture.store.schema import (
-    SiteGroup,
-    UnitEntry,
-    UnitRecord,
-)
+from clt.capture.store.schema import TOKEN_CLASSES, SiteGroup, UnitEntry, UnitRecord
+from clt.capture.store.shard import ShardReader
+from clt.capture.store.shard_rows import read_rows
 from clt.errors import StoreError
 
 
@@ -95,3 +95,25 @@ def merged_moments(storage: Storage, units: Sequence[UnitEntry], groups: tuple[S
         for name, moments in unit_moments(storage, unit, groups).items():
             total[name] = total[name].merge(moments)
     return total
+
+
+def stored_moments(storage: Storage, group: SiteGroup, files: Mapping[str, FileRecord]) -> Moments | None:
+    """Reads the merged moments of a complete store.
+
+    Args:
+        storage: the store's files.
+        group: the site group.
+        files: the store's files by key.
+
+    Returns:
+        Moments over all units; None if the store has none.
+
+    Raises:
+        StoreError: a file is missing or damaged.
+    """
+    arrays = stats_arrays(group)
+    if not all(array.shard(0) in files for array in arrays.values()):
+        return None
+    readers = {name: ShardReader(storage, array, 0, files[array.shard(0)].bytes) for name, array in arrays.items()}
+    rows = {name: read_rows(reader, arrays[name], len(TOKEN_CLASSES)) for name, reader in readers.items()}
+    return Moments(**{name: torch.from_numpy(part) for name, part in rows.items()})

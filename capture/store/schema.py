@@ -178,3 +178,8 @@ class Manifest:
     units: tuple[UnitEntry, ...]
     files: tuple[FileRecord, ...]
     quantisation: Mapping[str, QuantisationError]
+
+    @property
+    def all_files(self) -> tuple[FileRecord, ...]:
+        """All files of the store except the manifest."""
+        return (*self.files, *(file for unit in self.units for file in unit.files))

@@ -15,6 +15,7 @@ from typing import TypeVar
 
 from clt.capture.storage.base import PARTIAL_SUFFIX, Storage, StoredFile
 from clt.capture.storage.open_storage import open_storage
+from clt.capture.store.arrays import ArraySpec
 from clt.capture.store.file_records import FileRecord
 from clt.capture.store.json_files import check_version, parse, read_manifest, store_digest
 from clt.capture.store.layout import StoreArrays, commit_path, stats_arrays, stats_path
@@ -80,10 +81,7 @@ class Inventory:
     @cached_property
     def recorded(self) -> dict[str, FileRecord]:
         """Every file in the manifest, by key; empty for an unfinished store."""
-        if self.manifest is None:
-            return {}
-        units = (unit.files for unit in self.manifest.units)
-        return {record.path: record for record in itertools.chain(self.manifest.files, *units)}
+        return {record.path: record for record in self.manifest.all_files} if self.manifest else {}
 
     @cached_property
     def unit_of(self) -> dict[str, int]:
@@ -96,10 +94,14 @@ class Inventory:
         return (*shards, stats_path(unit), commit_path(unit))
 
     @cached_property
+    def merged_arrays(self) -> tuple[ArraySpec, ...]:
+        """Zarr arrays of the merged moments."""
+        return tuple(array for group in self.spec.groups for array in stats_arrays(group).values())
+
+    @cached_property
     def stats_keys(self) -> tuple[str, ...]:
         """Keys of the merged moments, which follow from those of the units."""
-        arrays = [array for group in self.spec.groups for array in stats_arrays(group).values()]
-        return tuple(key for array in arrays for key in (f"{array.key}/zarr.json", array.shard(0)))
+        return tuple(key for array in self.merged_arrays for key in (f"{array.key}/zarr.json", array.shard(0)))
 
     @cached_property
     def common_keys(self) -> frozenset[str]:

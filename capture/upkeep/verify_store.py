@@ -14,20 +14,15 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import get_args
 
-import torch
-
 from clt.capture.storage.base import Storage
 from clt.capture.storage.open_storage import open_storage
-from clt.capture.store.arrays import ArraySpec
-from clt.capture.store.committed_units import merged_moments
+from clt.capture.store.committed_units import merged_moments, stored_moments
 from clt.capture.store.file_records import read_checked
 from clt.capture.store.json_files import parse
 from clt.capture.store.layout import stats_arrays
-from clt.capture.store.moments import Moments
 from clt.capture.store.quantise import unpack_standardisers
-from clt.capture.store.schema import MANIFEST, PLAN, QUANTISATION, SPEC, TOKEN_CLASSES, CapturePlan, StoreSpec
+from clt.capture.store.schema import MANIFEST, PLAN, QUANTISATION, SPEC, CapturePlan, StoreSpec
 from clt.capture.store.shard import ShardReader, standing_shard
-from clt.capture.store.shard_rows import read_rows
 from clt.capture.upkeep.inventory import Inventory, StoreProblem, is_scratch, take_inventory
 from clt.capture.upkeep.verify_unit import REPAIR, Findings, Level, check_presence, check_record, check_unit
 from clt.capture.upkeep.verify_values import moments_fault
@@ -143,7 +138,7 @@ def _check_recorded(inventory: Inventory, found: Findings) -> None:
     """Compares a complete store's files that belong to no unit with the manifest."""
     assert inventory.manifest is not None
     storage = inventory.storage
-    merged = {array.shard(0): array for array in _merged_arrays(inventory)}
+    merged = {array.shard(0): array for array in inventory.merged_arrays}
     for record in inventory.manifest.files:
         with found.about(record.path):
             check_presence(inventory, record)
@@ -165,7 +160,7 @@ def _check_recorded(inventory: Inventory, found: Findings) -> None:
 def _check_unfinished(inventory: Inventory, found: Findings) -> None:
     """Checks an unfinished store's files that belong to no unit: against its spec, or by reading them."""
     storage, entries = inventory.storage, inventory.entries
-    merged = _merged_arrays(inventory)
+    merged = inventory.merged_arrays
     expected = inventory.arrays.metadata_files() | {f"{array.key}/zarr.json": array.metadata() for array in merged}
     for key in sorted(expected.keys() & entries.keys()):
         with found.about(key):
@@ -181,10 +176,6 @@ def _check_unfinished(inventory: Inventory, found: Findings) -> None:
             unpack_standardisers(storage.read(QUANTISATION), storage.name(QUANTISATION))
 
 
-def _merged_arrays(inventory: Inventory) -> list[ArraySpec]:
-    return [array for group in inventory.spec.groups for array in stats_arrays(group).values()]
-
-
 def _check_merged_values(inventory: Inventory, found: Findings) -> None:
     """Compares the merged moments with those of the units."""
     assert inventory.manifest is not None
@@ -192,16 +183,10 @@ def _check_merged_values(inventory: Inventory, found: Findings) -> None:
     with found.about(MANIFEST):
         merged = merged_moments(storage, inventory.manifest.units, groups)
         for group in groups:
-            arrays = stats_arrays(group)
-            rows = {
-                name: read_rows(
-                    ShardReader(storage, array, 0, inventory.recorded[array.shard(0)].bytes), array, len(TOKEN_CLASSES)
-                )
-                for name, array in arrays.items()
-            }
-            stored = Moments(**{name: torch.from_numpy(part) for name, part in rows.items()})
+            stored = stored_moments(storage, group, inventory.recorded)
+            assert stored is not None, "the manifest lists them"
             if fault := moments_fault(stored, merged[group.name]):
-                path = arrays[fault].shard(0)
+                path = stats_arrays(group)[fault].shard(0)
                 message = f"{storage.name(path)}: does not match the moments of the units; {REPAIR} --level full"
                 found.problems.append(StoreProblem(path=path, unit=None, message=message))
 
