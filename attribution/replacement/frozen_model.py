@@ -77,7 +77,7 @@ def record(adapter: ModelAdapter, inputs: PromptInputs, read_site: ReadSite) -> 
     """
     if len(inputs.prompts) != 1 or not bool(inputs.real_mask.all()):
         raise GraphError(f"prompts={len(inputs.prompts)}: record one prompt at a time, without padding")
-    kinds = dict.fromkeys(("resid_pre", "resid_mid", "mlp_out", "pattern", read_site))
+    kinds: tuple[SiteKind, ...] = ("resid_pre", "resid_mid", "mlp_out", "pattern", read_site)
     sites = [site for kind in kinds for site in decoder_sites(range(adapter.n_layers), kind)]
     factors: list[Tensor | None] = []
     with ExitStack() as stack:
@@ -205,9 +205,10 @@ class FrozenModel:
         scales = norm_scales(adapter, recording, self.dtype) if "norms" in freeze else []
         self._norms = list(zip(norm_modules(self.adapter), scales, strict=False))
         held = {"lm.embed": recording.embed}
-        for part, kind, values in (("attention", "pattern", recording.pattern), ("mlps", "mlp_out", recording.mlp_out)):
-            if part in freeze:
-                held |= {decoder_site(layer, kind): value for layer, value in enumerate(values)}
+        if "attention" in freeze:
+            held |= {decoder_site(layer, "pattern"): value for layer, value in enumerate(recording.pattern)}
+        if "mlps" in freeze:
+            held |= {decoder_site(layer, "mlp_out"): value for layer, value in enumerate(recording.mlp_out)}
         self._held = {site: value[None].to(self.dtype) for site, value in held.items()}
 
     @torch.no_grad()
