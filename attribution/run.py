@@ -12,11 +12,12 @@ from pydantic.dataclasses import dataclass
 
 from clt.attribution.evaluation.agreement import AgreementReport, evaluate_replacement
 from clt.attribution.graphs.attribute import AttributionSettings, attribute
-from clt.attribution.graphs.export import graph_document, write_export
+from clt.attribution.graphs.export import graph_document
 from clt.attribution.graphs.faithfulness import EdgeReport, check_edges
 from clt.attribution.graphs.graph import Graph
 from clt.attribution.graphs.scores import GraphScores, prune, score
 from clt.attribution.replacement.replacement_model import require_same_model
+from clt.attribution.viewer.page import write_export
 from clt.capture.models.adapter import ModelAdapter
 from clt.capture.models.model_settings import ModelChoice
 from clt.capture.models.sites import decoder_sites

@@ -258,7 +258,16 @@ class _Agreement:
 
 
 def batched_prompts(adapter: ModelAdapter, inputs: Iterable[PromptInputs], size: int) -> Iterator[PromptInputs]:
-    """Joins prompts into batches of at most `size`, one forward each."""
+    """Joins prompts into batches, one forward each.
+
+    Args:
+        adapter: the model.
+        inputs: prompts.
+        size: most batches of `inputs` joined into one.
+
+    Yields:
+        Batches, padded on the left.
+    """
     source = iter(inputs)
     while batch := list(islice(source, size)):
         yield adapter.collate(batch)

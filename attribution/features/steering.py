@@ -43,7 +43,7 @@ class SteeringSettings:
     mlps: tuple[MlpOutputs, ...] = ("original", "replaced")
     """Ablate in the model itself, in the replacement model with error terms, or in both."""
     max_feature_nodes: int | None = Field(default=128, gt=0)
-    """Features of each prompt's graph whose inputs are computed; default: 128; null: all."""
+    """Features of each prompt's graph whose inputs are computed; null: all."""
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -1,4 +1,4 @@
-"""Exports a pruned attribution graph as a JSON document and as one self-contained web page.
+"""Describes a pruned attribution graph as a document, which `clt.attribution.viewer` writes and shows.
 
 The document follows the schema that circuit-tracer writes and Neuronpedia reads, with unique node ids (there an error
 node of layer l has the id of a feature of layer 0). It adds what a vision-language model needs: the patch of an image
@@ -9,20 +9,17 @@ from __future__ import annotations
 
 import base64
 import io
-import os
-import tempfile
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict
 from importlib.metadata import version
-from pathlib import Path
 from typing import TYPE_CHECKING
 
 import torch
 from PIL import Image
 from torch import Tensor
 
-from clt.attribution.graphs.entries import link_entries, node_entries, position_entries, short, target_entries
+from clt.attribution.graphs.document_entries import link_entries, node_entries, position_entries, short, target_entries
 from clt.attribution.graphs.graph import Graph, GraphImage, NodeKind
 from clt.attribution.graphs.scores import PrunedGraph, score
 from clt.attribution.viewer.document import (
@@ -33,7 +30,6 @@ from clt.attribution.viewer.document import (
     QueryParameters,
     ScoreEntry,
 )
-from clt.attribution.viewer.page import DOCUMENT_NAME, PAGE_NAME, render_page
 from clt.errors import GraphError
 
 if TYPE_CHECKING:
@@ -101,29 +97,6 @@ def graph_document(
     )
     opening = QueryParameters(clicked_id=targets[0].node_id)
     return GraphDocument(metadata=metadata, q_params=opening, nodes=tuple(nodes.values()), links=links)
-
-
-def write_export(document: GraphDocument, folder: Path | str) -> Path:
-    """Writes `graph.json` and the self-contained page `index.html`, each whole or not at all.
-
-    Args:
-        document: what to write.
-        folder: made when it does not exist.
-
-    Returns:
-        Path of the page.
-
-    Raises:
-        GraphError: the folder cannot be made or written to.
-    """
-    folder = Path(folder)
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-        _write_whole(folder / DOCUMENT_NAME, document.to_json())
-        _write_whole(folder / PAGE_NAME, render_page(document.to_tree()))
-    except OSError as error:
-        raise GraphError(f"{folder}: cannot write the page ({error.strerror}); choose another folder") from None
-    return folder / PAGE_NAME
 
 
 def _capped(pruned: PrunedGraph, max_nodes: int) -> tuple[Tensor, int]:
@@ -225,16 +198,3 @@ def _edge_check_entry(check: EdgeReport | None) -> ScoreEntry:
         definition="Largest |predicted - measured| over the largest absolute edge of the row. Intervention: the source "
         "is added once more, with attention patterns, norm denominators and all MLP outputs frozen.",
     )
-
-
-def _write_whole(path: Path, text: str) -> None:
-    descriptor, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
-    try:
-        with os.fdopen(descriptor, "w", encoding="ascii") as file:
-            file.write(text)
-        # mkstemp makes the file private; other results are readable by all.
-        os.chmod(temporary, 0o644)
-        os.replace(temporary, path)
-    except BaseException:
-        os.unlink(temporary)
-        raise

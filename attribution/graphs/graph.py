@@ -12,13 +12,17 @@ from __future__ import annotations
 from dataclasses import dataclass
 from enum import IntEnum
 from pathlib import Path
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Literal
 
 import torch
 from torch import Tensor
 
+from clt.attribution.viewer.show import show
 from clt.records import ModelIdentity
 from clt.transcoder.architecture import CLTConfig
+
+if TYPE_CHECKING:
+    from clt.attribution.graphs.faithfulness import EdgeReport
 
 
 class NodeKind(IntEnum):
@@ -238,20 +242,32 @@ class Graph:
 
         return read_graph(Path(path))
 
-    def show(self, folder: Path | str | None = None, **options: Any) -> Path:
-        """Writes the page of this graph and opens it in the notebook or the browser.
+    def show(
+        self,
+        folder: Path | str | None = None,
+        *,
+        node_threshold: float = 0.8,
+        edge_threshold: float = 0.98,
+        max_nodes: int = 500,
+        edge_check: EdgeReport | None = None,
+    ) -> Path:
+        """Writes the page of this graph and opens it: inside a notebook, else in a browser where there is one.
 
         Args:
-            folder: where to write it. Default: a new temporary folder.
-            **options: keyword arguments of `clt.attribution.graphs.show.show`, such as `max_nodes`.
+            folder: where to write `index.html` and `graph.json`. Default: a new temporary folder, which is kept.
+            node_threshold: fraction of the nodes' influence to keep; see `clt.attribution.graphs.scores.prune`.
+            edge_threshold: fraction of the edges' influence to keep.
+            max_nodes: features, errors and biases to show at most, the most influential first.
+            edge_check: result of `clt.attribution.graphs.faithfulness.check_edges`, for the page's header.
 
         Returns:
-            Path of the page.
+            Path of the page; without a browser it is logged too.
 
         Raises:
-            GraphError: an option is out of range, or the folder cannot be written.
+            GraphError: a threshold is out of range, or the folder cannot be written.
         """
-        # Imported here, because `show` imports this module.
-        from clt.attribution.graphs.show import show
+        from clt.attribution.graphs.export import graph_document
+        from clt.attribution.graphs.scores import prune
 
-        return show(self, folder, **options)
+        pruned = prune(self, node_threshold, edge_threshold)
+        return show(graph_document(self, pruned, edge_check=edge_check, max_nodes=max_nodes), folder)

@@ -9,14 +9,9 @@ import sys
 import tempfile
 import webbrowser
 from pathlib import Path
-from typing import TYPE_CHECKING
 
-from clt.attribution.graphs.export import graph_document, write_export
-from clt.attribution.graphs.graph import Graph
-from clt.attribution.graphs.scores import prune
-
-if TYPE_CHECKING:
-    from clt.attribution.graphs.faithfulness import EdgeReport
+from clt.attribution.viewer.document import GraphDocument
+from clt.attribution.viewer.page import write_export
 
 log = logging.getLogger(__name__)
 
@@ -24,33 +19,8 @@ log = logging.getLogger(__name__)
 _FRAME_HEIGHT = 820
 
 
-def show(
-    graph: Graph,
-    folder: Path | str | None = None,
-    *,
-    node_threshold: float = 0.8,
-    edge_threshold: float = 0.98,
-    max_nodes: int = 500,
-    edge_check: EdgeReport | None = None,
-) -> Path:
-    """Writes the page of a graph and opens it: inside a notebook, else in a browser where there is one.
-
-    Args:
-        graph: an unpruned graph.
-        folder: where to write `index.html` and `graph.json`. Default: a new temporary folder, which is kept.
-        node_threshold: fraction of the nodes' influence to keep; see `clt.attribution.graphs.scores.prune`.
-        edge_threshold: fraction of the edges' influence to keep.
-        max_nodes: features, errors and biases to show at most, the most influential first.
-        edge_check: result of `clt.attribution.graphs.faithfulness.check_edges`, for the page's header.
-
-    Returns:
-        Path of the page.
-
-    Raises:
-        GraphError: a threshold is out of range, or the folder cannot be written.
-    """
-    pruned = prune(graph, node_threshold, edge_threshold)
-    document = graph_document(graph, pruned, edge_check=edge_check, max_nodes=max_nodes)
+def show(document: GraphDocument, folder: Path | str | None = None) -> Path:
+    """Writes the page of a graph and opens it: inside a notebook, else in a browser where there is one."""
     page = write_export(document, tempfile.mkdtemp(prefix="clt-graph-") if folder is None else folder).resolve()
     if _in_notebook():
         _display(page)

@@ -82,7 +82,7 @@ def record(adapter: ModelAdapter, inputs: PromptInputs, read_site: ReadSite) -> 
         GraphError: there is more than one prompt, or padding.
     """
     require_one_prompt(inputs)
-    kinds: dict[SiteKind, None] = dict.fromkeys(("resid_pre", "resid_mid", "mlp_out", "pattern", read_site))
+    kinds: tuple[SiteKind, ...] = ("resid_pre", "resid_mid", "mlp_out", "pattern", read_site)
     sites = [site for kind in kinds for site in decoder_sites(range(adapter.n_layers), kind)]
     factors: list[Tensor | None] = []
     with ExitStack() as stack:
@@ -210,13 +210,10 @@ class FrozenModel:
         scales = norm_scales(adapter, recording, self.dtype) if "norms" in freeze else []
         self._norms = list(zip(norm_modules(self.adapter), scales, strict=False))
         held = {"lm.embed": recording.embed}
-        parts: tuple[tuple[FrozenPart, SiteKind, Tensor], ...] = (
-            ("attention", "pattern", recording.pattern),
-            ("mlps", "mlp_out", recording.mlp_out),
-        )
-        for part, kind, values in parts:
-            if part in freeze:
-                held |= {decoder_site(layer, kind): value for layer, value in enumerate(values)}
+        if "attention" in freeze:
+            held |= {decoder_site(layer, "pattern"): value for layer, value in enumerate(recording.pattern)}
+        if "mlps" in freeze:
+            held |= {decoder_site(layer, "mlp_out"): value for layer, value in enumerate(recording.mlp_out)}
         self._held = {site: value[None].to(self.dtype) for site, value in held.items()}
 
     @torch.no_grad()

@@ -1,1 +1,1 @@
-"""The static web page that shows an attribution graph."""
+"""The document of an attribution graph as files: JSON and a self-contained web page; opened, or served."""

@@ -1,4 +1,4 @@
-"""Schema of the JSON document of a graph, which `clt.attribution.graphs.export` writes and the page reads.
+"""Schema of the JSON document of a graph, which front-ends and the page read.
 
 Its skeleton (metadata, qParams, nodes, links) is the schema that circuit-tracer writes and Neuronpedia reads; the
 fields that a vision-language model needs are added. The schema is defined by these dataclasses alone.

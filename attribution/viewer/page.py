@@ -1,4 +1,4 @@
-"""Renders a graph document, the page's style and its scripts as one HTML file that needs no network.
+"""Renders and writes the page of a graph: document, style and scripts in one HTML file that needs no network.
 
 The document is in a script element of type application/json, which browsers do not execute, with every `<`, `>` and `&`
 written as a JSON escape, so that no text of a prompt can end the element. A content security policy allows only the one
@@ -11,12 +11,18 @@ import base64
 import hashlib
 import html
 import json
+import os
 import re
+import tempfile
 from collections.abc import Mapping
 from importlib.resources import files
+from pathlib import Path
 from typing import Any
 
-#: The two files of a graph that `clt.attribution.graphs.export` writes.
+from clt.attribution.viewer.document import GraphDocument
+from clt.errors import GraphError
+
+#: The two files of `write_export`.
 DOCUMENT_NAME, PAGE_NAME = "graph.json", "index.html"
 
 #: In the order of their dependencies.
@@ -27,7 +33,7 @@ def render_page(document: Mapping[str, Any]) -> str:
     """One self-contained page that shows a graph.
 
     Args:
-        document: a graph document as plain JSON values; see `clt.attribution.graphs.export.GraphDocument`.
+        document: a graph document as plain JSON values; see `clt.attribution.viewer.document.GraphDocument`.
 
     Returns:
         HTML, ASCII only.
@@ -50,6 +56,29 @@ def render_page(document: Mapping[str, Any]) -> str:
     return page.encode("ascii", "xmlcharrefreplace").decode("ascii")
 
 
+def write_export(document: GraphDocument, folder: Path | str) -> Path:
+    """Writes `graph.json` and the self-contained page `index.html`, each whole or not at all.
+
+    Args:
+        document: what to write.
+        folder: made when it does not exist.
+
+    Returns:
+        Path of the page.
+
+    Raises:
+        GraphError: the folder cannot be made or written to.
+    """
+    folder = Path(folder)
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        _write_whole(folder / DOCUMENT_NAME, document.to_json())
+        _write_whole(folder / PAGE_NAME, render_page(document.to_tree()))
+    except OSError as error:
+        raise GraphError(f"{folder}: cannot write the page ({error.strerror}); choose another folder") from None
+    return folder / PAGE_NAME
+
+
 def _asset(name: str) -> str:
     return (files("clt.attribution.viewer") / name).read_text(encoding="ascii")
 
@@ -62,3 +91,16 @@ def _hash(source: str) -> str:
 def _inert_json(document: Mapping[str, Any]) -> str:
     text = json.dumps(document, ensure_ascii=True, allow_nan=False, separators=(",", ":"))
     return text.replace("<", "\\u003c").replace(">", "\\u003e").replace("&", "\\u0026")
+
+
+def _write_whole(path: Path, text: str) -> None:
+    descriptor, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
+    try:
+        with os.fdopen(descriptor, "w", encoding="ascii") as file:
+            file.write(text)
+        # mkstemp makes the file private; other results are readable by all.
+        os.chmod(temporary, 0o644)
+        os.replace(temporary, path)
+    except BaseException:
+        os.unlink(temporary)
+        raise

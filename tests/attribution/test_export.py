@@ -13,12 +13,13 @@ from hypothesis import given
 from hypothesis import strategies as st
 from PIL import Image
 
-from clt.attribution.graphs.entries import patch_box
-from clt.attribution.graphs.export import graph_document, write_export
+from clt.attribution.graphs.document_entries import patch_box
+from clt.attribution.graphs.export import graph_document
 from clt.attribution.graphs.faithfulness import EdgeReport
 from clt.attribution.graphs.graph import Graph, NodeKind
 from clt.attribution.graphs.scores import prune, score
 from clt.attribution.viewer.document import GraphDocument, ImageEntry
+from clt.attribution.viewer.page import write_export
 from clt.errors import GraphError
 
 # What Neuronpedia's graph-schema.json requires, with the types it names.

@@ -6,7 +6,6 @@ from types import SimpleNamespace
 
 import pytest
 
-from clt.attribution.viewer import show as show_module
 from clt.errors import GraphError
 
 
@@ -56,7 +55,7 @@ def test_in_a_notebook_the_page_is_shown_inside_of_it(graph, opened, monkeypatch
 
 def test_a_threshold_out_of_range_is_refused(graph, opened, tmp_path):
     with pytest.raises(GraphError, match="node_threshold"):
-        show_module.show(graph, tmp_path, node_threshold=0)
+        graph.show(tmp_path, node_threshold=0)
 
 
 def test_repr_says_what_a_graph_is_of(graph):

@@ -12,11 +12,11 @@ from pathlib import Path
 
 import pytest
 
-from clt.attribution.graphs.export import graph_document, write_export
+from clt.attribution.graphs.export import graph_document
 from clt.attribution.graphs.graph import Graph
 from clt.attribution.graphs.scores import prune
 from clt.attribution.viewer.document import GraphDocument
-from clt.attribution.viewer.page import render_page
+from clt.attribution.viewer.page import render_page, write_export
 
 HOSTILE = "</script><img src=x onerror=\"document.body.dataset.hacked='yes'\"><!--<script>&amp;\u2028'\\"
 CHROMIUM = next(
