@@ -1,13 +1,13 @@
-"""Row-sparse Adam: settings, state and the plain PyTorch meaning that the Triton kernels are held to.
+"""Row-sparse Adam: settings, state, and the plain PyTorch update that specifies the Triton kernels.
 
-A row (one feature's vector) is touched in a step when its feature fired; only touched rows are read and written. The
-moments of a row that missed steps are decayed for all of them at its next touch. With beta1 = 0 that is Adam itself:
-a row whose gradient is zero does not move. With beta1 > 0 the moments of a touched row are those of Adam, but a row
-moves only when it is touched, where Adam would let it drift on old momentum.
+A row (one feature's vector) is updated in a step only if its feature fired; other rows are neither read nor written.
+The moments of a row that missed steps are decayed for all of them at its next update. With beta1 = 0 this is exactly
+Adam: a row whose gradient is zero does not change. With beta1 > 0 the moments of an updated row are those of Adam, but
+a row changes only when its feature fires, where Adam would go on moving it by its first moment.
 
 Adam: Kingma and Ba, https://arxiv.org/abs/1412.6980, algorithm 1.
 
-Parameters and moments are stored and rounded as `clt.kernels.common.storage` says.
+`clt.kernels.common.storage` defines how parameters and moments are stored and rounded.
 """
 
 from __future__ import annotations
@@ -49,12 +49,14 @@ class RowAdam:
         # The largest float32 below 1: anything nearer would become 1 and divide by zero.
         largest = 1 - 2**-24
         if not 0 <= self.beta1 <= largest or not 0 < self.beta2 <= largest:
-            raise ValueError(f"beta1={self.beta1}, beta2={self.beta2}: want 0 <= beta1 < 1, 0 < beta2 < 1 as float32")
+            raise ValueError(
+                f"beta1={self.beta1}, beta2={self.beta2}: expected 0 <= beta1 < 1, 0 < beta2 < 1 as float32"
+            )
         if not 0 <= self.seed < 2**31:
-            raise ValueError(f"seed={self.seed}: want 0 <= seed < 2^31")
+            raise ValueError(f"seed={self.seed}: expected 0 <= seed < 2^31")
 
     def hyper(self, step: int, device: torch.device | str, dtype: torch.dtype) -> Tensor:
-        """The numbers of one step as the kernels read them.
+        """Hyper-parameters of one step, as the kernels read them.
 
         Args:
             step: number of this step, counted from 1; below 2^24, which float32 still counts exactly.
@@ -69,7 +71,7 @@ class RowAdam:
             ValueError: for a step outside its range.
         """
         if not 1 <= step < 2**24:
-            raise ValueError(f"step={step}: want 1 <= step < 2^24")
+            raise ValueError(f"step={step}: expected 1 <= step < 2^24")
         wide = accumulator(dtype)
         # The betas are what the dtype can hold, and the rest follows from those: 1 - beta is then exact in the kernel.
         beta1, beta2 = (torch.tensor(beta, dtype=wide).item() for beta in (self.beta1, self.beta2))
@@ -116,7 +118,7 @@ class RowAdamState:
         dtype = dtype or wide
         if dtype != wide and not (dtype in (torch.bfloat16, torch.uint8) and wide == torch.float32):
             narrow = ", torch.bfloat16 or torch.uint8" if wide == torch.float32 else ""
-            raise ValueError(f"moments of {dtype} for a parameter of {param.dtype}: want {wide}{narrow}")
+            raise ValueError(f"moments of {dtype} for a parameter of {param.dtype}; expected {wide}{narrow}")
 
         def zeros(width: int) -> Tensor:
             return torch.zeros((*param.shape[:-1], width), dtype=dtype, device=param.device)
@@ -164,7 +166,7 @@ class RowAdamState:
         return {name: memory.read(slice(None), wide).view_as(self.v_RD) for name, memory in self._memories().items()}
 
     def load(self, moments: Mapping[str, Tensor], last_step_R: Tensor) -> None:
-        """Takes over moments: exactly those that `moments` of such a state gave, others rounded to nearest.
+        """Sets the moments: exact for those that `moments` returned, rounded to nearest for others.
 
         Args:
             moments: by the names of `moments`, [..,F,D].
@@ -177,7 +179,9 @@ class RowAdamState:
         shapes = {name: tuple(moment.shape) for name, moment in moments.items()}
         wanted = {name: tuple(self.v_RD.shape) for name in memories}
         if shapes != wanted or last_step_R.shape != self.last_step_R.shape:
-            raise ValueError(f"moments {shapes} with steps {tuple(last_step_R.shape)} do not fit: want {wanted}")
+            raise ValueError(
+                f"moments {shapes} with steps {tuple(last_step_R.shape)} do not fit this state; expected {wanted}"
+            )
         for name, memory in memories.items():
             moment = moments[name].to(self.v_RD.device, accumulator(self.v_RD.dtype))
             memory.write(slice(None), moment.reshape(memory.numbers_RD.shape))
