@@ -21,7 +21,7 @@ from torch import Tensor
 
 from clt.kernels.common import packed
 from clt.kernels.common.dtypes import accumulator
-from clt.kernels.common.storage import MOMENT_1, MOMENT_2, PARAM, Memory
+from clt.kernels.common.storage import MOMENT_1, MOMENT_2, PARAM, StoredTensor
 
 #: Rows that the plain update works on at a time.
 _ROWS = 128
@@ -163,7 +163,7 @@ class RowAdamState:
             share memory with the state where it holds just that.
         """
         wide = accumulator(self.v_RD.dtype)
-        return {name: memory.read(slice(None), wide).view_as(self.v_RD) for name, memory in self._memories().items()}
+        return {name: tensor.read(slice(None), wide).view_as(self.v_RD) for name, tensor in self._stored().items()}
 
     def load(self, moments: Mapping[str, Tensor], last_step_R: Tensor) -> None:
         """Sets the moments: exact for those that `moments` returned, rounded to nearest for others.
@@ -175,24 +175,24 @@ class RowAdamState:
         Raises:
             ValueError: for other names or shapes.
         """
-        memories = self._memories()
+        stored = self._stored()
         shapes = {name: tuple(moment.shape) for name, moment in moments.items()}
-        wanted = {name: tuple(self.v_RD.shape) for name in memories}
+        wanted = {name: tuple(self.v_RD.shape) for name in stored}
         if shapes != wanted or last_step_R.shape != self.last_step_R.shape:
             raise ValueError(
                 f"moments {shapes} with steps {tuple(last_step_R.shape)} do not fit this state; expected {wanted}"
             )
-        for name, memory in memories.items():
+        for name, tensor in stored.items():
             moment = moments[name].to(self.v_RD.device, accumulator(self.v_RD.dtype))
-            memory.write(slice(None), moment.reshape(memory.numbers_RD.shape))
+            tensor.write(slice(None), moment.reshape(tensor.numbers_RD.shape))
         self.last_step_R.copy_(last_step_R)
 
-    def _memories(self) -> dict[str, Memory]:
+    def _stored(self) -> dict[str, StoredTensor]:
         """The moments by their names in checkpoints."""
-        memories = {"exp_avg_sq": Memory.of(self.v_RD, self.v_exponents_RG, MOMENT_2)}
+        stored = {"exp_avg_sq": StoredTensor.of(self.v_RD, self.v_exponents_RG, MOMENT_2)}
         if self.m_RD is not None:
-            memories["exp_avg"] = Memory.of(self.m_RD, self.m_exponents_RG, MOMENT_1)
-        return memories
+            stored["exp_avg"] = StoredTensor.of(self.m_RD, self.m_exponents_RG, MOMENT_1)
+        return stored
 
     def touch(self, touched_R: Tensor, hyper: Tensor) -> None:
         """Records that the touched rows [..,F] were updated at the step of `hyper`; no host synchronisation."""
@@ -215,8 +215,8 @@ def row_adam_(param: Tensor, grad: Tensor, state: RowAdamState, hyper: Tensor, t
         touched: [..,F] bool, rows to update.
     """
     d = param.shape[-1]
-    last_R, grad_RD, memories = state.last_step_R.view(-1), grad.reshape(-1, d), state._memories()
-    tables = (Memory.of(param, None, PARAM), memories["exp_avg_sq"], memories.get("exp_avg"))
+    last_R, grad_RD, stored = state.last_step_R.view(-1), grad.reshape(-1, d), state._stored()
+    tables = (StoredTensor.of(param, None, PARAM), stored["exp_avg_sq"], stored.get("exp_avg"))
     # A few rows at a time: what lies between reading and writing them stays in the cache.
     for rows in touched.reshape(-1).nonzero()[:, 0].split(_ROWS):
         missed_R1 = (hyper[8] - last_R[rows].to(hyper.dtype))[:, None]
@@ -225,9 +225,9 @@ def row_adam_(param: Tensor, grad: Tensor, state: RowAdamState, hyper: Tensor, t
 
 
 def _update_rows(
-    param: Memory,
-    second: Memory,
-    first: Memory | None,
+    param: StoredTensor,
+    second: StoredTensor,
+    first: StoredTensor | None,
     grad: Tensor,
     rows: Tensor,
     missed_R1: Tensor,

@@ -152,7 +152,7 @@ def path(
 
 
 @dataclass(frozen=True, kw_only=True)
-class Description:
+class LaunchSettings:
     """The settings that one shape gets on this machine; a run records them (`dataclasses.asdict`).
 
     Attributes:
@@ -175,10 +175,10 @@ class Description:
     encoder_grad_path: CodePath
 
 
-def describe(dtype: torch.dtype, d_model: int, n_features: int, k: int, tokens: int) -> Description:
+def describe(dtype: torch.dtype, d_model: int, n_features: int, k: int, tokens: int) -> LaunchSettings:
     """All settings for weights of a dtype, D channels, F features, k slots and B tokens."""
     shape = (d_model, n_features, k, tokens)
-    return Description(
+    return LaunchSettings(
         fingerprint=fingerprint(),
         decode=gather_config("decode", dtype, *shape),
         decoder_grad=gather_config("decoder_grad", dtype, *shape),
