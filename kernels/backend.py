@@ -1,10 +1,10 @@
-"""Which implementation runs: chosen here and nowhere else, and said once in the log.
+"""Choice of the kernel backend by device and dtype, logged once for each.
 
     triton     the fused kernels; CUDA tensors, or CPU tensors in Triton's interpreter (TRITON_INTERPRET=1)
     cpu        sparse PyTorch; float32 and float64 tensors on the CPU
     reference  plain PyTorch; any tensor, slow
 
-"auto" takes triton on CUDA and cpu on the CPU where they apply, else the reference.
+"auto" takes triton on CUDA and cpu on the CPU where they apply, else reference.
 """
 
 from __future__ import annotations
@@ -29,38 +29,38 @@ Name = Literal["auto", "triton", "cpu", "reference"]
 _TRITON_DTYPES = (torch.bfloat16, torch.float32, torch.float64)
 _CPU_DTYPES = (torch.float32, torch.float64)
 
-_demanded: Name = "auto"
+_chosen: Name = "auto"
 
 
 def use_backend(name: Name) -> None:
-    """Demands an implementation for all following operations of this process.
+    """Sets the backend of all following operations of this process.
 
     Args:
         name: "auto", "triton", "cpu" or "reference".
 
     Raises:
-        ValueError: there is no such implementation.
-        RuntimeError: it cannot run on this machine; says why.
+        ValueError: there is no such backend.
+        RuntimeError: it cannot run on this machine.
     """
-    global _demanded
+    global _chosen
     if name not in ("auto", "triton", "cpu", "reference"):
-        raise ValueError(f"backend {name!r} must be auto, triton, cpu or reference")
+        raise ValueError(f"unknown backend {name!r}; use auto, triton, cpu or reference")
     if name == "triton" and (missing := _no_triton()):
-        raise RuntimeError(f"the Triton kernels cannot run: {missing}; take auto")
-    _demanded = name
+        raise RuntimeError(f"backend triton cannot run here: {missing}; use auto")
+    _chosen = name
 
 
 def backend_of(tensor: Tensor) -> str:
-    """Name of the implementation that operations on such a tensor take.
+    """Name of the backend that runs operations on such a tensor.
 
     Raises:
-        RuntimeError: the demanded one cannot take this tensor.
+        RuntimeError: the backend that was set does not support this tensor.
     """
-    return _backend(_demanded, tensor.device.type, tensor.dtype)
+    return _backend(_chosen, tensor.device.type, tensor.dtype)
 
 
 def implementation(tensor: Tensor) -> KernelBackend:
-    """The implementation that `backend_of` names."""
+    """The backend that `backend_of` names."""
     name = backend_of(tensor)
     if name == "triton":
         from clt.kernels.gpu import triton_backend
@@ -75,35 +75,35 @@ def device_guard(tensor: Tensor) -> AbstractContextManager[object]:
 
 
 @functools.cache
-def _backend(demanded: Name, device: str, dtype: torch.dtype) -> str:
-    what = f"{str(dtype).removeprefix('torch.')} on {device}"
+def _backend(chosen: Name, device: str, dtype: torch.dtype) -> str:
+    shown = str(dtype).removeprefix("torch.")
     fast = "triton" if device == "cuda" else "cpu"
-    obstacle = _obstacle(fast if demanded == "auto" else demanded, device, dtype)
+    obstacle = _obstacle(fast if chosen == "auto" else chosen, device, dtype)
     if obstacle is None:
-        name = fast if demanded == "auto" else demanded
-        log.info("kernels: %s for %s", name, what)
-    elif demanded == "auto":
+        name = fast if chosen == "auto" else chosen
+        log.info("kernel_backend=%s dtype=%s device=%s", name, shown, device)
+    elif chosen == "auto":
         name = "reference"
-        log.warning("kernels: the slow reference for %s, because %s", what, obstacle)
+        log.warning("kernel_backend=reference (slow) dtype=%s device=%s: %s", shown, device, obstacle)
     else:
-        raise RuntimeError(f"backend {demanded} cannot take {what}: {obstacle}; take auto")
+        raise RuntimeError(f"backend {chosen} does not support {shown} on {device}: {obstacle}; use auto")
     return name
 
 
 def _obstacle(name: str, device: str, dtype: torch.dtype) -> str | None:
-    """Why an implementation cannot take such tensors, None if it can."""
+    """Reason why a backend does not support such tensors, None if it does."""
     dtypes = {"triton": _TRITON_DTYPES, "cpu": _CPU_DTYPES, "reference": (dtype,)}[name]
     if dtype not in dtypes:
-        return f"{name} takes {', '.join(str(t).removeprefix('torch.') for t in dtypes)}"
+        return f"{name} supports {', '.join(str(t).removeprefix('torch.') for t in dtypes)}"
     if name == "cpu" and device != "cpu":
-        return "cpu takes tensors of the CPU"
+        return "cpu supports CPU tensors only"
     if name == "triton" and device == "cpu" and not _interpreting():
         return "TRITON_INTERPRET=1 is not set"
     return _no_triton() if name == "triton" else None
 
 
 def _no_triton() -> str | None:
-    """Why the kernels cannot run here, None if they can."""
+    """Reason why Triton cannot run here, None if it can."""
     if importlib.util.find_spec("triton") is None:
         return "Triton is not installed"
     if not torch.cuda.is_available() and not _interpreting():

@@ -1,4 +1,4 @@
-"""The only public door to the kernels: checks its arguments and calls the registered operators.
+"""Public entry to the kernels: checks arguments and calls the registered operators.
 
 Shape letters: L layers, S source layers of one target, B tokens, D d_model, F features per layer, K slots per token and
 layer. A slot holds an activation and a feature number; slots ascend by feature number, empty slots (value 0, index 0)
@@ -124,7 +124,7 @@ def select_topk(pre_BF: Tensor, k: int) -> tuple[Tensor, Tensor]:
 
 
 def feature_csr(values_LBK: Tensor, indices_LBK: Tensor, n_features: int) -> FeatureCSR:
-    """Groups the slots of codes by feature; build it once per step, and every backward pass over the codes shares it.
+    """Groups the slots of codes by feature; built once per step and shared by every backward pass over the codes.
 
     Args:
         values_LBK: [L,B,K] activations.
@@ -157,7 +157,7 @@ def decode(
         W_dec_SFD: [S,F,D] decoders from each source into this target.
         b_dec_D: [D] bias.
         skip_BD: [B,D] added to the sum, or None.
-        csr: grouping of these S layers, which the backward pass else builds itself.
+        csr: grouping of these S layers; None to build it in the backward pass.
 
     Returns:
         [B,D] in the dtype of the decoders, differentiable with respect to values, decoders, bias and skip.
@@ -186,10 +186,10 @@ def decode_loss(
         indices_SBK: [S,B,K] int32 feature numbers.
         W_dec_SFD: [S,F,D] decoders from each source into this target.
         b_dec_D: [D] bias.
-        y_BD: [B,D] what is to be reconstructed; a constant.
+        y_BD: [B,D] target of the reconstruction; gets no gradient.
         weights_B: [B] weight of each token; None for 1/B.
         skip_BD: [B,D] added to the reconstruction, or None.
-        csr: grouping of these S layers, which the backward pass else builds itself.
+        csr: grouping of these S layers; None to build it in the backward pass.
 
     Returns:
         error [], the weighted sum over tokens of the mean over channels of the squared residual, float32 (float64 for
@@ -332,7 +332,7 @@ def encoder_step_(
         hyper: from `RowAdam.hyper`.
 
     Returns:
-        grad_b [F] in the dtype of x; the bias is the caller's to update.
+        grad_b [F] in the dtype of x; the caller updates the bias.
 
     Raises:
         ValueError: shapes do not fit.

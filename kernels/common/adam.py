@@ -1,13 +1,13 @@
-"""Row-sparse Adam: settings, state and the plain PyTorch meaning that the Triton kernels are held to.
+"""Row-sparse Adam: settings, state, and the plain PyTorch update that specifies the Triton kernels.
 
-A row (one feature's vector) is touched in a step when its feature fired; only touched rows are read and written. The
-moments of a row that missed steps are decayed for all of them at its next touch. With beta1 = 0 that is Adam itself:
-a row whose gradient is zero does not move. With beta1 > 0 the moments of a touched row are those of Adam, but a row
-moves only when it is touched, where Adam would let it drift on old momentum.
+A row (one feature's vector) is updated in a step only if its feature fired; other rows are neither read nor written.
+The moments of a row that missed steps are decayed for all of them at its next update. With beta1 = 0 this is exactly
+Adam: a row whose gradient is zero does not change. With beta1 > 0 the moments of an updated row are those of Adam, but
+a row changes only when its feature fires, where Adam would go on moving it by its first moment.
 
 Adam: Kingma and Ba, https://arxiv.org/abs/1412.6980, algorithm 1.
 
-Parameters and moments are stored and rounded as `clt.kernels.common.storage` says.
+`clt.kernels.common.storage` defines how parameters and moments are stored and rounded.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ from torch import Tensor
 
 from clt.kernels.common import packed
 from clt.kernels.common.dtypes import accumulator
-from clt.kernels.common.storage import MOMENT_1, MOMENT_2, PARAM, Memory
+from clt.kernels.common.storage import MOMENT_1, MOMENT_2, PARAM, StoredTensor
 
 #: Rows that the plain update works on at a time.
 _ROWS = 128
@@ -49,12 +49,14 @@ class RowAdam:
         # The largest float32 below 1: anything nearer would become 1 and divide by zero.
         largest = 1 - 2**-24
         if not 0 <= self.beta1 <= largest or not 0 < self.beta2 <= largest:
-            raise ValueError(f"beta1={self.beta1}, beta2={self.beta2}: want 0 <= beta1 < 1, 0 < beta2 < 1 as float32")
+            raise ValueError(
+                f"beta1={self.beta1}, beta2={self.beta2}: expected 0 <= beta1 < 1, 0 < beta2 < 1 as float32"
+            )
         if not 0 <= self.seed < 2**31:
-            raise ValueError(f"seed={self.seed}: want 0 <= seed < 2^31")
+            raise ValueError(f"seed={self.seed}: expected 0 <= seed < 2^31")
 
     def hyper(self, step: int, device: torch.device | str, dtype: torch.dtype) -> Tensor:
-        """The numbers of one step as the kernels read them.
+        """Hyper-parameters of one step, as the kernels read them.
 
         Args:
             step: number of this step, counted from 1; below 2^24, which float32 still counts exactly.
@@ -69,7 +71,7 @@ class RowAdam:
             ValueError: for a step outside its range.
         """
         if not 1 <= step < 2**24:
-            raise ValueError(f"step={step}: want 1 <= step < 2^24")
+            raise ValueError(f"step={step}: expected 1 <= step < 2^24")
         wide = accumulator(dtype)
         # The betas are what the dtype can hold, and the rest follows from those: 1 - beta is then exact in the kernel.
         beta1, beta2 = (torch.tensor(beta, dtype=wide).item() for beta in (self.beta1, self.beta2))
@@ -116,7 +118,7 @@ class RowAdamState:
         dtype = dtype or wide
         if dtype != wide and not (dtype in (torch.bfloat16, torch.uint8) and wide == torch.float32):
             narrow = ", torch.bfloat16 or torch.uint8" if wide == torch.float32 else ""
-            raise ValueError(f"moments of {dtype} for a parameter of {param.dtype}: want {wide}{narrow}")
+            raise ValueError(f"moments of {dtype} for a parameter of {param.dtype}; expected {wide}{narrow}")
 
         def zeros(width: int) -> Tensor:
             return torch.zeros((*param.shape[:-1], width), dtype=dtype, device=param.device)
@@ -161,10 +163,10 @@ class RowAdamState:
             share memory with the state where it holds just that.
         """
         wide = accumulator(self.v_RD.dtype)
-        return {name: memory.read(slice(None), wide).view_as(self.v_RD) for name, memory in self._memories().items()}
+        return {name: tensor.read(slice(None), wide).view_as(self.v_RD) for name, tensor in self._stored().items()}
 
     def load(self, moments: Mapping[str, Tensor], last_step_R: Tensor) -> None:
-        """Takes over moments: exactly those that `moments` of such a state gave, others rounded to nearest.
+        """Sets the moments: exact for those that `moments` returned, rounded to nearest for others.
 
         Args:
             moments: by the names of `moments`, [..,F,D].
@@ -173,22 +175,24 @@ class RowAdamState:
         Raises:
             ValueError: for other names or shapes.
         """
-        memories = self._memories()
+        stored = self._stored()
         shapes = {name: tuple(moment.shape) for name, moment in moments.items()}
-        wanted = {name: tuple(self.v_RD.shape) for name in memories}
+        wanted = {name: tuple(self.v_RD.shape) for name in stored}
         if shapes != wanted or last_step_R.shape != self.last_step_R.shape:
-            raise ValueError(f"moments {shapes} with steps {tuple(last_step_R.shape)} do not fit: want {wanted}")
-        for name, memory in memories.items():
+            raise ValueError(
+                f"moments {shapes} with steps {tuple(last_step_R.shape)} do not fit this state; expected {wanted}"
+            )
+        for name, tensor in stored.items():
             moment = moments[name].to(self.v_RD.device, accumulator(self.v_RD.dtype))
-            memory.write(slice(None), moment.reshape(memory.numbers_RD.shape))
+            tensor.write(slice(None), moment.reshape(tensor.numbers_RD.shape))
         self.last_step_R.copy_(last_step_R)
 
-    def _memories(self) -> dict[str, Memory]:
+    def _stored(self) -> dict[str, StoredTensor]:
         """The moments by their names in checkpoints."""
-        memories = {"exp_avg_sq": Memory.of(self.v_RD, self.v_exponents_RG, MOMENT_2)}
+        stored = {"exp_avg_sq": StoredTensor.of(self.v_RD, self.v_exponents_RG, MOMENT_2)}
         if self.m_RD is not None:
-            memories["exp_avg"] = Memory.of(self.m_RD, self.m_exponents_RG, MOMENT_1)
-        return memories
+            stored["exp_avg"] = StoredTensor.of(self.m_RD, self.m_exponents_RG, MOMENT_1)
+        return stored
 
     def touch(self, touched_R: Tensor, hyper: Tensor) -> None:
         """Records that the touched rows [..,F] were updated at the step of `hyper`; no host synchronisation."""
@@ -211,8 +215,8 @@ def row_adam_(param: Tensor, grad: Tensor, state: RowAdamState, hyper: Tensor, t
         touched: [..,F] bool, rows to update.
     """
     d = param.shape[-1]
-    last_R, grad_RD, memories = state.last_step_R.view(-1), grad.reshape(-1, d), state._memories()
-    tables = (Memory.of(param, None, PARAM), memories["exp_avg_sq"], memories.get("exp_avg"))
+    last_R, grad_RD, stored = state.last_step_R.view(-1), grad.reshape(-1, d), state._stored()
+    tables = (StoredTensor.of(param, None, PARAM), stored["exp_avg_sq"], stored.get("exp_avg"))
     # A few rows at a time: what lies between reading and writing them stays in the cache.
     for rows in touched.reshape(-1).nonzero()[:, 0].split(_ROWS):
         missed_R1 = (hyper[8] - last_R[rows].to(hyper.dtype))[:, None]
@@ -221,9 +225,9 @@ def row_adam_(param: Tensor, grad: Tensor, state: RowAdamState, hyper: Tensor, t
 
 
 def _update_rows(
-    param: Memory,
-    second: Memory,
-    first: Memory | None,
+    param: StoredTensor,
+    second: StoredTensor,
+    first: StoredTensor | None,
     grad: Tensor,
     rows: Tensor,
     missed_R1: Tensor,

@@ -1,4 +1,4 @@
-"""Checks of arguments: every letter of the expected shapes must mean one size."""
+"""Checks of argument shapes: a letter must have the same size wherever it occurs."""
 
 from __future__ import annotations
 
@@ -6,7 +6,12 @@ from torch import Tensor
 
 
 def fit(op: str, **tensors: tuple[Tensor | None, str]) -> None:
-    """ValueError naming all shapes unless every letter means one size."""
+    """ValueError with all shapes unless every letter has one size.
+
+    Args:
+        op: name of the operation, for the message.
+        tensors: by argument name, the tensor (None is skipped) and its expected shape, one letter per dimension.
+    """
     sizes: dict[str, int] = {}
     for tensor, letters in tensors.values():
         if tensor is None:

@@ -1,7 +1,7 @@
-"""Sparse codes grouped by feature: which slots hold a feature, in token order. Backward passes read it.
+"""Sparse codes grouped by feature: the slots that hold each feature, in token order, for backward passes.
 
 Built once per step from the codes of all source layers and shared by every target and by the encoders. Everything is
-fixed-shape and stays on the device: no count travels to the host.
+fixed-shape and stays on the device: no count is copied to the host.
 """
 
 from __future__ import annotations
@@ -86,6 +86,6 @@ class FeatureCSR:
 
     @classmethod
     def from_tensors(cls, tensors: list[Tensor]) -> FeatureCSR:
-        """What `tensors` gave."""
+        """The grouping whose `tensors` these are."""
         bounds, slots, tokens, spill_bounds, spill_feature = tensors
         return cls(bounds=bounds, slots=slots, tokens=tokens, spill_bounds=spill_bounds, spill_feature=spill_feature)

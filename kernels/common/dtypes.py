@@ -1,4 +1,4 @@
-"""Which dtype sums run in."""
+"""Dtype of accumulators."""
 
 import torch
 

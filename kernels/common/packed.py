@@ -1,7 +1,7 @@
 """Moments of Adam in one byte per number: 8-bit codes and an exponent that a group of columns shares.
 
 A row of D columns is cut into groups of `GROUP`, the last one shorter. The exponent E of a group is that of its largest
-rounded number as float32 stores it (0 for a group of zeros), and a code says how far below it a number lies:
+rounded number as float32 stores it (0 for a group of zeros), and a code is the distance of a number below it:
 
     second moments (unsigned)         5 bits of exponent, 3 of mantissa   32 octaves
     first moments (signed)      sign, 4 bits of exponent, 3 of mantissa   16 octaves

@@ -65,8 +65,8 @@ def round_stochastically(x: Tensor, noise_bits: Tensor) -> Tensor:
 
 
 @dataclass(frozen=True)
-class Memory:
-    """How one tensor of the optimizer is stored.
+class StoredTensor:
+    """A parameter or moment as it is stored.
 
     Attributes:
         numbers_RD: [R,D] numbers, or the codes of `clt.kernels.common.packed`.
@@ -79,7 +79,7 @@ class Memory:
     stream: int
 
     @classmethod
-    def of(cls, numbers: Tensor, exponents: Tensor | None, stream: int) -> Memory:
+    def of(cls, numbers: Tensor, exponents: Tensor | None, stream: int) -> StoredTensor:
         """Shares memory with [..,D] and [..,G]."""
         exponents_RG = None if exponents is None else exponents.view(-1, exponents.shape[-1])
         return cls(numbers.view(-1, numbers.shape[-1]), exponents_RG, stream)

@@ -69,7 +69,7 @@ def gather_config(
     if d_model % block_d and d_model % lanes == 0:
         block_d = lanes  # no masked columns
     rows = {"decode": n_features, "decoder_grad": tokens, "encoder_grad": tokens}.get(op) or 0
-    # Less than a cache line of 128 bytes a row would fetch bytes that nobody asked for.
+    # Less than a cache line of 128 bytes per row would fetch bytes that are not used.
     while rows * block_d * dtype.itemsize > LIVE_SLAB and block_d * dtype.itemsize > 128:
         block_d //= 2
     block_d = max(16, min(block_d, _power_of_two(d_model)))
@@ -124,7 +124,7 @@ def path(
     d_model: int | None = None,
     tokens: int | None = None,
 ) -> CodePath:
-    """Whether gathering k of F rows beats a dense product.
+    """Faster of gathering k of F rows and a dense product.
 
     A gather of N tokens takes itemsize*N*k*D / BW seconds, a dense product 2*N*F*D / R, so gathering wins where
     F/k > itemsize*R / (2*BW). In bfloat16 on an H200 (R = 790 TFLOP/s) that is 81 at the full rate of L2 (BW = 9.7
@@ -152,7 +152,7 @@ def path(
 
 
 @dataclass(frozen=True, kw_only=True)
-class Description:
+class LaunchSettings:
     """The settings that one shape gets on this machine; a run records them (`dataclasses.asdict`).
 
     Attributes:
@@ -175,10 +175,10 @@ class Description:
     encoder_grad_path: CodePath
 
 
-def describe(dtype: torch.dtype, d_model: int, n_features: int, k: int, tokens: int) -> Description:
+def describe(dtype: torch.dtype, d_model: int, n_features: int, k: int, tokens: int) -> LaunchSettings:
     """All settings for weights of a dtype, D channels, F features, k slots and B tokens."""
     shape = (d_model, n_features, k, tokens)
-    return Description(
+    return LaunchSettings(
         fingerprint=fingerprint(),
         decode=gather_config("decode", dtype, *shape),
         decoder_grad=gather_config("decoder_grad", dtype, *shape),

@@ -1,7 +1,7 @@
-"""The encoder: x W_enc^T + b_enc, then the exact TopK of every row.
+"""Encoder: x W_enc^T + b_enc, then the exact TopK of every row.
 
 The product comes from a library, whose result is read once more for the group maxima, or from a Triton kernel that
-takes them from its accumulator. Rows go through in chunks, so that pre-activations never fill the memory.
+takes them from its accumulator. Rows are processed in chunks, which bounds the memory of pre-activations.
 """
 
 from __future__ import annotations

@@ -2,8 +2,8 @@
 
 Feature-major: a program sums what the slots of one feature (entries of a `FeatureCSR`) add to its weight row, reading
 each token's gradient once for both the row and the activations. The sum of a feature ends in registers and is stored,
-or moves the weights by an Adam step at once, so that no weight gradient is stored. A feature with more than SPLIT slots
-is cut into parts that lie in scratch memory until a second kernel adds them in order. No atomics: same bits every time.
+or updates the weights by an Adam step at once, without a stored weight gradient. A feature with more than SPLIT slots
+is cut into parts, kept in scratch memory, that a second kernel adds in order. No atomics: same bits every time.
 """
 
 import triton
@@ -42,7 +42,7 @@ def _sum_features(
     state: RowAdamState | None = None,
     hyper: Tensor | None = None,
 ) -> None:
-    """Launches the kernels; outputs that are None are not computed, a state says that W is moved."""
+    """Launches the kernels; outputs that are None are not computed; with a state, W is updated in place."""
     sources, slots = coefficients_SN.shape
     tokens, d_model = rows_BD.shape
     spills = csr.spill_feature.shape[1]

@@ -1,5 +1,4 @@
-"""Kernels behind `clt.kernels.gpu.grad`: sums over the slots of a feature, their parts joined, dot products added
-up."""
+"""Kernels of `clt.kernels.gpu.grad`: sums over the slots of a feature, sums of its parts, sums of dot products."""
 
 import triton
 import triton.language as tl
@@ -221,7 +220,7 @@ def slot_grad_kernel(
     inside = slot < n_total
     filled = tl.load(VALUES + slot, mask=inside, other=0.0).to(ACC) != 0
     total = tl.zeros([BLOCK], ACC)
-    # Nobody wrote the places of empty slots; a mask without them would make 4-byte loads of 16-byte ones.
+    # The places of empty slots were never written; a mask without them would make 4-byte loads of 16-byte ones.
     for _ in range(chunks):
         total += tl.load(DOTS + slot, mask=inside, other=0.0)
         DOTS += n_total

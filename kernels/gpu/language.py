@@ -1,8 +1,8 @@
-"""What the Triton kernels share: rounding, order-preserving keys, and whether they are compiled or interpreted.
+"""Shared device functions of the Triton kernels: rounding and order-preserving keys, compiled or interpreted.
 
-Importing this module needs Triton. With TRITON_INTERPRET=1 in the environment before that, every kernel runs on the CPU
-in Triton's interpreter. The interpreter treats bfloat16 as raw bits: it must be widened right after a load, and a
-plain conversion back truncates. `round_to` and `bits_of` are written for both worlds.
+Importing this module needs Triton. With TRITON_INTERPRET=1 set before the import, every kernel runs on the CPU in
+Triton's interpreter. The interpreter treats bfloat16 as raw bits: it must be widened right after a load, and a
+plain conversion back truncates. `round_to` and `bits_of` work in both modes.
 """
 
 import os

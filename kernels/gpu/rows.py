@@ -1,4 +1,4 @@
-"""What kernels that pick columns of a row share: ranking by bits, compaction in column order, empty slots."""
+"""Functions of kernels that select columns of a row: ranking by bits, compaction in column order, empty slots."""
 
 import triton
 import triton.language as tl
@@ -8,14 +8,14 @@ import triton.language as tl
 def kth_largest(key, k, BITS: tl.constexpr):
     """The k-th largest positive key, 1 when there are fewer, and how many equal to it are among the k largest."""
     level = tl.zeros([], key.dtype)
-    room = k
+    quota = k
     for bit in range(BITS):
         higher = level | (tl.full([], 1, key.dtype) << (BITS - 1 - bit))
         n_reach = tl.sum((key >= higher).to(tl.int32), 0)
         # The last step that is refused asks for level + 1: what reaches it is above the level.
-        room = tl.where(n_reach >= k, room, k - n_reach)
+        quota = tl.where(n_reach >= k, quota, k - n_reach)
         level = tl.where(n_reach >= k, higher, level)
-    return tl.maximum(level, 1), tl.where(level == 0, k, room)
+    return tl.maximum(level, 1), tl.where(level == 0, k, quota)
 
 
 @triton.jit
@@ -25,12 +25,12 @@ def _flags(hit):
 
 
 @triton.jit
-def emit(INDICES, place, above, tied, column, room, end):
-    """Stores, from INDICES[place] on, the columns that are above a level and the first `room` equal to it, in order.
+def emit(INDICES, place, above, tied, column, quota, end):
+    """Stores, from INDICES[place] on, the columns that are above a level and the first `quota` equal to it, in order.
 
     Column i of above and tied [R,V], both of at most 32767 elements, stands for column + i, ascending; column is [R]. A
     row is what one lane loads at once, so no element changes lanes. tied None: only those above. end not None: nothing
-    is stored at or beyond INDICES[end]. Returns how many are above and how many equal ones are among the first `room`.
+    is stored at or beyond INDICES[end]. Returns how many are above and how many equal ones are among the first `quota`.
     """
     # One scan counts both kinds, in the halves of an integer.
     kinds = above.to(tl.int32) << 16
@@ -44,19 +44,19 @@ def emit(INDICES, place, above, tied, column, room, end):
     if tied is not None:
         tied_bits = _flags(tied)
         seen = before & 0xFFFF
-        place += tl.minimum(seen, room)
+        place += tl.minimum(seen, quota)
     for i in tl.static_range(above.shape[1]):
         take = (above_bits >> i) & 1
         if tied is not None:
             is_tied = (tied_bits >> i) & 1
-            take |= is_tied & (seen < room).to(tl.int32)
+            take |= is_tied & (seen < quota).to(tl.int32)
             seen += is_tied
         stored = take != 0
         if end is not None:
             stored = stored & (place < end)
         tl.store(INDICES + place, column + i, mask=stored)
         place += take
-    return total >> 16, tl.minimum(total & 0xFFFF, room)
+    return total >> 16, tl.minimum(total & 0xFFFF, quota)
 
 
 @triton.jit

@@ -1,9 +1,9 @@
-"""Exact TopK of a row of pre-activations that reads little more of it than the winners.
+"""Exact TopK of a row of pre-activations that reads little more of it than the selected columns.
 
-The maxima of groups of columns bound the search: at least k columns reach the k-th largest maximum, so every winner
-lies in one of the k groups with the largest maxima, lowest group first among equals. Only those groups are read, and of
-their columns only those that reach the bound (k and a few, unless the row is clustered) are ranked. Keys are integers
-in the order of the positive numbers, found bit by bit: 15 bits for bfloat16, 31 for float32, 63 for float64.
+The maxima of groups of columns bound the search: at least k columns reach the k-th largest maximum, so all columns to
+select lie in the k groups with the largest maxima, lowest group first among equals. Only those are read, and of their
+columns only those that reach the bound (k and a few, unless the row is clustered) are ranked. Keys are integers in the
+order of the positive numbers, found bit by bit: 15 bits for bfloat16, 31 for float32, 63 for float64.
 """
 
 from __future__ import annotations
@@ -81,16 +81,16 @@ def _choose_groups(
     """
     group = tl.arange(0, GROUPS)
     maxima = tl.load(KEYS + group, mask=group < n_groups, other=0).to(KEY)
-    bound, room = kth_largest(tl.max(tl.reshape(maxima, [GROUPS // MERGED, MERGED]), 1), k, BITS)
+    bound, quota = kth_largest(tl.max(tl.reshape(maxima, [GROUPS // MERGED, MERGED]), 1), k, BITS)
     # Of the groups that only reach the bound k are always enough.
-    room = k
+    quota = k
     n_chosen = 0
     for start in range(0, n_groups, BLOCK):
         first = start + tl.arange(0, BLOCK // VECTOR) * VECTOR
         groups = first[:, None] + tl.arange(0, VECTOR)[None, :]
         key = tl.load(KEYS + groups, mask=groups < n_groups, other=0).to(KEY)
-        n_above, n_tied = emit(CHOSEN, n_chosen, key > bound, key == bound, first, room, None)
-        room -= n_tied
+        n_above, n_tied = emit(CHOSEN, n_chosen, key > bound, key == bound, first, quota, None)
+        quota -= n_tied
         n_chosen += n_above + n_tied
     return n_chosen, bound
 
@@ -119,13 +119,13 @@ def _rank_survivors(PRE, SURVIVORS, VALUES, INDICES, n_found, k, CAPACITY: tl.co
     column = tl.load(SURVIVORS + slot, mask=slot < n_found, other=0)
     pre = tl.load(PRE + column, mask=slot < n_found, other=0.0)
     key = positive_key(pre)
-    level, room = kth_largest(key, k, BITS)
+    level, quota = kth_largest(key, k, BITS)
     above, tied = key > level, key == level
     # One scan counts both kinds, in the halves of an integer.
     running = tl.cumsum((above.to(tl.int32) << 16) | tied.to(tl.int32), 0)
     rank = running & 0xFFFF
-    taken = above | (tied & (rank <= room))
-    place = (running >> 16) + tl.minimum(rank, room) - 1
+    taken = above | (tied & (rank <= quota))
+    place = (running >> 16) + tl.minimum(rank, quota) - 1
     tl.store(INDICES + place, column, mask=taken)
     tl.store(VALUES + place, pre, mask=taken)
     return tl.minimum(n_found, k)
@@ -148,23 +148,23 @@ def _rank_candidates(
 ):
     """Stores the k largest of any number of candidates, read again for every bit; how many there are."""
     level = tl.zeros([], KEY)
-    room = k
+    quota = k
     for bit in range(BITS):
         higher = level | (tl.full([], 1, KEY) << (BITS - 1 - bit))
         n_reach = 0
         for start in range(0, n_candidates, BLOCK):
             pre, column = _candidates(PRE, CHOSEN, start, n_candidates, n_features, GROUP, BLOCK, VECTOR)
             n_reach += tl.sum(tl.sum((positive_key(pre) >= higher).to(tl.int32), 1), 0)
-        room = tl.where(n_reach >= k, room, k - n_reach)
+        quota = tl.where(n_reach >= k, quota, k - n_reach)
         level = tl.where(n_reach >= k, higher, level)
-    room = tl.where(level == 0, k, room)
+    quota = tl.where(level == 0, k, quota)
     level = tl.maximum(level, 1)
     n_filled = 0
     for start in range(0, n_candidates, BLOCK):
         pre, column = _candidates(PRE, CHOSEN, start, n_candidates, n_features, GROUP, BLOCK, VECTOR)
         key = positive_key(pre)
-        n_above, n_tied = emit(INDICES, n_filled, key > level, key == level, column, room, None)
-        room -= n_tied
+        n_above, n_tied = emit(INDICES, n_filled, key > level, key == level, column, quota, None)
+        quota -= n_tied
         n_filled += n_above + n_tied
     tl.debug_barrier()
     gather_values(PRE, VALUES, INDICES, n_filled, BLOCK // VECTOR)

@@ -1,4 +1,4 @@
-"""BatchTopK: the n largest positive pre-activations of a whole batch, however many that is per token.
+"""BatchTopK: the n largest positive pre-activations of a whole batch, any number per token.
 
 The threshold is found digit by digit from histograms of the keys, eight bits at a time, so that processes that hold
 parts of a batch can add their counts. Nothing is read back to the host.
@@ -102,7 +102,7 @@ def _count_equal_kernel(PRE, THRESHOLD, COUNTS, n_features, BLOCK: tl.constexpr)
 def _select_above_kernel(
     PRE,
     THRESHOLD,
-    ROOM,
+    QUOTA,
     VALUES,
     INDICES,
     COUNTS,
@@ -111,13 +111,13 @@ def _select_above_kernel(
     BLOCK: tl.constexpr,
     VECTOR: tl.constexpr,
 ):
-    """A program selects from one row what is above the threshold and the first ROOM[row] equal to it; grid: row."""
+    """A program selects from one row what is above the threshold and the first QUOTA[row] equal to it; grid: row."""
     row = tl.program_id(0).to(tl.int64)
     PRE += row * n_features
     VALUES += row * capacity
     INDICES += row * capacity
     level = positive_key(tl.load(THRESHOLD))
-    room = tl.load(ROOM + row)
+    quota = tl.load(QUOTA + row)
     n_found = 0
     for start in range(0, n_features, BLOCK):
         column = start + tl.arange(0, BLOCK // VECTOR) * VECTOR
@@ -125,8 +125,8 @@ def _select_above_kernel(
         # Most blocks hold nothing.
         if tl.sum(tl.sum(reaches(pre, level).to(tl.int32), 1), 0) > 0:
             key = positive_key(pre)
-            n_above, n_tied = emit(INDICES, n_found, key > level, (key == level) & (key > 0), column, room, capacity)
-            room -= n_tied
+            n_above, n_tied = emit(INDICES, n_found, key > level, (key == level) & (key > 0), column, quota, capacity)
+            quota -= n_tied
             n_found += n_above + n_tied
     tl.store(COUNTS + row, n_found)
     tl.debug_barrier()
@@ -153,14 +153,14 @@ def select_above(pre_BF: Tensor, threshold: Tensor, quota: Tensor, capacity: int
     vector = 16 // pre_BF.element_size()
     equal_B = torch.empty(n_rows, dtype=torch.int32, device=pre_BF.device)
     _count_equal_kernel[(n_rows,)](pre_BF, threshold, equal_B, n_features, BLOCK=256 * vector, num_warps=4)
-    room_B = (quota - (equal_B.cumsum(0) - equal_B)).clamp(min=0).minimum(equal_B).int()
+    quota_B = (quota - (equal_B.cumsum(0) - equal_B)).clamp(min=0).minimum(equal_B).int()
     values_BC = torch.empty(n_rows, capacity, dtype=pre_BF.dtype, device=pre_BF.device)
     indices_BC = torch.empty(n_rows, capacity, dtype=torch.int32, device=pre_BF.device)
     counts_B = torch.empty(n_rows, dtype=torch.int32, device=pre_BF.device)
     _select_above_kernel[(n_rows,)](
         pre_BF,
         threshold,
-        room_B,
+        quota_B,
         values_BC,
         indices_BC,
         counts_B,

@@ -1,4 +1,4 @@
-"""The fast CPU path, float32 and float64: embedding-bag decode, sampled products and CSR gradients.
+"""CPU backend for float32 and float64: embedding-bag decode, sampled products and CSR gradients.
 
 Forward and backward touch only the k active features of a token, so the cost of a decode does not depend on F. Every
 sum has a fixed order for a fixed number of threads: two runs give the same bits. Operations without a faster form here
@@ -33,12 +33,12 @@ __all__ = [
     "select_topk",
 ]
 
-# The CSR layout is used inside this module only and its results are tested; the notice would greet every user.
+# The CSR layout is used inside this module only and its results are tested; the notice would be shown to every user.
 warnings.filterwarnings("ignore", message="Sparse CSR tensor support is in beta state")
 
 
 def rank_topk(pre_BF: Tensor, k: int) -> tuple[Tensor, Tensor]:
-    """Same as `reference.rank_topk` by partial selection; ties at the k-th place are settled by the reference."""
+    """Same as `reference.rank_topk` by partial selection; ties at the k-th place are resolved by the reference."""
     n_features = pre_BF.shape[1]
     values_BK, indices_BK = pre_BF.topk(min(k + 1, n_features), dim=1)
     filled_BK = ~(values_BK[:, :k] <= 0)

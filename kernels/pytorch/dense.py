@@ -1,7 +1,7 @@
-"""The dense path: codes scattered into a [B,S*F] matrix and multiplied by a library product, on tensor cores.
+"""Dense path: codes scattered into a [B,S*F] matrix and multiplied by a library product, on tensor cores.
 
-A gather moves 2*B*K*D bytes, a product takes 2*B*F*D operations: where F/K is small the product wins, although most of
-what it multiplies is zero. `clt.kernels.gpu.configs.path` decides. Products of bfloat16 sum in float32.
+A gather moves 2*B*K*D bytes, a product takes 2*B*F*D operations: where F/K is small the product is faster, although
+most of what it multiplies is zero. `clt.kernels.gpu.configs.path` chooses. Products of bfloat16 sum in float32.
 """
 
 from __future__ import annotations

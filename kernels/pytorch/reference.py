@@ -1,4 +1,4 @@
-"""The meaning of every operation in plain PyTorch, any dtype and device: the specification the fast paths are held to.
+"""Reference backend: every operation in plain PyTorch, any dtype and device; the specification of the other backends.
 
 Shape letters: B tokens, S source layers that write to a target, D d_model, F features per layer, K slots per token and
 layer. A slot holds an activation and a feature number; slots ascend by feature number, empty slots (value 0, index 0)
@@ -47,7 +47,7 @@ def rank_topk(pre_BF: Tensor, k: int) -> tuple[Tensor, Tensor]:
 
     Returns:
         indices [B,K] int64, ascending with empty slots last as 0, and filled [B,K] bool. NaN ranks above everything and
-        counts as filled, so that a broken value reaches the loss and is seen there.
+        counts as filled, so that it reaches the loss, where it is detected.
     """
     order_BK = pre_BF.sort(dim=1, descending=True, stable=True).indices[:, :k]
     return arrange_slots(order_BK, ~(pre_BF.gather(1, order_BK) <= 0), pre_BF.shape[1])

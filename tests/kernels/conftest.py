@@ -1,4 +1,4 @@
-"""Kernel tests run on the GPU where there is one, else in Triton's interpreter, with all new memory poisoned."""
+"""Fixtures of kernel tests: a GPU where there is one, else Triton's interpreter; new memory is filled with NaN."""
 
 from __future__ import annotations
 

@@ -15,7 +15,7 @@ from clt.kernels.common.interface import DecoderGradInputs, EncoderGradInputs
 
 
 @dataclass(frozen=True, kw_only=True)
-class Size:
+class CompiledSize:
     """Shape of a layer: B tokens, D channels, F features, k slots, S sources."""
 
     name: str
@@ -27,8 +27,8 @@ class Size:
 
 
 SIZES = (
-    Size(name="large", tokens=4096, d_model=4096, n_features=32768, k=64, sources=16),
-    Size(name="small", tokens=8192, d_model=768, n_features=16384, k=32, sources=12),
+    CompiledSize(name="large", tokens=4096, d_model=4096, n_features=32768, k=64, sources=16),
+    CompiledSize(name="small", tokens=8192, d_model=768, n_features=16384, k=32, sources=12),
 )
 DTYPES = (torch.bfloat16, torch.float32)
 
@@ -44,7 +44,7 @@ def _empty(*shape: int, dtype: torch.dtype) -> Tensor:
 class Layer:
     """Tensors without memory of one size and dtype."""
 
-    size: Size
+    size: CompiledSize
     dtype: torch.dtype
 
     @property

@@ -62,7 +62,7 @@ class Facts:
 
 
 def read_facts(text: str) -> list[Facts]:
-    """What the program printed."""
+    """Parses the output of the program."""
     return [
         Facts(**raw | {"whole": Counts(**raw["whole"]), "loops": [Counts(**loop) for loop in raw["loops"]]})
         for raw in json.loads(text)

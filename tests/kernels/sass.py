@@ -1,4 +1,4 @@
-"""Reads NVIDIA's disassembly far enough to say what happens inside loops: which loads, barriers and spills."""
+"""Parser of NVIDIA's disassembly that counts loads, barriers and spills inside loops."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The gather decode is held to the reference, and its bits to nothing but its inputs."""
+"""Gather decode equals the reference, and its bits depend on its inputs alone."""
 
 import pytest
 import torch

@@ -1,4 +1,4 @@
-"""The fused encoder product is held to the reference, and the codes to exact selection from its pre-activations."""
+"""Fused encoder product equals the reference; codes are the exact selection from its pre-activations."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The feature-major gradients and the Adam steps fused into them are held to the reference."""
+"""Feature-major gradients and the Adam steps fused into them equal the reference."""
 
 from dataclasses import dataclass, replace
 

@@ -1,4 +1,4 @@
-"""What the kernels compile to on an H200: no spills, 16-byte loads and no barrier where rows are gathered, no atomics.
+"""Machine code of the kernels for an H200: no spills, 16-byte loads and no barrier where rows are gathered, no atomics.
 
 The compiler and disassembler come with Triton, so this needs no GPU. One process compiles everything for all tests.
 """

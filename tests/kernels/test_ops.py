@@ -1,4 +1,4 @@
-"""The public door: every implementation behind it gives the same results and gradients, eager and compiled."""
+"""Public operations: every backend gives the same results and gradients, eager and compiled."""
 
 from __future__ import annotations
 
@@ -253,17 +253,18 @@ def test_bfloat16_on_the_cpu_takes_the_reference_and_rounds_preactivations_once(
     assert torch.equal(values[filled], pre.gather(1, expected)[filled])
 
 
-def test_the_backend_is_said_once_per_kind_of_tensor(caplog: pytest.LogCaptureFixture) -> None:
+def test_the_backend_is_logged_once_per_kind_of_tensor(caplog: pytest.LogCaptureFixture) -> None:
     backend._backend.cache_clear()
     with caplog.at_level(logging.INFO, logger="clt.kernels.backend"):
         for _ in range(3):
             ops.backend_of(torch.ones(2))
             ops.backend_of(torch.ones(2).bfloat16())
     assert [record.levelname for record in caplog.records] == ["INFO", "WARNING"]
-    assert "cpu for float32 on cpu" in caplog.text and "reference for bfloat16" in caplog.text
+    assert "kernel_backend=cpu dtype=float32" in caplog.text
+    assert "kernel_backend=reference (slow) dtype=bfloat16" in caplog.text
 
 
-def test_a_demanded_backend_that_cannot_run_is_an_error(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_chosen_backend_that_cannot_run_is_an_error(monkeypatch: pytest.MonkeyPatch) -> None:
     if torch.cuda.is_available():
         pytest.skip("Triton runs on this machine")
     monkeypatch.delenv("TRITON_INTERPRET")

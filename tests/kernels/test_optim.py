@@ -1,4 +1,4 @@
-"""Row-sparse Adam is Adam where it says so, and its Triton kernel is its PyTorch meaning."""
+"""Row-sparse Adam equals Adam for beta1 = 0, and its Triton kernel equals the PyTorch update."""
 
 import itertools
 import math

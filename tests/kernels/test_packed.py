@@ -1,4 +1,4 @@
-"""Moments in one byte: what the codes promise, that kernels and PyTorch agree on them, and that training survives."""
+"""8-bit moments: range and rounding of the codes, equal bits in Triton and PyTorch, effect on training."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The specification itself, held to definitions that fit in a line, and the CPU and dense paths held to it."""
+"""Reference against one-line definitions; CPU backend and dense path against the reference."""
 
 from __future__ import annotations
 

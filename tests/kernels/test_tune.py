@@ -1,4 +1,4 @@
-"""The tuner's search, checks and bookkeeping, with a made-up clock; the timing itself needs a GPU."""
+"""The tuner's search, checks and bookkeeping, with a fake clock; real timing needs a GPU."""
 
 from __future__ import annotations
 
