@@ -40,8 +40,8 @@ IMPORTERS = {
 #: Sub-package -> sub-packages that it imports, lazily or not, those in `LAZY` left out. `clt/__init__.py` is above all.
 ARROWS = {
     "clt.attribution": """
-        clt.attribution.evaluation clt.attribution.graphs clt.attribution.replacement clt.capture.models
-        clt.capture.reading clt.capture.sources clt.evaluation clt.hub clt.transcoder""",
+        clt.attribution.evaluation clt.attribution.graphs clt.attribution.replacement clt.attribution.viewer
+        clt.capture.models clt.capture.reading clt.capture.sources clt.evaluation clt.hub clt.transcoder""",
     "clt.attribution.evaluation": """
         clt.attribution.graphs clt.attribution.replacement clt.capture clt.capture.models clt.capture.reading
         clt.capture.sources clt.checkpoint clt.distributed clt.evaluation clt.kernels clt.training clt.transcoder""",
