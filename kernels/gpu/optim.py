@@ -75,7 +75,7 @@ def _groups(place):
 
 @triton.jit
 def _spread(exponent, SIGNED: tl.constexpr):
-    """Units that code 0 stands for, for each column of the groups with these exponents; see `packed`."""
+    """Units of code 0, for each column of the groups with these exponents; see `packed`."""
     GROUPS: tl.constexpr = exponent.shape[0]
     origin = (exponent - _REACH[SIGNED]) * _UNITS
     return tl.reshape(tl.broadcast_to(origin[:, None], [GROUPS, _GROUP]), [GROUPS * _GROUP])
@@ -233,7 +233,7 @@ def whole_groups(config: GatherConfig, state: RowAdamState | None) -> GatherConf
 
 
 def moment_tensors(state: RowAdamState | None) -> tuple[Tensor | None, ...]:
-    """What `update_row` takes as its moments; nothing without a state."""
+    """Arguments of `update_row` for the moments; None without a state."""
     if state is None:
         return None, None, None, None
     return state.v_RD, state.v_exponents_RG, state.m_RD, state.m_exponents_RG

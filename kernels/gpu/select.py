@@ -270,11 +270,11 @@ def select_topk(
     Args:
         pre_BF: [B,F] pre-activations, bfloat16, float32 or float64.
         k: slots per token, 1 <= k <= F.
-        keys_BG: what `group_max` returns for the same config; None computes it where it is needed.
-        config: launch settings; None asks the table.
+        keys_BG: from `group_max` with the same config; None computes it where it is needed.
+        config: launch settings; None for those of the table.
 
     Returns:
-        values [B,K] as they stand in pre, and indices [B,K] int32, ascending, empty slots last as (0, 0).
+        values [B,K] as in pre, and indices [B,K] int32, ascending, empty slots last as (0, 0).
     """
     n_rows, n_features = pre_BF.shape
     config = config or configs.select_config(pre_BF.dtype, n_features, k)
