@@ -48,7 +48,7 @@ class AttributeConfig(ModelChoice, TranscoderChoice):
     source: SourceSettings | None = None
     """A source of examples, instead of `prompt`."""
     index: int = Field(default=0, ge=0)
-    """Which example of the source."""
+    """Index of the example in the source."""
     attribution: AttributionSettings = AttributionSettings()
     """Targets and limits of the graph."""
     node_threshold: float = Field(default=0.8, gt=0, le=1)
@@ -147,7 +147,7 @@ class EvaluateConfig(ModelChoice, TranscoderChoice):
 
 @plain_dataclass(frozen=True, kw_only=True)
 class EvaluationReport:
-    """What `clt evaluate` measures.
+    """Measures of `clt evaluate`.
 
     Attributes:
         store: reconstruction, sparsity and dead features on held-out tokens.

@@ -99,7 +99,7 @@ def read_words(words: Sequence[str]) -> tuple[Path | None, list[str]]:
 
     Args:
         words: `key=value`, `--key value`, `--key=value`, `--set key=value`, `--config FILE`; the first other word, or
-            the first that is the name of a file, is the configuration file. Dashes in `--key` stand for underscores.
+            the first that is the name of a file, is the configuration file. Dashes in `--key` are read as underscores.
 
     Returns:
         The file, None if there is none, and strings `key=value`.

@@ -132,7 +132,7 @@ def serve(work: Callable[..., int], prepare: Callable[[], None] = lambda: None) 
 
 @dataclass(frozen=True, kw_only=True)
 class Kill:
-    """When a process is killed: at a point of its work, or some seconds after its start.
+    """Time at which a process is killed: at a point of its work, or some seconds after its start.
 
     Attributes:
         point: name of a point, or "random".

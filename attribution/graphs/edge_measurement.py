@@ -170,7 +170,7 @@ class EdgeMeasurement:
         return self._decode(layer, values_LSK, x_SD)
 
     def _decoder_bias(self, layer: int) -> Tensor:
-        """What the transcoder gives without features at input zero, where it acts."""
+        """[S,D] output of the transcoder without active features at input zero, where it acts."""
         x_SD = torch.zeros_like(self.embed) if self.transcoder.config.skip else None
         return self._decode(layer, torch.zeros_like(self.values_LSK), x_SD) * self.seen[:, None]
 

@@ -141,7 +141,7 @@ def norm_scales(adapter: ModelAdapter, recording: PromptRecording, dtype: torch.
 
 
 def same_values(adapter: ModelAdapter, found: Tensor, expected: Tensor) -> bool:
-    """Whether two tensors of a model agree up to the rounding of its dtype, far below what a missing term would leave.
+    """True if two tensors of a model agree up to the rounding of its dtype, far below the size of a missing term.
 
     Args:
         adapter: the model.
@@ -221,7 +221,7 @@ class FrozenModel:
         """Logits of the prompt.
 
         Args:
-            edit: site to a function of its tensor [1,...] that returns the tensor to go on with. At a frozen site the
+            edit: site to a function of its tensor [1,...] that returns its replacement. At a frozen site the
                 function gets the recorded value, at any other the value that the running forward computed.
 
         Returns:

@@ -55,7 +55,7 @@ class TokenChange(NamedTuple):
 
 @dataclass(frozen=True, kw_only=True, repr=False)
 class InterventionResult:
-    """What interventions on one prompt changed.
+    """Effects of interventions on one prompt.
 
     Attributes:
         logits: [S,V] with the interventions.
@@ -151,7 +151,7 @@ def intervene(
 
 
 def is_replaced(mlps: MlpOutputs) -> bool:
-    """Whether MLP outputs are the transcoder's; GraphError for another word than "replaced" and "original"."""
+    """True if MLP outputs are the transcoder's; GraphError for a value other than "replaced" and "original"."""
     if mlps not in get_args(MlpOutputs):
         raise GraphError(f"mlps={mlps!r}: unknown; choose among {', '.join(get_args(MlpOutputs))}")
     return mlps == "replaced"

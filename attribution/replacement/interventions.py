@@ -197,7 +197,7 @@ class LiveEdits:
 
     @property
     def has_changes(self) -> bool:
-        """Whether an intervention gave a feature another activation in the last call."""
+        """True if an intervention changed the activation of a feature in the last call."""
         return any(bool(change.activation_NWU.any()) for change in self._changes.values())
 
     def write(self, target: int, own_NWD: Tensor) -> Tensor:
@@ -309,7 +309,7 @@ class ReplacedOutputs(LiveEdits):
             if tuple(error_NSD.shape[:2]) != expected:
                 found = tuple(error_NSD.shape[:2])
                 raise GraphError(
-                    f"errors of layer {target}: recorded for prompts of shape {found}, not {expected}; record anew"
+                    f"errors of layer {target}: recorded for prompts of shape {found}, not {expected}; record them again"
                 )
 
     def write(self, target: int, own_NWD: Tensor) -> Tensor:

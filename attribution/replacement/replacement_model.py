@@ -223,12 +223,12 @@ class ReplacementModel:
     def forward_partly(
         self, inputs: PromptInputs, targets: Sequence[int] | None = None, modalities: Sequence[Modality] | None = None
     ) -> Tensor:
-        """Logits when MLP outputs are replaced in some layers or at some tokens only; elsewhere MLPs answer live.
+        """Logits when MLP outputs are replaced in some layers or at some tokens only; all other MLPs are live.
 
         Args:
             inputs: the prompts.
-            targets: target layers that are replaced; absent: all.
-            modalities: tokens at which they are; absent: all.
+            targets: target layers that are replaced; default: all.
+            modalities: tokens at which they are replaced; default: all.
 
         Returns:
             [N,S,V] logits.
@@ -401,11 +401,11 @@ def fingerprint(transcoder: CrossLayerTranscoder) -> str:
 
 
 def require_same_model(trained_on: ModelIdentity | None, model: ModelIdentity) -> None:
-    """Refuses a transcoder of another model; one made by hand carries no identity and fits any.
+    """Refuses a transcoder of another model; one without a recorded identity fits any.
 
     Args:
         trained_on: the model in the transcoder's provenance.
-        model: the model at hand.
+        model: the model to be used with it.
 
     Raises:
         CheckpointError: the weights' fingerprints differ; names both models.

@@ -43,7 +43,7 @@ class BaselineSettings:
 
     Attributes:
         config: YAML file of the demo: model, captures and our training.
-        folder: folder of the stores `store` and `heldout`; default: temporary, captured anew.
+        folder: folder of the stores `store` and `heldout`; default: a temporary folder with new captures.
         steps: training steps of every algorithm; default: as configured.
         seeds: of weights and read order; one run per algorithm and seed.
         threads: PyTorch threads.

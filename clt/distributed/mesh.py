@@ -100,7 +100,7 @@ class Mesh:
 
     @property
     def is_first(self) -> bool:
-        """Whether this is the rank that logs and writes reports."""
+        """True on the rank that logs and writes reports."""
         return self.data_rank == 0 and self.model_rank == 0
 
     def all_reduce(self, tensor: Tensor, axis: Axis, op: dist.ReduceOp.RedOpType = dist.ReduceOp.SUM) -> Tensor:

@@ -80,6 +80,6 @@ def agree_on_token(store: dist.Store, rank: int, world: int, timeout_seconds: fl
 
 
 def _read(store: dist.Store, key: str, world: int) -> list[str]:
-    """What each rank has written under a key; empty for ranks that have written nothing."""
+    """Values that the ranks have written under a key, empty for ranks that have not."""
     keys = [f"{key}/{rank}" for rank in range(world)]
     return [store.get(key).decode() if store.check([key]) else "" for key in keys]

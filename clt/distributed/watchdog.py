@@ -130,7 +130,7 @@ class Watchdog:
         self._judge.start()
 
     def explain(self, error: BaseException) -> None:
-        """Ends this process if its main thread fails because of another rank; else tells the other ranks why it fails.
+        """Ends this process if its main thread fails because of another rank; else sends the other ranks its error.
 
         Args:
             error: not a `CLTError`, which all ranks raise alike.

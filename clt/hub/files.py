@@ -44,7 +44,7 @@ class HubFile:
     git: str
 
     def equals(self, path: Path) -> bool:
-        """Whether a local file has the same bytes."""
+        """True if a local file has the same bytes."""
         if not path.is_file() or path.stat().st_size != self.bytes:
             return False
         git = hashlib.sha1(b"blob %d\0" % self.bytes, usedforsecurity=False)
@@ -54,7 +54,7 @@ class HubFile:
 
 
 def is_ignored(name: str, patterns: Sequence[str]) -> bool:
-    """Whether a name matches one of the wildcards; `*` matches `/` too."""
+    """True if a name matches one of the wildcards; `*` matches `/` too."""
     return any(fnmatchcase(name, pattern) for pattern in patterns)
 
 

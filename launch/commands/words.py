@@ -1,4 +1,4 @@
-"""How typer passes on the words of a job, which `clt.launch.script.read_words` reads."""
+"""Typer arguments of job commands: all words are passed on to `clt.launch.script.read_words`."""
 
 from __future__ import annotations
 

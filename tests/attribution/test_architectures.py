@@ -1,4 +1,4 @@
-"""Every supported architecture: MLPs replaced with recorded errors, and attribution that works or says why not."""
+"""Every supported architecture: MLPs replaced with recorded errors, and attribution that works or gives a reason."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from clt.errors import ModelError
 
 from ..capture.tiny_models import IMAGE_PROCESSORS, MODELS, make_adapter, prompt_for
 
-#: Norms, caps or streams that attribution does not linearise yet, and the words that say so.
+#: Norms, caps or streams that attribution does not linearise yet, and the words of the error.
 REFUSED = {
     "qwen3_vl": "residual stream after layer 0",
     "gemma3": "Gemma3RMSNorm",

@@ -1,6 +1,6 @@
 """Graphs of a tiny random Llama in float64 and of the toy model with an image in float32.
 
-That every edge is its intervention's effect is in test_faithfulness.py; here: rows sum, columns mean what they say.
+That every edge is its intervention's effect is in test_faithfulness.py; here: sums of rows, meaning of columns.
 """
 
 import copy

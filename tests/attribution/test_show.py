@@ -16,7 +16,7 @@ def graph(make_graph):
 
 @pytest.fixture
 def opened(monkeypatch):
-    """What `webbrowser.open` was given; no text of this test reaches a real browser."""
+    """Arguments of `webbrowser.open`; no test opens a real browser."""
     calls = []
     monkeypatch.setattr("webbrowser.open", lambda url: calls.append(url) or True)
     for name in ("DISPLAY", "WAYLAND_DISPLAY", "BROWSER"):

@@ -152,7 +152,7 @@ def test_ablating_the_feature_that_holds_the_answer_changes_it_and_the_control_d
         assert (result.control.successes, result.control.trials) == (0, 3)
         assert result.ablated_margin < 0
         assert result.control_margin == pytest.approx(1, abs=0.05)
-        # Nothing else writes as much, and the report says so.
+        # Nothing else writes as much, and the report shows it.
         assert result.strength_ratio < 0.01
 
 

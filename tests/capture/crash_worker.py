@@ -200,7 +200,7 @@ def activations(sample: Tensor, position: Tensor, group: SiteGroup, variant: int
 
 
 def unit_data(unit: int, variant: int = 0) -> UnitData:
-    """What a capture of the unit yields."""
+    """Activations of the unit."""
     samples = make_plan().samples(unit)
     lengths = tuple(LENGTHS[sample] for sample in samples)
     sample = torch.arange(samples.start, samples.stop).repeat_interleave(torch.tensor(lengths))

@@ -165,7 +165,7 @@ def test_generate_ends_with_any_end_of_the_models_own(llama: ModelAdapter) -> No
     last = next(place for place in range(1, 6) if free[place] not in free[:place])
     llama.model.generation_config.eos_token_id = [2, free[last]]
     assert llama.end_ids == (2, free[last])
-    # Beside a prompt that goes on longer, what follows the end is padding.
+    # Beside a longer answer, tokens after the end are padding.
     together = llama.generate(llama.collate([inputs, llama.prepare("the cat sat on a mat")]), 6)
     assert together[0] == llama.generate(inputs, 6)[0] == free[: last + 1]
 

@@ -70,7 +70,7 @@ def draw_kills(named: Mapping[str, int], at_random: int, rng: random.Random) -> 
 
 @dataclass
 class Outcome:
-    """What happened to the workers of a store.
+    """Outcome of the workers of a store.
 
     Attributes:
         kills: by point.
@@ -138,7 +138,7 @@ def assert_same(root: Path, expected: Path) -> None:
 
 
 def rounded(group: SiteGroup, sample: Tensor, position: Tensor, store: ActivationStore, variant: int) -> Tensor:
-    """What a store of bfloat16 or float32 must hold."""
+    """Expected contents of a store of bfloat16 or float32."""
     return activations(sample, position, group, variant).to(store.stored_dtype)
 
 
@@ -215,7 +215,7 @@ def test_two_hundred_kills_leave_the_store_of_an_undisturbed_worker(
 
 
 def winners(store: ActivationStore, unit: int) -> list[int]:
-    """Which variant each group of a unit holds, all of it; its statistics must be those of what it holds."""
+    """Variant of each group of a unit, all of it; its statistics must be those of its contents."""
     tokens, n = store.tokens(unit), store.units[unit].n_tokens
     recorded = unit_moments(store.storage, store.commit(unit), GROUPS)
     found = []
@@ -287,8 +287,8 @@ def test_a_paused_worker_that_wakes_after_its_unit_was_taken_over_changes_nothin
     assert workers.wait_for(other) == (other, 0)
     before = tree(root)
     os.kill(sleeper, signal.SIGCONT)
-    told = 0 if point == "after-commit" else ANOTHER_COMMITTED
-    assert workers.wait_for(sleeper) == (sleeper, told)
+    expected = 0 if point == "after-commit" else ANOTHER_COMMITTED
+    assert workers.wait_for(sleeper) == (sleeper, expected)
     assert tree(root) == before
     assert not any((root / LEASES).iterdir())
     assert verify_store(root, level="full").ok

@@ -24,7 +24,7 @@ SIZES = {"vocab_size": len(VOCABULARY), "hidden_size": 16, "intermediate_size": 
 
 @pytest.fixture(autouse=True)
 def only_here(monkeypatch: pytest.MonkeyPatch) -> None:
-    """What a test registers is forgotten after it."""
+    """Removes registrations after each test."""
     monkeypatch.setattr(architectures, "_architectures", dict(architectures._architectures))
 
 

@@ -90,7 +90,7 @@ def test_second_owner_adopts_what_the_first_has_written(url: str) -> None:
     mine = unit_data(LENGTHS, plan.samples(0), spec)
     other = UnitData(**{**vars(mine), "acts": {"lm": mine.acts["lm"] + 1}})
     assert first.commit(0, mine)
-    assert not second.commit(0, other), "told that it was second"
+    assert not second.commit(0, other), "the second commit must be refused"
     for unit in (1, 2):
         second.commit(unit, unit_data(LENGTHS, plan.samples(unit), spec))
     second.finalize()

@@ -202,7 +202,7 @@ def test_answers_must_fit_their_samples(tmp_path: Path, answers: tuple[int, ...]
 def test_store_of_another_major_version_is_no_damage_but_an_error(store: ActivationStore, version: str) -> None:
     root = Path(store.location)
     rewrite(root / "store.json", lambda text: text.replace('"2.1"', f'"{version}"'))
-    assert paths(root) == ["store.json"], "one file that says so is damage"
+    assert paths(root) == ["store.json"], "one file of another version is damage"
     rewrite(root / "manifest.json", lambda text: text.replace('"2.1"', f'"{version}"'))
     with pytest.raises(StoreError, match=f"manifest.json: store schema '{version}', this program reads 2.1"):
         verify_store(root)

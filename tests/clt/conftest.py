@@ -1,4 +1,4 @@
-"""What tests of this folder share: `sparse_cases`, the tiny job of tests/distributed, and a stand-in for the hub."""
+"""Fixtures of this folder: `sparse_cases`, the tiny job of tests/distributed, and a local hub server."""
 
 from __future__ import annotations
 

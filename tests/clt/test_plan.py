@@ -1,4 +1,4 @@
-"""The plan: formulas against numbers worked out by hand, real transcoders, and what was alive in memory."""
+"""The plan: formulas against numbers worked out by hand, real transcoders, and measured memory."""
 
 from __future__ import annotations
 

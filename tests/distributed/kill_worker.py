@@ -145,7 +145,7 @@ class CheckpointKiller:
 
 @dataclass(frozen=True, kw_only=True)
 class RankKill(Kill):
-    """When a rank is killed: when some rank arrives at a point, or some seconds after training began.
+    """Time at which a rank is killed: when some rank arrives at a point, or some seconds after training began.
 
     Attributes:
         victim: rank that is killed.

@@ -131,6 +131,6 @@ def free_port() -> str:
 
 
 def errors(stderr: str) -> list[str]:
-    """Lines that tell of errors; no defect is among them."""
+    """Error lines; none is a traceback."""
     assert "Traceback" not in stderr, stderr
     return [line for line in stderr.splitlines() if line.startswith("error: ")]

@@ -134,7 +134,7 @@ def run_cases(configs: dict[str, Any], meshes: list[list[int]], cases: list[str]
 
 
 def share_of(config: CLTConfig, mesh: str, rank: int) -> LayerShare:
-    """What a rank owns on a mesh `layer x column`."""
+    """Share of a rank on a mesh `layer x column`."""
     layer_size, column_size = map(int, mesh.split("x"))
     return deal_layers(config, layer_size, column_size)[rank % (layer_size * column_size)]
 

@@ -129,7 +129,7 @@ def _one_rank_cannot_read() -> str:
 
 
 def all_cases(root: str) -> dict[str, Tensor]:
-    """What needs two ranks."""
+    """Results of two ranks."""
     results = _measured([*ARCHITECTURES], [*MESHES])
     (Path(root) / f"error_{Mesh.create(1).data_rank}.txt").write_text(_one_rank_cannot_read())
     for shape, (layer, column) in MESHES.items():

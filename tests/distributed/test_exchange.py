@@ -1,4 +1,4 @@
-"""The exchange of codes: overlapped equals blocking bit for bit, and moves the bytes that the formula says."""
+"""The exchange of codes: overlapped equals blocking bit for bit, and moves the bytes of the formula."""
 
 from __future__ import annotations
 
@@ -108,7 +108,7 @@ def four_ranks() -> dict[str, Tensor]:
 
 @pytest.fixture(scope="module")
 def ranks(run_ranks: Callable[..., list[dict[str, Tensor]]]) -> list[dict[str, Tensor]]:
-    """What two ranks found."""
+    """Results of two ranks."""
     return run_ranks(every_case, 2)
 
 

@@ -63,8 +63,8 @@ def all_cases(root: str) -> dict[str, torch.Tensor]:
     for name, mesh in MESHES.items():
         _fit(folder / "whole" / name, mesh)
         control = JobControl()
-        told = {"control": control, "stop": (control, 3) if second else None}
-        ends[f"stopped {name}"] = _fit(folder / "stopped" / name, mesh, **told)
+        extra = {"control": control, "stop": (control, 3) if second else None}
+        ends[f"stopped {name}"] = _fit(folder / "stopped" / name, mesh, **extra)
         ends[f"resumed {name}"] = _fit(folder / "stopped" / name, mesh)
         ends[f"hopeless {name}"] = _fit(folder / "bad", mesh, {"steps": 20}, nan_steps=tuple(range(20)))
 

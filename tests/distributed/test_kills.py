@@ -51,7 +51,7 @@ TIMEOUT = 60
 
 @dataclass
 class Outcome:
-    """What happened to jobs.
+    """Outcome of jobs.
 
     Attributes:
         kills: by point.

@@ -96,7 +96,7 @@ def adam_steps(name: str, mesh: Mesh) -> dict[str, Tensor]:
 
 
 def all_cases(root: str) -> dict[str, Tensor]:
-    """What two ranks do: steps on both meshes, and jobs that end early and go on."""
+    """Work of two ranks: steps on both meshes, and jobs that end early and resume."""
     results = {}
     for mesh_name, sizes in MESHES.items():
         mesh = Mesh.create(*sizes)

@@ -65,7 +65,7 @@ def _inputs(levels: int | None, share: LayerShare, mesh: Mesh) -> torch.Tensor:
 
 
 def selections(mesh: Mesh) -> Tensors:
-    """What every rule selects in training and after it, by data rank and layer."""
+    """Selection of every rule in training and after it, by data rank and layer."""
     share = deal_layers(_config("topk"), mesh.layer_size, mesh.column_size)[mesh.model_rank]
     results = {}
     for name in SPARSITY:

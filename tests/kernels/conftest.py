@@ -19,7 +19,7 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
 
 @pytest.fixture
 def device() -> str:
-    """Where the kernels run: "cuda", or "cpu" for the interpreter (Triton 3.9; older ones fail with numpy 2.4)."""
+    """Device of the kernels: "cuda", or "cpu" for the interpreter (Triton 3.9; older ones fail with numpy 2.4)."""
     if torch.cuda.is_available():
         return "cuda"
     pytest.importorskip("triton", minversion="3.9")

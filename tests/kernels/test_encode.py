@@ -37,7 +37,7 @@ def test_gemm_group_max_equals_reference_and_its_maxima_those_of_what_it_stored(
     x, W, b = _operands(tokens, n_features, d, dtype, device)
     pre_BF, keys_BG = encode.gemm_group_max(x, W, b, group, SMALL)
     exact_BF = torch.addmm(b.double(), x.double(), W.double().T)
-    # One rounding of a float32 sum to bfloat16 is off by half an ulp, 2**-9 of the value; 2**-8 leaves room for the
+    # One rounding of a float32 sum to bfloat16 is off by half an ulp, 2**-9 of the value; 2**-8 allows for the
     # sum, whose error counts against the summands' size where they cancel.
     tolerance = {F64: (1e-12, 1e-12), F32: (1e-5, 1e-5), BF16: (2**-8, 1e-5 * d)}[dtype]
     torch.testing.assert_close(pre_BF.double(), exact_BF, rtol=tolerance[0], atol=tolerance[1])

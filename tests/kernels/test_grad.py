@@ -256,7 +256,7 @@ def test_fused_steps_on_codes_have_the_bits_of_gradient_then_adam(dtype: torch.d
     settings, case = RowAdam(learning_rate=1e-2, beta1=0.9, seed=5), replace(HOT, tokens=8, n_features=4, d=d)
     W = _inputs(case, dtype, device).W
     ours, theirs = ((W.clone(), RowAdamState.zeros(W, settings, torch.uint8)) for _ in range(2))
-    # One array stands for decoders and, its first source alone, for the encoder.
+    # One array serves as decoders and, its first source alone, as the encoder.
     enc, enc_theirs = ((W[0].clone(), RowAdamState.zeros(W[0], settings, torch.uint8)) for _ in range(2))
     for step in (1, 3):
         inputs, hyper = _inputs(case, dtype, device, seed=step), settings.hyper(step, device, dtype)

@@ -34,7 +34,7 @@ def _raw(state: RowAdamState) -> list[Tensor]:
 
 
 def _number(units: Tensor) -> Tensor:
-    """What so many units in the last kept bit of float32 mean."""
+    """The float32 number of so many units in the last kept bit."""
     return (units.int() << packed.DROPPED_BITS).view(F32).double()
 
 

@@ -1,4 +1,4 @@
-"""Kernel benchmark: work counted by hand, all results checked, only right ones timed. Speed is not tested here.
+"""Kernel benchmark: counts of operations, all results checked, only correct ones timed. Speed is not tested here.
 
 Measured speeds are in benchmarks/kernels.md.
 """

@@ -1,4 +1,4 @@
-"""`clt convert`: from folder to folder, with tokens of a store, and one line for every kind of mistake."""
+"""`clt convert`: from folder to folder, with tokens of a store, and one-line errors for invalid input."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""`clt plan`: its report, the sources of its numbers (store, options, runs), and one line for every kind of error."""
+"""`clt plan`: its report, the sources of its numbers (store, options, runs), and one-line errors for invalid input."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The `clt store` commands: their output, their files, and one line for every kind of mistake."""
+"""The `clt store` commands: their output, their files, and one-line errors for invalid input."""
 
 from __future__ import annotations
 

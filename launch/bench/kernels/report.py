@@ -31,7 +31,7 @@ class KernelRow:
         error: relative error against float64; None where there is no reference.
         repeats: whether two runs gave the same bits.
         peak_mib: device memory of a run beside its inputs; None on a CPU.
-        absent: why it could not run, else None.
+        absent: reason why it could not run, or None.
     """
 
     name: str
