@@ -309,7 +309,7 @@ class ReplacedOutputs(LiveEdits):
             if tuple(error_NSD.shape[:2]) != expected:
                 found = tuple(error_NSD.shape[:2])
                 raise GraphError(
-                    f"errors of layer {target}: recorded for prompts of shape {found}, not {expected}; record them again"
+                    f"errors of layer {target}: prompts have shape {found}, expected {expected}; record them again"
                 )
 
     def write(self, target: int, own_NWD: Tensor) -> Tensor:

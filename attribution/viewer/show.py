@@ -48,7 +48,7 @@ def _display(page: Path) -> None:
 
 
 def _has_screen() -> bool:
-    """True if a graphical browser can be opened: without a display Python would start a text browser in the terminal."""
+    """True if a graphical browser can be opened: without one Python would start a text browser in the terminal."""
     return sys.platform in ("darwin", "win32") or any(
         os.environ.get(name) for name in ("DISPLAY", "WAYLAND_DISPLAY", "BROWSER")
     )

@@ -117,7 +117,7 @@ class Mesh:
         return tensor
 
     def start_gather(self, parts: Sequence[Tensor], own: Tensor) -> dist.Work:
-        """Starts an all-gather over the model group, as bytes: neither gloo nor NCCL knows int16."""
+        """Starts an all-gather over the model group, as bytes: neither gloo nor NCCL supports int16."""
         wires = [as_bytes(part) for part in parts]
         return dist.all_gather(wires, as_bytes(own), group=self.model_group, async_op=True)
 

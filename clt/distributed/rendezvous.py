@@ -1,7 +1,7 @@
 """Rendezvous of a job's processes: a store that all reach, with keys of this start of the job only.
 
 torchrun keeps its store when it restarts the ranks, with the keys of the last start, and counts restarts on each
-machine separately. So the ranks agree on a token that no earlier start can know, and write under its prefix.
+machine separately. So the ranks agree on a token that no earlier start has, and write under its prefix.
 """
 
 from __future__ import annotations

@@ -269,7 +269,7 @@ def watched(store: dist.Store, rank: int, world: int, control: JobControl, timeo
 
 
 def leave(line: str) -> NoReturn:
-    """Prints why this rank ends and ends the process, whatever its other threads do."""
+    """Prints the reason and ends the process, with all its threads."""
     sys.stdout.flush()
     print(f"error: {line}", file=sys.stderr, flush=True)
     os._exit(EXIT_LOST_RANK)

@@ -236,7 +236,7 @@ def group_max(pre_BF: Tensor, config: SelectConfig | None = None) -> Tensor:
 
     Args:
         pre_BF: [B,F] pre-activations.
-        config: launch settings, of which `group` counts here; None asks the table for k = 1.
+        config: launch settings, of which only `group` is used; None for those of the table for k = 1.
 
     Returns:
         [B,G] int16, int32 or int64: `positive_key` of the maximum of each `config.group` columns, G = ceil(F / group).

@@ -12,11 +12,11 @@ from clt.launch.settings_reference import keys_markdown
 _INTRODUCTION = """\
 # Settings
 
-All keys of the jobs. `clt settings > docs/settings.md` generates this page; `clt VERB --help` prints one job's. A job is
-`clt VERB [CONFIG] [key=value ...]`, or the script of that name in `launch/` with the same arguments. CONFIG is a YAML
-file; `key=value`, `--key value` and `--key=value` set a key or replace its value of the file. Without CONFIG all keys
-come from the command line. Text and paths are literal (`null` is no value if the type allows it), lists are YAML or
-items separated by commas, other values are YAML:
+All keys of the jobs. `clt settings > docs/settings.md` generates this page; `clt VERB --help` prints one job's. A job
+is `clt VERB [CONFIG] [key=value ...]`, or the script of that name in `launch/` with the same arguments. CONFIG is a
+YAML file; `key=value`, `--key value` and `--key=value` set a key or replace its value of the file. Without CONFIG all
+keys come from the command line. Text and paths are literal (`null` is no value if the type allows it), lists are YAML
+or items separated by commas, other values are YAML:
 
     clt attribute --model MODEL --clt FOLDER --output FOLDER "prompt=USER: <image> Which color?" images=board.png
 

@@ -58,7 +58,7 @@ def test_other_readers_find_every_array(tmp_path: Path, kind: str, read: Callabl
             array = found[data / path]
             assert array.shape == (3 * rows, *values.shape[1:]) and array.dtype == values.dtype
             assert np.array_equal(array[filled], values)
-            assert not array[filled.stop : (unit.unit + 1) * rows].any(), "rows that nobody wrote"
+            assert not array[filled.stop : (unit.unit + 1) * rows].any(), "unwritten rows"
     for group in store.spec.groups:
         for field, values in vars(store.moments(group.name)).items():
             assert np.array_equal(found.pop(data / "stats" / group.name / field), values.numpy())

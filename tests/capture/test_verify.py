@@ -95,7 +95,7 @@ def test_all_problems_are_found_in_one_run_and_say_what_to_do(store: ActivationS
     assert text["ok"] is False and len(text["problems"]) == 5
 
 
-#: What each level sees: the file, what happens to it, and the lowest level that notices.
+#: Damage by level: the file, its damage, and the lowest level that detects it.
 DAMAGE: dict[str, tuple[str, Callable[[Path], object], Level]] = {
     "missing shard": ("data.zarr/acts/lm/c/1/0/0", Path.unlink, "index"),
     "truncated shard": ("data.zarr/acts/lm/c/1/0/0", lambda f: f.write_bytes(f.read_bytes()[:-1]), "index"),

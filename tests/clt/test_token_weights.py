@@ -1,4 +1,4 @@
-"""Weights of tokens in the loss: their numbers, what they do to every term, and where training takes them from."""
+"""Weights of tokens in the loss: values, effect on every term, and their source in training."""
 
 from __future__ import annotations
 

@@ -124,7 +124,7 @@ def wait_for(path: Path, process: subprocess.Popen[str], size: int = 0) -> None:
 
 
 def free_port() -> str:
-    """A port that nobody listens on."""
+    """A free port."""
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         return str(probe.getsockname()[1])

@@ -287,7 +287,7 @@ def test_ranks_agree_on_a_token_in_a_store_that_an_earlier_start_has_used() -> N
         found: dict[int, str] = {}
 
         def join(rank: int, world: int = world, found: dict[int, str] = found) -> None:
-            # The first comes late: the others see the answer to an earlier start.
+            # The first comes late: the others read the reply to an earlier start.
             time.sleep(0 if rank else 0.1)
             found[rank] = agree_on_token(store, rank, world, 30.0)
 

@@ -1,4 +1,4 @@
-"""The mesh: sharded equals unsharded, whatever its shape, and every layer has one owner."""
+"""The mesh: sharded equals unsharded for every shape, and every layer has one owner."""
 
 from __future__ import annotations
 

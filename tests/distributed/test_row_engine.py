@@ -82,7 +82,7 @@ def adam_steps(name: str, mesh: Mesh) -> dict[str, Tensor]:
     """The same of autograd and PyTorch's Adam."""
     config = _config(name)
     objective, dead_LF = make_objective(config, mesh, torch.float64)
-    # float32 knows beta2 as this; the row engine's numbers are float64 of the same.
+    # beta2 rounded to float32; the row engine's numbers are float64 of the same.
     biases = [*objective.transcoder.b_enc.values()]
     others = [parameter for name, parameter in objective.named_parameters() if ".b_enc." not in name]
     groups = [{"params": biases, "lr": BIAS_RATE * RATE}, {"params": others}]

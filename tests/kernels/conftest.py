@@ -28,7 +28,7 @@ def device() -> str:
 
 @pytest.fixture(autouse=True)
 def _poisoned_memory() -> Iterator[None]:
-    """torch.empty gives NaN (or the largest integer), so that an element nobody wrote is seen."""
+    """torch.empty gives NaN (or the largest integer), so that unwritten elements are detected."""
     torch.use_deterministic_algorithms(True)
     torch.utils.deterministic.fill_uninitialized_memory = True
     yield

@@ -33,7 +33,7 @@ def test_gemm_group_max_equals_reference_and_its_maxima_those_of_what_it_stored(
     tokens: int, n_features: int, d: int, group: int, dtype: torch.dtype, device: str
 ) -> None:
     if dtype == F64 and device == "cuda":
-        pytest.skip("float64 serves the interpreter's tests")
+        pytest.skip("float64 is for tests in the interpreter")
     x, W, b = _operands(tokens, n_features, d, dtype, device)
     pre_BF, keys_BG = encode.gemm_group_max(x, W, b, group, SMALL)
     exact_BF = torch.addmm(b.double(), x.double(), W.double().T)
@@ -61,7 +61,7 @@ def test_encode_topk_of_the_fused_product_selects_exactly(
     tokens: int, n_features: int, d: int, k: int, dtype: torch.dtype, device: str
 ) -> None:
     if dtype == F64 and device == "cuda":
-        pytest.skip("float64 serves the interpreter's tests")
+        pytest.skip("float64 is for tests in the interpreter")
     x, W, b = _operands(tokens, n_features, d, dtype, device)
     config = SelectConfig(group=8, num_warps=1)
     values_BK, indices_BK = encode.encode_topk(x, W, b, k, config, SMALL)
