@@ -133,6 +133,17 @@ def test_five_lines_explain_an_image_and_a_text(
         assert prompt in graph.prompt and graph.n_features > 0 and len(graph.images) == len(images)
 
 
+def test_first_example_of_the_readme_runs_as_it_stands(toy_transcoder: Path, tmp_path: Path) -> None:
+    code = (ROOT / "README.md").read_text().partition("```python\n")[2].partition("```")[0]
+    assert len([line for line in code.splitlines() if line]) == 5
+    # After `make demo` there is a trained transcoder.
+    code = code.replace("runs/demo/clt", str(toy_transcoder)).replace("runs/demo", str(tmp_path))
+    code = f"import os; os.chdir({str(ROOT)!r})\n{code}"
+    _run(code, BROWSER="true", DISPLAY="")
+    (target,) = clt.Graph.load(tmp_path / "board.safetensors").targets
+    assert (target.label, target.kind) == ("red", "logit")
+
+
 def test_five_lines_by_names_on_the_hub(
     toy_transcoder: Path, board: Path, tmp_path: Path, toy_adapter: clt.ModelAdapter
 ) -> None:
