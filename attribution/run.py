@@ -73,7 +73,7 @@ class AttributeConfig(ModelChoice, TranscoderChoice):
 
 @plain_dataclass(frozen=True, kw_only=True)
 class Explanation:
-    """A graph and what was written of it.
+    """A graph and its files.
 
     Attributes:
         graph: the unpruned graph.
@@ -194,7 +194,7 @@ def evaluate_on_store(
     Args:
         transcoder: a transcoder.
         store: held-out activations of the same model.
-        batch_tokens: tokens at once.
+        batch_tokens: tokens of a batch.
 
     Returns:
         The report.

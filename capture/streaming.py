@@ -49,7 +49,7 @@ class CaptureRing:
         location: folder of the units, or `memory://name`.
         units: number of units of a generation.
         seed: seed of the order of units.
-        schedule: how processes share the units.
+        schedule: assignment of units to processes.
 
     Attributes:
         digest: hash of the capture job.

@@ -51,7 +51,7 @@ class JobCommand(Generic[T]):
         name: the command, for the help text.
         summary: one sentence.
         settings: settings class of its configuration.
-        run: runs a job; rank 0 prints what it returns.
+        run: runs a job; rank 0 prints the result.
         describe: text of `--dry-run`.
         default_config: file that is read if the command line names none; None: no file.
         ranks_agree: see `guarded`.

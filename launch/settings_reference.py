@@ -18,7 +18,7 @@ _LIMITS = {"gt": ">", "ge": ">=", "lt": "<", "le": "<=", "min_length": "of lengt
 
 
 def keys_text(settings: type[Any]) -> str:
-    """All keys of a settings class: a line with name, type and default, then what it means."""
+    """All keys of a settings class: a line with name, type and default, then its meaning."""
     lines = []
     for key in keys_of(settings):
         lines.append(f"  {key.name}  ({type_text(key)}{_default_suffix(key)})")

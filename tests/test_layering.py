@@ -13,10 +13,10 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).resolve().parent.parent
-ROOMS = ("kernels", "clt", "capture", "attribution", "launch")
+FOLDERS = ("kernels", "clt", "capture", "attribution", "launch")
 #: Public names of `clt`, above everything else.
 ENTRANCE = ROOT / "clt" / "__init__.py"
-SOURCES = sorted(path for room in ROOMS for path in (ROOT / room).rglob("*.py"))
+SOURCES = sorted(path for folder in FOLDERS for path in (ROOT / folder).rglob("*.py"))
 
 #: Library -> files or folders that may import it.
 IMPORTERS = {
@@ -113,23 +113,23 @@ def _imports(path: Path) -> Iterator[str]:
             yield from (f"{node.module}.{alias.name}" for alias in node.names)
 
 
-def _room(module: str) -> str | None:
-    """The room a module of ours belongs to, None for others."""
+def _folder(module: str) -> str | None:
+    """Folder of a module of this project, None for others."""
     if module != "clt" and not module.startswith("clt."):
         return None
     second = module.split(".")[1] if "." in module else ""
-    return second if second in ROOMS else "clt"
+    return second if second in FOLDERS else "clt"
 
 
 @pytest.mark.parametrize("path", SOURCES, ids=lambda p: str(p.relative_to(ROOT)))
 def test_imports_run_one_way(path: Path) -> None:
     if path == ENTRANCE:
         return  # The public names, loaded when they are used.
-    own = ROOMS.index(path.relative_to(ROOT).parts[0])
+    own = FOLDERS.index(path.relative_to(ROOT).parts[0])
     for module in _imports(path):
-        room = _room(module)
-        if room is not None:
-            assert ROOMS.index(room) <= own, f"{path} imports {module}"
+        folder = _folder(module)
+        if folder is not None:
+            assert FOLDERS.index(folder) <= own, f"{path} imports {module}"
 
 
 @pytest.mark.parametrize("path", SOURCES, ids=lambda p: str(p.relative_to(ROOT)))
@@ -214,9 +214,9 @@ def test_no_folder_has_more_than_twelve_modules() -> None:
             assert len(modules) <= 12, f"{folder.relative_to(ROOT)}: {len(modules)} modules"
 
 
-@pytest.mark.parametrize("room", ["capture", "attribution", "launch"])
-def test_room_init_is_a_docstring_and_nothing_else(room: str) -> None:
-    body = ast.parse((ROOT / room / "__init__.py").read_text()).body
+@pytest.mark.parametrize("folder", ["capture", "attribution", "launch"])
+def test_init_of_folders_is_only_a_docstring(folder: str) -> None:
+    body = ast.parse((ROOT / folder / "__init__.py").read_text()).body
     assert len(body) == 1 and isinstance(body[0], ast.Expr)
 
 

@@ -1,4 +1,4 @@
-"""Measures what a node of a graph adds to every row, by an intervention on the frozen model of its prompt.
+"""Measures the contribution of a node to every row of a graph, by an intervention on the frozen model of its prompt.
 
 Edges are computed by `clt.attribution.replacement.linear_model` and `clt.attribution.graphs.sources`; nothing of these
 is used here. The model's own modules run, and the transcoder's own unfolded `decode` gives what a feature, an error or

@@ -39,7 +39,7 @@ log = logging.getLogger(__name__)
 
 #: MLP outputs are the transcoder's, or the model's own.
 MlpOutputs = Literal["replaced", "original"]
-#: What keeps its value: attention patterns; denominators of the decoder's norms; activations of all features without
+#: Values that are frozen: attention patterns; denominators of the decoder's norms; activations of all features without
 #: interventions and, where the transcoder does not act, MLP outputs.
 Frozen = Literal["attention", "norms", "features"]
 
@@ -173,7 +173,7 @@ def feature_table(
     Args:
         transcoder: the transcoder that encoded them.
         codes: codes [S,K] of every source layer.
-        columns: where the transcoder acts; elsewhere no feature counts.
+        columns: positions at which the transcoder acts; features at others do not count.
         tokens: the S tokens as text.
 
     Returns:

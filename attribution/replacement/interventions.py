@@ -111,7 +111,7 @@ def plan_interventions(
     Args:
         interventions: activations to change.
         transcoder: the transcoder whose features they change.
-        columns: where it acts.
+        columns: positions at which it acts.
 
     Returns:
         Source layer to its interventions.
@@ -164,7 +164,7 @@ class LiveEdits:
 
     Args:
         transcoder: a whole folded transcoder.
-        columns: where it acts.
+        columns: positions at which it acts.
         plan: interventions by layer.
         kept_codes: codes that are decoded in place of those that the running forward encodes.
 
@@ -280,7 +280,7 @@ class ReplacedOutputs(LiveEdits):
 
     Args:
         transcoder: a whole folded transcoder.
-        columns: where it acts.
+        columns: positions at which it acts.
         plan: interventions by layer.
         errors: error terms of the same columns.
         targets: layers whose outputs are the transcoder's. Default: all.
@@ -324,7 +324,7 @@ class SteeredOutputs(LiveEdits):
 
     Args:
         transcoder: a whole folded transcoder.
-        columns: where it acts.
+        columns: positions at which it acts.
         plan: interventions by layer.
         kept_codes: see `LiveEdits`.
         encodes_all: encode every source layer, not only those with interventions.

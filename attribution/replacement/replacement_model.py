@@ -207,7 +207,7 @@ class ReplacementModel:
             inputs: the prompts.
             interventions: activations to change.
             errors: error terms of the same inputs; without interventions the logits then equal the model's.
-            mlps: which MLP outputs run; "original" takes no errors, its own are live.
+            mlps: MLP outputs to use; "original" takes no errors, since its MLPs are live.
 
         Returns:
             [N,S,V] logits.
@@ -258,7 +258,7 @@ class ReplacementModel:
             interventions: activations to change; one with a position acts in the call that computes this position (the
                 prefill, or one decoding step), one without acts in every call.
             images: see `prepare`.
-            mlps: which MLP outputs run.
+            mlps: MLP outputs to use.
 
         Returns:
             New token ids of each prompt, and their text.
@@ -274,7 +274,7 @@ class ReplacementModel:
 
     @torch.no_grad()
     def record_errors(self, inputs: PromptInputs) -> RecordedErrors:
-        """Records what the transcoder misses in a forward of the model itself.
+        """Records the transcoder's errors in a forward of the model itself.
 
         Args:
             inputs: the prompts.

@@ -60,7 +60,7 @@ def write_export(document: GraphDocument, folder: Path | str) -> Path:
     """Writes `graph.json` and the self-contained page `index.html`, each whole or not at all.
 
     Args:
-        document: what to write.
+        document: contents of the page.
         folder: made when it does not exist.
 
     Returns:

@@ -49,7 +49,7 @@ def load_vlm_clt_training(
         read_site: input of the encoders; default: the MLPs' inputs, as in the project's capture script.
         k: active features per token, for one trained with --use-topk; default: the value that `save_vlm_clt_training`
             stored, else all positive features.
-        combine: how the sources of a target are combined; default: the value that `save_vlm_clt_training` stored, else
+        combine: combination of the sources of a target; default: the value that `save_vlm_clt_training` stored, else
             the sum, as in the project's README.
 
     Returns:

@@ -48,7 +48,7 @@ class Heartbeat:
         progress: of `JobControl`.
         place: position of its main thread, or where that began to wait.
         waiting: whether the main thread waits in a collective.
-        end: how the rank left the job; empty before that.
+        end: reason why the rank left the job; empty before that.
     """
 
     process: str = field(default_factory=lambda: f"process {os.getpid()} on {platform.node()}")
@@ -82,7 +82,7 @@ def find_behind(beats: Mapping[int, Heartbeat], world: int, timeout_seconds: flo
     Args:
         beats: last heartbeat by rank; ranks without one are not in it.
         world: number of ranks.
-        timeout_seconds: how long the others have waited.
+        timeout_seconds: seconds that the others have waited.
     """
     if absent := [str(rank) for rank in range(world) if rank not in beats]:
         return f"rank {', '.join(absent)} of {world} did not join the job within {timeout_seconds:g} s; see its log"

@@ -59,7 +59,7 @@ class BatchSource(Protocol):
         """The position after the last batch taken, in plain values; the same on all ranks."""
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Goes to a saved position."""
+        """Restores a saved position."""
 
 
 class Trainer:

@@ -60,7 +60,7 @@ class RowAdam:
 
         Args:
             step: number of this step, counted from 1; below 2^24, which float32 still counts exactly.
-            device: where the parameter lies.
+            device: device of the parameter.
             dtype: dtype of the parameter.
 
         Returns:

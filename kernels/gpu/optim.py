@@ -30,7 +30,7 @@ _BROKEN = tl.constexpr(packed.BROKEN)
 _KEPT = tl.constexpr(packed.MANTISSA_BITS)
 _UNITS = tl.constexpr(1 << packed.MANTISSA_BITS)
 _DROPPED = tl.constexpr(packed.DROPPED_BITS)
-# How many octaves codes reach: those of second moments, then those of first ones, which are signed.
+# Octaves that codes reach: of second moments, then of first ones, which are signed.
 _REACH = tl.constexpr(tuple(packed.reach(signed) for signed in (False, True)))
 
 

@@ -74,7 +74,7 @@ def _choose_groups(
     VECTOR: tl.constexpr,
     BITS: tl.constexpr,
 ):
-    """Stores the groups that can hold winners, ascending; how many there are, and a key that all winners reach.
+    """Stores the groups that can hold winners, ascending; returns their number and a key that all winners reach.
 
     The bound is the k-th largest maximum of MERGED neighbouring groups: little weaker than that of the groups and found
     in a MERGED-th of the work. Fewer than k such maxima exceed it, so fewer than MERGED * k groups do.
@@ -114,7 +114,7 @@ def _candidates(
 
 @triton.jit
 def _rank_survivors(PRE, SURVIVORS, VALUES, INDICES, n_found, k, CAPACITY: tl.constexpr, BITS: tl.constexpr):
-    """Stores the k largest of at most CAPACITY survivors; how many there are."""
+    """Stores the k largest of at most CAPACITY survivors; returns their number."""
     slot = tl.arange(0, CAPACITY)
     column = tl.load(SURVIVORS + slot, mask=slot < n_found, other=0)
     pre = tl.load(PRE + column, mask=slot < n_found, other=0.0)
@@ -146,7 +146,7 @@ def _rank_candidates(
     BITS: tl.constexpr,
     VECTOR: tl.constexpr,
 ):
-    """Stores the k largest of any number of candidates, read again for every bit; how many there are."""
+    """Stores the k largest of any number of candidates, read again for every bit; returns their number."""
     level = tl.zeros([], KEY)
     quota = k
     for bit in range(BITS):

@@ -1,4 +1,4 @@
-"""The JSON document of a graph: the common schema, unique ids, exact boxes, honest counts."""
+"""The JSON document of a graph: the common schema, unique ids, exact boxes, correct counts."""
 
 import json
 from collections import Counter
@@ -22,7 +22,7 @@ from clt.attribution.viewer.document import GraphDocument, ImageEntry
 from clt.attribution.viewer.page import write_export
 from clt.errors import GraphError
 
-# What Neuronpedia's graph-schema.json requires, with the types it names.
+# Required keys of Neuronpedia's graph-schema.json, with their types.
 REQUIRED_METADATA: dict[str, Any] = {"slug": str, "scan": str, "prompt_tokens": list, "prompt": str}
 REQUIRED_NODE: dict[str, Any] = {
     "node_id": str,

@@ -1,4 +1,4 @@
-"""The graph's own properties, and its file: bitwise back, whole or not at all, damage noticed in one line."""
+"""Properties of the graph and of its file: bit-equal round trip, atomic writes, damage is a one-line error."""
 
 import json
 import pickle

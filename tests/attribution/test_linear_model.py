@@ -1,4 +1,4 @@
-"""The linear model against autograd through the real modules, and its refusal of what it cannot reproduce."""
+"""The linear model against autograd through the real modules, and its errors for unsupported models."""
 
 import copy
 from dataclasses import replace

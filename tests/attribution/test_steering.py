@@ -1,4 +1,4 @@
-"""The steering experiment: its ranking and matching by hand, and a transcoder in which one feature holds the answer."""
+"""Steering experiment: hand-computed ranking and matching, and a transcoder where one feature decides the answer."""
 
 from collections import defaultdict
 from dataclasses import replace

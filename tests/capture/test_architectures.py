@@ -127,7 +127,7 @@ def test_sites_inside_attention_are_what_it_computes(name: str, adapter: ModelAd
     torch.testing.assert_close(pattern @ v.repeat_interleave(groups, dim=1), z)
     attends = pattern[0, 0][batch.real_mask[0]] > 0
     assert not attends[:, ~batch.real_mask[0]].any()
-    # What a head attends to, it attends to by its scores.
+    # The attention of a head follows from its scores.
     of_scores = scores[0, 0][batch.real_mask[0]].masked_fill(~attends, -torch.inf).softmax(-1)
     torch.testing.assert_close(pattern[0, 0][batch.real_mask[0]], of_scores)
 

@@ -74,7 +74,7 @@ class Outcome:
 
     Attributes:
         kills: by point.
-        steps: what workers that were killed at random did last.
+        steps: last steps of workers that were killed at random.
         missed: kills whose workers finished first.
         twice: workers that captured a unit that another had committed.
     """
@@ -293,6 +293,6 @@ def test_a_paused_worker_that_wakes_after_its_unit_was_taken_over_changes_nothin
     assert not any((root / LEASES).iterdir())
     assert verify_store(root, level="full").ok
     store = open_store(root)
-    # What the sleeper had published before it was paused was adopted; the rest is the other's.
+    # Files that the sleeper published before it was paused are adopted; the rest is the other's.
     kept = {"mid-chunk": [0, 0], "mid-link": [1, 0], "after-link": [1, 0]}.get(point, [1, 1])
     assert [winners(store, unit.unit) for unit in store.units] == [kept] + [[0, 0]] * (len(store.units) - 1)

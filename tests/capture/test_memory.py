@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 
-#: What the interpreter, torch's workspaces and the allocator may add to the stated budget.
+#: Memory that the interpreter, torch's workspaces and the allocator may add to the budget.
 SLACK = 64 << 20
 
 _COMMON = """

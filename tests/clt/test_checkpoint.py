@@ -1,4 +1,4 @@
-"""Checkpoints: complete or absent, checked before they are believed, and only for the job they belong to."""
+"""Checkpoints: complete or absent, verified before use, and refused by other jobs."""
 
 from __future__ import annotations
 

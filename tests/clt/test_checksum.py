@@ -1,4 +1,4 @@
-"""Checksums: the published value, and pieces that add up."""
+"""Checksums: the published test value, and combination of parts."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Tied and independent decoders: definitions, gradients, loss, files, and what they are once untied or joined."""
+"""Tied and independent decoders: definitions, gradients, loss, files, and their untied and joined forms."""
 
 from __future__ import annotations
 

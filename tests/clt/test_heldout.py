@@ -1,4 +1,4 @@
-"""Held-out measures by modality, the density of features, and what becomes of both in the job's files."""
+"""Held-out measures by modality, the density of features, and both in the job's files."""
 
 from __future__ import annotations
 

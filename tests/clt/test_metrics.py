@@ -1,4 +1,4 @@
-"""Reports of training: the numbers, the files, and what a killed run leaves in them."""
+"""Reports of training: the numbers, the files, and files of a killed run."""
 
 from __future__ import annotations
 

@@ -112,7 +112,7 @@ def test_threshold_gradient_approaches_the_derivative_of_the_mean_loss() -> None
     tokens = 400_000
     pre = torch.randn(tokens, dtype=torch.float64)
     d = transcoder.W_dec["0"][0, 0].detach()
-    # What the other features leave of the target, correlated with this feature.
+    # Residual of the target without this feature, correlated with it.
     rest = 0.7 * pre[:, None] * d + torch.randn(tokens, D, dtype=torch.float64)
 
     def mean_loss(t: float) -> Tensor:

@@ -1,4 +1,4 @@
-"""The plan: formulas against numbers worked out by hand, real transcoders, and measured memory."""
+"""The plan: formulas against hand-computed numbers, real transcoders, and measured memory."""
 
 from __future__ import annotations
 

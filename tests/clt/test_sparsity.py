@@ -1,4 +1,4 @@
-"""Every rule of sparsity against its definition, and what is kept for inference and on disk."""
+"""Every rule of sparsity against its definition, and its state for inference and on disk."""
 
 from __future__ import annotations
 

@@ -27,7 +27,7 @@ sys.path.insert(0, str(Path(__file__).parent))
 
 from launched import free_port
 
-#: What PyTorch, DeepSpeed and the reports import when a rank is first in need of it: seconds on a busy machine.
+#: Modules that PyTorch, DeepSpeed and the reports import lazily: seconds on a busy machine.
 LATE_IMPORTS = ("torch._dynamo", "deepspeed.runtime.zero.muon.muon_optimizer", "torch.utils.tensorboard")
 
 #: Where a rank can be killed in a checkpoint: what is done to which file of the output folder.
@@ -62,7 +62,7 @@ class RankJob:
         output: folder of the job.
         scratch: folder in which ranks note their process and their last step.
         rank: number of the process.
-        world: how many there are.
+        world: number of ranks.
         port: of their rendezvous.
         mesh: keys of `mesh`.
         steps: to train.
@@ -163,7 +163,7 @@ def draw_kills(points: Sequence[str], at_random: int, world: int, writers: int, 
 
     Args:
         points: of `POINTS`.
-        at_random: how many at random moments.
+        at_random: number of kills at random moments.
         world: ranks of the job.
         writers: ranks that write layer files; everything else is written by the first.
         rng: draws.

@@ -1,4 +1,4 @@
-"""Evaluation of a sharded transcoder: the measures of the whole one on every mesh, and training that never notices."""
+"""Evaluation of a sharded transcoder: the measures of the whole one on every mesh, and unchanged training."""
 
 from __future__ import annotations
 

@@ -45,7 +45,7 @@ SHAPES = {
     "data_zero2": Shape(world=2, mesh={"layer": 1, "zero_stage": 2}),
     "layer": Shape(world=2, writers=2, mesh={"layer": 2}),
 }
-#: What a rank does not wait longer for. A killed one is noticed at once: only a busy machine takes time.
+#: Timeout of a rank. A killed one is detected at once: only a busy machine takes time.
 TIMEOUT = 60
 
 
@@ -56,7 +56,7 @@ class Outcome:
     Attributes:
         kills: by point.
         survivors: exit codes of ranks that were left alone.
-        jobs: how many were trained to their end.
+        jobs: number of jobs trained to their end.
     """
 
     kills: Counter[str] = field(default_factory=Counter)

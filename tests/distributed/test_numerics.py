@@ -1,4 +1,4 @@
-"""Adam's other ways, on one rank and two: micro-batches, float32 copies of bfloat16 weights, a mean of the weights."""
+"""Variants of Adam on one rank and two: micro-batches, float32 copies of bfloat16 weights, EMA weights."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The optimizer inside the backward pass: Adam's own steps where it should be Adam, on any mesh, resumed to the bit."""
+"""The optimizer inside the backward pass: equal to Adam where it should be, on any mesh, resumed to the bit."""
 
 from __future__ import annotations
 

@@ -34,7 +34,7 @@ MESHES = {
 }
 #: From which mesh to which a job moves.
 MOVES = [("data_zero2", "layer_zero1"), ("layer_zero1", "column_zero1"), ("column_zero1", "data_zero1")]
-#: What it trains then; columns split a skip connection too.
+#: Settings of its training; columns split a skip connection too.
 SKIP = {"log_every": 1, "clt": {"n_features": 64, "k": 4, "skip": True}}
 #: Other forms of decoders, and how they move.
 FORMS = {

@@ -1,4 +1,4 @@
-"""The Triton selection gives the bits of `reference.select_topk`, whatever the row looks like."""
+"""The Triton selection gives the bits of `reference.select_topk`, for all kinds of rows."""
 
 from __future__ import annotations
 

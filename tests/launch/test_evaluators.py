@@ -1,4 +1,4 @@
-"""Training on the toy model with every evaluation on: the numbers of the checkpoint, on one rank and on two."""
+"""Training on the toy model with all evaluations: the numbers equal those of the checkpoint, on one rank and on two."""
 
 from __future__ import annotations
 

@@ -53,7 +53,7 @@ class KernelTable:
 
     Attributes:
         size: name of the size.
-        distribution: how often features fire.
+        distribution: distribution of feature frequencies.
         op: the operation.
         title: its description.
         moved_bytes: bytes requested from caches and memory.
@@ -118,7 +118,7 @@ def make_table(
 
     Args:
         size: name of the size.
-        distribution: how often features fire.
+        distribution: distribution of feature frequencies.
         case: the operation.
         found: one measurement per implementation.
         roof: ceilings of the machine at this size.
