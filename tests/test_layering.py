@@ -13,10 +13,10 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).resolve().parent.parent
-FOLDERS = ("kernels", "clt", "capture", "attribution", "launch")
+TOP_FOLDERS = ("kernels", "clt", "capture", "attribution", "launch")
 #: Public names of `clt`, above everything else.
 ENTRANCE = ROOT / "clt" / "__init__.py"
-SOURCES = sorted(path for folder in FOLDERS for path in (ROOT / folder).rglob("*.py"))
+SOURCES = sorted(path for folder in TOP_FOLDERS for path in (ROOT / folder).rglob("*.py"))
 
 #: Library -> files or folders that may import it.
 IMPORTERS = {
@@ -118,18 +118,18 @@ def _folder(module: str) -> str | None:
     if module != "clt" and not module.startswith("clt."):
         return None
     second = module.split(".")[1] if "." in module else ""
-    return second if second in FOLDERS else "clt"
+    return second if second in TOP_FOLDERS else "clt"
 
 
 @pytest.mark.parametrize("path", SOURCES, ids=lambda p: str(p.relative_to(ROOT)))
 def test_imports_run_one_way(path: Path) -> None:
     if path == ENTRANCE:
         return  # The public names, loaded when they are used.
-    own = FOLDERS.index(path.relative_to(ROOT).parts[0])
+    own = TOP_FOLDERS.index(path.relative_to(ROOT).parts[0])
     for module in _imports(path):
         folder = _folder(module)
         if folder is not None:
-            assert FOLDERS.index(folder) <= own, f"{path} imports {module}"
+            assert TOP_FOLDERS.index(folder) <= own, f"{path} imports {module}"
 
 
 @pytest.mark.parametrize("path", SOURCES, ids=lambda p: str(p.relative_to(ROOT)))
@@ -152,14 +152,14 @@ MODULES = {_dotted(path): path for path in SOURCES}
 
 def _package(module: str) -> str | None:
     """The folder of a module of ours; for a name defined in a module, the folder of that module; None for others."""
-    while module and module not in MODULES and module not in FOLDERS:
+    while module and module not in MODULES and module not in PACKAGES:
         module = module.rpartition(".")[0]
-    if module in FOLDERS:
+    if module in PACKAGES:
         return module
     return module.rpartition(".")[0] or None
 
 
-FOLDERS = {_dotted(path.parent) for path in SOURCES}
+PACKAGES = {_dotted(path.parent) for path in SOURCES}
 
 
 def _arrows() -> dict[tuple[str, str], list[str]]:
@@ -185,7 +185,7 @@ def test_arrows_between_sub_packages_are_those_of_the_table() -> None:
 
 
 def test_sub_packages_have_no_cycle() -> None:
-    others = {own: {b for a, b in _arrows() if a == own and (a, b) not in LAZY} for own in FOLDERS}
+    others = {own: {b for a, b in _arrows() if a == own and (a, b) not in LAZY} for own in PACKAGES}
     graphlib.TopologicalSorter(others).prepare()
 
 
@@ -199,12 +199,12 @@ def test_imports_against_the_arrows_are_lazy_and_in_one_module_each() -> None:
                 assert _package(node.module) != arrow[1], f"{arrow} is imported at module level"
 
 
-def test_nobody_imports_from_the_front_door() -> None:
+def test_no_module_imports_public_names_from_clt() -> None:
     for path in SOURCES:
         for node in ast.walk(_tree(path)):
             if isinstance(node, ast.ImportFrom) and node.module == "clt":
                 names = {f"clt.{alias.name}" for alias in node.names}
-                assert names <= set(MODULES) | FOLDERS, f"{path.relative_to(ROOT)} imports {names} from clt"
+                assert names <= set(MODULES) | PACKAGES, f"{path.relative_to(ROOT)} imports {names} from clt"
 
 
 def test_no_folder_has_more_than_twelve_modules() -> None:
