@@ -67,7 +67,7 @@ class AttributeConfig(ModelChoice, TranscoderChoice):
         if (self.prompt is None) == (self.source is None):
             raise ValueError("give exactly one of prompt and source")
         if self.images and self.prompt is None:
-            raise ValueError("images go with prompt; a source brings its own")
+            raise ValueError("images needs prompt; a source has its own images")
         return self
 
 

@@ -151,7 +151,7 @@ MODULES = {_dotted(path): path for path in SOURCES}
 
 
 def _package(module: str) -> str | None:
-    """The folder of a module of ours; for a name defined in a module, the folder of that module; None for others."""
+    """Package of a module of this project, or of the module that defines a name; None for others."""
     while module and module not in MODULES and module not in PACKAGES:
         module = module.rpartition(".")[0]
     if module in PACKAGES:
@@ -181,7 +181,7 @@ def test_arrows_between_sub_packages_are_those_of_the_table() -> None:
     found = {arrow: lines for arrow, lines in _arrows().items() if arrow[1] != "clt"}
     listed = {(own, other) for own, others in ARROWS.items() for other in others.split()} | set(LAZY)
     assert not set(found) - listed, {arrow: found[arrow] for arrow in set(found) - listed}
-    assert not listed - set(found), "remove from the table what nobody imports"
+    assert not listed - set(found), "remove imports that do not occur from the table"
 
 
 def test_sub_packages_have_no_cycle() -> None:

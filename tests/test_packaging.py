@@ -102,7 +102,7 @@ def test_entry_points_run_by_path_and_as_module(script: str) -> None:
 
 
 def test_constraints_leave_triton_to_torch() -> None:
-    # A CUDA build of torch wants one exact Triton; any pin of ours would make it uninstallable.
+    # A CUDA build of torch requires one exact Triton; any pin here would make it uninstallable.
     pinned = {re.split(r"[=<>~! ]", line)[0].lower() for line in (ROOT / "constraints.txt").read_text().splitlines()}
     assert not pinned & {"torch", "triton"}
     project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]

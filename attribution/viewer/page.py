@@ -57,7 +57,7 @@ def render_page(document: Mapping[str, Any]) -> str:
 
 
 def write_export(document: GraphDocument, folder: Path | str) -> Path:
-    """Writes `graph.json` and the self-contained page `index.html`, each whole or not at all.
+    """Writes `graph.json` and the self-contained page `index.html`, each atomically.
 
     Args:
         document: contents of the page.

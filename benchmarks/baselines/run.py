@@ -68,7 +68,7 @@ class Algorithm:
         name: row of the tables.
         train: trains a transcoder.
         published: its authors' setting, the configured one for ours; None where they give none.
-        candidates: settings to be tried beside the published one.
+        candidates: settings to try beside the published one.
     """
 
     name: str

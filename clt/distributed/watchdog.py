@@ -3,7 +3,7 @@
 A rank that dies or hangs leaves the others in a collective; gloo then reports some closed connection, NCCL nothing. So
 every rank writes heartbeats into the store of the rendezvous: progress and position of its main thread. When a main
 thread makes no progress within the timeout, or a collective fails, the heartbeats show which rank is missing. The first
-rank to find out writes the verdict into the store; every live rank prints it and exits, wherever its main thread is.
+rank to detect it writes the error line into the store; every live rank prints it and exits.
 
 One thread accesses the store and another judges, since the store may be on the machine that froze. Both count their own
 iterations instead of seconds: on an overloaded machine no other rank then seems silent.

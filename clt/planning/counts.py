@@ -1,6 +1,6 @@
 """Memory, traffic and arithmetic of a training step, counted from the job alone.
 
-Memory was checked against what is alive on gloo ranks under ZeRO 0, 1 and 2, traffic is that of ring collectives, and
+Memory was checked against live tensors of gloo ranks under ZeRO 0, 1 and 2, traffic is that of ring collectives, and
 arithmetic is exact. `tests/clt/test_plan.py` holds all three to hand-computed numbers. Shape letters:
 `clt.planning.job`.
 """
@@ -17,7 +17,7 @@ from clt.transcoder.layers import LayerShare, source_layers, target_layers, targ
 
 #: Bytes of a feature number in memory, of an activation's gradient, and of a number that all ranks add up.
 INDEX, CODE_GRADIENT, SCALAR = 4, 4, 8
-#: Bytes of a float32, and of a number of the activations as batches bring them.
+#: Bytes of a float32, and of an activation in a batch.
 FLOAT, RAW = 4, 4
 #: Most bytes of pre-activations that the Triton encoder holds at a time (`clt.kernels.gpu.encode`).
 PRE_ACTIVATIONS = 512 * 2**20

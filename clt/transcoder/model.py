@@ -6,7 +6,7 @@
 Source l writes to targets l + first_offset .. l + first_offset + n_targets - 1 (Ameisen et al. 2025, "Circuit
 Tracing", section 2). `encode` and `decode` use standardised units, `forward` raw ones. Weights are target-major: one
 tensor W_dec[t] [S_t,F,D] per target; `clt.transcoder.decoding` has other forms of decoders, which `untied` converts to
-this one. A rank may own a share of the layers; `clt.distributed.code_exchange` brings the codes of the others.
+this one. A rank may own a share of the layers; `clt.distributed.code_exchange` receives the codes of the others.
 """
 
 from __future__ import annotations

@@ -3,7 +3,7 @@
 A row (one feature's vector) is updated in a step only if its feature fired; other rows are neither read nor written.
 The moments of a row that missed steps are decayed for all of them at its next update. With beta1 = 0 this is exactly
 Adam: a row whose gradient is zero does not change. With beta1 > 0 the moments of an updated row are those of Adam, but
-a row changes only when its feature fires, where Adam would go on moving it by its first moment.
+a row changes only when its feature fires, where Adam would still move it by its first moment.
 
 Adam: Kingma and Ba, https://arxiv.org/abs/1412.6980, algorithm 1.
 

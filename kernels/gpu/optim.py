@@ -134,7 +134,7 @@ def _decay(log2_beta, steps, ACC: tl.constexpr):
 
 @triton.jit
 def update_row(w, grad, moments, offset, mask, row, chunk, D, HYPER, last, seed, ACC: tl.constexpr):
-    """Adam on a block of one row: brings its moments up to date in memory and returns the new parameters.
+    """Adam on a block of one row: updates its moments in memory and returns the new parameters.
 
     Args:
         w: [BLOCK] parameters, widened to ACC.

@@ -153,7 +153,7 @@ def convert(
     ] = None,
     tokens: Annotated[int, typer.Option(min=1, help="Tokens of that store; all are held in memory.")] = 100_000,
     read_site: Annotated[
-        ReadSite | None, typer.Option(help="What encoders read, if the files do not record it.")
+        ReadSite | None, typer.Option(help="Site that encoders read, if the files do not record it.")
     ] = None,
     k: Annotated[
         int | None, typer.Option(min=1, help="vlm_clt_training: active features of a TopK transcoder.")

@@ -73,7 +73,7 @@ def test_document_has_the_fields_and_types_of_the_common_schema(document: GraphD
                 assert isinstance(entry[name], kind), (name, entry[name])
 
 
-def test_document_survives_a_round_trip_through_json(document: GraphDocument) -> None:
+def test_document_is_unchanged_by_a_round_trip_through_json(document: GraphDocument) -> None:
     assert json.loads(document.to_json()) == document.to_tree()
 
 
@@ -177,7 +177,7 @@ def test_images_of_another_prompt_are_refused(graph: Graph, originals: list[tupl
         graph_document(graph, prune(graph), [Image.new("RGB", size) for size in originals])
 
 
-def test_cap_keeps_the_most_influential_and_says_what_it_left_out(graph: Graph, document: GraphDocument) -> None:
+def test_cap_keeps_the_most_influential_and_counts_the_omitted(graph: Graph, document: GraphDocument) -> None:
     capped = graph_document(graph, prune(graph), max_nodes=10)
     inner = {"feature", "error", "bias"}
     all_inner = [node for node in document.nodes if node.kind in inner]

@@ -73,7 +73,7 @@ class Sweep:
                 assert store.zarr is not None
         except StoreError as error:
             assert key in str(error) and "\n" not in str(error)
-            assert problems, f"{key}: readers notice, verification does not"
+            assert problems, f"{key}: readers detect it, verification does not"
             self.refused += 1
         else:
             assert same, f"{key}: damage is read as data"

@@ -245,7 +245,7 @@ def winners(store: ActivationStore, unit: int) -> list[int]:
 
 
 @pytest.mark.parametrize("store_dtype", ["bfloat16", "int8"])
-def test_of_two_racing_owners_one_commits_and_the_other_is_told(
+def test_of_two_racing_owners_one_commits_and_the_other_is_refused(
     workers: CaptureWorkers, tmp_path: Path, store_dtype: StoreDtype
 ) -> None:
     root = tmp_path / "store"
@@ -281,18 +281,18 @@ def test_a_paused_worker_that_wakes_after_its_unit_was_taken_over_changes_nothin
 ) -> None:
     root = tmp_path / "store"
     job = {"ttl_seconds": 0.3}
-    sleeper, _ = workers.start(root, store_dtype, variant=1, point=point, signal=signal.SIGSTOP, **job)
-    assert workers.wait_for(sleeper) == (sleeper, -signal.SIGSTOP)
+    paused, _ = workers.start(root, store_dtype, variant=1, point=point, signal=signal.SIGSTOP, **job)
+    assert workers.wait_for(paused) == (paused, -signal.SIGSTOP)
     other, _ = workers.start(root, store_dtype, **job)
     assert workers.wait_for(other) == (other, 0)
     before = tree(root)
-    os.kill(sleeper, signal.SIGCONT)
+    os.kill(paused, signal.SIGCONT)
     expected = 0 if point == "after-commit" else ANOTHER_COMMITTED
-    assert workers.wait_for(sleeper) == (sleeper, expected)
+    assert workers.wait_for(paused) == (paused, expected)
     assert tree(root) == before
     assert not any((root / LEASES).iterdir())
     assert verify_store(root, level="full").ok
     store = open_store(root)
-    # Files that the sleeper published before it was paused are adopted; the rest is the other's.
+    # Files that the paused worker had published are adopted; the rest is the other's.
     kept = {"mid-chunk": [0, 0], "mid-link": [1, 0], "after-link": [1, 0]}.get(point, [1, 1])
     assert [winners(store, unit.unit) for unit in store.units] == [kept] + [[0, 0]] * (len(store.units) - 1)

@@ -89,7 +89,7 @@ def expected_arrays(store: ActivationStore, unit: int) -> dict[str, NDArray[Any]
     return arrays
 
 
-def test_metadata_says_what_the_arrays_are(tmp_path: Path) -> None:
+def test_metadata_describes_the_arrays(tmp_path: Path) -> None:
     store = make_store(tmp_path / "store", LENGTHS, store_dtype="bfloat16")
     group = store.zarr
     acts = group["acts/lm"]

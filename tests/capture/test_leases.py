@@ -173,7 +173,7 @@ def test_a_lease_outlives_its_time_while_it_is_held(tmp_path: Path) -> None:
             time.sleep(0.02)
 
 
-def test_an_owner_that_lost_its_lease_says_so_and_leaves_the_other_its_own(
+def test_an_owner_that_lost_its_lease_logs_it_and_keeps_the_new_lease(
     storage: Storage, caplog: pytest.LogCaptureFixture
 ) -> None:
     with Leases(storage, ttl_seconds=0.2) as one:

@@ -236,7 +236,7 @@ def test_batches_that_are_let_go_lend_their_memory(store: ActivationStore) -> No
         TokenFilter(drop_bos=True, norm_cap=0.9),
     ],
 )
-def test_a_filter_lets_through_what_it_says_and_nothing_else(store: ActivationStore, where: TokenFilter) -> None:
+def test_a_filter_passes_exactly_the_tokens_of_its_definition(store: ActivationStore, where: TokenFilter) -> None:
     cap = None if where.norm_cap is None else where.norm_cap * store.mean_norms("lm")
     expected = set()
     for unit in store.units:

@@ -86,7 +86,7 @@ def test_usual_names_need_no_description() -> None:
     assert list(found) == ["lm.0.z", "lm.1.z"]
 
 
-def test_unusual_names_are_told() -> None:
+def test_unusual_names_are_an_error() -> None:
     register_adapter("GPTNeoXForCausalLM")
     with pytest.raises(ModelError, match="no module 'self_attn or attn'"):
         ModelAdapter(neox(), make_words())

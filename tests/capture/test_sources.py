@@ -105,7 +105,7 @@ def test_a_folder_gives_every_image_below_it_the_same_prompt(images: Path) -> No
         source(folder={"path": images / "notes", "prompt": "p"})
 
 
-def test_dataset_without_its_package_says_what_to_install(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_dataset_without_its_package_names_the_package(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "datasets", None)
     with pytest.raises(InputError, match=r"source\.dataset needs the package 'datasets'; pip install datasets"):
         source(dataset={"name": "any"})

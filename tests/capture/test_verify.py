@@ -136,12 +136,12 @@ def test_damage_is_found_from_its_level_on(tmp_path: Path, store: ActivationStor
     key, harm, lowest = DAMAGE[name]
     harm(Path(store.location) / key)
     for level in LEVELS:
-        noticed = LEVELS.index(level) >= LEVELS.index(lowest)
-        assert (key in paths(store.location, level)) == noticed, level
+        detected = LEVELS.index(level) >= LEVELS.index(lowest)
+        assert (key in paths(store.location, level)) == detected, level
 
 
 @pytest.mark.parametrize("level", LEVELS)
-def test_files_that_nobody_recorded_are_problems(store: ActivationStore, level: Level) -> None:
+def test_unrecorded_files_are_problems(store: ActivationStore, level: Level) -> None:
     root = Path(store.location)
     foreign = ["notes.txt", "data.zarr/acts/lm/c/3/0/0", "units/commits/000003.json", "data.zarr/tokens/.zattrs"]
     allowed = ["units/leases/000001.0001.json", "quarantine/000001/manifest.json", "data.zarr/.x.ab12.partial"]

@@ -82,7 +82,7 @@ def test_missing_file_is_named(name: str, mesh: Mesh, interrupted: Path) -> None
         _resume(mesh, interrupted)
 
 
-def test_pointer_to_nothing_is_told(mesh: Mesh, interrupted: Path) -> None:
+def test_pointer_to_a_missing_checkpoint_is_an_error(mesh: Mesh, interrupted: Path) -> None:
     (interrupted.parent / "latest").write_text("step_00000009\n")
     with pytest.raises(CheckpointError, match="latest: names 'step_00000009', which does not exist"):
         _resume(mesh, interrupted)

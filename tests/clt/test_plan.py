@@ -275,7 +275,7 @@ def test_weights_in_memory_of_all_ranks_are_the_whole(planned: Job) -> None:
 
 @given(jobs())
 @settings(max_examples=60, deadline=None)
-def test_nothing_travels_where_there_is_nobody(planned: Job) -> None:
+def test_axes_of_size_one_have_no_traffic(planned: Job) -> None:
     moved = traffic(planned)
     if planned.mesh.model == 1:
         assert moved.model_axis == (moved.selection if planned.mesh.world > 1 else 0)

@@ -279,7 +279,7 @@ def test_a_transcoder_is_replaced_and_nothing_else(folder: Path) -> None:
     assert (folder / "notes.txt").read_text() == "mine"
 
 
-def test_model_card_says_what_it_is_and_how_it_was_trained(tmp_path: Path) -> None:
+def test_model_card_describes_the_transcoder_and_its_training(tmp_path: Path) -> None:
     with joined_job():
         toy_trainer(toy_config(tmp_path / "job"), Mesh.create(1)).fit()
     trained = CrossLayerTranscoder.from_pretrained(tmp_path / "job")

@@ -150,7 +150,7 @@ class RankKill(Kill):
     Attributes:
         victim: rank that is killed.
         killer: rank that arrives at the point.
-        alone: whether the other rank is left to notice and end by itself.
+        alone: whether the other rank must detect it and end by itself.
     """
 
     victim: int = 0

@@ -132,7 +132,7 @@ def _assert_all(found: list[dict[str, Tensor]], layer_size: int, column_size: in
 
 
 @pytest.mark.parametrize(("layer_size", "column_size"), [(2, 1), (1, 2)])
-def test_overlapped_step_is_the_blocking_one_and_moves_what_the_formula_says(
+def test_overlapped_step_equals_the_blocking_one_and_moves_the_bytes_of_the_formula(
     layer_size: int, column_size: int, ranks: list[dict[str, Tensor]]
 ) -> None:
     _assert_all(ranks, layer_size, column_size)

@@ -95,7 +95,7 @@ def _ends(root: Path, case: str) -> list[str]:
 
 
 @pytest.mark.parametrize("name", MESHES)
-def test_all_ranks_stop_after_the_step_in_which_one_is_told_to(name: str, two_ranks: Path) -> None:
+def test_all_ranks_stop_after_the_step_in_which_one_is_asked_to(name: str, two_ranks: Path) -> None:
     assert _ends(two_ranks, f"stopped {name}") == ["step_00000004"] * 2
 
 

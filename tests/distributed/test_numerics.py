@@ -159,7 +159,7 @@ def test_mean_is_saved_beside_the_weights(one_rank: Path, tmp_path: Path) -> Non
         CrossLayerTranscoder.from_pretrained(one_rank / "whole", averaged=True)
 
 
-def test_batch_that_does_not_divide_into_micro_batches_is_told(one_rank: Path, tmp_path: Path) -> None:
+def test_batch_that_does_not_divide_into_micro_batches_is_an_error(one_rank: Path, tmp_path: Path) -> None:
     job = {"data": {"batch_tokens": 64, "micro_batches": 3}}
     with pytest.raises(ConfigError, match=r"data\.batch_tokens=64 does not divide .* of 3 micro-batches"):
         _fit(tmp_path, {}, **job)

@@ -244,6 +244,6 @@ def test_what_it_cannot_do_is_an_error_that_names_the_key(
         ({"weights": "bfloat16"}, r"optimizer.*weights=bfloat16 is not supported with kind=adam"),
     ],
 )
-def test_settings_that_do_not_fit_each_other_are_told(optimizer: dict[str, Any], message: str, tmp_path: Path) -> None:
+def test_incompatible_settings_are_an_error(optimizer: dict[str, Any], message: str, tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match=message):
         toy_config(tmp_path, optimizer=optimizer)

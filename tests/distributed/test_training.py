@@ -202,7 +202,7 @@ def test_batch_that_one_rank_cannot_read_ends_the_job_on_all_ranks(name: str, tw
     assert _errors(two_ranks, f"interrupted {name}") == [message, message]
 
 
-def test_damaged_layer_of_one_rank_is_told_by_all_ranks(two_ranks: Path) -> None:
+def test_damaged_layer_of_one_rank_is_an_error_on_all_ranks(two_ranks: Path) -> None:
     first, second = _errors(two_ranks, "damaged")
     assert first == second
     assert first.startswith(f"{CheckpointError.__name__}: ") and "step_00000003/layer_03.safetensors" in first

@@ -200,7 +200,7 @@ def test_damaged_table_is_named(tmp_path: Path, text: str, complaint: str) -> No
         read_table(tmp_path / "t.json")
 
 
-def test_settings_and_public_door_work_without_triton() -> None:
+def test_settings_and_public_operations_work_without_triton() -> None:
     code = (
         "import sys; sys.modules['triton'] = None\n"
         "import torch, clt.kernels.ops\n"

@@ -220,7 +220,7 @@ def test_everything_is_measured_and_bytes_are_those_of_the_formula(report: Train
     assert report.link is not None and all(ceiling.rate > 0 for ceiling in report.ceilings)
 
 
-def test_report_is_json_and_says_what_is_measured_and_what_assumed(report: TrainReport) -> None:
+def test_report_is_json_and_separates_measured_from_assumed(report: TrainReport) -> None:
     tree, text = json.loads(report.to_json()), report.to_text()
     assert tree["machine"]["packages"] and len(tree["tables"][0]["rows"][0]["steps"]) == 2
     exact, over = report.claims

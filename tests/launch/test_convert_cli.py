@@ -88,7 +88,7 @@ def test_topk_travels_as_it_is(target: str, tmp_path: Path) -> None:
     torch.testing.assert_close(CrossLayerTranscoder.from_pretrained(tmp_path / "back")(x), transcoder(x))
 
 
-def test_mistakes_are_one_line(tmp_path: Path) -> None:
+def test_user_errors_are_one_line(tmp_path: Path) -> None:
     make_store(tmp_path / "store", LENGTHS)
     save(tmp_path / "clt")
     out = tmp_path / "out"

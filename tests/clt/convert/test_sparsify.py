@@ -99,7 +99,7 @@ def test_a_run_of_theirs_is_read_as_they_read_it(form: dict[str, Any], tmp_path:
     ("hooks", "site"),
     [([], "mlp_in"), ([f"model.layers.{i}.post_attention_layernorm" for i in range(L)], "resid_mid")],
 )
-def test_the_run_says_what_its_encoders_read(hooks: list[str], site: str, tmp_path: Path) -> None:
+def test_read_site_comes_from_the_run(hooks: list[str], site: str, tmp_path: Path) -> None:
     write_run(tmp_path, {})
     (tmp_path / "config.json").write_text(json.dumps({"hookpoints_in": hooks}))
     assert load_sparsify(tmp_path).config.read_site == site
