@@ -20,7 +20,7 @@ HUB_FOLDERS = (".git", ".cache")
 
 WORKERS = 8
 
-#: Size limit of a commit, which bounds what a failed one loses.
+#: Size limit of a commit, which bounds the loss of a failed one.
 _BYTES_PER_COMMIT = 8 << 30
 
 #: Suffix of the staging folder, and of a complete file before its final rename.

@@ -258,7 +258,7 @@ class Trainer:
         try:
             yield writer
         except BaseException:
-            # Report what ended the job, not that its reports cannot be closed for the same reason.
+            # Raise the error that ended the job, not that its reports cannot be closed for the same reason.
             with suppress(OSError):
                 if writer is not None:
                     writer.close()

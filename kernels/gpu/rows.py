@@ -12,7 +12,7 @@ def kth_largest(key, k, BITS: tl.constexpr):
     for bit in range(BITS):
         higher = level | (tl.full([], 1, key.dtype) << (BITS - 1 - bit))
         n_reach = tl.sum((key >= higher).to(tl.int32), 0)
-        # The last step that is refused asks for level + 1: what reaches it is above the level.
+        # The last rejected step tests level + 1: keys that reach it are above the level.
         quota = tl.where(n_reach >= k, quota, k - n_reach)
         level = tl.where(n_reach >= k, higher, level)
     return tl.maximum(level, 1), tl.where(level == 0, k, quota)

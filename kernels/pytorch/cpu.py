@@ -130,13 +130,13 @@ def _bags(values_SBK: Tensor, indices_SBK: Tensor, n_features: int) -> tuple[Ten
 def _sampled_products(grad_BD: Tensor, values_SBK: Tensor, indices_SBK: Tensor, W_dec_SFD: Tensor) -> Tensor:
     """[S,B,K]: inner product of every filled slot's decoder vector with its token's gradient."""
     if values_SBK.shape[2] > W_dec_SFD.shape[1]:
-        # Slots that name features repeatedly, of tied decoders; PyTorch takes no row of more entries than columns.
+        # Slots that name features repeatedly, of tied decoders; PyTorch supports no row with more entries than columns.
         widest = W_dec_SFD.shape[1]
         parts = zip(values_SBK.split(widest, dim=2), indices_SBK.split(widest, dim=2), strict=True)
         return torch.cat([_sampled_products(grad_BD, values, indices, W_dec_SFD) for values, indices in parts], dim=2)
     values_BN, indices_BN = _bags(values_SBK, indices_SBK, W_dec_SFD.shape[1])
     tokens, width = values_BN.shape
-    # CSR wants ascending columns: sources ascend, and so do the slots of a source but for its empty tail.
+    # CSR needs ascending columns: sources ascend, and so do the slots of a source but for its empty tail.
     pattern = torch.sparse_csr_tensor(
         torch.arange(0, tokens * width + 1, width),
         indices_BN.reshape(-1),

@@ -26,7 +26,7 @@ def scatter_codes(values_SBK: Tensor, indices_SBK: Tensor, n_features: int) -> T
     """
     sources, tokens, k = values_SBK.shape
     codes_SBF = values_SBK.new_zeros(sources, tokens, n_features + 1)
-    # Empty slots all hold feature 0: they go to a column of their own, so that no write can hide another.
+    # Empty slots all hold feature 0: they go to a separate column, so that they overwrite no other slot.
     places, order = indices_SBK.long().masked_fill(values_SBK == 0, n_features).sort(dim=2, stable=True)
     sums = values_SBK.gather(2, order).to(accumulator(values_SBK.dtype))
     # Running sums within runs of one feature, in an order that is fixed, as that of scatter_add_ on a GPU is not.

@@ -247,7 +247,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     for (d_model, n_features, k), tokens in itertools.product(options.size, options.tokens or [4096]):
         shape = LayerShape(d_model=d_model, n_features=n_features, k=k, tokens=tokens)
         inputs = TuningInputs(dtype, shape, "cuda")
-        # Written after every shape: what was measured is kept if a later one fails.
+        # Written after every shape: measurements are kept if a later one fails.
         found = tune(options.op or list(OPS), dtype, shape, inputs.call_of, cuda_microseconds)
         write_table(options.out, found, measured)
 
