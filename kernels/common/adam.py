@@ -73,7 +73,7 @@ class RowAdam:
         if not 1 <= step < 2**24:
             raise ValueError(f"step={step}: expected 1 <= step < 2^24")
         wide = accumulator(dtype)
-        # Betas are rounded to the dtype first, and the rest is computed from them: 1 - beta is then exact in the kernel.
+        # Betas are rounded to the dtype first and the rest is computed from them: 1 - beta is then exact in the kernel.
         beta1, beta2 = (torch.tensor(beta, dtype=wide).item() for beta in (self.beta1, self.beta2))
         log1, log2 = (math.log2(beta) if beta > 0 else 0.0 for beta in (beta1, beta2))
         correction1, correction2 = (1.0 if beta == 0 else -math.expm1(step * math.log(beta)) for beta in (beta1, beta2))

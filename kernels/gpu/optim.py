@@ -54,7 +54,7 @@ def _noise(offset, step, seed, STREAM: tl.constexpr, BITS: tl.constexpr):
 def _store(POINTER, offset, x, mask, step, seed, STREAM: tl.constexpr):
     """Stores x at POINTER + offset, rounded stochastically where the memory is bfloat16."""
     if POINTER.dtype.element_ty == tl.bfloat16:
-        # Noise added below the last kept bit carries with the probability that makes the mean unbiased, for either sign.
+        # Noise added below the last kept bit carries with the probability of unbiased rounding, for either sign.
         noise = _noise(offset, step, seed, STREAM, 16)
         bits = (x.to(tl.float32).to(tl.uint32, bitcast=True) + noise) >> 16
         bits = tl.where(x != x, 0x7FC0, bits)
