@@ -45,7 +45,7 @@ def test_recorded_errors_make_the_replacement_model_the_model(name, make_random_
 
 
 @pytest.mark.parametrize("name", list(MODELS))
-def test_edges_are_what_interventions_measure_or_attribution_is_refused_in_one_line(name, make_random_clt):
+def test_edges_equal_interventions_or_attribution_is_an_error(name, make_random_clt):
     adapter = make_adapter(name)
     inputs, transcoder = question(name, adapter), make_random_clt(adapter)
     settings = AttributionSettings(max_feature_nodes=8)

@@ -259,7 +259,7 @@ def test_a_graph_pruned_elsewhere_is_refused(graph: Graph, make_graph: Callable[
         graph_document(graph, prune(make_graph(seed=1)))
 
 
-def test_export_writes_both_files_and_nothing_else(document: GraphDocument, tmp_path: Path) -> None:
+def test_export_writes_exactly_two_files(document: GraphDocument, tmp_path: Path) -> None:
     page = write_export(document, tmp_path / "new" / "graph")
     assert sorted(path.name for path in page.parent.iterdir()) == ["graph.json", "index.html"]
     assert json.loads((page.parent / "graph.json").read_text()) == document.to_tree()

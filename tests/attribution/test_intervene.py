@@ -82,7 +82,7 @@ def test_features_upstream_of_an_intervention_do_not_change(model: ReplacementMo
     assert bool(((changed.layer > 0) & (changed.position >= 4)).all())
 
 
-def test_intervention_on_nothing_is_refused_or_warned_of(model, caplog: pytest.LogCaptureFixture) -> None:
+def test_intervention_without_effect_is_an_error_or_a_warning(model, caplog: pytest.LogCaptureFixture) -> None:
     with pytest.raises(GraphError, match="interventions is empty"):
         model.intervene(PROMPT, [])
     with pytest.raises(GraphError, match=r"freeze=\['mlp'\]: unknown; choose among attention, norms, features"):

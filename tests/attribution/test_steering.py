@@ -200,7 +200,7 @@ def test_report_equals_ablations_run_one_by_one(toy_adapter):
     assert steer(toy_adapter, transcoder, examples, settings) == report
 
 
-def test_wrong_answers_are_passed_over_and_too_few_right_ones_are_an_error(toy_adapter):
+def test_wrong_answers_are_skipped_and_too_few_correct_ones_are_an_error(toy_adapter):
     transcoder = make_clt(toy_adapter)
     right = correct_examples(toy_adapter, 2)
     wrong = replace(right[0], answer="There is a red tile on a red background.")

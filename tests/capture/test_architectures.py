@@ -110,7 +110,7 @@ def test_sites_are_bit_equal_to_plain_hooks(name: str, adapter: ModelAdapter, ba
 
 
 @torch.no_grad()
-def test_sites_inside_attention_are_what_it_computes(name: str, adapter: ModelAdapter, batch: PromptInputs) -> None:
+def test_sites_inside_attention_equal_its_values(name: str, adapter: ModelAdapter, batch: PromptInputs) -> None:
     before, parts = adapter.forward(batch), named_parts(name, adapter.layers[LAYER])
     with attach(adapter, ["lm.*.[qkvz]", "lm.*.pattern", "lm.*.scores"]) as found:
         plain = plain_hooks(adapter, batch, {"z": parts["z"]})["z"]
@@ -203,7 +203,7 @@ def test_packed_towers_attend_within_images_and_windows(name: str, block: int, s
 
 
 @torch.no_grad()
-def test_a_padded_batch_gives_what_each_prompt_gives(
+def test_a_padded_batch_equals_single_prompts(
     adapter: ModelAdapter, batch: PromptInputs, prompts: list[PromptInputs]
 ) -> None:
     sites = [f"lm.{layer}.{kind}" for layer in range(adapter.n_layers) for kind in ("resid_mid", "mlp_out")]

@@ -276,7 +276,7 @@ def test_of_two_racing_owners_one_commits_and_the_other_is_refused(
         ("after-commit", "float32"),
     ],
 )
-def test_a_paused_worker_that_wakes_after_its_unit_was_taken_over_changes_nothing(
+def test_a_worker_resumed_after_its_unit_was_taken_over_changes_nothing(
     workers: CaptureWorkers, tmp_path: Path, point: str, store_dtype: StoreDtype
 ) -> None:
     root = tmp_path / "store"

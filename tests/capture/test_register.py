@@ -39,7 +39,7 @@ def register_as_in_the_docs() -> None:
 
 
 @torch.no_grad()
-def test_the_example_of_the_docs_captures_what_gpt_neox_computes() -> None:
+def test_example_of_the_docs_captures_gpt_neox() -> None:
     model = neox(use_parallel_residual=False)
     with pytest.raises(ModelError, match="GPTNeoXForCausalLM is not supported"):
         ModelAdapter(model, make_words())

@@ -60,7 +60,7 @@ def test_whole_store_has_no_problems(tmp_path: Path, kind: str, level: Level) ->
         assert 0 < report.bytes < total
 
 
-def test_store_in_an_object_store_is_verified_alike(store: ActivationStore) -> None:
+def test_store_in_an_object_store_is_verified_too(store: ActivationStore) -> None:
     pytest.importorskip("obstore")
     remote = open_storage("memory://test_verify")
     for key, contents in tree(store.location).items():
@@ -71,7 +71,7 @@ def test_store_in_an_object_store_is_verified_alike(store: ActivationStore) -> N
     assert [problem.path for problem in verify_store(remote, "index").problems] == ["data.zarr/norms/lm/c/1/0"]
 
 
-def test_all_problems_are_found_in_one_run_and_say_what_to_do(store: ActivationStore) -> None:
+def test_all_problems_are_found_in_one_run_with_their_remedies(store: ActivationStore) -> None:
     root = Path(store.location)
     flip(root / "data.zarr/acts/lm/c/0/0/0", 100)
     (root / "data.zarr/tokens/modality/c/1").unlink()

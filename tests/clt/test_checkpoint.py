@@ -154,7 +154,7 @@ def test_folder_that_a_killed_run_left_unnamed_is_replaced(mesh: Mesh, interrupt
     verify_folder(folder)
 
 
-def test_what_a_run_killed_after_its_last_checkpoint_left_is_removed(mesh: Mesh, interrupted: Path) -> None:
+def test_reports_after_the_last_checkpoint_of_a_killed_run_are_removed(mesh: Mesh, interrupted: Path) -> None:
     folder = _resume(mesh, interrupted)
     leftover = folder.with_name(".step_00000003.old.tmp")
     interrupted.rename(leftover)

@@ -73,7 +73,7 @@ def test_penalty_of_decoders_that_are_zero_has_a_finite_gradient() -> None:
     assert all(p.grad is None or p.grad.isfinite().all() for p in transcoder.parameters())
 
 
-def test_threshold_gradient_is_the_gain_of_dropping_what_lies_just_above() -> None:
+def test_threshold_gradient_is_the_gain_of_dropping_activations_just_above() -> None:
     transcoder = make_clt("jumprelu", bandwidth=0.5)
     x, y = (torch.randn(L, TOKENS, D, dtype=torch.float64) for _ in range(2))
     weights_B = torch.rand(TOKENS, dtype=torch.float64) / TOKENS

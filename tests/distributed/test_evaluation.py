@@ -166,7 +166,7 @@ def cases(
 
 
 @pytest.mark.parametrize("name", ARCHITECTURES)
-def test_one_rank_measures_what_evaluate_store_measures(name: str) -> None:
+def test_one_rank_measures_the_same_as_evaluate_store(name: str) -> None:
     with joined_job():
         found = _measured([name], ["data"])
     _compare(found, name, "data")
@@ -174,7 +174,7 @@ def test_one_rank_measures_what_evaluate_store_measures(name: str) -> None:
 
 @pytest.mark.parametrize("shape", MESHES)
 @pytest.mark.parametrize("name", ARCHITECTURES)
-def test_all_ranks_of_a_mesh_measure_what_evaluate_store_measures(
+def test_all_ranks_of_a_mesh_measure_the_same_as_evaluate_store(
     name: str, shape: str, cases: tuple[list[dict[str, Tensor]], Path]
 ) -> None:
     for rank in cases[0]:

@@ -172,7 +172,7 @@ def test_full_disk_ends_the_job_in_one_line_and_keeps_the_last_checkpoint(
     same_bits(toy_trainer(toy_config(tmp_path / "whole"), alone).fit(), toy_trainer(toy_config(output), alone).fit())
 
 
-def test_sigterm_writes_a_checkpoint_and_the_job_goes_on_from_it(job: Path, tmp_path: Path) -> None:
+def test_sigterm_writes_a_checkpoint_and_the_job_resumes_from_it(job: Path, tmp_path: Path) -> None:
     # Never at its end, and no checkpoint is due before.
     endless = ["steps=10000000", "checkpoint_every=10000000"]
     reports, size, steps = tmp_path / "out" / "metrics.jsonl", 0, [0]
@@ -317,7 +317,7 @@ def _error_lines(ranks: Ranks, seen: int) -> list[str]:
         pytest.param(signal.SIGSTOP, 1, marks=pytest.mark.slow),
     ],
 )
-def test_lost_rank_is_named_by_the_one_that_lives(how: int, victim: int, ranks: Ranks, tmp_path: Path) -> None:
+def test_lost_rank_is_named_by_the_live_one(how: int, victim: int, ranks: Ranks, tmp_path: Path) -> None:
     seen, mesh = len(ranks.log.read_text()), {"layer": 2, "timeout_seconds": 10}
     processes, scratch = ranks.start(tmp_path / "out", mesh, 2, {rank: {"steps": 100_000} for rank in range(2)})
     assert ranks.trains(scratch, victim, processes[victim])

@@ -229,7 +229,7 @@ def test_step_that_is_not_finite_moves_nothing(alone: Mesh, tmp_path: Path) -> N
         ),
     ],
 )
-def test_what_it_cannot_do_is_an_error_that_names_the_key(
+def test_unsupported_settings_are_errors_that_name_the_key(
     job: dict[str, Any], message: str, alone: Mesh, tmp_path: Path
 ) -> None:
     with pytest.raises(ConfigError, match=message):

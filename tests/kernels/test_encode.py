@@ -29,7 +29,7 @@ def _operands(tokens: int, n_features: int, d: int, dtype: torch.dtype, device: 
     ("tokens", "n_features", "d", "group"),
     [(32, 64, 32, 8), (19, 45, 21, 4), (7, 33, 5, 32), (1, 1, 1, 1), (50, 96, 48, 16)],
 )
-def test_gemm_group_max_equals_reference_and_its_maxima_those_of_what_it_stored(
+def test_gemm_group_max_equals_reference_and_its_maxima_those_of_the_stored_values(
     tokens: int, n_features: int, d: int, group: int, dtype: torch.dtype, device: str
 ) -> None:
     if dtype == F64 and device == "cuda":

@@ -81,7 +81,7 @@ def test_files_of_vlm_clt_training_are_written_and_read_back(tmp_path: Path) -> 
 
 
 @pytest.mark.parametrize("target", ["native", "sparsify"])
-def test_topk_travels_as_it_is(target: str, tmp_path: Path) -> None:
+def test_topk_is_written_unchanged(target: str, tmp_path: Path) -> None:
     transcoder, x = save(tmp_path / "clt"), torch.randn(2, 5, 4)
     assert run(tmp_path / "clt", tmp_path / "out", "--to", target).exit_code == 0
     assert run(tmp_path / "out", tmp_path / "back", "--from", target).exit_code == 0
