@@ -18,12 +18,13 @@ _LIMITS = {"gt": ">", "ge": ">=", "lt": "<", "le": "<=", "min_length": "of lengt
 
 
 def keys_text(settings: type[Any]) -> str:
-    """All keys of a settings class: a line with name, type and default, then its meaning."""
+    """All keys of a settings class: a line with name, type and default, then what it means."""
     lines = []
     for key in keys_of(settings):
         lines.append(f"  {key.name}  ({type_text(key)}{_default_suffix(key)})")
+        indent = " " * 6
         lines += textwrap.wrap(
-            key.description, _WIDTH, initial_indent=" " * 6, subsequent_indent=" " * 6, break_on_hyphens=False
+            key.description, _WIDTH, initial_indent=indent, subsequent_indent=indent, break_on_hyphens=False
         )
     return "\n".join(lines)
 
