@@ -40,7 +40,7 @@ def wheel_names(tmp_path_factory: pytest.TempPathFactory) -> set[str]:
 
 
 def _tracked() -> list[str]:
-    """Source, metadata and asset files that git knows."""
+    """Source, metadata and asset files that git tracks."""
     listed = subprocess.run(
         ["git", "ls-files", *FOLDERS, "setup.py", "pyproject.toml", "README.md", "LICENSE"],
         cwd=ROOT,

@@ -187,7 +187,7 @@ def test_model_takes_text_files_pictures_and_prepared_inputs_alike(
 
 
 def make_missing(folder: Path) -> Callable[[], object]:
-    """A call that names what is not there."""
+    """A call with a missing model or transcoder."""
     return lambda: clt.ReplacementModel.from_pretrained(TOY, transcoder=folder)
 
 

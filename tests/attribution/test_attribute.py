@@ -67,7 +67,7 @@ def toy_graph(toy_adapter, toy_inputs, make_random_clt):
 
 
 def rows_of(graph, *columns):
-    """Rows of the graph as a dictionary from what the node is."""
+    """Rows of the graph as a dictionary by node."""
     names = zip(*(getattr(graph.nodes, c)[graph.rows_to_node].tolist() for c in columns), strict=True)
     return {name: graph.edges[row] for row, name in enumerate(names)}
 

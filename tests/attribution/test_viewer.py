@@ -79,7 +79,7 @@ def document(make_graph: Callable[..., Graph]) -> GraphDocument:
 
 @pytest.fixture(scope="module")
 def hostile(make_graph: Callable[..., Graph]) -> GraphDocument:
-    """A graph whose every text tries to leave its place."""
+    """A graph in which every text attempts an injection."""
     graph = make_graph(words=(HOSTILE, *["<image>"] * 4, HOSTILE, "{{script}}"), prompt=HOSTILE, n_features=20)
     labels = {(layer, feature): HOSTILE for layer in range(3) for feature in range(7)}
     return graph_document(graph, prune(graph), slug=HOSTILE, feature_labels=labels)

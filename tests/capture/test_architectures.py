@@ -247,7 +247,7 @@ def test_generation_with_a_cache_is_the_greedy_continuation(
     assert torch.equal(adapter.forward(prompts[0]), before), "a generation leaves nothing behind in the model"
     n_new = max(map(len, generated))
     ids = torch.tensor([row + [0] * (n_new - len(row)) for row in generated])
-    # One forward without cache over prompts and answers; what comes after an answer's end is not looked at.
+    # One forward without cache over prompts and answers; tokens after an answer's end are ignored.
     whole = dict(batch.model_inputs)
     for key, new in (
         ("input_ids", ids),
@@ -299,7 +299,7 @@ def test_a_saved_model_is_loaded_and_captured(name: str, tmp_path: Path) -> None
         rows_per_unit=256,
     )
     capture_store(config)
-    # Its own tokenizer: transformers splits words as Qwen2 does, whatever was saved.
+    # Its own tokenizer: transformers always splits words as Qwen2 does.
     adapter = config.load()
     assert adapter.identity.fingerprint == made.identity.fingerprint
     assert torch.equal(adapter.forward(made.prepare(LONG)), made.forward(made.prepare(LONG)))

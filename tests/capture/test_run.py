@@ -150,7 +150,7 @@ def test_read_site_is_a_choice(tmp_path: Path, llama_folder: Path) -> None:
 
 
 def tree(root: Path) -> dict[str, bytes]:
-    """All files of a store; what a killed process was writing is no part of it."""
+    """All files of a store; partial files of a killed process are not part of it."""
     files = [path for path in sorted(root.rglob("*")) if path.is_file() and path.suffix != ".partial"]
     return {str(path.relative_to(root)): path.read_bytes() for path in files}
 

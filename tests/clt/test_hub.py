@@ -62,7 +62,7 @@ def one_line(caught: pytest.ExceptionInfo[HubError], *words: str) -> None:
 
 
 def run_python(hub: HubStandIn, tmp_path: Path, code: str, **variables: str) -> subprocess.Popen[str]:
-    """Python in a process of its own, whose settings come from the environment alone."""
+    """Python in a separate process with settings from the environment only."""
     settings = os.environ | environment(hub, tmp_path) | variables
     return subprocess.Popen(
         [sys.executable, "-c", code], env=settings, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True

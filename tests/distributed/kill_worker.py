@@ -30,7 +30,7 @@ from launched import free_port
 #: Modules that PyTorch, DeepSpeed and the reports import lazily: seconds on a busy machine.
 LATE_IMPORTS = ("torch._dynamo", "deepspeed.runtime.zero.muon.muon_optimizer", "torch.utils.tensorboard")
 
-#: Where a rank can be killed in a checkpoint: what is done to which file of the output folder.
+#: Points of a checkpoint at which a rank can be killed: operation and file of the output folder.
 #: half: half of it is on disk. from, to: before and after a rename, or the making of a folder.
 POINTS = {
     "before-folder": ("from", r"\.step_\d+\.tmp"),
@@ -88,7 +88,7 @@ class RankJob:
 
 
 class CheckpointKiller:
-    """Notes what a rank does to the files of its output folder, and kills the victim at the rank's point."""
+    """Records file operations of a rank in its output folder, and kills the victim at the rank's point."""
 
     def __init__(self, job: RankJob) -> None:
         self._scratch, self._output, self._victim = Path(job.scratch), f"{job.output}/", job.victim
@@ -103,7 +103,7 @@ class CheckpointKiller:
         os.kill(int((self._scratch / f"pid_{self._victim}").read_text()), signal.SIGKILL)
 
     def install(self) -> None:
-        """Wraps what writes, renames and removes files."""
+        """Wraps the functions that write, rename and remove files."""
         from clt.checkpoint import manifest
 
         os.replace = self._around(os.replace, lambda _source, target: target)  # type: ignore[assignment]
@@ -267,7 +267,7 @@ def work(**fields: Any) -> int:
 
 
 def import_everything() -> None:
-    """Imports, before any rank is forked, what all of them need."""
+    """Imports the modules of all ranks before any is forked."""
     import deepspeed  # noqa: F401
     import toy_job  # noqa: F401
 

@@ -82,7 +82,7 @@ def train_killed(ranks: Ranks, folder: Path, shape: Shape, kills: list[RankKill]
                 outcome.kills[kill.point] += 1
                 if kill.alone:
                     outcome.survivors[codes[1 - kill.victim]] += 1
-                # A rank that has nothing left to do after the other's death ends as if nothing had happened.
+                # A rank that is done when the other is killed ends normally.
                 complete = False
             else:
                 assert complete, f"{codes}; see {ranks.log}"

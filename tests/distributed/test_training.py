@@ -63,7 +63,7 @@ def _form(form: dict[str, Any]) -> dict[str, Any]:
 
 
 def all_cases(root: str) -> dict[str, Tensor]:
-    """Every training of this file that needs two ranks; the folders under root are what the tests look at."""
+    """Every training of this file that needs two ranks; the tests read the folders under root."""
     folder, errors = Path(root), {}
     for name, mesh in MESHES.items():
         _fit(folder / "whole" / name, mesh)

@@ -106,7 +106,7 @@ def _assert_close(ours: tuple[Tensor, ...], theirs: tuple[Tensor, ...], toleranc
 
 
 def _assert_one_rounding(ours: Tensor, exact: Tensor) -> None:
-    """Half a unit in the last of bfloat16's 8 bits; beside it what float32 loses where the sum cancels."""
+    """Half a unit in the last of bfloat16's 8 bits; plus the float32 error where the sum cancels."""
     assert ours.dtype == torch.bfloat16
     torch.testing.assert_close(ours.double(), exact, rtol=2.0**-8, atol=1e-5)
 

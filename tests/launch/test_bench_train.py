@@ -170,7 +170,7 @@ def test_peak_memory_is_the_largest_resident_memory() -> None:
     peak = memory.peak()
     if peak is None:
         pytest.skip("the system does not report it")
-    # 64 MiB twice, one after the other; what else the process holds comes and goes.
+    # 64 MiB twice, one after the other; other memory of the process varies.
     assert 0.9 * 2**26 <= peak < 1.5 * 2**26
 
 
