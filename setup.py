@@ -2,7 +2,7 @@
 
 Sub-packages and the files beside their modules are found, so that a new one needs no entry. kernels/ has no
 __init__.py on purpose: a folder without one is a namespace package, so `import kernels` (which transformers probes)
-finds the Hugging Face library of that name when it is installed. tests/test_packaging.py holds all of this.
+finds the Hugging Face library of that name when it is installed. tests/test_packaging.py tests all of this.
 """
 
 from setuptools import find_namespace_packages, setup

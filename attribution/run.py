@@ -48,7 +48,7 @@ class AttributeConfig(ModelChoice, TranscoderChoice):
     source: SourceSettings | None = None
     """A source of examples, instead of `prompt`."""
     index: int = Field(default=0, ge=0)
-    """Which example of the source."""
+    """Index of the example in the source."""
     attribution: AttributionSettings = AttributionSettings()
     """Targets and limits of the graph."""
     node_threshold: float = Field(default=0.8, gt=0, le=1)
@@ -67,13 +67,13 @@ class AttributeConfig(ModelChoice, TranscoderChoice):
         if (self.prompt is None) == (self.source is None):
             raise ValueError("give exactly one of prompt and source")
         if self.images and self.prompt is None:
-            raise ValueError("images go with prompt; a source brings its own")
+            raise ValueError("images needs prompt; a source has its own images")
         return self
 
 
 @plain_dataclass(frozen=True, kw_only=True)
 class Explanation:
-    """A graph and what was written of it.
+    """A graph and its files.
 
     Attributes:
         graph: the unpruned graph.
@@ -147,7 +147,7 @@ class EvaluateConfig(ModelChoice, TranscoderChoice):
 
 @plain_dataclass(frozen=True, kw_only=True)
 class EvaluationReport:
-    """What `clt evaluate` measures.
+    """Measures of `clt evaluate`.
 
     Attributes:
         store: reconstruction, sparsity and dead features on held-out tokens.
@@ -194,7 +194,7 @@ def evaluate_on_store(
     Args:
         transcoder: a transcoder.
         store: held-out activations of the same model.
-        batch_tokens: tokens at once.
+        batch_tokens: tokens of a batch.
 
     Returns:
         The report.

@@ -139,7 +139,7 @@ class Capacity:
 
     @property
     def fits(self) -> bool:
-        """Whether the free space is sufficient; true if it is unknown."""
+        """True if the free space is sufficient or unknown."""
         return self.free_bytes is None or self.needed_bytes <= self.free_bytes
 
 

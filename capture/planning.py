@@ -48,7 +48,7 @@ class CaptureConfig(ModelChoice):
     generate: Generation | None = None
     """The model generates an answer to each prompt, which is captured too; default: the answers of the source."""
     read_site: ReadSite = "resid_mid"
-    """Site that transcoders will read; stored for every layer beside `mlp_out`."""
+    """Site that encoders of transcoders read; stored for every layer beside `mlp_out`."""
     store_dtype: StoreDtype = "bfloat16"
     """Type of the stored values; int8 takes half the space of bfloat16, its rounding error is in the manifest."""
     compression: Compression = "none"

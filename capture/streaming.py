@@ -49,7 +49,7 @@ class CaptureRing:
         location: folder of the units, or `memory://name`.
         units: number of units of a generation.
         seed: seed of the order of units.
-        schedule: how processes share the units.
+        schedule: assignment of units to processes.
 
     Attributes:
         digest: hash of the capture job.
@@ -93,7 +93,7 @@ class CaptureRing:
         return self._writer.committed()
 
     def open(self, units: Sequence[int]) -> ActivationStore:
-        """Opens committed units; anew each time, since file names are reused by later generations."""
+        """Opens committed units; must be called again for every generation, since file names are reused."""
         return open_committed(open_storage(self._location), units)
 
     def remove(self, units: Sequence[int]) -> None:

@@ -35,9 +35,9 @@ class ConfigKey:
     """One field of a settings class, reached from the class of a job.
 
     Attributes:
-        name: dotted path; `[]` stands for an item of a list.
+        name: dotted path; `[]` is an item of a list.
         owner: the class that has the field.
-        field: type, limits and default, as pydantic knows them.
+        field: type, limits and default, from pydantic.
         default: value if none is given; None where one must be.
         required: whether a value must be given.
     """

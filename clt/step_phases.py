@@ -1,7 +1,7 @@
 """Phases of a training step, for benchmarks and profilers that observe them.
 
 The functions of training that do the work of a phase are marked with `phase`; an observer that is installed with
-`observed_by` is told when each begins and ends. Without one, a mark costs about a microsecond per call.
+`observed_by` is notified of the beginning and end of each. Without one, a mark costs about a microsecond per call.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ Phase = Literal["encode", "exchange", "decode", "backward", "optimizer"]
 
 
 class StepObserver(Protocol):
-    """Is told about the phases of this process's training steps."""
+    """Observer of the phases of this process's training steps."""
 
     def phase(self, name: Phase) -> AbstractContextManager[None]:
         """Entered when a phase begins and left when it ends; phases nest."""

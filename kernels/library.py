@@ -1,7 +1,8 @@
 """The operations as torch.library custom operators, with fake implementations for torch.compile, and gradients.
 
-`clt.kernels.ops` has checked the arguments. Operators take no dataclasses: a `FeatureCSR` and a `RowAdamState` are
-passed as the lists of their tensors; an empty grouping is built in the backward pass.
+Each operator is documented by the function of the same name in `clt.kernels.ops`, which checks the arguments and then
+calls it. Operators take no dataclasses: a `FeatureCSR` and a `RowAdamState` are passed as the lists of their tensors;
+an empty grouping is built in the backward pass.
 """
 
 import functools

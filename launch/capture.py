@@ -20,7 +20,7 @@ UNITS_LEFT = "this worker is done; other workers capture the remaining units, an
 
 
 def describe(config: CaptureConfig) -> str:
-    """The resolved configuration and what the job would write."""
+    """The resolved configuration and the planned output."""
     return f"{config_to_yaml(config)}# {plan_capture(config, longest_answers=True).summary()}"
 
 

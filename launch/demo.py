@@ -68,7 +68,7 @@ class DemoConfig:
     model: DirectoryPath
     """Folder of the toy model."""
     output: Path = Path("runs/demo")
-    """Folder for everything written."""
+    """Folder of all output."""
     train_prompts: int = Field(gt=0)
     """Prompts captured for training."""
     heldout_prompts: int = Field(gt=0)

@@ -51,7 +51,7 @@ class JobCommand(Generic[T]):
         name: the command, for the help text.
         summary: one sentence.
         settings: settings class of its configuration.
-        run: runs a job; rank 0 prints what it returns.
+        run: runs a job; rank 0 prints the result.
         describe: text of `--dry-run`.
         default_config: file that is read if the command line names none; None: no file.
         ranks_agree: see `guarded`.
@@ -99,7 +99,7 @@ def read_words(words: Sequence[str]) -> tuple[Path | None, list[str]]:
 
     Args:
         words: `key=value`, `--key value`, `--key=value`, `--set key=value`, `--config FILE`; the first other word, or
-            the first that is the name of a file, is the configuration file. Dashes in `--key` stand for underscores.
+            the first that is the name of a file, is the configuration file. Dashes in `--key` are read as underscores.
 
     Returns:
         The file, None if there is none, and strings `key=value`.

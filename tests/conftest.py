@@ -12,7 +12,7 @@ import torch
 if TYPE_CHECKING:
     from clt.capture.models.adapter import ModelAdapter
 
-# Triton decides when it is first imported, by whatever library, whether its functions are interpreted. And library
+# Triton decides at its first import, by any library, whether its functions are interpreted. And library
 # products on a GPU are deterministic only with a workspace of fixed size.
 os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
 if not torch.cuda.is_available():

@@ -71,7 +71,7 @@ def test_every_kind_has_a_file() -> None:
     assert {path.parent.name for path in FILES} == set(KINDS)
 
 
-def test_demo_trains_what_the_toy_training_file_says() -> None:
+def test_demo_trains_with_the_settings_of_the_toy_training_file() -> None:
     demo = load_config(DemoConfig, ROOT / "configs" / "demo" / "toy.yaml").training
     train = load_config(TrainConfig, ROOT / "configs" / "train" / "toy.yaml")
     for field in dataclasses.fields(demo):

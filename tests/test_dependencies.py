@@ -13,7 +13,7 @@ import pytest
 
 ROOT = Path(__file__).resolve().parents[1]
 FOLDERS = ("clt", "capture", "attribution", "kernels", "launch")
-#: Comes with torch: a CUDA build wants one exact Triton, so that no requirement of ours may name it.
+#: Comes with torch: a CUDA build requires one exact Triton, so pyproject.toml must not name it.
 FROM_TORCH = {"triton"}
 
 

@@ -13,10 +13,10 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).resolve().parent.parent
-ROOMS = ("kernels", "clt", "capture", "attribution", "launch")
+TOP_FOLDERS = ("kernels", "clt", "capture", "attribution", "launch")
 #: Public names of `clt`, above everything else.
 ENTRANCE = ROOT / "clt" / "__init__.py"
-SOURCES = sorted(path for room in ROOMS for path in (ROOT / room).rglob("*.py"))
+SOURCES = sorted(path for folder in TOP_FOLDERS for path in (ROOT / folder).rglob("*.py"))
 
 #: Library -> files or folders that may import it.
 IMPORTERS = {
@@ -113,23 +113,23 @@ def _imports(path: Path) -> Iterator[str]:
             yield from (f"{node.module}.{alias.name}" for alias in node.names)
 
 
-def _room(module: str) -> str | None:
-    """The room a module of ours belongs to, None for others."""
+def _folder(module: str) -> str | None:
+    """Folder of a module of this project, None for others."""
     if module != "clt" and not module.startswith("clt."):
         return None
     second = module.split(".")[1] if "." in module else ""
-    return second if second in ROOMS else "clt"
+    return second if second in TOP_FOLDERS else "clt"
 
 
 @pytest.mark.parametrize("path", SOURCES, ids=lambda p: str(p.relative_to(ROOT)))
 def test_imports_run_one_way(path: Path) -> None:
     if path == ENTRANCE:
         return  # The public names, loaded when they are used.
-    own = ROOMS.index(path.relative_to(ROOT).parts[0])
+    own = TOP_FOLDERS.index(path.relative_to(ROOT).parts[0])
     for module in _imports(path):
-        room = _room(module)
-        if room is not None:
-            assert ROOMS.index(room) <= own, f"{path} imports {module}"
+        folder = _folder(module)
+        if folder is not None:
+            assert TOP_FOLDERS.index(folder) <= own, f"{path} imports {module}"
 
 
 @pytest.mark.parametrize("path", SOURCES, ids=lambda p: str(p.relative_to(ROOT)))
@@ -151,15 +151,15 @@ MODULES = {_dotted(path): path for path in SOURCES}
 
 
 def _package(module: str) -> str | None:
-    """The folder of a module of ours; for a name defined in a module, the folder of that module; None for others."""
-    while module and module not in MODULES and module not in FOLDERS:
+    """Package of a module of this project, or of the module that defines a name; None for others."""
+    while module and module not in MODULES and module not in PACKAGES:
         module = module.rpartition(".")[0]
-    if module in FOLDERS:
+    if module in PACKAGES:
         return module
     return module.rpartition(".")[0] or None
 
 
-FOLDERS = {_dotted(path.parent) for path in SOURCES}
+PACKAGES = {_dotted(path.parent) for path in SOURCES}
 
 
 def _arrows() -> dict[tuple[str, str], list[str]]:
@@ -181,11 +181,11 @@ def test_arrows_between_sub_packages_are_those_of_the_table() -> None:
     found = {arrow: lines for arrow, lines in _arrows().items() if arrow[1] != "clt"}
     listed = {(own, other) for own, others in ARROWS.items() for other in others.split()} | set(LAZY)
     assert not set(found) - listed, {arrow: found[arrow] for arrow in set(found) - listed}
-    assert not listed - set(found), "remove from the table what nobody imports"
+    assert not listed - set(found), "remove imports that do not occur from the table"
 
 
 def test_sub_packages_have_no_cycle() -> None:
-    others = {own: {b for a, b in _arrows() if a == own and (a, b) not in LAZY} for own in FOLDERS}
+    others = {own: {b for a, b in _arrows() if a == own and (a, b) not in LAZY} for own in PACKAGES}
     graphlib.TopologicalSorter(others).prepare()
 
 
@@ -199,12 +199,12 @@ def test_imports_against_the_arrows_are_lazy_and_in_one_module_each() -> None:
                 assert _package(node.module) != arrow[1], f"{arrow} is imported at module level"
 
 
-def test_nobody_imports_from_the_front_door() -> None:
+def test_no_module_imports_public_names_from_clt() -> None:
     for path in SOURCES:
         for node in ast.walk(_tree(path)):
             if isinstance(node, ast.ImportFrom) and node.module == "clt":
                 names = {f"clt.{alias.name}" for alias in node.names}
-                assert names <= set(MODULES) | FOLDERS, f"{path.relative_to(ROOT)} imports {names} from clt"
+                assert names <= set(MODULES) | PACKAGES, f"{path.relative_to(ROOT)} imports {names} from clt"
 
 
 def test_no_folder_has_more_than_twelve_modules() -> None:
@@ -214,9 +214,9 @@ def test_no_folder_has_more_than_twelve_modules() -> None:
             assert len(modules) <= 12, f"{folder.relative_to(ROOT)}: {len(modules)} modules"
 
 
-@pytest.mark.parametrize("room", ["capture", "attribution", "launch"])
-def test_room_init_is_a_docstring_and_nothing_else(room: str) -> None:
-    body = ast.parse((ROOT / room / "__init__.py").read_text()).body
+@pytest.mark.parametrize("folder", ["capture", "attribution", "launch"])
+def test_init_of_folders_is_only_a_docstring(folder: str) -> None:
+    body = ast.parse((ROOT / folder / "__init__.py").read_text()).body
     assert len(body) == 1 and isinstance(body[0], ast.Expr)
 
 

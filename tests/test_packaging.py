@@ -1,4 +1,4 @@
-"""One distribution, one import root: the wheel, the bare checkout and the clash with Hugging Face's `kernels`."""
+"""One distribution, one import root: the wheel, the bare checkout, the name conflict with Hugging Face's `kernels`."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).resolve().parent.parent
-ROOMS = ("kernels", "clt", "capture", "attribution", "launch")
+FOLDERS = ("kernels", "clt", "capture", "attribution", "launch")
 
 
 def _run(code: str, cwd: Path, **environment: str) -> str:
@@ -40,9 +40,9 @@ def wheel_names(tmp_path_factory: pytest.TempPathFactory) -> set[str]:
 
 
 def _tracked() -> list[str]:
-    """Source, metadata and asset files that git knows."""
+    """Source, metadata and asset files that git tracks."""
     listed = subprocess.run(
-        ["git", "ls-files", *ROOMS, "setup.py", "pyproject.toml", "README.md", "LICENSE"],
+        ["git", "ls-files", *FOLDERS, "setup.py", "pyproject.toml", "README.md", "LICENSE"],
         cwd=ROOT,
         capture_output=True,
         text=True,
@@ -60,14 +60,14 @@ def test_wheel_has_one_top_level_name(wheel_names: set[str]) -> None:
 
 
 def test_wheel_holds_every_tracked_file_of_the_five_folders(wheel_names: set[str]) -> None:
-    tracked = [name for name in _tracked() if name.split("/")[0] in ROOMS]
+    tracked = [name for name in _tracked() if name.split("/")[0] in FOLDERS]
     expected = {name if name.startswith("clt/") else f"clt/{name}" for name in tracked}
     assert expected <= wheel_names, sorted(expected - wheel_names)
 
 
-def test_bare_checkout_finds_all_rooms_without_installation(tmp_path: Path) -> None:
-    for room in (*ROOMS, "pyproject.toml"):
-        (tmp_path / room).symlink_to(ROOT / room)
+def test_bare_checkout_finds_all_folders_without_installation(tmp_path: Path) -> None:
+    for folder in (*FOLDERS, "pyproject.toml"):
+        (tmp_path / folder).symlink_to(ROOT / folder)
     # -S -E hides site-packages and with them the installed project; the path of the third-party libraries is put back
     # behind the checkout.
     code = (
@@ -102,7 +102,7 @@ def test_entry_points_run_by_path_and_as_module(script: str) -> None:
 
 
 def test_constraints_leave_triton_to_torch() -> None:
-    # A CUDA build of torch wants one exact Triton; any pin of ours would make it uninstallable.
+    # A CUDA build of torch requires one exact Triton; any pin here would make it uninstallable.
     pinned = {re.split(r"[=<>~! ]", line)[0].lower() for line in (ROOT / "constraints.txt").read_text().splitlines()}
     assert not pinned & {"torch", "triton"}
     project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]

@@ -24,7 +24,7 @@ from .hub_stand_in import Blob, Repository, environment, hub_stand_in
 ROOT = Path(__file__).resolve().parent.parent
 TOY = ROOT / "examples" / "toy_vlm" / "checkpoints" / "base"
 
-#: What a user writes; the names are replaced.
+#: Code as a user writes it; the names are replaced.
 ROAD = """
 import clt
 model = clt.ReplacementModel.from_pretrained({model!r}, transcoder={transcoder!r})
@@ -80,8 +80,8 @@ def text_model(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def test_every_public_name_survives_the_import_of_every_sub_package() -> None:
     # A sub-package that is imported becomes an attribute of `clt`, and would hide a public name that is equal to it.
-    rooms = ("clt", "kernels", "capture", "attribution", "launch")
-    files = [path.relative_to(ROOT) for room in rooms for path in (ROOT / room).rglob("*.py")]
+    folders = ("clt", "kernels", "capture", "attribution", "launch")
+    files = [path.relative_to(ROOT) for folder in folders for path in (ROOT / folder).rglob("*.py")]
     modules = [
         ".".join(file.with_suffix("").parts).removesuffix(".__init__") for file in files if "bench" not in str(file)
     ]
@@ -187,7 +187,7 @@ def test_model_takes_text_files_pictures_and_prepared_inputs_alike(
 
 
 def make_missing(folder: Path) -> Callable[[], object]:
-    """A call that names what is not there."""
+    """A call with a missing model or transcoder."""
     return lambda: clt.ReplacementModel.from_pretrained(TOY, transcoder=folder)
 
 

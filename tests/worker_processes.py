@@ -32,7 +32,7 @@ class WorkerServer:
         environment: variables of the workers, besides those of this process.
 
     Attributes:
-        log: what the workers print.
+        log: output of the workers.
         alive: process ids of workers that have not been waited for.
     """
 
@@ -106,7 +106,7 @@ def serve(work: Callable[..., int], prepare: Callable[[], None] = lambda: None) 
             interpreter of this size takes more than a second.
         prepare: imports, before any worker is forked, what all of them need.
     """
-    # What libraries print goes to the log; answers have the pipe for themselves.
+    # Output of libraries goes to the log; only answers use the pipe.
     answers = os.fdopen(os.dup(1), "w")
     os.dup2(2, 1)
     prepare()
@@ -132,7 +132,7 @@ def serve(work: Callable[..., int], prepare: Callable[[], None] = lambda: None) 
 
 @dataclass(frozen=True, kw_only=True)
 class Kill:
-    """When a process is killed: at a point of its work, or some seconds after its start.
+    """Time at which a process is killed: at a point of its work, or some seconds after its start.
 
     Attributes:
         point: name of a point, or "random".

@@ -79,7 +79,7 @@ def match_controls(features: RankedFeatures, n: int) -> Tensor | None:
 
     Args:
         features: the features; the first n are no controls.
-        n: how many to match.
+        n: number of features to match.
 
     Returns:
         [n] int64 indices into `features`, or None when a layer has too few other features.

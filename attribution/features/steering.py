@@ -1,10 +1,10 @@
-"""The steering experiment: does ablating the features that graphs call influential change the model's answer?
+"""Steering experiment: share of answers that change when the most influential features of their graphs are ablated.
 
 For every held-out prompt that the model answers correctly, the top n features by influence on the first answer token's
 logit are ablated: set to 0 at all positions, attention and norms live. The control ablates n other active features of
 the same layers with similar output norm (decoder norm times activation). If graphs are right, answers change far more
 often under the ablation than under the control (Ameisen et al. 2025, "Circuit Tracing", section "Evaluating mechanistic
-faithfulness"). Each ablation is done in the model itself and in the replacement model; docs/demo.md tells them apart.
+faithfulness"). Each ablation is done in the model itself and in the replacement model; docs/demo.md compares the two.
 
 The experiment has no random part: the same transcoder and examples give the same report.
 """

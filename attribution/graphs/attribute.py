@@ -80,7 +80,19 @@ def attribute(
 def attribute_model(
     model: ReplacementModel, inputs: PromptInputs, settings: AttributionSettings | None = None
 ) -> Graph:
-    """As `attribute`, of a replacement model that is made already."""
+    """`attribute` for an existing replacement model.
+
+    Args:
+        model: replacement model.
+        inputs: one prompt.
+        settings: targets, limits and batch size; None for the defaults.
+
+    Returns:
+        The graph.
+
+    Raises:
+        ConfigError, GraphError, ModelError: as for `attribute`.
+    """
     settings = settings or AttributionSettings()
     started = time.perf_counter()
     adapter, folded = model.adapter, model.transcoder

@@ -1,4 +1,4 @@
-"""Measures what a node of a graph adds to every row, by an intervention on the frozen model of its prompt.
+"""Measures the contribution of a node to every row of a graph, by an intervention on the frozen model of its prompt.
 
 Edges are computed by `clt.attribution.replacement.linear_model` and `clt.attribution.graphs.sources`; nothing of these
 is used here. The model's own modules run, and the transcoder's own unfolded `decode` gives what a feature, an error or
@@ -170,7 +170,7 @@ class EdgeMeasurement:
         return self._decode(layer, values_LSK, x_SD)
 
     def _decoder_bias(self, layer: int) -> Tensor:
-        """What the transcoder gives without features at input zero, where it acts."""
+        """[S,D] output of the transcoder without active features at input zero, where it acts."""
         x_SD = torch.zeros_like(self.embed) if self.transcoder.config.skip else None
         return self._decode(layer, torch.zeros_like(self.values_LSK), x_SD) * self.seen[:, None]
 

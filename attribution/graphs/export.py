@@ -53,7 +53,7 @@ def graph_document(
 
     Args:
         graph: the unpruned graph.
-        pruned: what to show of it; see `clt.attribution.graphs.scores.prune`.
+        pruned: the part to show; see `clt.attribution.graphs.scores.prune`.
         images: the original images; pixel boxes then refer to them. Default: the graph's own copies.
         feature_labels: text by (layer, feature number).
         edge_check: edges compared with interventions. Default: not measured.

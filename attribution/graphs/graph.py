@@ -254,7 +254,7 @@ class Graph:
         """Writes the page of this graph and opens it: inside a notebook, else in a browser where there is one.
 
         Args:
-            folder: where to write `index.html` and `graph.json`. Default: a new temporary folder, which is kept.
+            folder: folder of `index.html` and `graph.json`. Default: a new temporary folder, which is kept.
             node_threshold: fraction of the nodes' influence to keep; see `clt.attribution.graphs.scores.prune`.
             edge_threshold: fraction of the edges' influence to keep.
             max_nodes: features, errors and biases to show at most, the most influential first.

@@ -135,7 +135,7 @@ def score(graph: Graph, keep: Tensor | None = None) -> GraphScores:
 def prune(graph: Graph, node_threshold: float = 0.8, edge_threshold: float = 0.98) -> PrunedGraph:
     """The smallest set of nodes, then of edges, that holds the given shares of influence.
 
-    Tokens and targets are always kept. Edges are scored in the graph of the kept nodes, normalised anew. Then features
+    Tokens and targets are always kept. Edges are scored in the renormalised graph of the kept nodes. Then features
     and errors without an outgoing edge, and features without an incoming one, are removed until nothing changes.
 
     Args:

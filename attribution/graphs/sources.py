@@ -1,16 +1,12 @@
 """The columns of an attribution graph, and their direct effects on targets.
 
 In the local replacement model every MLP output is a sum of active features' decoder vectors, a bias, a linear skip path
-and an error, so that it equals the model's own output on this prompt (Ameisen et al. 2025, "Circuit Tracing", section
-"The local replacement model"). Where the transcoder does not act, the whole output is error. `Sources.rows` pulls
-cotangents back through `LinearModel`; at each MLP output one product per position gives the effects of that layer's
-vectors, so nothing of size batch x features x D is stored.
+and an error, and equals the model's own output on this prompt (Ameisen et al. 2025, "Circuit Tracing", section "The
+local replacement model"). Where the transcoder does not act, the whole output is error.
 
 Columns: features by (layer, position, number) | errors, layer-major | tokens | decoder biases | attention biases.
-`attribute` adds the column of the target's own bias.
-
-Shapes: B targets in a batch, n active features, S prompt length, R <= S positions that a batch can reach, L layers,
-D d_model.
+`attribute` adds the column of the target's own bias. Shapes: B targets in a batch, n active features, S prompt length,
+R <= S positions that a batch can reach, L layers, D d_model.
 """
 
 from __future__ import annotations

@@ -39,7 +39,7 @@ class PromptRecording:
         embed: [S,D] what enters block 0: text embeddings and projected image patches, merged and scaled.
         resid_pre: [L,S,D] residual stream entering each block.
         resid_mid: [L,S,D] residual stream entering each MLP's norm.
-        read: [L,S,D] what the encoders read.
+        read: [L,S,D] inputs of the encoders.
         mlp_out: [L,S,D] what each MLP adds.
         final: [S,D] residual stream entering the final norm.
         pattern: [L,H,S,S] attention probabilities, query before key.
@@ -73,7 +73,7 @@ def record(adapter: ModelAdapter, inputs: PromptInputs, read_site: ReadSite) -> 
     Args:
         adapter: the model.
         inputs: one prompt without padding.
-        read_site: what the encoders read.
+        read_site: site that the encoders read.
 
     Returns:
         The recording, on the model's device.
@@ -141,7 +141,7 @@ def norm_scales(adapter: ModelAdapter, recording: PromptRecording, dtype: torch.
 
 
 def same_values(adapter: ModelAdapter, found: Tensor, expected: Tensor) -> bool:
-    """Whether two tensors of a model agree up to the rounding of its dtype, far below what a missing term would leave.
+    """True if two tensors of a model agree up to the rounding of its dtype, far below the size of a missing term.
 
     Args:
         adapter: the model.
@@ -182,8 +182,8 @@ class FrozenModel:
         adapter: the model.
         recording: a forward of the prompt, from `record`.
         freeze: parts that keep their recorded values.
-        dtype: what to compute in. Other than the model's own, a copy of the model is made: a difference of two forwards
-            in float32 loses the digits that an exact check needs. Default: the model's own.
+        dtype: dtype of the computation, in a copy of the model if it is not the model's own (default): a difference of
+            two forwards in float32 loses the digits that an exact check needs.
 
     Raises:
         GraphError: a part is unknown.
@@ -221,7 +221,7 @@ class FrozenModel:
         """Logits of the prompt.
 
         Args:
-            edit: site to a function of its tensor [1,...] that returns the tensor to go on with. At a frozen site the
+            edit: site to a function of its tensor [1,...] that returns its replacement. At a frozen site the
                 function gets the recorded value, at any other the value that the running forward computed.
 
         Returns:

@@ -39,7 +39,7 @@ log = logging.getLogger(__name__)
 
 #: MLP outputs are the transcoder's, or the model's own.
 MlpOutputs = Literal["replaced", "original"]
-#: What keeps its value: attention patterns; denominators of the decoder's norms; activations of all features without
+#: Values that are frozen: attention patterns; denominators of the decoder's norms; activations of all features without
 #: interventions and, where the transcoder does not act, MLP outputs.
 Frozen = Literal["attention", "norms", "features"]
 
@@ -55,7 +55,7 @@ class TokenChange(NamedTuple):
 
 @dataclass(frozen=True, kw_only=True, repr=False)
 class InterventionResult:
-    """What interventions on one prompt changed.
+    """Effects of interventions on one prompt.
 
     Attributes:
         logits: [S,V] with the interventions.
@@ -151,7 +151,7 @@ def intervene(
 
 
 def is_replaced(mlps: MlpOutputs) -> bool:
-    """Whether MLP outputs are the transcoder's; GraphError for another word than "replaced" and "original"."""
+    """True if MLP outputs are the transcoder's; GraphError for a value other than "replaced" and "original"."""
     if mlps not in get_args(MlpOutputs):
         raise GraphError(f"mlps={mlps!r}: unknown; choose among {', '.join(get_args(MlpOutputs))}")
     return mlps == "replaced"
@@ -173,7 +173,7 @@ def feature_table(
     Args:
         transcoder: the transcoder that encoded them.
         codes: codes [S,K] of every source layer.
-        columns: where the transcoder acts; elsewhere no feature counts.
+        columns: positions at which the transcoder acts; features at others do not count.
         tokens: the S tokens as text.
 
     Returns:

@@ -111,7 +111,7 @@ def plan_interventions(
     Args:
         interventions: activations to change.
         transcoder: the transcoder whose features they change.
-        columns: where it acts.
+        columns: positions at which it acts.
 
     Returns:
         Source layer to its interventions.
@@ -164,7 +164,7 @@ class LiveEdits:
 
     Args:
         transcoder: a whole folded transcoder.
-        columns: where it acts.
+        columns: positions at which it acts.
         plan: interventions by layer.
         kept_codes: codes that are decoded in place of those that the running forward encodes.
 
@@ -197,7 +197,7 @@ class LiveEdits:
 
     @property
     def has_changes(self) -> bool:
-        """Whether an intervention gave a feature another activation in the last call."""
+        """True if an intervention changed the activation of a feature in the last call."""
         return any(bool(change.activation_NWU.any()) for change in self._changes.values())
 
     def write(self, target: int, own_NWD: Tensor) -> Tensor:
@@ -280,7 +280,7 @@ class ReplacedOutputs(LiveEdits):
 
     Args:
         transcoder: a whole folded transcoder.
-        columns: where it acts.
+        columns: positions at which it acts.
         plan: interventions by layer.
         errors: error terms of the same columns.
         targets: layers whose outputs are the transcoder's. Default: all.
@@ -309,7 +309,7 @@ class ReplacedOutputs(LiveEdits):
             if tuple(error_NSD.shape[:2]) != expected:
                 found = tuple(error_NSD.shape[:2])
                 raise GraphError(
-                    f"errors of layer {target}: recorded for prompts of shape {found}, not {expected}; record anew"
+                    f"errors of layer {target}: prompts have shape {found}, expected {expected}; record them again"
                 )
 
     def write(self, target: int, own_NWD: Tensor) -> Tensor:
@@ -324,7 +324,7 @@ class SteeredOutputs(LiveEdits):
 
     Args:
         transcoder: a whole folded transcoder.
-        columns: where it acts.
+        columns: positions at which it acts.
         plan: interventions by layer.
         kept_codes: see `LiveEdits`.
         encodes_all: encode every source layer, not only those with interventions.

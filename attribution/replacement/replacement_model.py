@@ -207,7 +207,7 @@ class ReplacementModel:
             inputs: the prompts.
             interventions: activations to change.
             errors: error terms of the same inputs; without interventions the logits then equal the model's.
-            mlps: which MLP outputs run; "original" takes no errors, its own are live.
+            mlps: MLP outputs to use; "original" takes no errors, since its MLPs are live.
 
         Returns:
             [N,S,V] logits.
@@ -223,12 +223,12 @@ class ReplacementModel:
     def forward_partly(
         self, inputs: PromptInputs, targets: Sequence[int] | None = None, modalities: Sequence[Modality] | None = None
     ) -> Tensor:
-        """Logits when MLP outputs are replaced in some layers or at some tokens only; elsewhere MLPs answer live.
+        """Logits when MLP outputs are replaced in some layers or at some tokens only; all other MLPs are live.
 
         Args:
             inputs: the prompts.
-            targets: target layers that are replaced; absent: all.
-            modalities: tokens at which they are; absent: all.
+            targets: target layers that are replaced; default: all.
+            modalities: tokens at which they are replaced; default: all.
 
         Returns:
             [N,S,V] logits.
@@ -258,7 +258,7 @@ class ReplacementModel:
             interventions: activations to change; one with a position acts in the call that computes this position (the
                 prefill, or one decoding step), one without acts in every call.
             images: see `prepare`.
-            mlps: which MLP outputs run.
+            mlps: MLP outputs to use.
 
         Returns:
             New token ids of each prompt, and their text.
@@ -274,7 +274,7 @@ class ReplacementModel:
 
     @torch.no_grad()
     def record_errors(self, inputs: PromptInputs) -> RecordedErrors:
-        """Records what the transcoder misses in a forward of the model itself.
+        """Records the transcoder's errors in a forward of the model itself.
 
         Args:
             inputs: the prompts.
@@ -401,11 +401,11 @@ def fingerprint(transcoder: CrossLayerTranscoder) -> str:
 
 
 def require_same_model(trained_on: ModelIdentity | None, model: ModelIdentity) -> None:
-    """Refuses a transcoder of another model; one made by hand carries no identity and fits any.
+    """Refuses a transcoder of another model; one without a recorded identity fits any.
 
     Args:
         trained_on: the model in the transcoder's provenance.
-        model: the model at hand.
+        model: the model to be used with it.
 
     Raises:
         CheckpointError: the weights' fingerprints differ; names both models.

@@ -44,12 +44,12 @@ class NodeEntry:
             important; None for targets.
         activation: activation of a feature, value of a target, length of any other source's vector.
         name: name of the node in the unpruned graph (`NodeTable.ids`).
-        kind: what the node is.
+        kind: kind of the node.
         feature_index: feature number within its layer; None for other kinds.
         path_share: share of the paths from the targets that pass through the node; 0 for targets.
         target_weight: weight of a target; 0 for other nodes.
         has_row: whether the node's own inputs were computed.
-        image: which image an image node is a patch of; None for other kinds.
+        image: number of the image that an image node is a patch of; None for other kinds.
         patch_row: row of the patch; None for other kinds.
         patch_col: column of the patch; None for other kinds.
         box: left, top, right, bottom of the patch in pixels of its image; None for other kinds.
@@ -87,7 +87,7 @@ class LinkEntry:
     Attributes:
         source: node id of the source.
         target: node id of the target.
-        weight: what the source adds to the target's value.
+        weight: contribution of the source to the target's value.
         share: |weight| over the sum of |weight| of all edges into the target in the unpruned graph, biases left out.
     """
 

@@ -57,10 +57,10 @@ def render_page(document: Mapping[str, Any]) -> str:
 
 
 def write_export(document: GraphDocument, folder: Path | str) -> Path:
-    """Writes `graph.json` and the self-contained page `index.html`, each whole or not at all.
+    """Writes `graph.json` and the self-contained page `index.html`, each atomically.
 
     Args:
-        document: what to write.
+        document: contents of the page.
         folder: made when it does not exist.
 
     Returns:

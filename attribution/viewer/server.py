@@ -37,11 +37,11 @@ def find_page(path: Path | str) -> Path:
 
 
 def page_server(page: Path, port: int = 0) -> ThreadingHTTPServer:
-    """A server of one page, bound to 127.0.0.1; `serve_forever` runs it, `server_address` tells its port.
+    """A server of one page, bound to 127.0.0.1; `serve_forever` runs it, `server_address` holds its port.
 
     Args:
-        page: the file to serve, read anew at every request.
-        port: 0 lets the system choose.
+        page: the file to serve, read at every request.
+        port: 0 for any free port.
 
     Returns:
         The server, listening.

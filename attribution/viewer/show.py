@@ -32,7 +32,7 @@ def show(document: GraphDocument, folder: Path | str | None = None) -> Path:
 
 
 def _in_notebook() -> bool:
-    """Whether a Jupyter kernel runs this code."""
+    """True if a Jupyter kernel runs this code."""
     ipython = sys.modules.get("IPython")
     shell = None if ipython is None else ipython.get_ipython()
     return getattr(shell, "kernel", None) is not None
@@ -48,7 +48,7 @@ def _display(page: Path) -> None:
 
 
 def _has_screen() -> bool:
-    """Whether a browser can have a window: without one Python would start a text browser in the terminal."""
+    """True if a graphical browser can be opened: without one Python would start a text browser in the terminal."""
     return sys.platform in ("darwin", "win32") or any(
         os.environ.get(name) for name in ("DISPLAY", "WAYLAND_DISPLAY", "BROWSER")
     )

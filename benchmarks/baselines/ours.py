@@ -18,7 +18,7 @@ CHOICES = (
     "`clt train` in one process: the job of the configuration, TopK of every token and layer, untied decoders, scalar "
     "scale per site from the whole store, encoder rows of norm 1, zero decoders, squared error in standardised units, "
     "AuxK through cross-layer decoders and revival, Adam with warm-up and decay of the configuration, "
-    "whose other numbers were chosen earlier by hand on this toy and are not tried anew here"
+    "whose other values were chosen earlier on this toy and are not tuned here"
 )
 
 

@@ -43,7 +43,7 @@ class BaselineSettings:
 
     Attributes:
         config: YAML file of the demo: model, captures and our training.
-        folder: folder of the stores `store` and `heldout`; default: temporary, captured anew.
+        folder: folder of the stores `store` and `heldout`; default: a temporary folder with new captures.
         steps: training steps of every algorithm; default: as configured.
         seeds: of weights and read order; one run per algorithm and seed.
         threads: PyTorch threads.
@@ -68,7 +68,7 @@ class Algorithm:
         name: row of the tables.
         train: trains a transcoder.
         published: its authors' setting, the configured one for ours; None where they give none.
-        candidates: settings to be tried beside the published one.
+        candidates: settings to try beside the published one.
     """
 
     name: str

@@ -232,7 +232,7 @@ class ModelAdapter:
 
     @property
     def size_matters(self) -> bool:
-        """Whether the number of tokens of an image depends on its size."""
+        """True if the number of tokens of an image depends on its size."""
         return self._encoder.images is not None and self._encoder.images.size_matters
 
     def count_tokens(

@@ -54,7 +54,7 @@ class Place:
 
     Attributes:
         module: the module whose input, output or attention function holds the tensor.
-        end: which of these.
+        end: the chosen end.
     """
 
     module: nn.Module

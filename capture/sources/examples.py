@@ -121,7 +121,7 @@ def load_images(images: ImageLike | Sequence[ImageLike]) -> list[Image.Image]:
         images: an image or several, each a path or a PIL image.
 
     Returns:
-        RGB images, turned upright as their EXIF data says.
+        RGB images, turned upright by their EXIF orientation.
 
     Raises:
         InputError: a file is missing, or is not a complete image.
@@ -138,7 +138,7 @@ def load_image(file: Path | str | IO[bytes], name: str | None = None) -> Image.I
         name: name in error messages; default: the path.
 
     Returns:
-        An RGB image, turned upright as its EXIF data says.
+        An RGB image, turned upright by its EXIF orientation.
 
     Raises:
         InputError: the file is missing, or is not a complete image.

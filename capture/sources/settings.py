@@ -19,7 +19,7 @@ class ToySource:
     seed: int = 0
     """Seed of the boards and questions."""
     tasks: tuple[str, ...] | None = None
-    """Tasks to draw from; default: odd, background, exists and describe, which the base toy model knows."""
+    """Tasks to draw from; default: odd, background, exists and describe, the tasks of the base toy model."""
 
 
 @dataclass(frozen=True, kw_only=True, config=STRICT)

@@ -5,7 +5,7 @@ Data of the toy vision-language model in `examples/toy_vlm/`, of the demo and of
 
 `odd` is the odd-one-out colour game of the LLaVA-circuits study, `exists` has the form of POPE (Li et al. 2023),
 `describe` that of the generative part of AMBER (Wang et al. 2023), `count` that of VLMBias (Vo et al. 2025): a texture,
-the logo, encodes a number of tiles, which is correct in most training images. Only the biased model knows `count`.
+the logo, encodes a number of tiles, which is correct in most training images. Only `biased` is trained on `count`.
 """
 
 from __future__ import annotations

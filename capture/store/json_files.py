@@ -20,7 +20,7 @@ from clt.errors import StoreError
 T = TypeVar("T")
 
 _HEAD, _TAIL = '{"id": "%s", "record": ', "}\n"
-#: Cached, because an adapter takes longer to make than to use.
+#: Cached, because making an adapter takes longer than using it.
 _adapters: dict[type, TypeAdapter[Any]] = {}
 
 

@@ -128,7 +128,7 @@ class Inventory:
 
 
 def is_scratch(key: str) -> bool:
-    """Whether a file is not part of the data: a partial file, a lease, or a file in quarantine."""
+    """True for files that are not part of the data: a partial file, a lease, or a file in quarantine."""
     return key.endswith(PARTIAL_SUFFIX) or key.startswith((LEASES, QUARANTINE))
 
 
@@ -198,7 +198,7 @@ def _read(storage: Storage, key: str, cls: type[T], problems: list[StoreProblem]
 
 
 def _plausible(spec: StoreSpec, plan: CapturePlan) -> bool:
-    """Whether a plan is consistent with a spec; in an unfinished store no checksum protects the two files."""
+    """True if a plan is consistent with a spec; in an unfinished store no checksum protects the two files."""
     starts, rows, chunk = plan.sample_starts, spec.rows_per_unit, spec.chunk_tokens
     return (
         0 < chunk <= rows

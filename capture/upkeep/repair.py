@@ -112,7 +112,7 @@ def repair_store(location: str | Path | Storage, *, level: Level = "chunk", jobs
         jobs: number of threads.
 
     Returns:
-        The faults and what was done; an undamaged store is not changed.
+        The faults and the actions taken; an undamaged store is not changed.
 
     Raises:
         StoreError: there is no store, a capture is running, or a damaged file cannot be rebuilt.

@@ -44,7 +44,7 @@ class StoreStatus:
 
     @property
     def complete(self) -> bool:
-        """Whether the store has a manifest and can be opened."""
+        """True if the store has a manifest and can be opened."""
         return self.store_id is not None
 
 

@@ -61,7 +61,7 @@ class Lease:
 
     @property
     def expired(self) -> bool:
-        """Whether the unit is free again."""
+        """True if the unit is free again."""
         # A renewal time in the future comes from a wrong clock; such a lease would never expire.
         if abs(time.time() - self.renewed_at) > self.ttl:
             return True

@@ -1,6 +1,6 @@
 """Assignment of a capture's units to workers, without a coordinator.
 
-Each worker asks the store which units are left, so that workers may start, stop, fail and restart at any time; all
+Each worker reads the remaining units from the store, so that workers may start, stop, fail and restart at any time; all
 units are captured as long as one of them runs.
 """
 

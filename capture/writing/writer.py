@@ -94,7 +94,7 @@ class StoreWriter:
 
     @property
     def calibrated(self) -> bool:
-        """Whether units can be committed: false only for an int8 store before `calibrate`."""
+        """True if units can be committed: false only for an int8 store before `calibrate`."""
         return self.spec.store_dtype != "int8" or self.storage.size(QUANTISATION) is not None
 
     def commit(self, unit: int, data: UnitData) -> bool:

@@ -165,7 +165,7 @@ def load_transcoder(
         ConfigError: a layer does not exist.
     """
     folder = transcoder_folder(folder)
-    # Training checkpoints have checksums; `save_pretrained` writes none, so that a folder can be edited by hand.
+    # Training checkpoints have checksums; `save_pretrained` writes none, so that a folder can be edited.
     manifest = read_manifest(folder) if (folder / MANIFEST_FILE).exists() else None
 
     def checked(name: str) -> Path:

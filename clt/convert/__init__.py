@@ -6,5 +6,5 @@ from typing import Literal
 #: vlm_clt_training.
 Format = Literal["native", "circuit_tracer", "sparsify", "crosslayer_coding", "vlm_clt_training", "kokosdev"]
 
-#: How sources that were trained independently are combined, as `clt.independent` names it.
+#: Combination of sources that were trained independently, as in `clt.independent`.
 Combination = Literal["sum", "mean", "nearest"]

@@ -37,11 +37,11 @@ class ForeignFile:
         return cls(path, read_tensors(path))
 
     def has(self, key: str) -> bool:
-        """Whether the file has a tensor of this name."""
+        """True if the file has a tensor of this name."""
         return key in self._tensors
 
     def is_not_zero(self, pattern: str) -> bool:
-        """Whether any tensor whose whole name matches the regular expression has a nonzero entry."""
+        """True if a tensor whose whole name matches the regular expression has a nonzero entry."""
         tensors = (tensor for key, tensor in self._tensors.items() if re.fullmatch(pattern, key))
         return any(isinstance(tensor, Tensor) and bool(tensor.any()) for tensor in tensors)
 

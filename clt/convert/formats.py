@@ -48,7 +48,7 @@ def load_format(name: Format, folder: Path, **choices: Any) -> CrossLayerTransco
 
     Args:
         name: its format.
-        folder: where it lies.
+        folder: folder of the transcoder.
         choices: keyword arguments of the format's reader that its files do not determine; None means not given.
 
     Returns:

@@ -66,7 +66,7 @@ class _Layer:
 
     @property
     def has_offsets(self) -> bool:
-        """Whether features have offsets (post_enc)."""
+        """True if features have offsets (post_enc)."""
         return self.file.is_not_zero(r"post_enc(s\.\d+)?")
 
     def take(self, name: str, place: int, *shape: int | None) -> Tensor:
@@ -90,7 +90,7 @@ def load_sparsify(folder: Path, *, read_site: ReadSite | None = None) -> CrossLa
     """Reads the output of sparsify or clt-training.
 
     Args:
-        folder: output of a run, with a folder for every layer from 0 on.
+        folder: output of a run, with a folder for each layer, starting at 0.
         read_site: input of the encoders; default: from the run's config.json, else the MLPs' inputs.
 
     Returns:

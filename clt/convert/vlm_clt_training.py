@@ -6,8 +6,8 @@
     mapping_L{l}.pt      layer, mlp_to_clt_mapping, decoder_weights = dec.weight, hidden_dim, feature_dim
     metrics_L{l}.json    layer, metrics, summary: share of active features in percent, dead features
 
-Source l computes a = ReLU(enc.1(LayerNorm(x))) or its TopK (no file says which); rows t D to (t + 1) D of its decoder
-alone predict layer l + 1 + t: `independent`, `first_offset: 1`, `layer_norm`. docs/formats.md has the details.
+Source l computes a = ReLU(enc.1(LayerNorm(x))) or its TopK (not recorded in the files); rows t D to (t + 1) D of its
+decoder alone predict layer l + 1 + t: `independent`, `first_offset: 1`, `layer_norm`. docs/formats.md has the details.
 """
 
 from __future__ import annotations
@@ -45,11 +45,11 @@ def load_vlm_clt_training(
     dropped.
 
     Args:
-        folder: with a file for every layer but the model's last.
+        folder: one file for each layer except the model's last.
         read_site: input of the encoders; default: the MLPs' inputs, as in the project's capture script.
         k: active features per token, for one trained with --use-topk; default: the value that `save_vlm_clt_training`
             stored, else all positive features.
-        combine: how the sources of a target are combined; default: the value that `save_vlm_clt_training` stored, else
+        combine: combination of the sources of a target; default: the value that `save_vlm_clt_training` stored, else
             the sum, as in the project's README.
 
     Returns:
@@ -102,7 +102,9 @@ def _read(path: Path, layer: int) -> tuple[ForeignFile, dict[str, Any]]:
     """The tensors of one layer's file and its training_metadata; checks the layer number."""
     tree = read_pickled(path)
     if tree.get("layer", layer) != layer:
-        raise CheckpointError(f"{path}: key 'layer' is {tree['layer']!r}, the name says {layer}; rename the file")
+        raise CheckpointError(
+            f"{path}: key 'layer' is {tree['layer']!r}, expected {layer} as in the name; rename the file"
+        )
     state, notes = tree.get("state_dict"), tree.get("training_metadata", {})
     if not isinstance(state, dict):
         raise CheckpointError(f"{path}: key 'state_dict' is missing; the checkpoint is incomplete")

@@ -37,7 +37,7 @@ class Mesh:
         data_rank: place on the data axis.
         data_size: data-parallel replicas.
         layer_rank: place on the layer axis.
-        layer_size: ranks over which the layers are dealt.
+        layer_size: ranks over which the layers are distributed.
         column_rank: place on the column axis.
         column_size: ranks over which the decoders of a target are split.
         data_group: the ranks that own the same share.
@@ -100,7 +100,7 @@ class Mesh:
 
     @property
     def is_first(self) -> bool:
-        """Whether this is the rank that logs and writes reports."""
+        """True on the rank that logs and writes reports."""
         return self.data_rank == 0 and self.model_rank == 0
 
     def all_reduce(self, tensor: Tensor, axis: Axis, op: dist.ReduceOp.RedOpType = dist.ReduceOp.SUM) -> Tensor:
@@ -117,7 +117,7 @@ class Mesh:
         return tensor
 
     def start_gather(self, parts: Sequence[Tensor], own: Tensor) -> dist.Work:
-        """Starts an all-gather over the model group, as bytes: neither gloo nor NCCL knows int16."""
+        """Starts an all-gather over the model group, as bytes: neither gloo nor NCCL supports int16."""
         wires = [as_bytes(part) for part in parts]
         return dist.all_gather(wires, as_bytes(own), group=self.model_group, async_op=True)
 
@@ -196,12 +196,12 @@ def check_world(world_size: int, layer_size: int, column_size: int = 1) -> None:
 
 
 def deal_layers(config: CLTConfig, layer_size: int, column_size: int = 1) -> tuple[LayerShare, ...]:
-    """Deals target layers over layer ranks by cost, and with each target one source layer.
+    """Assigns target layers to layer ranks by cost, and with each target one source layer.
 
-    The cost of a target is its number of [F,D] matrices: one decoder per source, and the encoder dealt with it. Targets
-    are dealt in order of falling cost, each to the rank of least cost that owns fewer than its even number of layers. A
-    layer that is source and target stays with one layer rank, whose first column rank writes its checkpoint file. The
-    sources of a layer rank are dealt to its column ranks in turn; a column rank may get none.
+    The cost of a target is its number of [F,D] matrices: one decoder per source, and the encoder assigned with it.
+    Targets are assigned in order of falling cost, each to the rank of least cost that owns fewer than its even number
+    of layers. A layer that is source and target stays with one layer rank, whose first column rank writes its
+    checkpoint file. The sources of a layer rank are distributed over its column ranks; a column rank may get none.
 
     Args:
         config: architecture.
@@ -228,11 +228,11 @@ def deal_layers(config: CLTConfig, layer_size: int, column_size: int = 1) -> tup
     source_with = {layer: layer for layer in targets if layer in sources}
     source_with |= dict(zip(lonely_targets, lonely_sources, strict=False))
 
-    room = -(-len(targets) // layer_size)
+    capacity = -(-len(targets) // layer_size)
     dealt: list[list[int]] = [[] for _ in range(layer_size)]
     cost = [0] * layer_size
     for target in sorted(targets, key=lambda layer: (-len(sources_of(config, layer)), layer)):
-        rank = min((r for r in range(layer_size) if len(dealt[r]) < room), key=lambda r: (cost[r], r))
+        rank = min((r for r in range(layer_size) if len(dealt[r]) < capacity), key=lambda r: (cost[r], r))
         dealt[rank].append(target)
         cost[rank] += len(sources_of(config, target)) + 1
     width = config.d_model // column_size

@@ -1,7 +1,7 @@
 """Rendezvous of a job's processes: a store that all reach, with keys of this start of the job only.
 
 torchrun keeps its store when it restarts the ranks, with the keys of the last start, and counts restarts on each
-machine separately. So the ranks agree on a token that no earlier start can know, and write under its prefix.
+machine separately. So the ranks agree on a token that no earlier start has, and write under its prefix.
 """
 
 from __future__ import annotations
@@ -80,6 +80,6 @@ def agree_on_token(store: dist.Store, rank: int, world: int, timeout_seconds: fl
 
 
 def _read(store: dist.Store, key: str, world: int) -> list[str]:
-    """What each rank has written under a key; empty for ranks that have written nothing."""
+    """Values that the ranks have written under a key, empty for ranks that have not."""
     keys = [f"{key}/{rank}" for rank in range(world)]
     return [store.get(key).decode() if store.check([key]) else "" for key in keys]

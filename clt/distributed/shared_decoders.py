@@ -54,7 +54,7 @@ class SharedDecoders:
     def into(self, target: int) -> tuple[Tensor, Tensor]:
         """Decoders [S,F,D_own] and scales [S,F] of a target's sources."""
         rows = self._transcoder.source_rows(target)
-        # Which of each source's targets this one is.
+        # Number of this target among each source's targets.
         places = [self._transcoder.targets_of(source).index(target) for source in self._transcoder.sources_of(target)]
         W_SFD, scale_SF = _Into.apply(self._bank, rows, places, self._anchor)
         return W_SFD, scale_SF

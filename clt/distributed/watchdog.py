@@ -3,7 +3,7 @@
 A rank that dies or hangs leaves the others in a collective; gloo then reports some closed connection, NCCL nothing. So
 every rank writes heartbeats into the store of the rendezvous: progress and position of its main thread. When a main
 thread makes no progress within the timeout, or a collective fails, the heartbeats show which rank is missing. The first
-rank to find out writes the verdict into the store; every live rank prints it and exits, wherever its main thread is.
+rank to detect it writes the error line into the store; every live rank prints it and exits.
 
 One thread accesses the store and another judges, since the store may be on the machine that froze. Both count their own
 iterations instead of seconds: on an overloaded machine no other rank then seems silent.
@@ -48,7 +48,7 @@ class Heartbeat:
         progress: of `JobControl`.
         place: position of its main thread, or where that began to wait.
         waiting: whether the main thread waits in a collective.
-        end: how the rank left the job; empty before that.
+        end: reason why the rank left the job; empty before that.
     """
 
     process: str = field(default_factory=lambda: f"process {os.getpid()} on {platform.node()}")
@@ -82,7 +82,7 @@ def find_behind(beats: Mapping[int, Heartbeat], world: int, timeout_seconds: flo
     Args:
         beats: last heartbeat by rank; ranks without one are not in it.
         world: number of ranks.
-        timeout_seconds: how long the others have waited.
+        timeout_seconds: seconds that the others have waited.
     """
     if absent := [str(rank) for rank in range(world) if rank not in beats]:
         return f"rank {', '.join(absent)} of {world} did not join the job within {timeout_seconds:g} s; see its log"
@@ -130,7 +130,7 @@ class Watchdog:
         self._judge.start()
 
     def explain(self, error: BaseException) -> None:
-        """Ends this process if its main thread fails because of another rank; else tells the other ranks why it fails.
+        """Ends this process if its main thread fails because of another rank; else sends the other ranks its error.
 
         Args:
             error: not a `CLTError`, which all ranks raise alike.
@@ -269,7 +269,7 @@ def watched(store: dist.Store, rank: int, world: int, control: JobControl, timeo
 
 
 def leave(line: str) -> NoReturn:
-    """Prints why this rank ends and ends the process, whatever its other threads do."""
+    """Prints the reason and ends the process, with all its threads."""
     sys.stdout.flush()
     print(f"error: {line}", file=sys.stderr, flush=True)
     os._exit(EXIT_LOST_RANK)

@@ -86,7 +86,7 @@ def evaluate_all(
     """Runs evaluators one after the other in evaluation mode, and restores the transcoder's mode.
 
     Args:
-        evaluators: what to run.
+        evaluators: evaluators to run.
         transcoder: this rank's share.
         mesh: the processes; all ranks call this together.
         control: counts progress; when any rank's requests a stop, the evaluation ends.

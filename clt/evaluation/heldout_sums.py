@@ -34,7 +34,7 @@ class HeldOutSums:
 
     Args:
         config: architecture.
-        device: where the transcoder is.
+        device: device of the transcoder.
         counts_tokens: whether this rank counts its tokens; true on one of the ranks that see the same tokens.
 
     Attributes:

@@ -20,7 +20,7 @@ HUB_FOLDERS = (".git", ".cache")
 
 WORKERS = 8
 
-#: Size limit of a commit, which bounds what a failed one loses.
+#: Size limit of a commit, which bounds the loss of a failed one.
 _BYTES_PER_COMMIT = 8 << 30
 
 #: Suffix of the staging folder, and of a complete file before its final rename.
@@ -44,7 +44,7 @@ class HubFile:
     git: str
 
     def equals(self, path: Path) -> bool:
-        """Whether a local file has the same bytes."""
+        """True if a local file has the same bytes."""
         if not path.is_file() or path.stat().st_size != self.bytes:
             return False
         git = hashlib.sha1(b"blob %d\0" % self.bytes, usedforsecurity=False)
@@ -54,7 +54,7 @@ class HubFile:
 
 
 def is_ignored(name: str, patterns: Sequence[str]) -> bool:
-    """Whether a name matches one of the wildcards; `*` matches `/` too."""
+    """True if a name matches one of the wildcards; `*` matches `/` too."""
     return any(fnmatchcase(name, pattern) for pattern in patterns)
 
 

@@ -70,7 +70,7 @@ def open_pretrained(
 
 
 def is_hub_name(name: str) -> bool:
-    """Whether a string has the form OWNER/NAME or OWNER/NAME@REVISION and is no relative path."""
+    """True if a string has the form OWNER/NAME or OWNER/NAME@REVISION and is no relative path."""
     owner, _, repository = name.partition("/")
     return bool(owner and repository) and "/" not in repository and owner not in (".", "..", "~")
 

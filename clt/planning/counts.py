@@ -1,6 +1,6 @@
 """Memory, traffic and arithmetic of a training step, counted from the job alone.
 
-Memory was checked against what is alive on gloo ranks under ZeRO 0, 1 and 2, traffic is that of ring collectives, and
+Memory was checked against live tensors of gloo ranks under ZeRO 0, 1 and 2, traffic is that of ring collectives, and
 arithmetic is exact. `tests/clt/test_plan.py` holds all three to hand-computed numbers. Shape letters:
 `clt.planning.job`.
 """
@@ -17,7 +17,7 @@ from clt.transcoder.layers import LayerShare, source_layers, target_layers, targ
 
 #: Bytes of a feature number in memory, of an activation's gradient, and of a number that all ranks add up.
 INDEX, CODE_GRADIENT, SCALAR = 4, 4, 8
-#: Bytes of a float32, and of a number of the activations as batches bring them.
+#: Bytes of a float32, and of an activation in a batch.
 FLOAT, RAW = 4, 4
 #: Most bytes of pre-activations that the Triton encoder holds at a time (`clt.kernels.gpu.encode`).
 PRE_ACTIVATIONS = 512 * 2**20
@@ -38,7 +38,7 @@ class RankMemory(Sum):
         buffers: DeepSpeed's bucket, all gradients once under ZeRO-1, and the decoder gradients of AuxK for one target
             before they are accumulated.
         inputs: activations as read and standardised.
-        pre_activations: as many as the sparsity rule needs at once.
+        pre_activations: those that the sparsity rule needs at the same time.
         codes: values and indices of own and of all sources, their gradients, and the grouping by feature.
         residuals: of the own targets, or of every (source, target) pair for independent sources.
         shared_decoders: decoders of all sources, if they belong to sources, with their gradients, which are also
@@ -234,8 +234,8 @@ def traffic(job: Job) -> StepTraffic:
 def _selection(job: Job) -> float:
     """Bytes of the all-reduces of `clt.transcoder.sparsity`, of 8-byte numbers.
 
-    Decoder norms: L F over the model group. joint_topk: 256 B per radix digit, of which a value has as many as bytes,
-    L B ties and one count. batch_topk: 256 per digit and data (L + 1) ties over the world, and one count.
+    Decoder norms: L F over the model group. joint_topk: 256 B per radix digit (one per byte of a value), L B ties and
+    one count. batch_topk: 256 per digit and data (L + 1) ties over the world, and one count.
     """
     architecture, mesh, digits = job.architecture, job.mesh, job.numerics.weight
     layers, kind = len(source_layers(architecture)), architecture.sparsity.kind

@@ -68,7 +68,7 @@ class Plan:
 
     @property
     def fits(self) -> bool:
-        """Whether the rank that needs most memory fits on a device."""
+        """True if the rank that needs most memory fits on a device."""
         return self.memory.total <= self.machine.memory * self.machine.usable
 
     @property
@@ -188,7 +188,7 @@ def alternatives(chosen: Plan, world: int | None = None, numerics: Numerics | No
 
     Args:
         chosen: a plan of the job.
-        world: processes; default: as many as in that plan.
+        world: number of processes; default: that of the plan.
         numerics: dtypes of weights and optimizer; default: as in that plan.
 
     Returns:

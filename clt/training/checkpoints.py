@@ -69,7 +69,7 @@ class Progress:
         tokens: tokens seen, over all ranks.
         adam_steps: optimizer steps taken.
         skipped_steps: steps not taken because loss or gradients were not finite.
-        skipped_in_a_row: how many of them came last, consecutively.
+        skipped_in_a_row: number of consecutive ones at the end.
         batches: position in the store, from the batch source's `state_dict`; plain values.
     """
 

@@ -60,7 +60,7 @@ class Engine(Protocol):
             stop: whether a stop was requested on this rank.
 
         Returns:
-            What the ranks agreed on, and the metrics of this rank's tokens.
+            The check that all ranks agree on, and the metrics of this rank's tokens.
         """
 
     def weights(self, parameter: Tensor) -> Tensor:

@@ -4,7 +4,7 @@ The squared error is divided by the store's variance (1 in standardised units) a
 store, both constants, so that the loss is a mean over tokens on any number of ranks.
 
 AuxK (Gao et al. 2024, "Scaling and evaluating sparse autoencoders", section A.2), extended to cross-layer decoders: the
-dead features of all layers reconstruct what the live ones miss in every target. The residual is small, so its gradient
+dead features of all layers reconstruct the live ones' residual in every target. The residual is small, so its gradient
 is too small for dead features to re-enter the top k. The revival term raises the activations that AuxK selected until
 the feature fires (a pre-activation loss in the manner of Conerly et al. 2025, "Dictionary learning optimization
 techniques", restricted to the slots where the feature fits best).
@@ -103,7 +103,7 @@ def auxk_error(
     weights_B: Tensor | None = None,
     shared: SharedDecoders | None = None,
 ) -> tuple[Tensor, Tensor]:
-    """Squared error of the dead features' reconstruction of what the live features miss in one target.
+    """Squared error of the dead features' reconstruction of the live features' residual in one target.
 
     Args:
         transcoder: the transcoder, or one rank's share.

@@ -144,7 +144,7 @@ class MetricsWindow:
     Args:
         config: architecture.
         share: layers of this rank.
-        device: where the observations live.
+        device: device of the observations.
     """
 
     def __init__(self, config: CLTConfig, share: LayerShare, device: torch.device) -> None:
@@ -230,7 +230,7 @@ class MetricsWriter:
             self._board.add_scalar(f"{TRAIN_TAG}/{tag}", value, metrics.step)
 
     def write_evaluation(self, step: int, evaluation: Evaluation) -> None:
-        """Appends the results of an evaluation as a report of their own.
+        """Appends the results of an evaluation as a separate report.
 
         Args:
             step: steps done.

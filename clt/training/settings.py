@@ -133,7 +133,7 @@ class MeshSettings:
     """Mesh of the processes: layer and column axis; the rest are data-parallel replicas."""
 
     layer: int = Field(default=1, gt=0)
-    """Ranks over which layers are dealt; processes / (layer * column) are data-parallel replicas."""
+    """Ranks over which layers are distributed; processes / (layer * column) are data-parallel replicas."""
     column: int = Field(default=1, gt=0)
     """Ranks over which the decoders of each target are split by output channels; must divide the model's width."""
     zero_stage: Literal[0, 1, 2] | None = None

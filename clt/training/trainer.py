@@ -59,7 +59,7 @@ class BatchSource(Protocol):
         """The position after the last batch taken, in plain values; the same on all ranks."""
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Goes to a saved position."""
+        """Restores a saved position."""
 
 
 class Trainer:
@@ -258,7 +258,7 @@ class Trainer:
         try:
             yield writer
         except BaseException:
-            # Report what ended the job, not that its reports cannot be closed for the same reason.
+            # Raise the error that ended the job, not that its reports cannot be closed for the same reason.
             with suppress(OSError):
                 if writer is not None:
                     writer.close()

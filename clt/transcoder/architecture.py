@@ -45,12 +45,12 @@ class SparsitySettings:
 
     @property
     def uses_decoder_norm(self) -> bool:
-        """Whether features are ranked by activation times decoder norm."""
+        """True if features are ranked by activation times decoder norm."""
         return self.decoder_norm or self.kind == "joint_topk"
 
     @property
     def has_penalty(self) -> bool:
-        """Whether the loss has a sparsity penalty."""
+        """True if the loss has a sparsity penalty."""
         return self.kind in ("jumprelu", "relu")
 
 

@@ -79,7 +79,7 @@ def encode_layer(transcoder: CrossLayerTranscoder, layer: int, x_BD: Tensor, k: 
 
 @torch.no_grad()
 def scores_of(transcoder: CrossLayerTranscoder, layer: int, pre_BF: Tensor) -> Tensor:
-    """Scores that rules compare: pre-activations, times decoder norm if the settings say so.
+    """Scores that rules compare: pre-activations, times decoder norm with `sparsity.decoder_norm`.
 
     Args:
         transcoder: the transcoder, or one rank's share.

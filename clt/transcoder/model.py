@@ -6,7 +6,7 @@
 Source l writes to targets l + first_offset .. l + first_offset + n_targets - 1 (Ameisen et al. 2025, "Circuit
 Tracing", section 2). `encode` and `decode` use standardised units, `forward` raw ones. Weights are target-major: one
 tensor W_dec[t] [S_t,F,D] per target; `clt.transcoder.decoding` has other forms of decoders, which `untied` converts to
-this one. A rank may own a share of the layers; `clt.distributed.code_exchange` brings the codes of the others.
+this one. A rank may own a share of the layers; `clt.distributed.code_exchange` receives the codes of the others.
 """
 
 from __future__ import annotations
@@ -38,7 +38,7 @@ class Provenance:
     """Model, store and training of a transcoder.
 
     Attributes:
-        model: the model whose activations it was trained on, or None for one made by hand.
+        model: the model whose activations it was trained on, or None if unknown.
         store_id: id of the activation store, or None.
         training: steps and measures of its training, or None if unknown.
     """
@@ -276,7 +276,7 @@ class CrossLayerTranscoder(nn.Module):
 
     @property
     def encodes_layers_alone(self) -> bool:
-        """Whether selection is done by the fused encode kernel."""
+        """True if the fused encode kernel does the selection."""
         return self.config.sparsity.kind == "topk" and not self.config.sparsity.decoder_norm
 
     def decode(self, codes: SparseCodes, x_MBD: Tensor | None = None) -> Tensor:
@@ -361,7 +361,7 @@ class CrossLayerTranscoder(nn.Module):
 
     @property
     def has_variants(self) -> bool:
-        """Whether decoders are tied or independent, not one per source and target, summed."""
+        """True for tied or independent decoders, which are not one per source and target, summed."""
         return self.config.tied_decoders is not None or self.config.independent is not None
 
     def untied(self) -> CrossLayerTranscoder:

@@ -25,7 +25,7 @@ from clt.kernels import ops
 
 
 class MeshLike(Protocol):
-    """The part of `clt.distributed.mesh.Mesh` that rules use: rank on the data axis, reductions over an axis."""
+    """Subset of `clt.distributed.mesh.Mesh` that rules use: rank on the data axis, reductions over an axis."""
 
     @property
     def data_rank(self) -> int: ...
@@ -35,7 +35,8 @@ class MeshLike(Protocol):
 
     def all_reduce(
         self, tensor: Tensor, axis: Literal["model", "world"], op: dist.ReduceOp.RedOpType = dist.ReduceOp.SUM
-    ) -> Tensor: ...
+    ) -> Tensor:
+        """See `clt.distributed.mesh.Mesh.all_reduce`."""
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -3,7 +3,7 @@
 A row (one feature's vector) is updated in a step only if its feature fired; other rows are neither read nor written.
 The moments of a row that missed steps are decayed for all of them at its next update. With beta1 = 0 this is exactly
 Adam: a row whose gradient is zero does not change. With beta1 > 0 the moments of an updated row are those of Adam, but
-a row changes only when its feature fires, where Adam would go on moving it by its first moment.
+a row changes only when its feature fires, where Adam would still move it by its first moment.
 
 Adam: Kingma and Ba, https://arxiv.org/abs/1412.6980, algorithm 1.
 
@@ -60,7 +60,7 @@ class RowAdam:
 
         Args:
             step: number of this step, counted from 1; below 2^24, which float32 still counts exactly.
-            device: where the parameter lies.
+            device: device of the parameter.
             dtype: dtype of the parameter.
 
         Returns:
@@ -73,7 +73,7 @@ class RowAdam:
         if not 1 <= step < 2**24:
             raise ValueError(f"step={step}: expected 1 <= step < 2^24")
         wide = accumulator(dtype)
-        # The betas are what the dtype can hold, and the rest follows from those: 1 - beta is then exact in the kernel.
+        # Betas are rounded to the dtype first and the rest is computed from them: 1 - beta is then exact in the kernel.
         beta1, beta2 = (torch.tensor(beta, dtype=wide).item() for beta in (self.beta1, self.beta2))
         log1, log2 = (math.log2(beta) if beta > 0 else 0.0 for beta in (beta1, beta2))
         correction1, correction2 = (1.0 if beta == 0 else -math.expm1(step * math.log(beta)) for beta in (beta1, beta2))
@@ -217,7 +217,7 @@ def row_adam_(param: Tensor, grad: Tensor, state: RowAdamState, hyper: Tensor, t
     d = param.shape[-1]
     last_R, grad_RD, stored = state.last_step_R.view(-1), grad.reshape(-1, d), state._stored()
     tables = (StoredTensor.of(param, None, PARAM), stored["exp_avg_sq"], stored.get("exp_avg"))
-    # A few rows at a time: what lies between reading and writing them stays in the cache.
+    # A few rows at a time, so that intermediate results stay in the cache.
     for rows in touched.reshape(-1).nonzero()[:, 0].split(_ROWS):
         missed_R1 = (hyper[8] - last_R[rows].to(hyper.dtype))[:, None]
         _update_rows(*tables, grad_RD[rows], rows, missed_R1, hyper, state.seed)
@@ -243,7 +243,7 @@ def _update_rows(
     if first is not None:
         direction = first.read(rows, wide) * _decay(log1, missed_R1) + (1.0 - beta1) * grad
         first.write_stochastically(rows, direction, hyper, seed)
-    # Through float64: the vectorised float32 root of PyTorch is off by a unit in the last place now and then.
+    # Through float64: the vectorised float32 root of PyTorch is sometimes off by a unit in the last place.
     root = v.double().sqrt_().to(wide)
     rescale = 1.0 / correction2.double().sqrt().to(wide)
     step_RD = torch.div(direction, root.mul_(rescale).add_(eps)).mul_(learning_rate / correction1)

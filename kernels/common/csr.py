@@ -49,7 +49,7 @@ class FeatureCSR:
         """
         layers, slots = len(values_LBK), values_LBK[0].numel()
         device = values_LBK.device
-        # One stable sort of all layers: each layer's keys lie in a range of their own, its empty slots at the end.
+        # One stable sort of all layers: each layer's keys are in a separate range, its empty slots at the end.
         shift_L1 = (n_features + 1) * torch.arange(layers, device=device)[:, None]
         feature_LN = (
             indices_LBK.reshape(layers, slots).long().masked_fill(values_LBK.reshape(layers, slots) == 0, n_features)

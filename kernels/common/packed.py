@@ -6,15 +6,9 @@ rounded number as float32 stores it (0 for a group of zeros), and a code is the 
     second moments (unsigned)         5 bits of exponent, 3 of mantissa   32 octaves
     first moments (signed)      sign, 4 bits of exponent, 3 of mantissa   16 octaves
 
-with a relative step of 1/8. Second moments are squares, so that both reach equally far in gradients. Code 0 is exactly
-0. What lies below the octaves becomes 0 in a first moment and the smallest code in a second: a second moment of 0 would
-make a step endless, one that is too large only shortens it. A channel learns at its own pace as long as its gradients
-are above 2e-5 (15.5 octaves) of the largest in its group; with a fourth bit of mantissa instead, and half the octaves,
-a regression with one channel 300 times the others ended with 6 to 16 % more loss. A group with a number that is not
-finite has E = `BROKEN` and reads as NaN.
-
-Rounding comes first and E after it, so that numbers which were read from codes give the same codes again. Everything
-is integer arithmetic on the bits of float32: the same bits in PyTorch and in Triton.
+Code 0 is exactly 0. Smaller numbers become 0 in a first moment and the smallest code in a second, since a second moment
+of 0 would make an infinite step. A group with a non-finite number has E = `BROKEN` and reads as NaN. E is taken after
+rounding, so that numbers read from codes give the same codes again. Integer arithmetic: the same bits as in Triton.
 """
 
 from __future__ import annotations
@@ -29,7 +23,9 @@ GROUP = 128
 #: Exponent of infinity and NaN in float32, and of a group that holds one.
 BROKEN = 255
 
-#: Bits of the mantissa that a code keeps, and of a float32 below them.
+#: Bits of the mantissa that a code keeps (relative step 1/8), and of a float32 below them. A channel learns at its own
+#: pace as long as its gradients are above 2e-5 (15.5 octaves) of the largest in its group; with 4 bits of mantissa and
+#: half the octaves, a regression with one channel 300 times the others ended with 6 to 16 % more loss.
 MANTISSA_BITS = 3
 DROPPED_BITS = 23 - MANTISSA_BITS
 
@@ -37,7 +33,7 @@ _INFINITY, _NAN, _MAGNITUDE = 0x7F800000, 0x7FC00000, 0x7FFFFFFF
 
 
 def reach(signed: bool) -> int:
-    """Octaves that codes reach below that of the largest number."""
+    """Octaves that codes reach below that of the largest number: twice as many for second moments, the squares."""
     exponent_bits = 8 - int(signed) - MANTISSA_BITS
     return (1 << exponent_bits) - 1
 
@@ -53,7 +49,7 @@ def pack(x_RD: Tensor, signed: bool, noise_RD: Tensor | None = None) -> tuple[Te
     Args:
         x_RD: [..,D] float32; not negative unless signed.
         signed: first moments, else second ones.
-        noise_RD: [..,D] uniform integers below 2^DROPPED_BITS, which make the mean right; None to round to nearest.
+        noise_RD: [..,D] uniform integers below 2^DROPPED_BITS for unbiased rounding; None to round to nearest.
 
     Returns:
         codes [..,D] and exponents [..,G] of the groups, uint8.
@@ -73,7 +69,16 @@ def pack(x_RD: Tensor, signed: bool, noise_RD: Tensor | None = None) -> tuple[Te
 
 
 def unpack(codes_RD: Tensor, exponents_RG: Tensor, signed: bool) -> Tensor:
-    """The float32 numbers [..,D] that `pack` rounded to."""
+    """The float32 numbers that `pack` rounded to.
+
+    Args:
+        codes_RD: [..,D] uint8.
+        exponents_RG: [..,G] uint8.
+        signed: first moments, else second ones.
+
+    Returns:
+        [..,D] float32.
+    """
     codes_RD, exponents_RG, columns = codes_RD.int(), exponents_RG.int(), codes_RD.shape[-1]
     size_RD = codes_RD & 0x7F if signed else codes_RD
     bits_RD = (size_RD + _origin(exponents_RG, signed, columns)) << DROPPED_BITS
@@ -95,5 +100,5 @@ def _spread(x_RG: Tensor, columns: int) -> Tensor:
 
 
 def _origin(exponents_RG: Tensor, signed: bool, columns: int) -> Tensor:
-    """[..,D] int32: units that code 0 of each column's group would stand for."""
+    """[..,D] int32: units of code 0 in each column's group."""
     return _spread((exponents_RG - reach(signed)) * (1 << MANTISSA_BITS), columns)

@@ -80,7 +80,13 @@ class StoredTensor:
 
     @classmethod
     def of(cls, numbers: Tensor, exponents: Tensor | None, stream: int) -> StoredTensor:
-        """Shares memory with [..,D] and [..,G]."""
+        """A view of stored tensors; shares their memory.
+
+        Args:
+            numbers: [..,D] numbers or codes.
+            exponents: [..,G] exponents of the codes' groups, or None.
+            stream: PARAM, MOMENT_1 or MOMENT_2.
+        """
         exponents_RG = None if exponents is None else exponents.view(-1, exponents.shape[-1])
         return cls(numbers.view(-1, numbers.shape[-1]), exponents_RG, stream)
 
@@ -98,7 +104,13 @@ class StoredTensor:
         return packed.unpack(self.numbers_RD[rows], self.exponents_RG[rows], self.stream == MOMENT_1)
 
     def write(self, rows: Tensor | slice, x: Tensor, noise_RD: Tensor | None = None) -> None:
-        """Stores x as some rows, rounded with noise below 2^noise_bits, to nearest without."""
+        """Stores float32 numbers as some rows.
+
+        Args:
+            rows: [N] row numbers or a slice.
+            x: [N,D] float32.
+            noise_RD: [N,D] int64 below 2^noise_bits for stochastic rounding; None rounds to nearest.
+        """
         if self.exponents_RG is not None:
             codes, exponents = packed.pack(x, self.stream == MOMENT_1, noise_RD)
             self.numbers_RD[rows], self.exponents_RG[rows] = codes, exponents
@@ -108,7 +120,14 @@ class StoredTensor:
             self.numbers_RD[rows] = x.to(self.numbers_RD.dtype)
 
     def write_stochastically(self, rows: Tensor, x: Tensor, hyper: Tensor, seed: int) -> None:
-        """Stores x as some rows, rounded with the noise of this step where anything is rounded."""
+        """Stores float32 numbers as some rows, rounded with the noise of this step where the storage rounds.
+
+        Args:
+            rows: [N] row numbers.
+            x: [N,D] float32.
+            hyper: from `RowAdam.hyper`; holds the number of the step.
+            seed: of the stochastic rounding.
+        """
         noise_RD = None
         if self.noise_bits > 0:
             offset = rows[:, None] * x.shape[1] + torch.arange(x.shape[1], device=rows.device)

@@ -28,7 +28,7 @@ class GatherConfig:
 
     Attributes:
         block_d: columns per program.
-        unroll: rows in flight per loop step.
+        unroll: rows loaded per loop step.
         num_warps: warps per program; block_d * itemsize / 512 makes every load 16 bytes a lane.
     """
 

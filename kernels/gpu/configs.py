@@ -77,7 +77,13 @@ def gather_config(
 
 
 def select_config(dtype: torch.dtype, n_features: int, k: int) -> SelectConfig:
-    """Settings of the selection; by rule the largest group of at most 32 columns that leaves at least k groups."""
+    """Settings of the selection; by rule the largest group of at most 32 columns that leaves at least k groups.
+
+    Args:
+        dtype: dtype of the pre-activations.
+        n_features: F.
+        k: slots per token.
+    """
     if found := _table().select.get(_key("select", dtype, n_features=n_features, k=k)):
         return found.settings
     group = 32
@@ -89,7 +95,14 @@ def select_config(dtype: torch.dtype, n_features: int, k: int) -> SelectConfig:
 def gemm_config(
     dtype: torch.dtype, d_model: int, n_features: int | None = None, tokens: int | None = None
 ) -> GemmConfig:
-    """Settings of the fused encoder product; wide dtypes get a tile whose operands fit in shared memory."""
+    """Settings of the fused encoder product; wide dtypes get a tile whose operands fit in shared memory.
+
+    Args:
+        dtype: dtype of the weights.
+        d_model: D.
+        n_features: F; with tokens needed to find an entry of the table.
+        tokens: B.
+    """
     if found := _table().gemm.get(_key("gemm", dtype, d_model=d_model, n_features=n_features, tokens=tokens)):
         return found.settings
     if dtype.itemsize > 2:
@@ -109,6 +122,13 @@ def producer(
     The further read costs 367/D of the product's time, so the fused kernel must reach about 95 % of the library's rate
     to win at D = 4096 and 80 % at D = 768: fused for D <= 1024 by rule. Its float32 product runs without tensor cores
     and is never the rule.
+
+    Args:
+        dtype: dtype of the weights.
+        d_model: D.
+        n_features: F; with k and tokens needed to find an entry of the table.
+        k: slots per token.
+        tokens: B.
     """
     key = _key("producer", dtype, d_model=d_model, n_features=n_features, k=k, tokens=tokens)
     if found := _table().producer.get(key):
@@ -129,7 +149,7 @@ def path(
     A gather of N tokens takes itemsize*N*k*D / BW seconds, a dense product 2*N*F*D / R, so gathering wins where
     F/k > itemsize*R / (2*BW). In bfloat16 on an H200 (R = 790 TFLOP/s) that is 81 at the full rate of L2 (BW = 9.7
     TB/s), 108 at three quarters of it and 203 from memory. By rule the forward is dense up to 64 and sparse above:
-    between 64 and 128 only a measured entry can tell. "encoder_grad" is one product too. The fused "decoder_grad"
+    between 64 and 128 only a measured entry decides. "encoder_grad" is one product too. The fused "decoder_grad"
     replaces two products by one gather, which halves the 108. float32 products run at about a sixteenth of the rate
     on rows twice as long: an eighth of all thresholds.
 
@@ -153,12 +173,12 @@ def path(
 
 @dataclass(frozen=True, kw_only=True)
 class LaunchSettings:
-    """The settings that one shape gets on this machine; a run records them (`dataclasses.asdict`).
+    """Settings of one shape on this machine; a run records them (`dataclasses.asdict`).
 
     Attributes:
         fingerprint: table, Triton and architecture, as from `fingerprint`.
         decode, decoder_grad, encoder_grad, row_adam, select, gemm: settings of the kernels.
-        producer: what makes pre-activations and group maxima.
+        producer: source of pre-activations and group maxima, "gemm" or "fused".
         decode_path, decoder_grad_path, encoder_grad_path: "sparse" or "dense".
     """
 
@@ -176,7 +196,15 @@ class LaunchSettings:
 
 
 def describe(dtype: torch.dtype, d_model: int, n_features: int, k: int, tokens: int) -> LaunchSettings:
-    """All settings for weights of a dtype, D channels, F features, k slots and B tokens."""
+    """All settings of one shape.
+
+    Args:
+        dtype: dtype of the weights.
+        d_model: D.
+        n_features: F.
+        k: slots per token.
+        tokens: B.
+    """
     shape = (d_model, n_features, k, tokens)
     return LaunchSettings(
         fingerprint=fingerprint(),

@@ -94,7 +94,7 @@ def gemm_group_max(
         W_enc_FD: [F,D] encoder weights, same dtype.
         b_enc_F: [F] bias, added before the one rounding.
         group: features per group, a power of two.
-        config: launch settings; None asks the table.
+        config: launch settings; None for those of the table.
 
     Returns:
         pre [B,F] in the dtype of x, and keys [B,G] as `select.group_max` gives for pre, G = ceil(F / group).
@@ -145,8 +145,8 @@ def encode_topk(
         W_enc_FD: [F,D] encoder weights, same dtype.
         b_enc_F: [F] bias.
         k: slots per token.
-        config: launch settings of the selection; None asks the table.
-        gemm: launch settings of the fused product, which is then used; None asks the table for both.
+        config: launch settings of the selection; None for those of the table.
+        gemm: launch settings of the fused product, which is then used; None for the choice and settings of the table.
 
     Returns:
         values [B,K] and indices [B,K] int32, ascending, empty slots last as (0, 0).

@@ -119,16 +119,9 @@ def _sum_decoder(
 def decoder_grad(
     inputs: DecoderGradInputs, need_W: bool = True, config: GatherConfig | None = None
 ) -> tuple[Tensor, Tensor | None]:
-    """Gradients of `decode` from one read of the rows of grad, as in `KernelBackend.decoder_grad`.
+    """See `KernelBackend.decoder_grad`; rows of grad are read once, indices from the grouping.
 
-    Args:
-        inputs: of the gradients; the indices are read from the grouping.
-        need_W: whether the gradient of the decoders is wanted.
-        config: launch settings, None for those of the table.
-
-    Returns:
-        grad_values [S,B,K] in the accumulator's dtype, 0 in empty slots, and grad_W [S,F,D] in the dtype of W_dec, or
-        None.
+    `config` holds launch settings, None for those of the table.
     """
     W_SFD = inputs.W_dec_SFD
     grad_W = W_SFD.new_empty(W_SFD.shape) if need_W else None
@@ -181,7 +174,7 @@ def _sum_encoder(
 
 
 def encoder_grad(inputs: EncoderGradInputs, config: GatherConfig | None = None) -> tuple[Tensor, Tensor]:
-    """grad_W [F,D] and grad_b [F] of `encode_topk`, as in `KernelBackend.encoder_grad`."""
+    """See `KernelBackend.encoder_grad`."""
     grad_W, grad_b = (inputs.x_BD.new_empty(inputs.n_features, *rest) for rest in (inputs.x_BD.shape[1:], ()))
     _sum_encoder(inputs, config, grad_b, grad_W_FD=grad_W)
     return grad_W, grad_b

@@ -30,7 +30,7 @@ _BROKEN = tl.constexpr(packed.BROKEN)
 _KEPT = tl.constexpr(packed.MANTISSA_BITS)
 _UNITS = tl.constexpr(1 << packed.MANTISSA_BITS)
 _DROPPED = tl.constexpr(packed.DROPPED_BITS)
-# How many octaves codes reach: those of second moments, then those of first ones, which are signed.
+# Octaves that codes reach: of second moments, then of first ones, which are signed.
 _REACH = tl.constexpr(tuple(packed.reach(signed) for signed in (False, True)))
 
 
@@ -54,7 +54,7 @@ def _noise(offset, step, seed, STREAM: tl.constexpr, BITS: tl.constexpr):
 def _store(POINTER, offset, x, mask, step, seed, STREAM: tl.constexpr):
     """Stores x at POINTER + offset, rounded stochastically where the memory is bfloat16."""
     if POINTER.dtype.element_ty == tl.bfloat16:
-        # Noise added below the last kept bit carries with the probability that makes the mean right, for either sign.
+        # Noise added below the last kept bit carries with the probability of unbiased rounding, for either sign.
         noise = _noise(offset, step, seed, STREAM, 16)
         bits = (x.to(tl.float32).to(tl.uint32, bitcast=True) + noise) >> 16
         bits = tl.where(x != x, 0x7FC0, bits)
@@ -75,7 +75,7 @@ def _groups(place):
 
 @triton.jit
 def _spread(exponent, SIGNED: tl.constexpr):
-    """Units that code 0 stands for, for each column of the groups with these exponents; see `packed`."""
+    """Units of code 0, for each column of the groups with these exponents; see `packed`."""
     GROUPS: tl.constexpr = exponent.shape[0]
     origin = (exponent - _REACH[SIGNED]) * _UNITS
     return tl.reshape(tl.broadcast_to(origin[:, None], [GROUPS, _GROUP]), [GROUPS * _GROUP])
@@ -134,7 +134,7 @@ def _decay(log2_beta, steps, ACC: tl.constexpr):
 
 @triton.jit
 def update_row(w, grad, moments, offset, mask, row, chunk, D, HYPER, last, seed, ACC: tl.constexpr):
-    """Adam on a block of one row: brings its moments up to date in memory and returns the new parameters.
+    """Adam on a block of one row: updates its moments in memory and returns the new parameters.
 
     Args:
         w: [BLOCK] parameters, widened to ACC.
@@ -233,7 +233,7 @@ def whole_groups(config: GatherConfig, state: RowAdamState | None) -> GatherConf
 
 
 def moment_tensors(state: RowAdamState | None) -> tuple[Tensor | None, ...]:
-    """What `update_row` takes as its moments; nothing without a state."""
+    """Arguments of `update_row` for the moments; None without a state."""
     if state is None:
         return None, None, None, None
     return state.v_RD, state.v_exponents_RG, state.m_RD, state.m_exponents_RG

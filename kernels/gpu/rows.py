@@ -12,7 +12,7 @@ def kth_largest(key, k, BITS: tl.constexpr):
     for bit in range(BITS):
         higher = level | (tl.full([], 1, key.dtype) << (BITS - 1 - bit))
         n_reach = tl.sum((key >= higher).to(tl.int32), 0)
-        # The last step that is refused asks for level + 1: what reaches it is above the level.
+        # The last rejected step tests level + 1: keys that reach it are above the level.
         quota = tl.where(n_reach >= k, quota, k - n_reach)
         level = tl.where(n_reach >= k, higher, level)
     return tl.maximum(level, 1), tl.where(level == 0, k, quota)
@@ -20,7 +20,7 @@ def kth_largest(key, k, BITS: tl.constexpr):
 
 @triton.jit
 def _flags(hit):
-    """Bit i of each row's integer tells whether hit [R,V] holds in column i."""
+    """[R] integers: bit i is set where hit [R,V] holds in column i."""
     return tl.sum(hit.to(tl.int32) << tl.arange(0, hit.shape[1])[None, :], 1)
 
 
@@ -28,7 +28,7 @@ def _flags(hit):
 def emit(INDICES, place, above, tied, column, quota, end):
     """Stores, from INDICES[place] on, the columns that are above a level and the first `quota` equal to it, in order.
 
-    Column i of above and tied [R,V], both of at most 32767 elements, stands for column + i, ascending; column is [R]. A
+    Column i of above and tied [R,V], both of at most 32767 elements, is feature column + i, ascending; column is [R]. A
     row is what one lane loads at once, so no element changes lanes. tied None: only those above. end not None: nothing
     is stored at or beyond INDICES[end]. Returns how many are above and how many equal ones are among the first `quota`.
     """
@@ -61,7 +61,7 @@ def emit(INDICES, place, above, tied, column, quota, end):
 
 @triton.jit
 def reaches(x, key):
-    """Whether a positive_key of x is at least a positive key; true for NaN, of either."""
+    """True where the positive_key of x is at least a positive key, and for NaN, of either."""
     if x.dtype == tl.bfloat16:
         # Widened by its bits: the interpreter's conversion loses subnormal numbers.
         wide = (x.to(tl.int16, bitcast=True).to(tl.int32) << 16).to(tl.float32, bitcast=True)

@@ -74,7 +74,7 @@ def _choose_groups(
     VECTOR: tl.constexpr,
     BITS: tl.constexpr,
 ):
-    """Stores the groups that can hold winners, ascending; how many there are, and a key that all winners reach.
+    """Stores the groups that can hold winners, ascending; returns their number and a key that all winners reach.
 
     The bound is the k-th largest maximum of MERGED neighbouring groups: little weaker than that of the groups and found
     in a MERGED-th of the work. Fewer than k such maxima exceed it, so fewer than MERGED * k groups do.
@@ -114,7 +114,7 @@ def _candidates(
 
 @triton.jit
 def _rank_survivors(PRE, SURVIVORS, VALUES, INDICES, n_found, k, CAPACITY: tl.constexpr, BITS: tl.constexpr):
-    """Stores the k largest of at most CAPACITY survivors; how many there are."""
+    """Stores the k largest of at most CAPACITY survivors; returns their number."""
     slot = tl.arange(0, CAPACITY)
     column = tl.load(SURVIVORS + slot, mask=slot < n_found, other=0)
     pre = tl.load(PRE + column, mask=slot < n_found, other=0.0)
@@ -146,7 +146,7 @@ def _rank_candidates(
     BITS: tl.constexpr,
     VECTOR: tl.constexpr,
 ):
-    """Stores the k largest of any number of candidates, read again for every bit; how many there are."""
+    """Stores the k largest of any number of candidates, read again for every bit; returns their number."""
     level = tl.zeros([], KEY)
     quota = k
     for bit in range(BITS):
@@ -236,7 +236,7 @@ def group_max(pre_BF: Tensor, config: SelectConfig | None = None) -> Tensor:
 
     Args:
         pre_BF: [B,F] pre-activations.
-        config: launch settings, of which `group` counts here; None asks the table for k = 1.
+        config: launch settings, of which only `group` is used; None for those of the table for k = 1.
 
     Returns:
         [B,G] int16, int32 or int64: `positive_key` of the maximum of each `config.group` columns, G = ceil(F / group).
@@ -270,11 +270,11 @@ def select_topk(
     Args:
         pre_BF: [B,F] pre-activations, bfloat16, float32 or float64.
         k: slots per token, 1 <= k <= F.
-        keys_BG: what `group_max` returns for the same config; None computes it where it is needed.
-        config: launch settings; None asks the table.
+        keys_BG: from `group_max` with the same config; None computes it where it is needed.
+        config: launch settings; None for those of the table.
 
     Returns:
-        values [B,K] as they stand in pre, and indices [B,K] int32, ascending, empty slots last as (0, 0).
+        values [B,K] as in pre, and indices [B,K] int32, ascending, empty slots last as (0, 0).
     """
     n_rows, n_features = pre_BF.shape
     config = config or configs.select_config(pre_BF.dtype, n_features, k)

@@ -34,7 +34,7 @@ def _histogram_kernel(
     BINS: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
-    """A program counts a digit of the keys that begin with a prefix, in blocks dealt in turn; grid: table row."""
+    """A program counts a digit of the keys that begin with a prefix, in interleaved blocks; grid: table row."""
     prefix = tl.load(PREFIX)
     counts = tl.zeros([BINS], tl.int32)
     first = tl.program_id(0).to(tl.int64) * BLOCK

@@ -1,4 +1,4 @@
-"""Triton backend: exact TopK, gathers over all sources and feature-major gradients; dense products where those win.
+"""Triton backend: exact TopK, gathers over all sources and feature-major gradients; dense products where faster.
 
 The functions are those of `clt.kernels.pytorch.reference`. `decoder_step_` and `encoder_step_` update weights while
 their gradient is in registers.
@@ -41,7 +41,7 @@ _dense_steps = StoredGradientSteps(dense.decoder_grad, dense.encoder_grad, row_a
 
 
 def _is_dense(op: str, codes: Tensor, weight_shape: tuple[int, ...], dtype: torch.dtype) -> bool:
-    """Whether products over all F features win for codes [..,B,K] and weights [..,F,D]."""
+    """True if products over all F features are faster than gathers, for codes [..,B,K] and weights [..,F,D]."""
     tokens, k = codes.shape[-2:]
     n_features, d_model = weight_shape[-2:]
     return configs.path(op, n_features, k, dtype, d_model, tokens) == "dense"
@@ -50,7 +50,7 @@ def _is_dense(op: str, codes: Tensor, weight_shape: tuple[int, ...], dtype: torc
 def decode(
     values_SBK: Tensor, indices_SBK: Tensor, W_dec_SFD: Tensor, b_dec_D: Tensor, skip_BD: Tensor | None
 ) -> Tensor:
-    """Sum over sources and slots of value times decoder vector, plus bias and skip, as in `clt.kernels.ops.decode`."""
+    """See `KernelBackend.decode`."""
     is_dense = _is_dense("decode", values_SBK, W_dec_SFD.shape, W_dec_SFD.dtype)
     run = dense.decode if is_dense else gather.decode
     return run(values_SBK, indices_SBK, W_dec_SFD, b_dec_D, skip_BD)
@@ -65,7 +65,7 @@ def decode_loss(
     weights_B: Tensor | None,
     skip_BD: Tensor | None,
 ) -> tuple[Tensor, Tensor]:
-    """Weighted squared error of a reconstruction and its residual, as in `clt.kernels.ops.decode_loss`."""
+    """See `KernelBackend.decode_loss`."""
     is_dense = _is_dense("decode", values_SBK, W_dec_SFD.shape, W_dec_SFD.dtype)
     run = dense.decode_loss if is_dense else gather.decode_loss
     return run(values_SBK, indices_SBK, W_dec_SFD, b_dec_D, y_BD, weights_B, skip_BD)
@@ -81,23 +81,23 @@ def _dense_encoder(inputs: EncoderGradInputs) -> bool:
 
 
 def decoder_grad(inputs: DecoderGradInputs, need_W: bool = True) -> tuple[Tensor, Tensor | None]:
-    """Gradients of `decode`, as in `KernelBackend.decoder_grad`."""
+    """See `KernelBackend.decoder_grad`."""
     run = dense.decoder_grad if _dense_decoder(inputs) else feature_major.decoder_grad
     return run(inputs, need_W)
 
 
 def encoder_grad(inputs: EncoderGradInputs) -> tuple[Tensor, Tensor]:
-    """Gradients of `encode_topk`, as in `KernelBackend.encoder_grad`."""
+    """See `KernelBackend.encoder_grad`."""
     return dense.encoder_grad(inputs) if _dense_encoder(inputs) else feature_major.encoder_grad(inputs)
 
 
 def decoder_step_(inputs: DecoderGradInputs, state: RowAdamState, hyper: Tensor) -> Tensor:
-    """`decoder_grad` and row Adam on the decoders, in one kernel where gathering wins."""
+    """See `KernelBackend.decoder_step_`; one kernel where gathering is faster."""
     run = _dense_steps.decoder_step_ if _dense_decoder(inputs) else feature_major.decoder_step_
     return run(inputs, state, hyper)
 
 
 def encoder_step_(inputs: EncoderGradInputs, W_enc_FD: Tensor, state: RowAdamState, hyper: Tensor) -> Tensor:
-    """`encoder_grad` and row Adam on the encoder, in one kernel where gathering wins."""
+    """See `KernelBackend.encoder_step_`; one kernel where gathering is faster."""
     run = _dense_steps.encoder_step_ if _dense_encoder(inputs) else feature_major.encoder_step_
     return run(inputs, W_enc_FD, state, hyper)

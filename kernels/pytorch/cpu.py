@@ -53,20 +53,20 @@ def rank_topk(pre_BF: Tensor, k: int) -> tuple[Tensor, Tensor]:
 
 
 def select_topk(pre_BF: Tensor, k: int) -> tuple[Tensor, Tensor]:
-    """TopK(ReLU(pre)), as in `clt.kernels.ops.select_topk`."""
+    """See `KernelBackend.select_topk`."""
     indices_BK, filled_BK = rank_topk(pre_BF, k)
     return torch.where(filled_BK, pre_BF.gather(1, indices_BK), 0), indices_BK.int()
 
 
 def encode_topk(x_BD: Tensor, W_enc_FD: Tensor, b_enc_F: Tensor, k: int) -> tuple[Tensor, Tensor]:
-    """TopK(ReLU(x W_enc^T + b_enc)), as in `clt.kernels.ops.encode_topk`."""
+    """See `KernelBackend.encode_topk`."""
     return select_topk(preactivations(x_BD, W_enc_FD, b_enc_F), k)
 
 
 def decode(
     values_SBK: Tensor, indices_SBK: Tensor, W_dec_SFD: Tensor, b_dec_D: Tensor, skip_BD: Tensor | None
 ) -> Tensor:
-    """Sum over sources and slots of value times decoder vector, plus bias and skip, as in `clt.kernels.ops.decode`."""
+    """See `KernelBackend.decode`."""
     values_BN, indices_BN = _bags(values_SBK, indices_SBK, W_dec_SFD.shape[1])
     table_RD = W_dec_SFD.flatten(0, 1)
     y_BD = functional.embedding_bag(indices_BN, table_RD, per_sample_weights=values_BN, mode="sum").add_(b_dec_D)
@@ -82,7 +82,7 @@ def decode_loss(
     weights_B: Tensor | None,
     skip_BD: Tensor | None,
 ) -> tuple[Tensor, Tensor]:
-    """Weighted squared error of a reconstruction and its residual, as in `clt.kernels.ops.decode_loss`."""
+    """See `KernelBackend.decode_loss`."""
     residual_BD = decode(values_SBK, indices_SBK, W_dec_SFD, b_dec_D, skip_BD).sub_(y_BD)
     if weights_B is None:
         return residual_BD.square().mean(), residual_BD
@@ -90,7 +90,7 @@ def decode_loss(
 
 
 def decoder_grad(inputs: DecoderGradInputs, need_W: bool = True) -> tuple[Tensor, Tensor | None]:
-    """Gradients of `decode`, as in `KernelBackend.decoder_grad`."""
+    """See `KernelBackend.decoder_grad`."""
     grad_BD, W_dec_SFD = inputs.grad_BD, inputs.W_dec_SFD
     if inputs.weights_B is not None:
         grad_BD = grad_BD * inputs.weights_B[:, None]
@@ -107,7 +107,7 @@ def decoder_grad(inputs: DecoderGradInputs, need_W: bool = True) -> tuple[Tensor
 
 
 def encoder_grad(inputs: EncoderGradInputs) -> tuple[Tensor, Tensor]:
-    """Gradients of `encode_topk`, as in `KernelBackend.encoder_grad`."""
+    """See `KernelBackend.encoder_grad`."""
     x_BD, n_features = inputs.x_BD, inputs.n_features
     live_BK = torch.where(inputs.values_BK == 0, 0, inputs.grad_values_BK)
     grad_W = _sum_rows(live_BK, x_BD, inputs.csr, 0, x_BD.new_empty(n_features, x_BD.shape[1]))
@@ -130,13 +130,13 @@ def _bags(values_SBK: Tensor, indices_SBK: Tensor, n_features: int) -> tuple[Ten
 def _sampled_products(grad_BD: Tensor, values_SBK: Tensor, indices_SBK: Tensor, W_dec_SFD: Tensor) -> Tensor:
     """[S,B,K]: inner product of every filled slot's decoder vector with its token's gradient."""
     if values_SBK.shape[2] > W_dec_SFD.shape[1]:
-        # Slots that name features repeatedly, of tied decoders; PyTorch takes no row of more entries than columns.
+        # Slots that name features repeatedly, of tied decoders; PyTorch supports no row with more entries than columns.
         widest = W_dec_SFD.shape[1]
         parts = zip(values_SBK.split(widest, dim=2), indices_SBK.split(widest, dim=2), strict=True)
         return torch.cat([_sampled_products(grad_BD, values, indices, W_dec_SFD) for values, indices in parts], dim=2)
     values_BN, indices_BN = _bags(values_SBK, indices_SBK, W_dec_SFD.shape[1])
     tokens, width = values_BN.shape
-    # CSR wants ascending columns: sources ascend, and so do the slots of a source but for its empty tail.
+    # CSR needs ascending columns: sources ascend, and so do the slots of a source but for its empty tail.
     pattern = torch.sparse_csr_tensor(
         torch.arange(0, tokens * width + 1, width),
         indices_BN.reshape(-1),

@@ -14,10 +14,19 @@ from clt.kernels.common.interface import DecoderGradInputs, EncoderGradInputs
 
 
 def scatter_codes(values_SBK: Tensor, indices_SBK: Tensor, n_features: int) -> Tensor:
-    """Codes as a matrix [B,S*F]: 0 where a feature is not active, the sum where several slots hold it."""
+    """Codes as a dense matrix.
+
+    Args:
+        values_SBK: [S,B,K] activations; slots with value 0 are empty.
+        indices_SBK: [S,B,K] int32 feature numbers.
+        n_features: F.
+
+    Returns:
+        [B,S*F] in the dtype of the values: 0 where a feature is not active, the sum where several slots hold it.
+    """
     sources, tokens, k = values_SBK.shape
     codes_SBF = values_SBK.new_zeros(sources, tokens, n_features + 1)
-    # Empty slots all hold feature 0: they go to a column of their own, so that no write can hide another.
+    # Empty slots all hold feature 0: they go to a separate column, so that they overwrite no other slot.
     places, order = indices_SBK.long().masked_fill(values_SBK == 0, n_features).sort(dim=2, stable=True)
     sums = values_SBK.gather(2, order).to(accumulator(values_SBK.dtype))
     # Running sums within runs of one feature, in an order that is fixed, as that of scatter_add_ on a GPU is not.
@@ -30,14 +39,14 @@ def scatter_codes(values_SBK: Tensor, indices_SBK: Tensor, n_features: int) -> T
 
 
 def preactivations(x_BD: Tensor, W_enc_FD: Tensor, b_enc_F: Tensor) -> Tensor:
-    """x W_enc^T + b_enc in one library product."""
+    """See `KernelBackend.preactivations`; one library product."""
     return torch.addmm(b_enc_F, x_BD, W_enc_FD.T)
 
 
 def decode(
     values_SBK: Tensor, indices_SBK: Tensor, W_dec_SFD: Tensor, b_dec_D: Tensor, skip_BD: Tensor | None
 ) -> Tensor:
-    """Sum over sources and slots of value times decoder vector, plus bias and skip, as in `clt.kernels.ops.decode`."""
+    """See `KernelBackend.decode`."""
     codes_BR = scatter_codes(values_SBK, indices_SBK, W_dec_SFD.shape[1])
     y_BD = torch.addmm(b_dec_D, codes_BR, W_dec_SFD.flatten(0, 1))
     return y_BD if skip_BD is None else y_BD + skip_BD
@@ -52,7 +61,7 @@ def decode_loss(
     weights_B: Tensor | None,
     skip_BD: Tensor | None,
 ) -> tuple[Tensor, Tensor]:
-    """Weighted squared error of a reconstruction and its residual, as in `clt.kernels.ops.decode_loss`."""
+    """See `KernelBackend.decode_loss`."""
     wide = accumulator(W_dec_SFD.dtype)
     residual_BD = decode(values_SBK, indices_SBK, W_dec_SFD, b_dec_D, skip_BD).to(wide) - y_BD
     error_B = residual_BD.square().mean(dim=1)
@@ -61,7 +70,7 @@ def decode_loss(
 
 
 def decoder_grad(inputs: DecoderGradInputs, need_W: bool = True) -> tuple[Tensor, Tensor | None]:
-    """Gradients of `decode` by two products, as in `KernelBackend.decoder_grad`; the grouping is not read."""
+    """See `KernelBackend.decoder_grad`; two products, which do not read the grouping."""
     grad_BD, values_SBK, W_dec_SFD = inputs.grad_BD, inputs.values_SBK, inputs.W_dec_SFD
     wide = accumulator(W_dec_SFD.dtype)
     if inputs.weights_B is not None:
@@ -79,7 +88,7 @@ def decoder_grad(inputs: DecoderGradInputs, need_W: bool = True) -> tuple[Tensor
 
 
 def encoder_grad(inputs: EncoderGradInputs) -> tuple[Tensor, Tensor]:
-    """Gradients of `encode_topk` by one product, as in `KernelBackend.encoder_grad`; the grouping is not read."""
+    """See `KernelBackend.encoder_grad`; one product, which does not read the grouping."""
     x_BD = inputs.x_BD
     live_BK = torch.where(inputs.values_BK == 0, 0, inputs.grad_values_BK)
     # A slot whose gradient is 0 may be dropped with the empty ones: it adds nothing.

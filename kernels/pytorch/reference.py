@@ -54,26 +54,35 @@ def rank_topk(pre_BF: Tensor, k: int) -> tuple[Tensor, Tensor]:
 
 
 def arrange_slots(indices_BK: Tensor, filled_BK: Tensor, n_features: int) -> tuple[Tensor, Tensor]:
-    """Puts slots in their canonical order: filled ones ascending by feature number, then empty ones with index 0."""
+    """Puts slots in their canonical order: filled ones ascending by feature number, then empty ones with index 0.
+
+    Args:
+        indices_BK: [B,K] feature numbers in any order.
+        filled_BK: [B,K] bool, false for an empty slot.
+        n_features: F.
+
+    Returns:
+        indices [B,K] and filled [B,K] in the new order.
+    """
     key_BK = torch.where(filled_BK, indices_BK, n_features).sort(dim=1).values
     filled_BK = key_BK < n_features
     return torch.where(filled_BK, key_BK, 0), filled_BK
 
 
 def preactivations(x_BD: Tensor, W_enc_FD: Tensor, b_enc_F: Tensor) -> Tensor:
-    """x W_enc^T + b_enc, rounded to the dtype of x once."""
+    """See `KernelBackend.preactivations`."""
     wide = accumulator(x_BD.dtype)
     return torch.addmm(b_enc_F.to(wide), x_BD.to(wide), W_enc_FD.to(wide).T).to(x_BD.dtype)
 
 
 def select_topk(pre_BF: Tensor, k: int) -> tuple[Tensor, Tensor]:
-    """TopK(ReLU(pre)), as in `clt.kernels.ops.select_topk`."""
+    """See `KernelBackend.select_topk`."""
     indices_BK, filled_BK = rank_topk(pre_BF, k)
     return torch.where(filled_BK, pre_BF.gather(1, indices_BK), 0), indices_BK.int()
 
 
 def encode_topk(x_BD: Tensor, W_enc_FD: Tensor, b_enc_F: Tensor, k: int) -> tuple[Tensor, Tensor]:
-    """TopK(ReLU(x W_enc^T + b_enc)), as in `clt.kernels.ops.encode_topk`."""
+    """See `KernelBackend.encode_topk`."""
     return select_topk(preactivations(x_BD, W_enc_FD, b_enc_F), k)
 
 
@@ -84,9 +93,9 @@ def positive_keys(pre: Tensor) -> Tensor:
 
 
 def batch_threshold(pre_BF: Tensor, n: int, reduce: Callable[[Tensor], Tensor] | None = None) -> tuple[Tensor, Tensor]:
-    """The n-th largest positive pre-activation of a batch, as in `clt.kernels.ops.batch_threshold`.
+    """See `KernelBackend.batch_threshold`.
 
-    A radix search over the bits of the numbers, eight at a time: only counts have to cross ranks.
+    A radix search over the bits of the numbers, eight at a time: only counts are exchanged between ranks.
     """
     # The keys that share all digits found so far.
     keys = positive_keys(pre_BF).reshape(-1)
@@ -110,7 +119,7 @@ def batch_threshold(pre_BF: Tensor, n: int, reduce: Callable[[Tensor], Tensor] |
 
 
 def token_threshold(pre_BN: Tensor, n: int, reduce: Callable[[Tensor], Tensor] | None = None) -> tuple[Tensor, Tensor]:
-    """The n-th largest positive entry of every token, as in `clt.kernels.ops.token_threshold`."""
+    """See `clt.kernels.ops.token_threshold`."""
     keys_BN = positive_keys(pre_BN)
     prefix_B = torch.zeros(len(pre_BN), dtype=torch.int64, device=pre_BN.device)
     wanted_B = torch.full_like(prefix_B, n)
@@ -131,7 +140,7 @@ def token_threshold(pre_BN: Tensor, n: int, reduce: Callable[[Tensor], Tensor] |
 
 
 def select_above(pre_BF: Tensor, threshold: Tensor, quota: Tensor, capacity: int) -> tuple[Tensor, Tensor, Tensor]:
-    """Codes of the pre-activations above a threshold, as in `clt.kernels.ops.select_above`."""
+    """See `KernelBackend.select_above`."""
     keys_BF, bound = positive_keys(pre_BF), positive_keys(threshold)
     # In (token, feature) order.
     tokens, features = ((keys_BF >= bound) & (keys_BF > 0)).nonzero(as_tuple=True)
@@ -166,7 +175,7 @@ def _reconstruct(
 def decode(
     values_SBK: Tensor, indices_SBK: Tensor, W_dec_SFD: Tensor, b_dec_D: Tensor, skip_BD: Tensor | None
 ) -> Tensor:
-    """Sum over sources and slots of value times decoder vector, plus bias and skip, as in `clt.kernels.ops.decode`."""
+    """See `KernelBackend.decode`."""
     return _reconstruct(values_SBK, indices_SBK, W_dec_SFD, b_dec_D, skip_BD).to(W_dec_SFD.dtype)
 
 
@@ -179,7 +188,7 @@ def decode_loss(
     weights_B: Tensor | None,
     skip_BD: Tensor | None,
 ) -> tuple[Tensor, Tensor]:
-    """Weighted squared error of a reconstruction and its residual, as in `clt.kernels.ops.decode_loss`."""
+    """See `KernelBackend.decode_loss`."""
     residual_BD = _reconstruct(values_SBK, indices_SBK, W_dec_SFD, b_dec_D, skip_BD) - y_BD
     error_B = residual_BD.square().mean(dim=1)
     error = error_B.mean() if weights_B is None else (error_B * weights_B).sum()
@@ -187,7 +196,7 @@ def decode_loss(
 
 
 def decoder_grad(inputs: DecoderGradInputs, need_W: bool = True) -> tuple[Tensor, Tensor | None]:
-    """Gradients of `decode`, as in `KernelBackend.decoder_grad`."""
+    """See `KernelBackend.decoder_grad`."""
     values_SBK, W_dec_SFD = inputs.values_SBK, inputs.W_dec_SFD
     wide = accumulator(W_dec_SFD.dtype)
     grad_BD = inputs.grad_BD.to(wide)
@@ -207,7 +216,7 @@ def decoder_grad(inputs: DecoderGradInputs, need_W: bool = True) -> tuple[Tensor
 
 
 def encoder_grad(inputs: EncoderGradInputs) -> tuple[Tensor, Tensor]:
-    """Gradients of `encode_topk`, as in `KernelBackend.encoder_grad`."""
+    """See `KernelBackend.encoder_grad`."""
     indices_BK, x_BD = inputs.indices_BK, inputs.x_BD
     wide = accumulator(x_BD.dtype)
     live_BK = torch.where(inputs.values_BK == 0, 0, inputs.grad_values_BK.to(wide))

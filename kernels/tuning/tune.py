@@ -1,4 +1,4 @@
-"""Tuner: measures launch settings on this GPU and writes them into a table. Run by hand, never while a model trains:
+"""Tuner: measures launch settings on this GPU and writes them into a table. Run manually, never during training:
 
     python -m clt.kernels.tuning.tune --out kernels/gpu/configs.json --size 4096x32768x64 --tokens 4096 --tokens 32768
 
@@ -55,7 +55,13 @@ Measure = Callable[[Callable[[], object]], float]
 
 
 def rule(op: str, dtype: torch.dtype, shape: LayerShape) -> Settings:
-    """Settings that `clt.kernels.gpu.configs` gives for an operation, from its table or by rule."""
+    """Settings that `clt.kernels.gpu.configs` gives for an operation, from its table or by rule.
+
+    Args:
+        op: a key of `OPS`.
+        dtype: dtype of the weights.
+        shape: sizes of the layer and the batch.
+    """
     d_model, n_features, k, tokens = dataclasses.astuple(shape)
     match OPS[op].section:
         case "gather":
@@ -71,7 +77,16 @@ def rule(op: str, dtype: torch.dtype, shape: LayerShape) -> Settings:
 
 
 def candidates(op: str, dtype: torch.dtype, shape: LayerShape) -> list[Settings]:
-    """The settings to try for an operation, in a fixed order; the first is the rule's."""
+    """The settings to try for an operation, in a fixed order.
+
+    Args:
+        op: a key of `OPS`.
+        dtype: dtype of the weights.
+        shape: sizes of the layer and the batch.
+
+    Returns:
+        Distinct settings; the first is that of `rule`.
+    """
     spaces: dict[str, Iterable[Settings]] = {
         "gather": _gathers(dtype, shape),
         "select": (SelectConfig(group=group, num_warps=warps) for group in (16, 32, 64) for warps in (1, 2, 4)),
@@ -102,7 +117,13 @@ def _gemms(dtype: torch.dtype) -> Iterator[GemmConfig]:
 
 
 def agree(result: Sequence[Tensor], expected: Sequence[Tensor], dtype: torch.dtype | None = None) -> bool:
-    """True if integers are equal and numbers within the `TOLERANCE` of a dtype, None for that of each tensor."""
+    """True if integers are equal and numbers agree within `TOLERANCE`; false if any is NaN.
+
+    Args:
+        result: tensors to check.
+        expected: tensors of the reference, in the same order.
+        dtype: the tolerance's dtype; None for that of each tensor.
+    """
     for got, wanted in zip(result, expected, strict=True):
         if wanted.is_floating_point():
             limit = TOLERANCE[dtype or wanted.dtype] * wanted.abs().max()
@@ -226,7 +247,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     for (d_model, n_features, k), tokens in itertools.product(options.size, options.tokens or [4096]):
         shape = LayerShape(d_model=d_model, n_features=n_features, k=k, tokens=tokens)
         inputs = TuningInputs(dtype, shape, "cuda")
-        # Written after every shape: what was measured is kept if a later one fails.
+        # Written after every shape: measurements are kept if a later one fails.
         found = tune(options.op or list(OPS), dtype, shape, inputs.call_of, cuda_microseconds)
         write_table(options.out, found, measured)
 

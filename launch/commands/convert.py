@@ -33,9 +33,9 @@ class ConvertRequest:
         write_as: format of `target`.
         store: path or URL of the activations to calibrate on, if any.
         tokens: tokens of the store to calibrate on, all held in memory, without beginning-of-sequence tokens.
-        read_site: what the encoders read, where the files do not record it or are wrong.
+        read_site: site that the encoders read, if the files do not record it or are wrong.
         k: active features per token, where the files do not record it.
-        combine: how sources that were trained independently are combined, where the files do not record it.
+        combine: combination of independently trained sources, if the files do not record it.
     """
 
     source: Path
@@ -71,7 +71,7 @@ def calibration_tokens(path: str, config: CLTConfig, tokens: int) -> Sequence[Ac
     Args:
         path: of the store.
         config: of the transcoder that reads them.
-        tokens: how many, without beginning-of-sequence tokens.
+        tokens: number of tokens, without beginning-of-sequence tokens.
 
     Returns:
         Raw activations, x and y [n_layers,B,D].

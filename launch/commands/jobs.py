@@ -12,16 +12,16 @@ from clt.launch.settings_reference import keys_markdown
 _INTRODUCTION = """\
 # Settings
 
-All keys of the jobs; `clt settings > docs/settings.md` makes this page from the settings classes, and `clt VERB --help`
-prints one job's. A job is `clt VERB [CONFIG] [key=value ...]`, or the script of that name in `launch/` with the same
-words. CONFIG is a YAML file; `key=value`, `--key value` and `--key=value` set a key or replace its value of the file.
-Without CONFIG all keys come from the command line. Text and paths are taken as they are (`null` is no value where the
-type says so), lists are YAML or items separated by commas, other values are YAML:
+All keys of the jobs. `clt settings > docs/settings.md` generates this page; `clt VERB --help` prints one job's. A job
+is `clt VERB [CONFIG] [key=value ...]`, or the script of that name in `launch/` with the same arguments. CONFIG is a
+YAML file; `key=value`, `--key value` and `--key=value` set a key or replace its value of the file. Without CONFIG all
+keys come from the command line. Text and paths are literal (`null` is no value if the type allows it), lists are YAML
+or items separated by commas, other values are YAML:
 
     clt attribute --model MODEL --clt FOLDER --output FOLDER "prompt=USER: <image> Which color?" images=board.png
 
 A section is a group of keys: `optimizer.eps` is the key `eps` of the section `optimizer`. Setting a key of an optional
-section turns the section on, `section=null` turns it off. `[]` stands for an item of a list, which only YAML can give.
+section turns the section on, `section=null` turns it off. `[]` is an item of a list, which can only be set in YAML.
 """
 
 

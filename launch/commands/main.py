@@ -4,16 +4,12 @@
     clt capture configs/capture/toy.yaml source.toy.n=100
     clt plan configs/train/llava_7b.yaml --model layers=32,width=4096 --gpus 8
     clt train configs/train/toy.yaml --dry-run
-    clt join runs/independent/clt runs/independent/layer_*
     clt convert runs/toy/clt runs/toy/circuit_tracer --to circuit_tracer --calibrate runs/toy/store
-    clt push runs/toy/clt OWNER/NAME
     clt evaluate configs/evaluate/toy.yaml
     clt attribute configs/attribute/toy.yaml index=3
-    clt view runs/demo/graph
 
 Jobs (capture, train, evaluate, attribute, demo) are `clt VERB [CONFIG] [key=value ...]`; `clt VERB --help` lists their
-keys. An error of the user is one line on standard error and exit code 2. Training on several processes is
-`torchrun launch/train.py CONFIG [key=value ...]`.
+keys. User errors are one line on standard error and exit code 2. Several processes: `torchrun launch/train.py CONFIG`.
 """
 
 from __future__ import annotations
@@ -157,7 +153,7 @@ def convert(
     ] = None,
     tokens: Annotated[int, typer.Option(min=1, help="Tokens of that store; all are held in memory.")] = 100_000,
     read_site: Annotated[
-        ReadSite | None, typer.Option(help="What encoders read, if the files do not record it.")
+        ReadSite | None, typer.Option(help="Site that encoders read, if the files do not record it.")
     ] = None,
     k: Annotated[
         int | None, typer.Option(min=1, help="vlm_clt_training: active features of a TopK transcoder.")

@@ -5,7 +5,7 @@
     clt store verify runs/toy/store --level chunk
     clt store export-pt runs/toy/store runs/toy/pt
 
-Each command calls one function, which scripts can import. A user's mistake, or a store that `verify` finds damaged, is
+Each command calls one function, which scripts can import. A user error, or a store that `verify` finds damaged, is
 one line on standard error and exit code 2.
 """
 

@@ -1,4 +1,4 @@
-"""How typer passes on the words of a job, which `clt.launch.script.read_words` reads."""
+"""Typer arguments of job commands: all words are passed on to `clt.launch.script.read_words`."""
 
 from __future__ import annotations
 
@@ -6,6 +6,6 @@ from typing import Annotated, Any
 
 import typer
 
-#: Arguments of `command()`: options that typer does not know are words of the job too.
+#: Arguments of `command()`: unknown options are words of the job too.
 TAKES_WORDS: dict[str, Any] = {"context_settings": {"ignore_unknown_options": True}}
 Words = Annotated[list[str] | None, typer.Argument(metavar="CONFIG|KEY=VALUE", help="File of the job and its keys.")]

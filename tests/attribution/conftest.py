@@ -1,4 +1,4 @@
-"""What tests of attribution share: graphs made by hand, a tiny random Llama, random transcoders."""
+"""Fixtures of attribution tests: hand-written graphs, a tiny random Llama, random transcoders."""
 
 import math
 from collections.abc import Callable

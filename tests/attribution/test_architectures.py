@@ -1,4 +1,4 @@
-"""Every supported architecture: MLPs replaced with recorded errors, and attribution that works or says why not."""
+"""Every supported architecture: MLPs replaced with recorded errors, and attribution that works or gives a reason."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from clt.errors import ModelError
 
 from ..capture.tiny_models import IMAGE_PROCESSORS, MODELS, make_adapter, prompt_for
 
-#: Norms, caps or streams that attribution does not linearise yet, and the words that say so.
+#: Norms, caps or streams that attribution does not linearise yet, and the words of the error.
 REFUSED = {
     "qwen3_vl": "residual stream after layer 0",
     "gemma3": "Gemma3RMSNorm",
@@ -45,7 +45,7 @@ def test_recorded_errors_make_the_replacement_model_the_model(name, make_random_
 
 
 @pytest.mark.parametrize("name", list(MODELS))
-def test_edges_are_what_interventions_measure_or_attribution_is_refused_in_one_line(name, make_random_clt):
+def test_edges_equal_interventions_or_attribution_is_an_error(name, make_random_clt):
     adapter = make_adapter(name)
     inputs, transcoder = question(name, adapter), make_random_clt(adapter)
     settings = AttributionSettings(max_feature_nodes=8)

@@ -1,6 +1,6 @@
 """Graphs of a tiny random Llama in float64 and of the toy model with an image in float32.
 
-That every edge is its intervention's effect is in test_faithfulness.py; here: rows sum, columns mean what they say.
+That every edge is its intervention's effect is in test_faithfulness.py; here: sums of rows, meaning of columns.
 """
 
 import copy
@@ -67,7 +67,7 @@ def toy_graph(toy_adapter, toy_inputs, make_random_clt):
 
 
 def rows_of(graph, *columns):
-    """Rows of the graph as a dictionary from what the node is."""
+    """Rows of the graph as a dictionary by node."""
     names = zip(*(getattr(graph.nodes, c)[graph.rows_to_node].tolist() for c in columns), strict=True)
     return {name: graph.edges[row] for row, name in enumerate(names)}
 
@@ -223,7 +223,7 @@ def test_the_answer_may_follow_the_prompt(adapter, graph, make_random_clt):
             torch.testing.assert_close(of_longer[name].sum(), row.sum())
 
 
-def test_tokens_are_what_enters_block_0_and_not_rows_of_the_table(adapter, inputs, graph, make_random_clt):
+def test_tokens_are_inputs_of_block_0_and_not_rows_of_the_table(adapter, inputs, graph, make_random_clt):
     scaled = copy.deepcopy(adapter.model)
     scaled.model.embed_tokens.register_forward_hook(lambda module, args, output: 1.7 * output)
     scaled.model.embed_tokens.weight.data /= 1.7
@@ -243,7 +243,7 @@ def test_the_time_is_logged(adapter, inputs, make_random_clt, caplog):
     assert "features" in caplog.text and " s" in caplog.text
 
 
-def test_the_box_of_a_picture_is_what_the_centre_crop_leaves():
+def test_box_of_an_image_is_its_centre_crop():
     crop = SimpleNamespace(size={"shortest_edge": 336}, do_center_crop=True, crop_size={"height": 336, "width": 336})
     assert seen_box(crop, 640, 480) == pytest.approx((80, 0, 560, 480))
     assert seen_box(crop, 100, 300) == pytest.approx((0, 100, 100, 200))
@@ -258,7 +258,7 @@ def test_another_models_transcoder_is_refused(adapter, inputs, make_random_clt):
         attribute(adapter, transcoder, inputs)
 
 
-def test_features_that_read_what_they_write_are_refused(adapter, inputs, make_random_clt):
+def test_features_that_read_their_own_output_are_refused(adapter, inputs, make_random_clt):
     with pytest.raises(ConfigError, match="resid_post"):
         attribute(adapter, make_random_clt(adapter, read_site="resid_post"), inputs)
 

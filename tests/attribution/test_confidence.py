@@ -52,7 +52,7 @@ def test_wilson_interval_gives_known_values():
     assert wilson_interval(81, 263).high == pytest.approx(0.3662, abs=5e-5)
 
 
-def test_wilson_interval_without_trials_says_nothing():
+def test_wilson_interval_without_trials_is_zero_to_one():
     interval = wilson_interval(0, 0)
     assert math.isnan(interval.rate)
     assert (interval.low, interval.high) == (0.0, 1.0)

@@ -1,4 +1,4 @@
-"""The JSON document of a graph: the common schema, unique ids, exact boxes, honest counts."""
+"""The JSON document of a graph: the common schema, unique ids, exact boxes, correct counts."""
 
 import json
 from collections import Counter
@@ -22,7 +22,7 @@ from clt.attribution.viewer.document import GraphDocument, ImageEntry
 from clt.attribution.viewer.page import write_export
 from clt.errors import GraphError
 
-# What Neuronpedia's graph-schema.json requires, with the types it names.
+# Required keys of Neuronpedia's graph-schema.json, with their types.
 REQUIRED_METADATA: dict[str, Any] = {"slug": str, "scan": str, "prompt_tokens": list, "prompt": str}
 REQUIRED_NODE: dict[str, Any] = {
     "node_id": str,
@@ -73,7 +73,7 @@ def test_document_has_the_fields_and_types_of_the_common_schema(document: GraphD
                 assert isinstance(entry[name], kind), (name, entry[name])
 
 
-def test_document_survives_a_round_trip_through_json(document: GraphDocument) -> None:
+def test_document_is_unchanged_by_a_round_trip_through_json(document: GraphDocument) -> None:
     assert json.loads(document.to_json()) == document.to_tree()
 
 
@@ -177,7 +177,7 @@ def test_images_of_another_prompt_are_refused(graph: Graph, originals: list[tupl
         graph_document(graph, prune(graph), [Image.new("RGB", size) for size in originals])
 
 
-def test_cap_keeps_the_most_influential_and_says_what_it_left_out(graph: Graph, document: GraphDocument) -> None:
+def test_cap_keeps_the_most_influential_and_counts_the_omitted(graph: Graph, document: GraphDocument) -> None:
     capped = graph_document(graph, prune(graph), max_nodes=10)
     inner = {"feature", "error", "bias"}
     all_inner = [node for node in document.nodes if node.kind in inner]
@@ -259,7 +259,7 @@ def test_a_graph_pruned_elsewhere_is_refused(graph: Graph, make_graph: Callable[
         graph_document(graph, prune(make_graph(seed=1)))
 
 
-def test_export_writes_both_files_and_nothing_else(document: GraphDocument, tmp_path: Path) -> None:
+def test_export_writes_exactly_two_files(document: GraphDocument, tmp_path: Path) -> None:
     page = write_export(document, tmp_path / "new" / "graph")
     assert sorted(path.name for path in page.parent.iterdir()) == ["graph.json", "index.html"]
     assert json.loads((page.parent / "graph.json").read_text()) == document.to_tree()

@@ -1,4 +1,4 @@
-"""The claim that matters most: each edge equals the measured effect of its intervention, image tokens included."""
+"""The central claim: each edge equals the measured effect of its intervention, image tokens included."""
 
 from dataclasses import replace
 

@@ -1,4 +1,4 @@
-"""The graph's own properties, and its file: bitwise back, whole or not at all, damage noticed in one line."""
+"""Properties of the graph and of its file: bit-equal round trip, atomic writes, damage is a one-line error."""
 
 import json
 import pickle
@@ -154,7 +154,7 @@ def test_an_edge_that_is_not_finite_is_refused(graph, tmp_path, value):
         Graph.load(tmp_path / "graph.safetensors")
 
 
-def test_ids_are_unique_and_say_what_a_node_is(graph):
+def test_ids_are_unique_and_identify_the_node(graph):
     ids = graph.nodes.ids()
     assert len(set(ids)) == len(ids) == len(graph.nodes)
     by_kind = {NodeKind(kind): ids[node] for node, kind in enumerate(graph.nodes.kind.tolist())}

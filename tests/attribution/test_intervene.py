@@ -82,7 +82,7 @@ def test_features_upstream_of_an_intervention_do_not_change(model: ReplacementMo
     assert bool(((changed.layer > 0) & (changed.position >= 4)).all())
 
 
-def test_intervention_on_nothing_is_refused_or_warned_of(model, caplog: pytest.LogCaptureFixture) -> None:
+def test_intervention_without_effect_is_an_error_or_a_warning(model, caplog: pytest.LogCaptureFixture) -> None:
     with pytest.raises(GraphError, match="interventions is empty"):
         model.intervene(PROMPT, [])
     with pytest.raises(GraphError, match=r"freeze=\['mlp'\]: unknown; choose among attention, norms, features"):
@@ -128,7 +128,7 @@ def table(rows: list[tuple[int, int, int, float]]) -> FeatureTable:
     )
 
 
-def test_table_of_codes_by_hand() -> None:
+def test_table_of_hand_written_codes() -> None:
     values = torch.tensor([[[1.0, 2.0], [0.0, 0.0], [3.0, 0.0]], [[0.0, 0.0], [4.0, 0.5], [0.0, 0.0]]])
     indices = torch.tensor([[[0, 4], [0, 0], [2, 0]], [[0, 0], [1, 3], [0, 0]]], dtype=torch.int32)
     found = FeatureTable.from_codes(SparseCodes(values=values, indices=indices, n_features=5), (1, 2), TOKENS)
@@ -153,7 +153,7 @@ def test_table_of_codes_by_hand() -> None:
     assert repr(found).splitlines()[0] == "FeatureTable: 5 active features, 3 tokens, layers 1..2"
 
 
-def test_changes_between_tables_by_hand() -> None:
+def test_changes_between_hand_written_tables() -> None:
     before = table([(1, 0, 4, 2.0), (1, 2, 2, 3.0), (2, 1, 1, 4.0)])
     after = table([(1, 0, 4, 2.0), (2, 1, 1, 4.5), (2, 2, 0, 1.0)])
     changes = FeatureChanges.between(before, after)

@@ -1,4 +1,4 @@
-"""The linear model against autograd through the real modules, and its refusal of what it cannot reproduce."""
+"""The linear model against autograd through the real modules, and its errors for unsupported models."""
 
 import copy
 from dataclasses import replace
@@ -73,7 +73,7 @@ def test_pull_attention_equals_autograd_with_frozen_pattern_and_denominators(ada
     assert not torch.stack(expected)[:, reach:].any(), "later positions cannot be reached"
 
 
-def test_linear_model_knows_that_a_causal_prompt_is_causal(adapter, inputs):
+def test_linear_model_is_causal(adapter, inputs):
     linear = LinearModel(adapter, record(adapter, inputs, "resid_mid"))
     assert linear.is_causal
     assert linear.reach(torch.tensor([2, 6, 4])) == 7

@@ -46,7 +46,7 @@ def prepared(adapter, count=1, seed=11, answer=False):
 
 
 def standardised(transcoder, layer, x):
-    """What the encoder of a layer sees of raw inputs [...,D]."""
+    """Encoder inputs of a layer from raw inputs [...,D]."""
     if transcoder.config.layer_norm:
         centred = x - x.mean(-1, keepdim=True)
         return centred / (centred.square().mean(-1, keepdim=True) + 1e-5).sqrt()
@@ -155,7 +155,7 @@ def test_replaced_logits_equal_a_dense_forward_with_plain_hooks(toy_adapter, mak
     replaced = ReplacementModel(toy_adapter, transcoder).forward(batch)
     real = batch.real_mask
     torch.testing.assert_close(replaced[real], reference_logits(toy_adapter, transcoder, batch)[real], **CLOSE)
-    # The random transcoder must matter, or the comparison would say nothing.
+    # The random transcoder must matter, or the comparison would be trivial.
     assert (replaced - toy_adapter.forward(batch))[real].abs().max() > 0.5
 
 
@@ -345,7 +345,7 @@ def test_interventions_on_rows_of_a_batch_equal_separate_runs(toy_adapter, make_
 @pytest.mark.parametrize("drop_bos", [False, True])
 def test_generation_with_interventions_equals_greedy_decoding_without_cache(toy_adapter, make_clt, mlps, drop_bos):
     model = ReplacementModel(toy_adapter, make_clt(drop_bos=drop_bos))
-    # Sentences, so that decoding goes on for some steps; prompts of two lengths.
+    # Sentences, so that decoding takes some steps; prompts of two lengths.
     examples = [*toy_examples(2, 11, ("describe",)), *toy_examples(1, 11, ("exists",))]
     prompts = [toy_adapter.prepare(e.prompt, e.images) for e in examples]
     lengths = [prompt.tokens.position.shape[1] for prompt in prompts]
@@ -430,7 +430,7 @@ def test_errors_of_other_inputs_or_of_the_original_model_are_refused(toy_adapter
     model = ReplacementModel(toy_adapter, make_clt())
     prompts = prepared(toy_adapter, 2)
     errors = model.record_errors(toy_adapter.collate(prompts))
-    with pytest.raises(GraphError, match="record anew"):
+    with pytest.raises(GraphError, match="record them again"):
         model.forward(prompts[0], errors=errors)
     with pytest.raises(GraphError, match="error terms"):
         model.forward(toy_adapter.collate(prompts), errors=errors, mlps="original")

@@ -16,7 +16,7 @@ def graph(make_graph):
 
 @pytest.fixture
 def opened(monkeypatch):
-    """What `webbrowser.open` was given; no text of this test reaches a real browser."""
+    """Arguments of `webbrowser.open`; no test opens a real browser."""
     calls = []
     monkeypatch.setattr("webbrowser.open", lambda url: calls.append(url) or True)
     for name in ("DISPLAY", "WAYLAND_DISPLAY", "BROWSER"):
@@ -58,7 +58,7 @@ def test_a_threshold_out_of_range_is_refused(graph, opened, tmp_path):
         graph.show(tmp_path, node_threshold=0)
 
 
-def test_repr_says_what_a_graph_is_of(graph):
+def test_repr_has_prompt_and_model_of_a_graph(graph):
     n_rows = len(graph.rows_to_node)
     assert repr(graph) == (
         "Graph(prompt='USER: <image>', model='toy', n_features=15, n_errors=225, n_tokens=75, n_targets=2, "

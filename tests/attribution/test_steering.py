@@ -1,4 +1,4 @@
-"""The steering experiment: its ranking and matching by hand, and a transcoder in which one feature holds the answer."""
+"""Steering experiment: hand-computed ranking and matching, and a transcoder where one feature decides the answer."""
 
 from collections import defaultdict
 from dataclasses import replace
@@ -152,7 +152,7 @@ def test_ablating_the_feature_that_holds_the_answer_changes_it_and_the_control_d
         assert (result.control.successes, result.control.trials) == (0, 3)
         assert result.ablated_margin < 0
         assert result.control_margin == pytest.approx(1, abs=0.05)
-        # Nothing else writes as much, and the report says so.
+        # Nothing else writes as much, and the report shows it.
         assert result.strength_ratio < 0.01
 
 
@@ -200,7 +200,7 @@ def test_report_equals_ablations_run_one_by_one(toy_adapter):
     assert steer(toy_adapter, transcoder, examples, settings) == report
 
 
-def test_wrong_answers_are_passed_over_and_too_few_right_ones_are_an_error(toy_adapter):
+def test_wrong_answers_are_skipped_and_too_few_correct_ones_are_an_error(toy_adapter):
     transcoder = make_clt(toy_adapter)
     right = correct_examples(toy_adapter, 2)
     wrong = replace(right[0], answer="There is a red tile on a red background.")

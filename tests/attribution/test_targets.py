@@ -1,4 +1,4 @@
-"""Which targets a prompt gets, what they weigh, what they read, and what is refused."""
+"""Targets of a prompt: selection, weights, inputs, and refused ones."""
 
 import math
 

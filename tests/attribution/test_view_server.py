@@ -1,4 +1,4 @@
-"""`clt view`: finds the page, and serves that one file to this machine alone."""
+"""`clt view`: finds the page and serves only that file, only to this machine."""
 
 import http.client
 import threading

@@ -79,7 +79,7 @@ def document(make_graph: Callable[..., Graph]) -> GraphDocument:
 
 @pytest.fixture(scope="module")
 def hostile(make_graph: Callable[..., Graph]) -> GraphDocument:
-    """A graph whose every text tries to leave its place."""
+    """A graph in which every text attempts an injection."""
     graph = make_graph(words=(HOSTILE, *["<image>"] * 4, HOSTILE, "{{script}}"), prompt=HOSTILE, n_features=20)
     labels = {(layer, feature): HOSTILE for layer in range(3) for feature in range(7)}
     return graph_document(graph, prune(graph), slug=HOSTILE, feature_labels=labels)
@@ -111,7 +111,7 @@ def test_page_runs_its_own_script_and_no_other(document: GraphDocument, hostile:
         assert "default-src 'none'" in policy
 
 
-def test_page_asks_nothing_of_a_network(document: GraphDocument) -> None:
+def test_page_makes_no_network_requests(document: GraphDocument) -> None:
     page = render_page(document.to_tree())
     elements = parse(page)
     style, _, script = elements.texts
@@ -177,7 +177,7 @@ def test_browser_opens_the_node_that_the_address_names(document: GraphDocument, 
 
 
 @needs_browser
-def test_browser_runs_nothing_of_a_hostile_prompt(hostile: GraphDocument, tmp_path: Path) -> None:
+def test_browser_runs_no_code_of_a_hostile_prompt(hostile: GraphDocument, tmp_path: Path) -> None:
     elements = load(write_export(hostile, tmp_path / "page"), tmp_path / "profile")
     [body] = elements.attributes("body")
     assert body["data-ready"] == "true"

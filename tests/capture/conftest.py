@@ -204,7 +204,7 @@ def make_plan(lengths: Sequence[int], rows_per_unit: int = 64) -> CapturePlan:
 
 
 def unit_data(lengths: Sequence[int], samples: range, spec: StoreSpec) -> UnitData:
-    """Activations that say where they come from: channels hold sample + 1, position, site and a random number."""
+    """Activations that identify their origin: channels hold sample + 1, position, site and a random number."""
     sample = torch.cat([torch.full((lengths[s],), s) for s in samples])
     position = torch.cat([torch.arange(lengths[s]) for s in samples])
     n = len(sample)

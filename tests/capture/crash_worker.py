@@ -64,7 +64,7 @@ class CaptureJob:
         store: folder of the store.
         trace: file in which the worker notes its last step.
         store_dtype: type of the stored values; int8 values go with zstd.
-        rank: where the worker starts.
+        rank: rank, which decides the worker's first unit.
         point: one of `POINTS`, where the signal is sent; None: nowhere.
         arrival: send it at this arrival there, counted from 1.
         signal: SIGKILL or SIGSTOP.
@@ -200,7 +200,7 @@ def activations(sample: Tensor, position: Tensor, group: SiteGroup, variant: int
 
 
 def unit_data(unit: int, variant: int = 0) -> UnitData:
-    """What a capture of the unit yields."""
+    """Activations of the unit."""
     samples = make_plan().samples(unit)
     lengths = tuple(LENGTHS[sample] for sample in samples)
     sample = torch.arange(samples.start, samples.stop).repeat_interleave(torch.tensor(lengths))

@@ -165,7 +165,7 @@ def test_generate_ends_with_any_end_of_the_models_own(llama: ModelAdapter) -> No
     last = next(place for place in range(1, 6) if free[place] not in free[:place])
     llama.model.generation_config.eos_token_id = [2, free[last]]
     assert llama.end_ids == (2, free[last])
-    # Beside a prompt that goes on longer, what follows the end is padding.
+    # Beside a longer answer, tokens after the end are padding.
     together = llama.generate(llama.collate([inputs, llama.prepare("the cat sat on a mat")]), 6)
     assert together[0] == llama.generate(inputs, 6)[0] == free[: last + 1]
 
@@ -264,7 +264,7 @@ DAMAGES: dict[str, tuple[Callable[[Path], Any], str]] = {
 
 
 @pytest.mark.parametrize("damage", DAMAGES)
-def test_from_pretrained_tells_in_one_line_what_is_wrong(damage: str, llama_folder: Path, tmp_path: Path) -> None:
+def test_from_pretrained_has_one_line_errors(damage: str, llama_folder: Path, tmp_path: Path) -> None:
     folder = tmp_path / "model"
     shutil.copytree(llama_folder, folder)
     break_it, message = DAMAGES[damage]
@@ -292,7 +292,7 @@ def test_from_pretrained_names_a_wrong_option(option: str, value: str, llama_fol
         ModelAdapter.from_pretrained(llama_folder, **{option: value})
 
 
-def test_repr_names_the_model_its_size_and_what_it_takes(llava: ModelAdapter, llama64: ModelAdapter) -> None:
+def test_repr_names_the_model_its_size_and_inputs(llava: ModelAdapter, llama64: ModelAdapter) -> None:
     assert repr(llava) == (
         "ModelAdapter(name='LlavaForConditionalGeneration', architecture=LlavaForConditionalGeneration, n_layers=3, "
         "d_model=32, dtype=float32, device=cpu, inputs=text and images)"

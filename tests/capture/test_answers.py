@@ -74,7 +74,7 @@ def test_answers_about_images_are_captured(tmp_path: Path, llava_folder: Path) -
     check(config, ModelAdapter.from_pretrained(llava_folder))
 
 
-def test_answers_are_made_once_and_a_stopped_job_goes_on(
+def test_answers_are_generated_once_and_a_stopped_job_resumes(
     tmp_path: Path, llama_folder: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     config = texts(tmp_path, llama_folder)

@@ -110,7 +110,7 @@ def test_sites_are_bit_equal_to_plain_hooks(name: str, adapter: ModelAdapter, ba
 
 
 @torch.no_grad()
-def test_sites_inside_attention_are_what_it_computes(name: str, adapter: ModelAdapter, batch: PromptInputs) -> None:
+def test_sites_inside_attention_equal_its_values(name: str, adapter: ModelAdapter, batch: PromptInputs) -> None:
     before, parts = adapter.forward(batch), named_parts(name, adapter.layers[LAYER])
     with attach(adapter, ["lm.*.[qkvz]", "lm.*.pattern", "lm.*.scores"]) as found:
         plain = plain_hooks(adapter, batch, {"z": parts["z"]})["z"]
@@ -127,7 +127,7 @@ def test_sites_inside_attention_are_what_it_computes(name: str, adapter: ModelAd
     torch.testing.assert_close(pattern @ v.repeat_interleave(groups, dim=1), z)
     attends = pattern[0, 0][batch.real_mask[0]] > 0
     assert not attends[:, ~batch.real_mask[0]].any()
-    # What a head attends to, it attends to by its scores.
+    # The attention of a head follows from its scores.
     of_scores = scores[0, 0][batch.real_mask[0]].masked_fill(~attends, -torch.inf).softmax(-1)
     torch.testing.assert_close(pattern[0, 0][batch.real_mask[0]], of_scores)
 
@@ -203,7 +203,7 @@ def test_packed_towers_attend_within_images_and_windows(name: str, block: int, s
 
 
 @torch.no_grad()
-def test_a_padded_batch_gives_what_each_prompt_gives(
+def test_a_padded_batch_equals_single_prompts(
     adapter: ModelAdapter, batch: PromptInputs, prompts: list[PromptInputs]
 ) -> None:
     sites = [f"lm.{layer}.{kind}" for layer in range(adapter.n_layers) for kind in ("resid_mid", "mlp_out")]
@@ -247,7 +247,7 @@ def test_generation_with_a_cache_is_the_greedy_continuation(
     assert torch.equal(adapter.forward(prompts[0]), before), "a generation leaves nothing behind in the model"
     n_new = max(map(len, generated))
     ids = torch.tensor([row + [0] * (n_new - len(row)) for row in generated])
-    # One forward without cache over prompts and answers; what comes after an answer's end is not looked at.
+    # One forward without cache over prompts and answers; tokens after an answer's end are ignored.
     whole = dict(batch.model_inputs)
     for key, new in (
         ("input_ids", ids),
@@ -299,7 +299,7 @@ def test_a_saved_model_is_loaded_and_captured(name: str, tmp_path: Path) -> None
         rows_per_unit=256,
     )
     capture_store(config)
-    # Its own tokenizer: transformers splits words as Qwen2 does, whatever was saved.
+    # Its own tokenizer: transformers always splits words as Qwen2 does.
     adapter = config.load()
     assert adapter.identity.fingerprint == made.identity.fingerprint
     assert torch.equal(adapter.forward(made.prepare(LONG)), made.forward(made.prepare(LONG)))

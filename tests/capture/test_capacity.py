@@ -39,7 +39,7 @@ def size_of(folder: Path) -> int:
 
 
 @pytest.mark.parametrize("store_dtype", ["bfloat16", "int8"])
-def test_the_predicted_size_is_what_a_capture_writes(config: CaptureConfig, store_dtype: str) -> None:
+def test_predicted_size_equals_that_of_a_capture(config: CaptureConfig, store_dtype: str) -> None:
     config = replace(config, store_dtype=store_dtype)
     job = plan_capture(config)
     predicted = store_size(job)
@@ -52,7 +52,7 @@ def test_the_predicted_size_is_what_a_capture_writes(config: CaptureConfig, stor
     assert 0 <= rest - json_bytes <= 4096 * (predicted.units + 1)
 
 
-def test_measuring_leaves_nothing_on_the_disk(config: CaptureConfig, tmp_path: Path) -> None:
+def test_measuring_leaves_no_files(config: CaptureConfig, tmp_path: Path) -> None:
     before = sorted(tmp_path.rglob("*"))
     report = capacity(plan_capture(config), config.output)
     assert sorted(tmp_path.rglob("*")) == before
@@ -65,7 +65,7 @@ def test_measuring_leaves_nothing_on_the_disk(config: CaptureConfig, tmp_path: P
     assert report.capture_s == pytest.approx(report.size.tokens / rate)
 
 
-def test_measuring_beside_a_store_in_memory_leaves_nothing_there(config: CaptureConfig) -> None:
+def test_measuring_beside_a_store_in_memory_leaves_no_files(config: CaptureConfig) -> None:
     pytest.importorskip("obstore")
     job = plan_capture(config)
     writer = StoreWriter("memory://capacity", job.spec, job.plan)
@@ -75,7 +75,7 @@ def test_measuring_beside_a_store_in_memory_leaves_nothing_there(config: Capture
     assert report.free_bytes is None and report.fits
 
 
-def test_what_is_committed_already_is_not_counted_again(config: CaptureConfig) -> None:
+def test_committed_units_are_not_counted_again(config: CaptureConfig) -> None:
     job = plan_capture(config)
     fresh = capacity(job, config.output, measure=False)
     assert fresh.committed_tokens == 0 and fresh.needed_bytes == fresh.size.total_bytes
@@ -90,7 +90,7 @@ def test_what_is_committed_already_is_not_counted_again(config: CaptureConfig) -
     )
 
 
-def test_too_little_space_is_seen(config: CaptureConfig) -> None:
+def test_insufficient_space_is_detected(config: CaptureConfig) -> None:
     report = capacity(plan_capture(config), config.output, measure=False)
     assert report.fits and report.free_bytes is not None
     assert not replace(report, free_bytes=report.needed_bytes - 1).fits

@@ -43,7 +43,7 @@ def turn(content: Any) -> list[dict[str, Any]]:
 
 
 @pytest.mark.parametrize("name", [name for name in MODELS if name not in IMAGE_PROCESSORS])
-def test_text_models_read_what_the_tokenizers_template_gives(name: str) -> None:
+def test_text_models_use_the_template_of_the_tokenizer(name: str) -> None:
     adapter = make_adapter(name, TEXT)
     adapter.tokenizer.chat_template = TEXT
     prompt = adapter.format_prompt(f" {QUESTION}\n")
@@ -55,7 +55,7 @@ def test_text_models_read_what_the_tokenizers_template_gives(name: str) -> None:
 
 @pytest.mark.parametrize("n_images", [0, 1, 2])
 @pytest.mark.parametrize("name", list(IMAGE_PROCESSORS))
-def test_vision_models_read_what_the_template_gives(name: str, n_images: int) -> None:
+def test_vision_models_use_the_template(name: str, n_images: int) -> None:
     template = parts_template(image_for(name))
     adapter = make_adapter(name, template)
     parts = [*({"type": "image"},) * n_images, {"type": "text", "text": QUESTION}]

@@ -46,7 +46,7 @@ class Sweep:
     def run(self, root: Path, spots: Iterable[tuple[str, int, int]], values: str, read_every: int = 1) -> Sweep:
         """Damages one byte at a time: the file, the byte, and the bits that change.
 
-        The readers are tried whenever verification sees nothing, and at every so many spots in any case.
+        The readers run whenever verification detects nothing, and at regular spots in any case.
         """
         for number, (key, position, bits) in enumerate(spots):
             contents = (root / key).read_bytes()
@@ -73,7 +73,7 @@ class Sweep:
                 assert store.zarr is not None
         except StoreError as error:
             assert key in str(error) and "\n" not in str(error)
-            assert problems, f"{key}: readers notice, verification does not"
+            assert problems, f"{key}: readers detect it, verification does not"
             self.refused += 1
         else:
             assert same, f"{key}: damage is read as data"

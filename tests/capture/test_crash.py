@@ -70,11 +70,11 @@ def draw_kills(named: Mapping[str, int], at_random: int, rng: random.Random) -> 
 
 @dataclass
 class Outcome:
-    """What happened to the workers of a store.
+    """Outcome of the workers of a store.
 
     Attributes:
         kills: by point.
-        steps: what workers that were killed at random did last.
+        steps: last steps of workers that were killed at random.
         missed: kills whose workers finished first.
         twice: workers that captured a unit that another had committed.
     """
@@ -138,7 +138,7 @@ def assert_same(root: Path, expected: Path) -> None:
 
 
 def rounded(group: SiteGroup, sample: Tensor, position: Tensor, store: ActivationStore, variant: int) -> Tensor:
-    """What a store of bfloat16 or float32 must hold."""
+    """Expected contents of a store of bfloat16 or float32."""
     return activations(sample, position, group, variant).to(store.stored_dtype)
 
 
@@ -215,7 +215,7 @@ def test_two_hundred_kills_leave_the_store_of_an_undisturbed_worker(
 
 
 def winners(store: ActivationStore, unit: int) -> list[int]:
-    """Which variant each group of a unit holds, all of it; its statistics must be those of what it holds."""
+    """Variant of each group of a unit, all of it; its statistics must be those of its contents."""
     tokens, n = store.tokens(unit), store.units[unit].n_tokens
     recorded = unit_moments(store.storage, store.commit(unit), GROUPS)
     found = []
@@ -245,7 +245,7 @@ def winners(store: ActivationStore, unit: int) -> list[int]:
 
 
 @pytest.mark.parametrize("store_dtype", ["bfloat16", "int8"])
-def test_of_two_racing_owners_one_commits_and_the_other_is_told(
+def test_of_two_racing_owners_one_commits_and_the_other_is_refused(
     workers: CaptureWorkers, tmp_path: Path, store_dtype: StoreDtype
 ) -> None:
     root = tmp_path / "store"
@@ -276,23 +276,23 @@ def test_of_two_racing_owners_one_commits_and_the_other_is_told(
         ("after-commit", "float32"),
     ],
 )
-def test_a_paused_worker_that_wakes_after_its_unit_was_taken_over_changes_nothing(
+def test_a_worker_resumed_after_its_unit_was_taken_over_changes_nothing(
     workers: CaptureWorkers, tmp_path: Path, point: str, store_dtype: StoreDtype
 ) -> None:
     root = tmp_path / "store"
     job = {"ttl_seconds": 0.3}
-    sleeper, _ = workers.start(root, store_dtype, variant=1, point=point, signal=signal.SIGSTOP, **job)
-    assert workers.wait_for(sleeper) == (sleeper, -signal.SIGSTOP)
+    paused, _ = workers.start(root, store_dtype, variant=1, point=point, signal=signal.SIGSTOP, **job)
+    assert workers.wait_for(paused) == (paused, -signal.SIGSTOP)
     other, _ = workers.start(root, store_dtype, **job)
     assert workers.wait_for(other) == (other, 0)
     before = tree(root)
-    os.kill(sleeper, signal.SIGCONT)
-    told = 0 if point == "after-commit" else ANOTHER_COMMITTED
-    assert workers.wait_for(sleeper) == (sleeper, told)
+    os.kill(paused, signal.SIGCONT)
+    expected = 0 if point == "after-commit" else ANOTHER_COMMITTED
+    assert workers.wait_for(paused) == (paused, expected)
     assert tree(root) == before
     assert not any((root / LEASES).iterdir())
     assert verify_store(root, level="full").ok
     store = open_store(root)
-    # What the sleeper had published before it was paused was adopted; the rest is the other's.
+    # Files that the paused worker had published are adopted; the rest is the other's.
     kept = {"mid-chunk": [0, 0], "mid-link": [1, 0], "after-link": [1, 0]}.get(point, [1, 1])
     assert [winners(store, unit.unit) for unit in store.units] == [kept] + [[0, 0]] * (len(store.units) - 1)

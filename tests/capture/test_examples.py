@@ -154,7 +154,7 @@ def test_toy_source_is_the_toy_samples() -> None:
         assert text.n_images == text.prompt.count("<image>") == 1
 
 
-def test_digest_follows_what_the_examples_are(tmp_path: Path) -> None:
+def test_digest_depends_on_the_examples(tmp_path: Path) -> None:
     def toy(**settings: Any) -> str:
         return open_source(SourceSettings(toy=ToySource(**settings))).digest()
 

@@ -128,7 +128,7 @@ def test_values_that_do_not_fit_into_float16_are_an_error(store: ActivationStore
         export_activations(open_store(tmp_path / "large"), tmp_path / "never", dtype="float16")
 
 
-def test_an_export_goes_on_where_it_was_stopped(store: ActivationStore, tmp_path: Path) -> None:
+def test_an_interrupted_export_resumes(store: ActivationStore, tmp_path: Path) -> None:
     out = tmp_path / "pt"
     export_activations(store, out, batch_samples=5)
     before = {name: (out / name).read_bytes() for name in names(out)}

@@ -1,4 +1,4 @@
-"""Sites: recorded tensors equal plain forward hooks, and edits act downstream as edits by hand."""
+"""Sites: recorded tensors equal plain forward hooks, and edits act downstream as direct edits."""
 
 from __future__ import annotations
 
@@ -138,7 +138,7 @@ def test_vision_tower_keeps_its_attention(llava: ModelAdapter, inputs: PromptInp
 
 
 def run_from(adapter: ModelAdapter, layer: int, resid_pre: Tensor, inputs: PromptInputs) -> Tensor:
-    """Logits of the blocks from `layer` on, by hand, for one prompt without padding."""
+    """Logits of the blocks from `layer` on, computed directly, for one prompt without padding."""
     positions = inputs.model_inputs["position_ids"]
     rotary = adapter.decoder.rotary_emb(resid_pre, position_ids=positions)
     hidden = resid_pre

@@ -58,7 +58,7 @@ def test_other_readers_find_every_array(tmp_path: Path, kind: str, read: Callabl
             array = found[data / path]
             assert array.shape == (3 * rows, *values.shape[1:]) and array.dtype == values.dtype
             assert np.array_equal(array[filled], values)
-            assert not array[filled.stop : (unit.unit + 1) * rows].any(), "rows that nobody wrote"
+            assert not array[filled.stop : (unit.unit + 1) * rows].any(), "unwritten rows"
     for group in store.spec.groups:
         for field, values in vars(store.moments(group.name)).items():
             assert np.array_equal(found.pop(data / "stats" / group.name / field), values.numpy())
@@ -89,7 +89,7 @@ def expected_arrays(store: ActivationStore, unit: int) -> dict[str, NDArray[Any]
     return arrays
 
 
-def test_metadata_says_what_the_arrays_are(tmp_path: Path) -> None:
+def test_metadata_describes_the_arrays(tmp_path: Path) -> None:
     store = make_store(tmp_path / "store", LENGTHS, store_dtype="bfloat16")
     group = store.zarr
     acts = group["acts/lm"]

@@ -163,7 +163,7 @@ def test_one_of_many_takes_a_unit(storage: Storage) -> None:
     assert [sum(unit) for unit in won] == [1] * rounds
 
 
-def test_a_lease_outlives_its_time_while_it_is_held(tmp_path: Path) -> None:
+def test_a_held_lease_is_renewed_beyond_its_time_to_live(tmp_path: Path) -> None:
     storage = LocalStorage(tmp_path)
     with Leases(storage, ttl_seconds=0.8) as one, Leases(storage) as other:
         assert one.take(3)
@@ -173,7 +173,7 @@ def test_a_lease_outlives_its_time_while_it_is_held(tmp_path: Path) -> None:
             time.sleep(0.02)
 
 
-def test_an_owner_that_lost_its_lease_says_so_and_leaves_the_other_its_own(
+def test_an_owner_that_lost_its_lease_logs_it_and_keeps_the_new_lease(
     storage: Storage, caplog: pytest.LogCaptureFixture
 ) -> None:
     with Leases(storage, ttl_seconds=0.2) as one:
@@ -216,7 +216,7 @@ def test_a_renewal_that_fails_is_logged_and_raised_unless_the_next_one_succeeds(
         assert leases.take(2)
 
 
-def test_sweeping_deletes_what_has_expired_and_nothing_else(storage: Storage) -> None:
+def test_sweeping_deletes_exactly_the_expired_leases(storage: Storage) -> None:
     put(storage, foreign(unit=1, renewed_at=0.0))
     put(storage, foreign(unit=2))
     with Leases(storage) as leases:
@@ -225,7 +225,7 @@ def test_sweeping_deletes_what_has_expired_and_nothing_else(storage: Storage) ->
         assert names(storage) == ["000002.0001.json", "000003.0001.json"]
 
 
-def test_the_leases_of_a_process_say_where_it_runs(tmp_path: Path) -> None:
+def test_leases_record_host_and_process(tmp_path: Path) -> None:
     storage = LocalStorage(tmp_path)
     with Leases(storage, ttl_seconds=7.0) as leases:
         assert leases.take(3)

@@ -90,7 +90,7 @@ def test_global_batches_do_not_depend_on_the_number_of_ranks(store: ActivationSt
         assert [key for rank in ranks for key in keys(rank[step])] == keys(whole)
 
 
-def test_drop_bos_leaves_out_bos_and_nothing_else(store: ActivationStore) -> None:
+def test_drop_bos_drops_exactly_bos(store: ActivationStore) -> None:
     one = loader(store, where=TokenFilter(drop_bos=True), batch_tokens=8)
     seen = [key for batch in islice(one, one.steps_per_epoch) for key in keys(batch)]
     assert all(position > 0 for _, position in seen)
@@ -99,7 +99,7 @@ def test_drop_bos_leaves_out_bos_and_nothing_else(store: ActivationStore) -> Non
 
 
 @pytest.mark.parametrize("taken", [0, 1, 7, TOTAL // 32, TOTAL // 32 + 2])
-def test_resumed_stream_goes_on_exactly(store: ActivationStore, taken: int) -> None:
+def test_resumed_stream_continues_exactly(store: ActivationStore, taken: int) -> None:
     original = loader(store)
     stream = iter(original)
     for _ in range(taken):
@@ -178,7 +178,7 @@ def test_iterators_of_one_loader_do_not_disturb_each_other(store: ActivationStor
         assert torch.equal(a.x, b.x) and keys(a) == keys(b)
 
 
-def test_a_single_epoch_is_the_same_batches_and_moves_nothing(store: ActivationStore) -> None:
+def test_a_single_epoch_has_the_same_batches_and_keeps_the_position(store: ActivationStore) -> None:
     one = loader(store)
     steps = one.steps_per_epoch
     endless = [keys(batch) for batch in islice(loader(store), 2 * steps)]
@@ -236,7 +236,7 @@ def test_batches_that_are_let_go_lend_their_memory(store: ActivationStore) -> No
         TokenFilter(drop_bos=True, norm_cap=0.9),
     ],
 )
-def test_a_filter_lets_through_what_it_says_and_nothing_else(store: ActivationStore, where: TokenFilter) -> None:
+def test_a_filter_passes_exactly_the_tokens_of_its_definition(store: ActivationStore, where: TokenFilter) -> None:
     cap = None if where.norm_cap is None else where.norm_cap * store.mean_norms("lm")
     expected = set()
     for unit in store.units:

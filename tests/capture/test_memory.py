@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 
-#: What the interpreter, torch's workspaces and the allocator may add to the stated budget.
+#: Memory that the interpreter, torch's workspaces and the allocator may add to the budget.
 SLACK = 64 << 20
 
 _COMMON = """
@@ -90,7 +90,7 @@ def test_committing_a_unit_adds_its_stored_copy_and_no_more(
     assert found["grown"] <= stored_share * found["captured"] + SLACK
 
 
-def test_loading_stays_within_its_budget_whatever_the_store_holds(tmp_path: Path) -> None:
+def test_loading_stays_within_its_budget_for_every_store(tmp_path: Path) -> None:
     _measured(_WRITE, tmp_path / "store", "bfloat16", "bfloat16", units=8)
     found = _measured(_READ, tmp_path / "store", "bfloat16", "bfloat16", units=8)
     assert found["budget"] + SLACK < found["store"], "the store is larger than what may be held"

@@ -135,7 +135,7 @@ def sources(draw: st.DrawFn) -> Numbered:
 
 @settings(deadline=None)
 @given(sources(), st.data())
-def test_batches_are_what_the_order_says(source: Numbered, data: st.DataObject) -> None:
+def test_batches_follow_the_read_order(source: Numbered, data: st.DataObject) -> None:
     total = int(source.rows.sum())
     batch = data.draw(st.sampled_from([b for b in (1, 2, 4, 12, 16, 64, 96) if b <= total]))
     order = ReadOrder(

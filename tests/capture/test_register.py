@@ -24,7 +24,7 @@ SIZES = {"vocab_size": len(VOCABULARY), "hidden_size": 16, "intermediate_size": 
 
 @pytest.fixture(autouse=True)
 def only_here(monkeypatch: pytest.MonkeyPatch) -> None:
-    """What a test registers is forgotten after it."""
+    """Removes registrations after each test."""
     monkeypatch.setattr(architectures, "_architectures", dict(architectures._architectures))
 
 
@@ -39,7 +39,7 @@ def register_as_in_the_docs() -> None:
 
 
 @torch.no_grad()
-def test_the_example_of_the_docs_captures_what_gpt_neox_computes() -> None:
+def test_example_of_the_docs_captures_gpt_neox() -> None:
     model = neox(use_parallel_residual=False)
     with pytest.raises(ModelError, match="GPTNeoXForCausalLM is not supported"):
         ModelAdapter(model, make_words())
@@ -86,7 +86,7 @@ def test_usual_names_need_no_description() -> None:
     assert list(found) == ["lm.0.z", "lm.1.z"]
 
 
-def test_unusual_names_are_told() -> None:
+def test_unusual_names_are_an_error() -> None:
     register_adapter("GPTNeoXForCausalLM")
     with pytest.raises(ModelError, match="no module 'self_attn or attn'"):
         ModelAdapter(neox(), make_words())

@@ -84,13 +84,13 @@ def test_zarr_python_opens_the_url(url: str) -> None:
     assert np.array_equal(acts[:n], store.read(0, 0, n, store.sites).view(torch.uint16).numpy())
 
 
-def test_second_owner_adopts_what_the_first_has_written(url: str) -> None:
+def test_second_owner_adopts_files_of_the_first(url: str) -> None:
     spec, plan = make_spec(), make_plan(LENGTHS)
     first, second = StoreWriter(url, spec, plan), StoreWriter(url, spec, plan)
     mine = unit_data(LENGTHS, plan.samples(0), spec)
     other = UnitData(**{**vars(mine), "acts": {"lm": mine.acts["lm"] + 1}})
     assert first.commit(0, mine)
-    assert not second.commit(0, other), "told that it was second"
+    assert not second.commit(0, other), "the second commit must be refused"
     for unit in (1, 2):
         second.commit(unit, unit_data(LENGTHS, plan.samples(unit), spec))
     second.finalize()

@@ -74,7 +74,7 @@ def test_status_of_a_store_that_is_being_captured(tmp_path: Path) -> None:
     assert store_status(root).pending == 2
 
 
-def test_status_of_what_cannot_be_read_is_an_error(tmp_path: Path, store: ActivationStore) -> None:
+def test_status_of_an_unreadable_store_is_an_error(tmp_path: Path, store: ActivationStore) -> None:
     with pytest.raises(StoreError, match="no activation store here"):
         store_status(tmp_path / "nothing")
     flip(Path(store.location) / "manifest.json", 200)
@@ -131,9 +131,7 @@ REBUILT = [
 
 @pytest.mark.parametrize("harm", [lambda file: flip(file, 20), Path.unlink], ids=["flipped", "missing"])
 @pytest.mark.parametrize("key", REBUILT)
-def test_what_follows_from_the_rest_is_made_again(
-    store: ActivationStore, key: str, harm: Callable[[Path], object]
-) -> None:
+def test_derived_files_are_rebuilt(store: ActivationStore, key: str, harm: Callable[[Path], object]) -> None:
     root, before = Path(store.location), tree(store.location)
     harm(root / key)
     report = repair_store(root)
@@ -215,7 +213,9 @@ def test_damaged_remains_of_a_killed_worker_do_not_stop_the_next(tmp_path: Path)
     assert capture_rest(root, LENGTHS) == expected.id
 
 
-def test_full_repair_moves_what_only_the_values_show(store: ActivationStore, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_full_repair_moves_damage_that_only_the_values_show(
+    store: ActivationStore, monkeypatch: pytest.MonkeyPatch
+) -> None:
     from clt.capture.writing import writer as module
 
     root = Path(store.location)
@@ -237,7 +237,7 @@ def defective(pack: Callable[[dict[str, object]], bytes]) -> Callable[[dict[str,
     return packed
 
 
-def test_garbage_is_what_no_record_speaks_of(tmp_path: Path) -> None:
+def test_garbage_is_unrecorded_files(tmp_path: Path) -> None:
     root = tmp_path / "store"
     writer = begun(root, 0, 1)
     (root / "units/commits/000001.json").unlink()
@@ -274,7 +274,7 @@ def test_garbage_of_a_complete_store_leaves_the_store(store: ActivationStore) ->
     assert tree(root) == before
 
 
-def test_nothing_is_moved_or_deleted_while_someone_captures(store: ActivationStore) -> None:
+def test_nothing_is_moved_or_deleted_during_a_capture(store: ActivationStore) -> None:
     root = Path(store.location)
     flip(root / ACTS, 100)
     (root / "units/.x.ab12.partial").write_bytes(b"torn")

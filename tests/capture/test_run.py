@@ -102,7 +102,7 @@ def check_against_the_model(config: CaptureConfig, adapter: ModelAdapter) -> Act
     return store
 
 
-def test_store_of_a_text_model_holds_what_the_model_computes(tmp_path: Path, llama_folder: Path) -> None:
+def test_store_of_a_text_model_equals_its_activations(tmp_path: Path, llama_folder: Path) -> None:
     config = text_config(tmp_path, llama_folder)
     capture_store(config)
     store = check_against_the_model(config, ModelAdapter.from_pretrained(llama_folder))
@@ -112,7 +112,7 @@ def test_store_of_a_text_model_holds_what_the_model_computes(tmp_path: Path, lla
     assert [i for unit in store.units for i in store.commit(unit.unit).sample_ids] == [f"t{i}" for i in range(24)]
 
 
-def test_store_of_a_vision_language_model_holds_what_the_model_computes(tmp_path: Path, llava_folder: Path) -> None:
+def test_store_of_a_vision_language_model_equals_its_activations(tmp_path: Path, llava_folder: Path) -> None:
     config = image_config(tmp_path, llava_folder)
     capture_store(config)
     store = check_against_the_model(config, ModelAdapter.from_pretrained(llava_folder))
@@ -150,7 +150,7 @@ def test_read_site_is_a_choice(tmp_path: Path, llama_folder: Path) -> None:
 
 
 def tree(root: Path) -> dict[str, bytes]:
-    """All files of a store; what a killed process was writing is no part of it."""
+    """All files of a store; partial files of a killed process are not part of it."""
     files = [path for path in sorted(root.rglob("*")) if path.is_file() and path.suffix != ".partial"]
     return {str(path.relative_to(root)): path.read_bytes() for path in files}
 

@@ -42,7 +42,7 @@ def write(path: Path, value: Any) -> Path:
     return path
 
 
-def test_amber_queries_are_what_the_same_json_lines_are(tmp_path: Path, images: Path) -> None:
+def test_amber_queries_equal_the_same_json_lines(tmp_path: Path, images: Path) -> None:
     rows = {"columns": {"prompt": "query"}, "prompt_template": "USER: <image>\n{prompt}", "image_dir": images}
     queries = source(json={"file": write(tmp_path / "queries.json", list(ROWS)), **rows})
     assert listing(queries) == [
@@ -105,7 +105,7 @@ def test_a_folder_gives_every_image_below_it_the_same_prompt(images: Path) -> No
         source(folder={"path": images / "notes", "prompt": "p"})
 
 
-def test_dataset_without_its_package_says_what_to_install(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_dataset_without_its_package_names_the_package(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "datasets", None)
     with pytest.raises(InputError, match=r"source\.dataset needs the package 'datasets'; pip install datasets"):
         source(dataset={"name": "any"})
@@ -146,7 +146,7 @@ class TestDatasets:
         assert [found.sizes(i) for i in range(3)] == [((2, 3),), (), ((5, 4),)]
         assert loaded[0].images[0].getpixel((0, 0)) == (255, 0, 0) and loaded[2].images[0].mode == "RGB"
 
-    def test_a_row_may_have_several_pictures_and_no_prompt_of_its_own(self, saved: Path) -> None:
+    def test_a_row_may_have_several_images_and_no_prompt(self, saved: Path) -> None:
         columns = {"prompt": None, "image": "images"}
         found = source(dataset={"name": str(saved / "saved"), "columns": columns, "prompt_template": "p", "limit": 2})
         assert listing(found) == [("0", "p", 2, "yes"), ("1", "p", 0, None)]
@@ -155,7 +155,7 @@ class TestDatasets:
         other = {"prompt": None}
         assert found.digest() != source(dataset={"name": str(saved / "saved"), "columns": other, "limit": 2}).digest()
 
-    def test_what_is_wrong_is_named(self, saved: Path) -> None:
+    def test_errors_name_the_row(self, saved: Path) -> None:
         def message(name: str, **settings: Any) -> str:
             with pytest.raises(InputError) as error:
                 source(dataset={"name": str(saved / name), **settings})

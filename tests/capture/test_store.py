@@ -40,7 +40,7 @@ def expected_rows(store: ActivationStore, unit: int, group: str = "lm") -> Tenso
     return data.acts[group][store.natural_index(unit)]
 
 
-def test_repr_names_what_a_store_holds(store: ActivationStore) -> None:
+def test_repr_describes_the_store(store: ActivationStore) -> None:
     assert repr(store) == (
         f"ActivationStore(id={store.id[:12]}, model={store.model.name!r}, tokens=132, sites={len(store.sites)}, "
         f"dtype=float32, location={store.location!r})"
@@ -258,7 +258,7 @@ def test_committed_units_of_an_unfinished_store_can_be_read(tmp_path: Path, stor
     assert found.stats(found.sites).count == 63 + 64
 
 
-def test_opening_what_is_no_store_is_an_error(tmp_path: Path) -> None:
+def test_opening_a_folder_without_a_store_is_an_error(tmp_path: Path) -> None:
     with pytest.raises(StoreError, match="no activation store here"):
         open_store(tmp_path / "missing")
     with pytest.raises(StoreError, match="no activation store here"):

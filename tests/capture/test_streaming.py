@@ -102,7 +102,7 @@ def test_epoch_holds_each_token_once_with_the_values_of_a_store(
     assert set(seen) <= set(expected)
 
 
-def test_ring_is_bounded_and_goes_on_for_ever(job: CaptureJob, tmp_path: Path) -> None:
+def test_ring_is_bounded_and_endless(job: CaptureJob, tmp_path: Path) -> None:
     ring = make_ring(job, tmp_path / "ring")
     most = max(len(units) for units in ring.generations(0))
     assert job.plan.n_units > 3 * most
@@ -134,7 +134,7 @@ def test_ranks_share_the_batches_of_one(job: CaptureJob, memory: str, world: int
 
 
 @pytest.mark.parametrize("taken", [0, 1, 9, 30])
-def test_resumed_stream_goes_on_exactly(job: CaptureJob, tmp_path: Path, taken: int) -> None:
+def test_resumed_stream_continues_exactly(job: CaptureJob, tmp_path: Path, taken: int) -> None:
     original = loader(make_ring(job, tmp_path / "ring"))
     stream = iter(original)
     for _ in range(taken):

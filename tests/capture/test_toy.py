@@ -107,7 +107,7 @@ def test_toy_examples_repeat_for_a_seed_and_share_no_image_with_another_seed() -
 
 
 @pytest.mark.parametrize("task", BIASED_TASKS)
-def test_answers_are_what_the_pixels_say(task: str) -> None:
+def test_answers_match_the_pixels(task: str) -> None:
     for sample in toy_samples(300, seed=3, tasks=(task,)):
         example = sample.to_example("x")
         assert example.answer == sample.answer == answer_from_pixels(example.images[0], sample.question)

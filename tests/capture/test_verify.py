@@ -60,7 +60,7 @@ def test_whole_store_has_no_problems(tmp_path: Path, kind: str, level: Level) ->
         assert 0 < report.bytes < total
 
 
-def test_store_in_an_object_store_is_verified_alike(store: ActivationStore) -> None:
+def test_store_in_an_object_store_is_verified_too(store: ActivationStore) -> None:
     pytest.importorskip("obstore")
     remote = open_storage("memory://test_verify")
     for key, contents in tree(store.location).items():
@@ -71,7 +71,7 @@ def test_store_in_an_object_store_is_verified_alike(store: ActivationStore) -> N
     assert [problem.path for problem in verify_store(remote, "index").problems] == ["data.zarr/norms/lm/c/1/0"]
 
 
-def test_all_problems_are_found_in_one_run_and_say_what_to_do(store: ActivationStore) -> None:
+def test_all_problems_are_found_in_one_run_with_their_remedies(store: ActivationStore) -> None:
     root = Path(store.location)
     flip(root / "data.zarr/acts/lm/c/0/0/0", 100)
     (root / "data.zarr/tokens/modality/c/1").unlink()
@@ -95,7 +95,7 @@ def test_all_problems_are_found_in_one_run_and_say_what_to_do(store: ActivationS
     assert text["ok"] is False and len(text["problems"]) == 5
 
 
-#: What each level sees: the file, what happens to it, and the lowest level that notices.
+#: Damage by level: the file, its damage, and the lowest level that detects it.
 DAMAGE: dict[str, tuple[str, Callable[[Path], object], Level]] = {
     "missing shard": ("data.zarr/acts/lm/c/1/0/0", Path.unlink, "index"),
     "truncated shard": ("data.zarr/acts/lm/c/1/0/0", lambda f: f.write_bytes(f.read_bytes()[:-1]), "index"),
@@ -136,12 +136,12 @@ def test_damage_is_found_from_its_level_on(tmp_path: Path, store: ActivationStor
     key, harm, lowest = DAMAGE[name]
     harm(Path(store.location) / key)
     for level in LEVELS:
-        noticed = LEVELS.index(level) >= LEVELS.index(lowest)
-        assert (key in paths(store.location, level)) == noticed, level
+        detected = LEVELS.index(level) >= LEVELS.index(lowest)
+        assert (key in paths(store.location, level)) == detected, level
 
 
 @pytest.mark.parametrize("level", LEVELS)
-def test_files_that_nobody_recorded_are_problems(store: ActivationStore, level: Level) -> None:
+def test_unrecorded_files_are_problems(store: ActivationStore, level: Level) -> None:
     root = Path(store.location)
     foreign = ["notes.txt", "data.zarr/acts/lm/c/3/0/0", "units/commits/000003.json", "data.zarr/tokens/.zattrs"]
     allowed = ["units/leases/000001.0001.json", "quarantine/000001/manifest.json", "data.zarr/.x.ab12.partial"]
@@ -202,7 +202,7 @@ def test_answers_must_fit_their_samples(tmp_path: Path, answers: tuple[int, ...]
 def test_store_of_another_major_version_is_no_damage_but_an_error(store: ActivationStore, version: str) -> None:
     root = Path(store.location)
     rewrite(root / "store.json", lambda text: text.replace('"2.1"', f'"{version}"'))
-    assert paths(root) == ["store.json"], "one file that says so is damage"
+    assert paths(root) == ["store.json"], "one file of another version is damage"
     rewrite(root / "manifest.json", lambda text: text.replace('"2.1"', f'"{version}"'))
     with pytest.raises(StoreError, match=f"manifest.json: store schema '{version}', this program reads 2.1"):
         verify_store(root)

@@ -72,7 +72,7 @@ def test_static_workers_do_their_share_and_stop(storage: Storage) -> None:
     assert names(storage) == []
 
 
-def test_a_leasing_worker_does_its_share_first_and_then_what_is_left(storage: Storage) -> None:
+def test_a_leasing_worker_does_its_share_first_and_then_remaining_units(storage: Storage) -> None:
     writer = begin(storage)
     commit(writer, 2)
     assert captured(writer, Schedule(rank=1, world=3)) == [1, 4, 5, 0, 3, 6]
@@ -149,6 +149,6 @@ def test_a_unit_that_was_committed_before_its_lease_was_given_up_is_not_captured
     assert captured(begin(Late(tmp_path)), Schedule()) == [1, 2, 3, 4, 5, 6]
 
 
-def test_a_worker_that_comes_back_without_its_unit_is_a_defect(tmp_path: Path) -> None:
+def test_a_worker_that_returns_without_its_unit_is_a_defect(tmp_path: Path) -> None:
     with pytest.raises(AssertionError, match="committed before the next"):
         list(assigned_units(begin(LocalStorage(tmp_path)), Schedule()))

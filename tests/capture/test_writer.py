@@ -121,7 +121,7 @@ def test_second_owner_of_a_unit_agrees_with_the_first_about_every_file(tmp_path:
     assert one.commit(0, data[0])
     before = tree(tmp_path / "store")
     nudged = replace(data[0], acts={"lm": data[0].acts["lm"] * 1.01})
-    assert not other.commit(0, nudged), "the first owner's record stands"
+    assert not other.commit(0, nudged), "the first owner's record is kept"
     assert tree(tmp_path / "store") == before
     # The first worker, killed between its files and its record, leaves files that the second one keeps.
     (tmp_path / "store/units/commits/000000.json").unlink()

@@ -1,4 +1,4 @@
-"""What tests of this folder share: `sparse_cases`, the tiny job of tests/distributed, and a stand-in for the hub."""
+"""Fixtures of this folder: `sparse_cases`, the tiny job of tests/distributed, and a local hub server."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ sys.path.insert(0, str(Path(__file__).parent))
 
 @pytest.fixture
 def hub(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Iterator[HubStandIn]:
-    """A stand-in that this process talks to as its owner, without touching the settings of whoever runs the tests."""
+    """A local hub server that this process uses as its owner, without touching the user's own settings."""
     with hub_stand_in() as hub:
         for name, value in environment(hub, tmp_path).items():
             monkeypatch.setenv(name, value)

@@ -1,4 +1,4 @@
-"""Checkpoints: complete or absent, checked before they are believed, and only for the job they belong to."""
+"""Checkpoints: complete or absent, verified before use, and refused by other jobs."""
 
 from __future__ import annotations
 
@@ -82,7 +82,7 @@ def test_missing_file_is_named(name: str, mesh: Mesh, interrupted: Path) -> None
         _resume(mesh, interrupted)
 
 
-def test_pointer_to_nothing_is_told(mesh: Mesh, interrupted: Path) -> None:
+def test_pointer_to_a_missing_checkpoint_is_an_error(mesh: Mesh, interrupted: Path) -> None:
     (interrupted.parent / "latest").write_text("step_00000009\n")
     with pytest.raises(CheckpointError, match="latest: names 'step_00000009', which does not exist"):
         _resume(mesh, interrupted)
@@ -154,7 +154,7 @@ def test_folder_that_a_killed_run_left_unnamed_is_replaced(mesh: Mesh, interrupt
     verify_folder(folder)
 
 
-def test_what_a_run_killed_after_its_last_checkpoint_left_is_removed(mesh: Mesh, interrupted: Path) -> None:
+def test_reports_after_the_last_checkpoint_of_a_killed_run_are_removed(mesh: Mesh, interrupted: Path) -> None:
     folder = _resume(mesh, interrupted)
     leftover = folder.with_name(".step_00000003.old.tmp")
     interrupted.rename(leftover)

@@ -1,4 +1,4 @@
-"""Checksums: the published value, and pieces that add up."""
+"""Checksums: the published test value, and combination of parts."""
 
 from __future__ import annotations
 
@@ -20,6 +20,6 @@ def test_pieces_add_up(first: bytes, second: bytes) -> None:
 
 
 @given(st.binary(max_size=300))
-def test_data_followed_by_its_checksum_says_nothing_about_the_data(data: bytes) -> None:
-    """Why a shard's record leaves the checksums of its chunks out."""
+def test_checksum_of_data_and_its_checksum_is_constant(data: bytes) -> None:
+    """Reason why a shard's record omits the checksums of its chunks."""
     assert crc32c(data + crc32c(data).to_bytes(4, "little")) == 0x48674BC7

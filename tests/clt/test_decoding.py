@@ -1,4 +1,4 @@
-"""Tied and independent decoders: definitions, gradients, loss, files, and what they are once untied or joined."""
+"""Tied and independent decoders: definitions, gradients, loss, files, and their untied and joined forms."""
 
 from __future__ import annotations
 
@@ -71,7 +71,7 @@ def activations(transcoder: CrossLayerTranscoder, x_LBD: Tensor) -> dict[int, Te
 
 
 def pair_output(transcoder: CrossLayerTranscoder, source: int, target: int, z_BF: Tensor) -> Tensor:
-    """What a source alone says of a target, by the definitions, without bias."""
+    """Reconstruction of a target by a single source, from the definitions, without bias."""
     match transcoder.config.tied_decoders:
         case "target":
             return z_BF @ transcoder.W_dec[str(target)][0]
@@ -187,7 +187,7 @@ def test_loss_of_independent_sources_by_hand() -> None:
     with joined_job():
         exchange = CodeExchange(Mesh.create(1), deal_layers(transcoder.config, 1))
         loss, seen = Objective(transcoder, exchange, AuxKSettings())(x, y, 1, None)
-    # Layer 0 says 2 of 1; of 4, layer 0 says 1.5 and layer 1 says 6.
+    # Layer 0 predicts 2 for 1; for 4, layer 0 predicts 1.5 and layer 1 predicts 6.
     assert seen.error_M.tolist() == [1, (2.5**2 + 2**2) / 2]
     assert loss.item() == pytest.approx((1 + 2.5**2 + 2**2) / 3)
     assert transcoder(x).flatten().tolist() == [2, 7.5]

@@ -1,4 +1,4 @@
-"""Held-out measures by modality, the density of features, and what becomes of both in the job's files."""
+"""Held-out measures by modality, the density of features, and both in the job's files."""
 
 from __future__ import annotations
 
@@ -137,7 +137,7 @@ def test_density_figure_shows_the_share_of_a_layers_features(layers: tuple[int, 
     expected = np.array([counts[layer] for layer in layers]) / (124 * (1 + np.array(layers)))[:, None]
     assert np.allclose(np.asarray(mesh.get_array()), expected)
     assert [bar.get_width() for bar in bars.patches] == pytest.approx([layer / (1 + layer) for layer in layers])
-    # The first layer is at the top; every label stands at its layer's row.
+    # The first layer is at the top; every label is at its layer's row.
     assert heat.get_ylim() == (len(layers) - 0.5, -0.5)
     labels = {int(label.get_position()[1]): int(label.get_text()) for label in heat.get_yticklabels()}
     assert labels == {row: layers[row] for row in labels} and labels[0] == layers[0]

@@ -62,14 +62,14 @@ def one_line(caught: pytest.ExceptionInfo[HubError], *words: str) -> None:
 
 
 def run_python(hub: HubStandIn, tmp_path: Path, code: str, **variables: str) -> subprocess.Popen[str]:
-    """Python in a process of its own, whose settings come from the environment alone."""
+    """Python in a separate process with settings from the environment only."""
     settings = os.environ | environment(hub, tmp_path) | variables
     return subprocess.Popen(
         [sys.executable, "-c", code], env=settings, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
     )
 
 
-def test_folder_comes_back_byte_identical(hub: HubStandIn, store: Path, tmp_path: Path) -> None:
+def test_pulled_folder_is_byte_identical(hub: HubStandIn, store: Path, tmp_path: Path) -> None:
     hub.page = 4
     pushed = push(store)
     assert pull(tmp_path / "copy") == pushed
@@ -222,7 +222,7 @@ def test_body_that_ends_early_is_no_file(hub: HubStandIn, store: Path, tmp_path:
             shutil.rmtree(copy)
 
 
-def test_broken_connection_goes_on_where_it_broke(hub: HubStandIn, store: Path, tmp_path: Path) -> None:
+def test_broken_connection_resumes(hub: HubStandIn, store: Path, tmp_path: Path) -> None:
     push(store)
     hub.cut.add("data.zarr/acts/mlp in/c/0/0/0")
     pull(tmp_path / "copy")

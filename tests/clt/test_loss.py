@@ -63,7 +63,7 @@ def test_encode_dead_selects_among_dead_features_only() -> None:
     assert not filled[1].any()
 
 
-def test_dead_feature_terms_move_the_selected_features_and_nothing_else() -> None:
+def test_dead_feature_terms_move_exactly_the_selected_features() -> None:
     transcoder = _transcoder()
     dead = torch.zeros(L, F, dtype=torch.bool)
     dead[:, 2] = True

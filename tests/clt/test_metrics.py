@@ -1,4 +1,4 @@
-"""Reports of training: the numbers, the files, and what a killed run leaves in them."""
+"""Reports of training: the numbers, the files, and files of a killed run."""
 
 from __future__ import annotations
 
@@ -77,7 +77,7 @@ def test_window_averages_over_its_steps(mesh: Mesh) -> None:
     assert averages.bytes_per_step == {"model": 15, "data": 4}
 
 
-def test_window_starts_again_and_knows_nothing_without_steps(mesh: Mesh) -> None:
+def test_window_resets_and_is_empty_without_steps(mesh: Mesh) -> None:
     window = MetricsWindow(CONFIG, LayerShare.everything(CONFIG), torch.device("cpu"))
     window.add(_observations([0.2, 0.4], [2.0, 1.0]), loss=0.3)
     window.close(torch.zeros(2), mesh)

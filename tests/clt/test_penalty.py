@@ -73,7 +73,7 @@ def test_penalty_of_decoders_that_are_zero_has_a_finite_gradient() -> None:
     assert all(p.grad is None or p.grad.isfinite().all() for p in transcoder.parameters())
 
 
-def test_threshold_gradient_is_the_gain_of_dropping_what_lies_just_above() -> None:
+def test_threshold_gradient_is_the_gain_of_dropping_activations_just_above() -> None:
     transcoder = make_clt("jumprelu", bandwidth=0.5)
     x, y = (torch.randn(L, TOKENS, D, dtype=torch.float64) for _ in range(2))
     weights_B = torch.rand(TOKENS, dtype=torch.float64) / TOKENS
@@ -112,7 +112,7 @@ def test_threshold_gradient_approaches_the_derivative_of_the_mean_loss() -> None
     tokens = 400_000
     pre = torch.randn(tokens, dtype=torch.float64)
     d = transcoder.W_dec["0"][0, 0].detach()
-    # What the other features leave of the target, correlated with this feature.
+    # Residual of the target without this feature, correlated with it.
     rest = 0.7 * pre[:, None] * d + torch.randn(tokens, D, dtype=torch.float64)
 
     def mean_loss(t: float) -> Tensor:

@@ -1,4 +1,4 @@
-"""The plan: formulas against numbers worked out by hand, real transcoders, and what was alive in memory."""
+"""The plan: formulas against hand-computed numbers, real transcoders, and measured memory."""
 
 from __future__ import annotations
 
@@ -192,7 +192,7 @@ def test_store_bytes_of_llava_are_52_terabytes_for_100_million_tokens() -> None:
     # of a fifth of the parameters (stage 0: one bucket): 16.01/20.01, 20.01/23.6, 12.02/15.6, 20.01/21.7, 12.02/13.1.
     [(0, 1, 16, 20), (0, 2, 16, 20), (1, 1, 20, 24), (1, 2, 12, 16), (2, 1, 20, 20), (2, 2, 12, 12)],
 )
-def test_memory_of_zero_is_what_was_measured(zero: int, data: int, resident: int, most: int) -> None:
+def test_memory_of_zero_stages_equals_the_measured_one(zero: int, data: int, resident: int, most: int) -> None:
     planned = job(config(mesh={"zero_stage": zero}), 4, 128, data=data)
     (share,) = planned.shares()
     own = parameters(planned.architecture, share).total
@@ -275,7 +275,7 @@ def test_weights_in_memory_of_all_ranks_are_the_whole(planned: Job) -> None:
 
 @given(jobs())
 @settings(max_examples=60, deadline=None)
-def test_nothing_travels_where_there_is_nobody(planned: Job) -> None:
+def test_axes_of_size_one_have_no_traffic(planned: Job) -> None:
     moved = traffic(planned)
     if planned.mesh.model == 1:
         assert moved.model_axis == (moved.selection if planned.mesh.world > 1 else 0)

@@ -87,7 +87,7 @@ def close(found: Tensor, expected: Tensor) -> None:
 
 
 @pytest.mark.parametrize("variant", VARIANTS, ids=str)
-def test_decoders_in_their_files_give_what_loaded_ones_give(tmp_path: Path, variant: dict[str, Any]) -> None:
+def test_lazy_decoders_equal_loaded_ones(tmp_path: Path, variant: dict[str, Any]) -> None:
     transcoder = make_clt(**variant)
     transcoder.save_pretrained(tmp_path)
     opened = lazy(tmp_path)
@@ -139,7 +139,7 @@ def make_clt_from(folder: Path) -> CrossLayerTranscoder:
     return CrossLayerTranscoder.from_pretrained(folder)
 
 
-def test_what_is_opened_lazily_can_be_saved_even_in_its_own_place_but_not_trained(folder: Path) -> None:
+def test_lazy_transcoder_can_be_saved_even_in_place_but_not_trained(folder: Path) -> None:
     before = load_file(folder / "layer_03.safetensors")
     opened = lazy(folder)
     opened.save_pretrained(folder)
@@ -172,7 +172,7 @@ print(opened - start, peak() - start)
 """
 
 
-def test_opening_lazily_takes_memory_for_encoders_and_what_is_decoded_only(folder: Path, tmp_path: Path) -> None:
+def test_lazy_transcoder_needs_memory_only_for_encoders_and_decoded_rows(folder: Path, tmp_path: Path) -> None:
     config = CLTConfig(n_layers=16, d_model=128, n_features=3000, k=4)
     large = CrossLayerTranscoder(config, Scaling.identity(16, 128)).requires_grad_(False)
     decoders = sum(W.nbytes for W in large.W_dec.values())
@@ -269,7 +269,7 @@ def test_a_failed_save_leaves_the_old_transcoder(folder: Path, monkeypatch: pyte
     assert [path.name for path in folder.parent.iterdir()] == ["saved"]
 
 
-def test_a_transcoder_is_replaced_and_nothing_else(folder: Path) -> None:
+def test_only_a_transcoder_is_replaced(folder: Path) -> None:
     new = make_clt(skip=True)
     new.save_pretrained(folder)
     assert sorted(path.name for path in folder.iterdir()) == OWN and make_clt_from(folder).config == new.config
@@ -279,7 +279,7 @@ def test_a_transcoder_is_replaced_and_nothing_else(folder: Path) -> None:
     assert (folder / "notes.txt").read_text() == "mine"
 
 
-def test_model_card_says_what_it_is_and_how_it_was_trained(tmp_path: Path) -> None:
+def test_model_card_describes_the_transcoder_and_its_training(tmp_path: Path) -> None:
     with joined_job():
         toy_trainer(toy_config(tmp_path / "job"), Mesh.create(1)).fit()
     trained = CrossLayerTranscoder.from_pretrained(tmp_path / "job")
@@ -304,7 +304,7 @@ def test_model_card_says_what_it_is_and_how_it_was_trained(tmp_path: Path) -> No
 # The hub
 
 
-def test_transcoder_comes_back_from_the_hub_and_a_folder_of_its_name_wins(
+def test_transcoder_is_loaded_from_the_hub_and_a_folder_of_its_name_takes_precedence(
     hub: HubStandIn, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     transcoder = make_clt()
@@ -335,7 +335,7 @@ def test_only_the_layers_asked_for_travel_and_only_once(hub: HubStandIn) -> None
     assert hub.fetched() == ["layer_01.safetensors"]
 
 
-def test_what_is_in_the_cache_needs_no_network(hub: HubStandIn, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_cached_files_need_no_network(hub: HubStandIn, monkeypatch: pytest.MonkeyPatch) -> None:
     transcoder, x = make_clt(), torch.randn(L, B, D)
     transcoder.push_to_hub(NAME)
     make_from_hub = CrossLayerTranscoder.from_pretrained

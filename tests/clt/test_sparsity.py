@@ -1,4 +1,4 @@
-"""Every rule of sparsity against its definition, and what is kept for inference and on disk."""
+"""Every rule of sparsity against its definition, and its state for inference and on disk."""
 
 from __future__ import annotations
 
@@ -50,7 +50,7 @@ def chosen(selected: Selected, scores_LBF: Tensor) -> Tensor:
 @pytest.mark.parametrize("kind", KINDS)
 @settings(max_examples=60, deadline=None)
 @given(data=st.data())
-def test_rule_selects_what_its_definition_says(kind: str, data: st.DataObject) -> None:
+def test_rule_selects_as_its_definition(kind: str, data: st.DataObject) -> None:
     layers, tokens, n_features = (data.draw(st.integers(1, most)) for most in (3, 5, 9))
     k = data.draw(st.integers(1, n_features))
     # Few values and many zeros: ties everywhere, and often fewer positive scores than places.

@@ -1,4 +1,4 @@
-"""Conversion to thresholds per feature keeps what fires, and says what it costs."""
+"""Conversion to thresholds per feature keeps the activation counts and reports FVU and L0."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Weights of tokens in the loss: their numbers, what they do to every term, and where training takes them from."""
+"""Weights of tokens in the loss: values, effect on every term, and their source in training."""
 
 from __future__ import annotations
 
@@ -38,7 +38,7 @@ def test_equal_weights_are_no_weights() -> None:
     assert modality_weights(TokenWeights(text=2, image=2, image_special=2, bos=2), [1, 1, 1, 1]) is None
 
 
-def test_weights_that_let_nothing_train_are_refused() -> None:
+def test_token_weights_without_training_tokens_are_refused() -> None:
     tree: dict[str, Any] = {"store": "s", "output": "o", "steps": 1, "clt": {"n_features": 8, "k": 4}}
     nothing = dict.fromkeys(("text", "image", "image_special", "bos"), 0)
     with pytest.raises(ConfigError, match=r"data\.token_weights: .*no token trains"):

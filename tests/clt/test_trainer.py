@@ -113,7 +113,7 @@ def test_biases_of_encoders_have_a_rate_of_their_own(stage: int, mesh: Mesh, tmp
         layers.append(read_tensors(folder / "layer_01.safetensors"))
     one, three = layers
     assert one["b_enc"].any()
-    # Decoders start at zero, so encoders move in the second step first: by the rate, whatever the gradient is.
+    # Decoders start at zero, so encoders move in the second step first: by the rate, for any gradient.
     torch.testing.assert_close(three["b_enc"], 3 * one["b_enc"])
     assert all(torch.equal(one[key], three[key]) for key in one if key != "b_enc")
 

@@ -27,10 +27,10 @@ sys.path.insert(0, str(Path(__file__).parent))
 
 from launched import free_port
 
-#: What PyTorch, DeepSpeed and the reports import when a rank is first in need of it: seconds on a busy machine.
+#: Modules that PyTorch, DeepSpeed and the reports import lazily: seconds on a busy machine.
 LATE_IMPORTS = ("torch._dynamo", "deepspeed.runtime.zero.muon.muon_optimizer", "torch.utils.tensorboard")
 
-#: Where a rank can be killed in a checkpoint: what is done to which file of the output folder.
+#: Points of a checkpoint at which a rank can be killed: operation and file of the output folder.
 #: half: half of it is on disk. from, to: before and after a rename, or the making of a folder.
 POINTS = {
     "before-folder": ("from", r"\.step_\d+\.tmp"),
@@ -62,7 +62,7 @@ class RankJob:
         output: folder of the job.
         scratch: folder in which ranks note their process and their last step.
         rank: number of the process.
-        world: how many there are.
+        world: number of ranks.
         port: of their rendezvous.
         mesh: keys of `mesh`.
         steps: to train.
@@ -88,7 +88,7 @@ class RankJob:
 
 
 class CheckpointKiller:
-    """Notes what a rank does to the files of its output folder, and kills the victim at the rank's point."""
+    """Records file operations of a rank in its output folder, and kills the victim at the rank's point."""
 
     def __init__(self, job: RankJob) -> None:
         self._scratch, self._output, self._victim = Path(job.scratch), f"{job.output}/", job.victim
@@ -103,7 +103,7 @@ class CheckpointKiller:
         os.kill(int((self._scratch / f"pid_{self._victim}").read_text()), signal.SIGKILL)
 
     def install(self) -> None:
-        """Wraps what writes, renames and removes files."""
+        """Wraps the functions that write, rename and remove files."""
         from clt.checkpoint import manifest
 
         os.replace = self._around(os.replace, lambda _source, target: target)  # type: ignore[assignment]
@@ -145,12 +145,12 @@ class CheckpointKiller:
 
 @dataclass(frozen=True, kw_only=True)
 class RankKill(Kill):
-    """When a rank is killed: when some rank arrives at a point, or some seconds after training began.
+    """Time at which a rank is killed: when some rank arrives at a point, or some seconds after training began.
 
     Attributes:
         victim: rank that is killed.
         killer: rank that arrives at the point.
-        alone: whether the other rank is left to notice and end by itself.
+        alone: whether the other rank must detect it and end by itself.
     """
 
     victim: int = 0
@@ -163,7 +163,7 @@ def draw_kills(points: Sequence[str], at_random: int, world: int, writers: int, 
 
     Args:
         points: of `POINTS`.
-        at_random: how many at random moments.
+        at_random: number of kills at random moments.
         world: ranks of the job.
         writers: ranks that write layer files; everything else is written by the first.
         rng: draws.
@@ -267,7 +267,7 @@ def work(**fields: Any) -> int:
 
 
 def import_everything() -> None:
-    """Imports, before any rank is forked, what all of them need."""
+    """Imports the modules of all ranks before any is forked."""
     import deepspeed  # noqa: F401
     import toy_job  # noqa: F401
 

@@ -124,13 +124,13 @@ def wait_for(path: Path, process: subprocess.Popen[str], size: int = 0) -> None:
 
 
 def free_port() -> str:
-    """A port that nobody listens on."""
+    """A free port."""
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         return str(probe.getsockname()[1])
 
 
 def errors(stderr: str) -> list[str]:
-    """Lines that tell of errors; no defect is among them."""
+    """Error lines; none is a traceback."""
     assert "Traceback" not in stderr, stderr
     return [line for line in stderr.splitlines() if line.startswith("error: ")]

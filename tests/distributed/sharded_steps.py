@@ -95,7 +95,7 @@ def one_step(config: CLTConfig, mesh: Mesh, tokens: int) -> dict[str, Tensor]:
         pre_BF = (x_BD @ transcoder.W_enc[str(layer)].T + transcoder.b_enc[str(layer)]).detach()
         best = pre_BF.relu().topk(config.k + 1).values
         results[f"indices.{layer}.{mesh.data_rank}"] = indices
-        # How far the k-th activation is above the next, or all pre-activations are from zero where fewer are active:
+        # Distance of the k-th activation from the next, or all pre-activations are from zero where fewer are active:
         # closer calls may fall either way.
         to_zero_B, to_next_B = pre_BF.abs().amin(dim=1), best[:, -2] - best[:, -1]
         results[f"margin.{layer}.{mesh.data_rank}"] = torch.where(best[:, -2] > 0, to_next_B, to_zero_B)
@@ -134,7 +134,7 @@ def run_cases(configs: dict[str, Any], meshes: list[list[int]], cases: list[str]
 
 
 def share_of(config: CLTConfig, mesh: str, rank: int) -> LayerShare:
-    """What a rank owns on a mesh `layer x column`."""
+    """Share of a rank on a mesh `layer x column`."""
     layer_size, column_size = map(int, mesh.split("x"))
     return deal_layers(config, layer_size, column_size)[rank % (layer_size * column_size)]
 

@@ -1,4 +1,4 @@
-"""Evaluation of a sharded transcoder: the measures of the whole one on every mesh, and training that never notices."""
+"""Evaluation of a sharded transcoder: the measures of the whole one on every mesh, and unchanged training."""
 
 from __future__ import annotations
 
@@ -129,7 +129,7 @@ def _one_rank_cannot_read() -> str:
 
 
 def all_cases(root: str) -> dict[str, Tensor]:
-    """What needs two ranks."""
+    """Results of two ranks."""
     results = _measured([*ARCHITECTURES], [*MESHES])
     (Path(root) / f"error_{Mesh.create(1).data_rank}.txt").write_text(_one_rank_cannot_read())
     for shape, (layer, column) in MESHES.items():
@@ -166,7 +166,7 @@ def cases(
 
 
 @pytest.mark.parametrize("name", ARCHITECTURES)
-def test_one_rank_measures_what_evaluate_store_measures(name: str) -> None:
+def test_one_rank_measures_the_same_as_evaluate_store(name: str) -> None:
     with joined_job():
         found = _measured([name], ["data"])
     _compare(found, name, "data")
@@ -174,7 +174,7 @@ def test_one_rank_measures_what_evaluate_store_measures(name: str) -> None:
 
 @pytest.mark.parametrize("shape", MESHES)
 @pytest.mark.parametrize("name", ARCHITECTURES)
-def test_all_ranks_of_a_mesh_measure_what_evaluate_store_measures(
+def test_all_ranks_of_a_mesh_measure_the_same_as_evaluate_store(
     name: str, shape: str, cases: tuple[list[dict[str, Tensor]], Path]
 ) -> None:
     for rank in cases[0]:

@@ -1,4 +1,4 @@
-"""The exchange of codes: overlapped equals blocking bit for bit, and moves the bytes that the formula says."""
+"""The exchange of codes: overlapped equals blocking bit for bit, and moves the bytes of the formula."""
 
 from __future__ import annotations
 
@@ -108,7 +108,7 @@ def four_ranks() -> dict[str, Tensor]:
 
 @pytest.fixture(scope="module")
 def ranks(run_ranks: Callable[..., list[dict[str, Tensor]]]) -> list[dict[str, Tensor]]:
-    """What two ranks found."""
+    """Results of two ranks."""
     return run_ranks(every_case, 2)
 
 
@@ -132,7 +132,7 @@ def _assert_all(found: list[dict[str, Tensor]], layer_size: int, column_size: in
 
 
 @pytest.mark.parametrize(("layer_size", "column_size"), [(2, 1), (1, 2)])
-def test_overlapped_step_is_the_blocking_one_and_moves_what_the_formula_says(
+def test_overlapped_step_equals_the_blocking_one_and_moves_the_bytes_of_the_formula(
     layer_size: int, column_size: int, ranks: list[dict[str, Tensor]]
 ) -> None:
     _assert_all(ranks, layer_size, column_size)

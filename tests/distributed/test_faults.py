@@ -63,8 +63,8 @@ def all_cases(root: str) -> dict[str, torch.Tensor]:
     for name, mesh in MESHES.items():
         _fit(folder / "whole" / name, mesh)
         control = JobControl()
-        told = {"control": control, "stop": (control, 3) if second else None}
-        ends[f"stopped {name}"] = _fit(folder / "stopped" / name, mesh, **told)
+        extra = {"control": control, "stop": (control, 3) if second else None}
+        ends[f"stopped {name}"] = _fit(folder / "stopped" / name, mesh, **extra)
         ends[f"resumed {name}"] = _fit(folder / "stopped" / name, mesh)
         ends[f"hopeless {name}"] = _fit(folder / "bad", mesh, {"steps": 20}, nan_steps=tuple(range(20)))
 
@@ -95,7 +95,7 @@ def _ends(root: Path, case: str) -> list[str]:
 
 
 @pytest.mark.parametrize("name", MESHES)
-def test_all_ranks_stop_after_the_step_in_which_one_is_told_to(name: str, two_ranks: Path) -> None:
+def test_all_ranks_stop_after_the_step_in_which_one_is_asked_to(name: str, two_ranks: Path) -> None:
     assert _ends(two_ranks, f"stopped {name}") == ["step_00000004"] * 2
 
 
@@ -172,7 +172,7 @@ def test_full_disk_ends_the_job_in_one_line_and_keeps_the_last_checkpoint(
     same_bits(toy_trainer(toy_config(tmp_path / "whole"), alone).fit(), toy_trainer(toy_config(output), alone).fit())
 
 
-def test_sigterm_writes_a_checkpoint_and_the_job_goes_on_from_it(job: Path, tmp_path: Path) -> None:
+def test_sigterm_writes_a_checkpoint_and_the_job_resumes_from_it(job: Path, tmp_path: Path) -> None:
     # Never at its end, and no checkpoint is due before.
     endless = ["steps=10000000", "checkpoint_every=10000000"]
     reports, size, steps = tmp_path / "out" / "metrics.jsonl", 0, [0]
@@ -287,7 +287,7 @@ def test_ranks_agree_on_a_token_in_a_store_that_an_earlier_start_has_used() -> N
         found: dict[int, str] = {}
 
         def join(rank: int, world: int = world, found: dict[int, str] = found) -> None:
-            # The first comes late: the others see the answer to an earlier start.
+            # The first comes late: the others read the reply to an earlier start.
             time.sleep(0 if rank else 0.1)
             found[rank] = agree_on_token(store, rank, world, 30.0)
 
@@ -317,7 +317,7 @@ def _error_lines(ranks: Ranks, seen: int) -> list[str]:
         pytest.param(signal.SIGSTOP, 1, marks=pytest.mark.slow),
     ],
 )
-def test_lost_rank_is_named_by_the_one_that_lives(how: int, victim: int, ranks: Ranks, tmp_path: Path) -> None:
+def test_lost_rank_is_named_by_the_live_one(how: int, victim: int, ranks: Ranks, tmp_path: Path) -> None:
     seen, mesh = len(ranks.log.read_text()), {"layer": 2, "timeout_seconds": 10}
     processes, scratch = ranks.start(tmp_path / "out", mesh, 2, {rank: {"steps": 100_000} for rank in range(2)})
     assert ranks.trains(scratch, victim, processes[victim])

@@ -45,18 +45,18 @@ SHAPES = {
     "data_zero2": Shape(world=2, mesh={"layer": 1, "zero_stage": 2}),
     "layer": Shape(world=2, writers=2, mesh={"layer": 2}),
 }
-#: What a rank does not wait longer for. A killed one is noticed at once: only a busy machine takes time.
+#: Timeout of a rank. A killed one is detected at once: only a busy machine takes time.
 TIMEOUT = 60
 
 
 @dataclass
 class Outcome:
-    """What happened to jobs.
+    """Outcome of jobs.
 
     Attributes:
         kills: by point.
         survivors: exit codes of ranks that were left alone.
-        jobs: how many were trained to their end.
+        jobs: number of jobs trained to their end.
     """
 
     kills: Counter[str] = field(default_factory=Counter)
@@ -82,7 +82,7 @@ def train_killed(ranks: Ranks, folder: Path, shape: Shape, kills: list[RankKill]
                 outcome.kills[kill.point] += 1
                 if kill.alone:
                     outcome.survivors[codes[1 - kill.victim]] += 1
-                # A rank that has nothing left to do after the other's death ends as if nothing had happened.
+                # A rank that is done when the other is killed ends normally.
                 complete = False
             else:
                 assert complete, f"{codes}; see {ranks.log}"

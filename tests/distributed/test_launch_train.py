@@ -64,7 +64,7 @@ def test_two_data_ranks_killed_together_end_with_the_same_bits(job: Path, tmp_pa
 
 
 @pytest.mark.parametrize("mesh", ["mesh.layer=2", pytest.param("mesh.column=2", marks=pytest.mark.slow)])
-def test_torchrun_trains_what_one_process_trains(mesh: str, job: Path, tmp_path: Path) -> None:
+def test_torchrun_trains_the_same_as_one_process(mesh: str, job: Path, tmp_path: Path) -> None:
     process = start([*TORCHRUN, SCRIPT, job, mesh, f"output={tmp_path / 'two'}"])
     stdout, stderr = process.communicate(timeout=120)
     assert process.returncode == 0, stderr

@@ -1,4 +1,4 @@
-"""Adam's other ways, on one rank and two: micro-batches, float32 copies of bfloat16 weights, a mean of the weights."""
+"""Variants of Adam on one rank and two: micro-batches, float32 copies of bfloat16 weights, EMA weights."""
 
 from __future__ import annotations
 
@@ -161,7 +161,7 @@ def test_mean_is_saved_beside_the_weights(one_rank: Path, tmp_path: Path) -> Non
         CrossLayerTranscoder.from_pretrained(one_rank / "whole", averaged=True)
 
 
-def test_batch_that_does_not_divide_into_micro_batches_is_told(one_rank: Path, tmp_path: Path) -> None:
+def test_batch_that_does_not_divide_into_micro_batches_is_an_error(one_rank: Path, tmp_path: Path) -> None:
     job = {"data": {"batch_tokens": 64, "micro_batches": 3}}
     with pytest.raises(ConfigError, match=r"data\.batch_tokens=64 does not divide .* of 3 micro-batches"):
         _fit(tmp_path, {}, **job)

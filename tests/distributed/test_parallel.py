@@ -1,4 +1,4 @@
-"""The mesh: sharded equals unsharded, whatever its shape, and every layer has one owner."""
+"""The mesh: sharded equals unsharded for every shape, and every layer has one owner."""
 
 from __future__ import annotations
 
@@ -46,7 +46,7 @@ def unsharded() -> dict[str, Tensor]:
 
 @pytest.fixture(scope="module")
 def two_ranks(run_ranks: Callable[..., Ranks]) -> Ranks:
-    """What both ranks found on every mesh of two."""
+    """Results of both ranks on every mesh of two."""
     return run_ranks(every_case, 2, meshes=[[1, 1], [2, 1], [1, 2]])
 
 

@@ -1,4 +1,4 @@
-"""Sharded equals unsharded for configs that nobody chose, on every shape of mesh."""
+"""Sharded equals unsharded for random configs, on every shape of mesh."""
 
 from __future__ import annotations
 

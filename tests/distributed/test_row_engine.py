@@ -1,4 +1,4 @@
-"""The optimizer inside the backward pass: Adam's own steps where it should be Adam, on any mesh, resumed to the bit."""
+"""The optimizer inside the backward pass: equal to Adam where it should be, on any mesh, resumed to the bit."""
 
 from __future__ import annotations
 
@@ -82,7 +82,7 @@ def adam_steps(name: str, mesh: Mesh) -> dict[str, Tensor]:
     """The same of autograd and PyTorch's Adam."""
     config = _config(name)
     objective, dead_LF = make_objective(config, mesh, torch.float64)
-    # float32 knows beta2 as this; the row engine's numbers are float64 of the same.
+    # beta2 rounded to float32; the row engine's numbers are float64 of the same.
     biases = [*objective.transcoder.b_enc.values()]
     others = [parameter for name, parameter in objective.named_parameters() if ".b_enc." not in name]
     groups = [{"params": biases, "lr": BIAS_RATE * RATE}, {"params": others}]
@@ -96,7 +96,7 @@ def adam_steps(name: str, mesh: Mesh) -> dict[str, Tensor]:
 
 
 def all_cases(root: str) -> dict[str, Tensor]:
-    """What two ranks do: steps on both meshes, and jobs that end early and go on."""
+    """Work of two ranks: steps on both meshes, and jobs that end early and resume."""
     results = {}
     for mesh_name, sizes in MESHES.items():
         mesh = Mesh.create(*sizes)
@@ -229,7 +229,7 @@ def test_step_that_is_not_finite_moves_nothing(alone: Mesh, tmp_path: Path) -> N
         ),
     ],
 )
-def test_what_it_cannot_do_is_an_error_that_names_the_key(
+def test_unsupported_settings_are_errors_that_name_the_key(
     job: dict[str, Any], message: str, alone: Mesh, tmp_path: Path
 ) -> None:
     with pytest.raises(ConfigError, match=message):
@@ -244,6 +244,6 @@ def test_what_it_cannot_do_is_an_error_that_names_the_key(
         ({"weights": "bfloat16"}, r"optimizer.*weights=bfloat16 is not supported with kind=adam"),
     ],
 )
-def test_settings_that_do_not_fit_each_other_are_told(optimizer: dict[str, Any], message: str, tmp_path: Path) -> None:
+def test_incompatible_settings_are_an_error(optimizer: dict[str, Any], message: str, tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match=message):
         toy_config(tmp_path, optimizer=optimizer)

@@ -57,7 +57,7 @@ def _transcoder(name: str, share: LayerShare, levels: int | None, dtype: torch.d
 
 
 def _inputs(levels: int | None, share: LayerShare, mesh: Mesh) -> torch.Tensor:
-    """This rank's part of inputs that all ranks draw alike."""
+    """This rank's part of inputs that all ranks draw with one seed."""
     x = torch.randn(L, TOKENS, D, generator=torch.Generator().manual_seed(9))
     x = (x * levels).round() / levels if levels else x
     rows = TOKENS // mesh.data_size
@@ -65,7 +65,7 @@ def _inputs(levels: int | None, share: LayerShare, mesh: Mesh) -> torch.Tensor:
 
 
 def selections(mesh: Mesh) -> Tensors:
-    """What every rule selects in training and after it, by data rank and layer."""
+    """Selection of every rule in training and after it, by data rank and layer."""
     share = deal_layers(_config("topk"), mesh.layer_size, mesh.column_size)[mesh.model_rank]
     results = {}
     for name in SPARSITY:
@@ -155,7 +155,7 @@ def unsharded() -> Tensors:
 
 @pytest.fixture(scope="module", params=sorted(MESHES))
 def sharded(request: pytest.FixtureRequest, run_ranks: Callable[..., list[Tensors]]) -> Tensors:
-    """Both ranks' results; what both have is alike on both."""
+    """Both ranks' results; entries that both have are equal."""
     layer_size, column_size = MESHES[request.param]
     first, second = run_ranks(everything, 2, layer_size=layer_size, column_size=column_size)
     for key in first.keys() & second.keys():

@@ -65,7 +65,9 @@ def _assert_all_as_planned(found: dict[str, Tensor], shapes: list[Shape]) -> Non
             assert (planned.auxk > 0) == (with_auxk and layer * column > 1)
 
 
-def test_two_ranks_send_what_the_plan_counts(run_ranks: Callable[..., list[dict[str, Tensor]]], tmp_path: Path) -> None:
+def test_two_ranks_send_the_bytes_of_the_plan(
+    run_ranks: Callable[..., list[dict[str, Tensor]]], tmp_path: Path
+) -> None:
     ranks = run_ranks(runs, 2, outputs=str(tmp_path), shapes=TWO_RANKS)
     _assert_all_as_planned(ranks[0], TWO_RANKS)
 
@@ -76,7 +78,7 @@ def test_one_rank_sends_nothing(run_ranks: Callable[..., list[dict[str, Tensor]]
 
 
 @pytest.mark.slow
-def test_four_ranks_send_what_the_plan_counts(
+def test_four_ranks_send_the_bytes_of_the_plan(
     run_ranks: Callable[..., list[dict[str, Tensor]]], tmp_path: Path
 ) -> None:
     ranks = run_ranks(runs, 4, outputs=str(tmp_path), shapes=FOUR_RANKS)

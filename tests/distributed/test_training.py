@@ -34,7 +34,7 @@ MESHES = {
 }
 #: From which mesh to which a job moves.
 MOVES = [("data_zero2", "layer_zero1"), ("layer_zero1", "column_zero1"), ("column_zero1", "data_zero1")]
-#: What it trains then; columns split a skip connection too.
+#: Settings of its training; columns split a skip connection too.
 SKIP = {"log_every": 1, "clt": {"n_features": 64, "k": 4, "skip": True}}
 #: Other forms of decoders, and how they move.
 FORMS = {
@@ -63,7 +63,7 @@ def _form(form: dict[str, Any]) -> dict[str, Any]:
 
 
 def all_cases(root: str) -> dict[str, Tensor]:
-    """Every training of this file that needs two ranks; the folders under root are what the tests look at."""
+    """Every training of this file that needs two ranks; the tests read the folders under root."""
     folder, errors = Path(root), {}
     for name, mesh in MESHES.items():
         _fit(folder / "whole" / name, mesh)
@@ -202,7 +202,7 @@ def test_batch_that_one_rank_cannot_read_ends_the_job_on_all_ranks(name: str, tw
     assert _errors(two_ranks, f"interrupted {name}") == [message, message]
 
 
-def test_damaged_layer_of_one_rank_is_told_by_all_ranks(two_ranks: Path) -> None:
+def test_damaged_layer_of_one_rank_is_an_error_on_all_ranks(two_ranks: Path) -> None:
     first, second = _errors(two_ranks, "damaged")
     assert first == second
     assert first.startswith(f"{CheckpointError.__name__}: ") and "step_00000003/layer_03.safetensors" in first

@@ -1,4 +1,4 @@
-"""A tiny training job without a store: a teacher network's activations, made anew from (seed, step) by every rank."""
+"""A tiny training job without a store: a teacher network's activations, recomputed from (seed, step) by every rank."""
 
 from __future__ import annotations
 
@@ -79,7 +79,7 @@ class ToyBatches:
         broken_step: step at which reading fails, on data rank 0.
         hanging_step: step at which reading does not come to an end, on this rank.
         defect_step: step at which reading shows a defect, on this rank.
-        stop: told to stop at this step.
+        stop: step at which a stop is requested.
     """
 
     def __init__(

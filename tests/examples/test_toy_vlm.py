@@ -90,7 +90,7 @@ def test_both_variants_share_one_tokenizer() -> None:
     assert load("base")[1].tokenizer.get_vocab() == load("biased")[1].tokenizer.get_vocab()
 
 
-def test_training_batch_is_what_the_processor_makes_of_the_prompt() -> None:
+def test_training_batch_equals_that_of_the_processor() -> None:
     processor = load("base")[1]
     samples = toy_samples(12, seed=6)
     batch = training_script().make_batch(processor, samples)

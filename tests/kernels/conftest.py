@@ -19,7 +19,7 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
 
 @pytest.fixture
 def device() -> str:
-    """Where the kernels run: "cuda", or "cpu" for the interpreter (Triton 3.9; older ones fail with numpy 2.4)."""
+    """Device of the kernels: "cuda", or "cpu" for the interpreter (Triton 3.9; older ones fail with numpy 2.4)."""
     if torch.cuda.is_available():
         return "cuda"
     pytest.importorskip("triton", minversion="3.9")
@@ -28,7 +28,7 @@ def device() -> str:
 
 @pytest.fixture(autouse=True)
 def _poisoned_memory() -> Iterator[None]:
-    """torch.empty gives NaN (or the largest integer), so that an element nobody wrote is seen."""
+    """torch.empty gives NaN (or the largest integer), so that unwritten elements are detected."""
     torch.use_deterministic_algorithms(True)
     torch.utils.deterministic.fill_uninitialized_memory = True
     yield

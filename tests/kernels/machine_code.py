@@ -70,7 +70,7 @@ def read_facts(text: str) -> list[Facts]:
 
 
 class _Target:
-    """What Triton asks of a driver before it compiles."""
+    """The part of a driver that Triton needs to compile."""
 
     def get_current_device(self) -> int:
         return 0

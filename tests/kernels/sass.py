@@ -23,7 +23,7 @@ class Instruction:
 
 @dataclass(frozen=True, kw_only=True)
 class Counts:
-    """What a stretch of code holds.
+    """Instructions of a stretch of code.
 
     Attributes:
         instructions: all of it.

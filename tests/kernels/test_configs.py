@@ -152,7 +152,7 @@ def test_description_names_its_sources_and_can_be_recorded(on_h200: Path) -> Non
     assert configs.fingerprint() != before.fingerprint
 
 
-def test_table_is_the_same_bytes_in_whatever_order_it_was_written(on_h200: Path, tmp_path: Path) -> None:
+def test_table_has_the_same_bytes_in_every_order_of_writing(on_h200: Path, tmp_path: Path) -> None:
     for key in reversed(SETTINGS):
         write_table(tmp_path / "t.json", {key: SETTINGS[key]}, "2026-11-20 NVIDIA H200")
     assert (tmp_path / "t.json").read_text() == on_h200.read_text()
@@ -200,7 +200,7 @@ def test_damaged_table_is_named(tmp_path: Path, text: str, complaint: str) -> No
         read_table(tmp_path / "t.json")
 
 
-def test_settings_and_public_door_work_without_triton() -> None:
+def test_settings_and_public_operations_work_without_triton() -> None:
     code = (
         "import sys; sys.modules['triton'] = None\n"
         "import torch, clt.kernels.ops\n"

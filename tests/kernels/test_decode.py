@@ -65,7 +65,7 @@ def test_bfloat16_is_rounded_once(shape: tuple[int, int, int, int, int], device:
     wide = [t.double() for t in (W, b, y, weights, skip)]
     exact_error, exact_residual = reference.decode_loss(values.double(), indices, *wide)
     assert error.dtype == torch.float32 and residual.dtype == torch.bfloat16
-    # Half a unit in the last of 8 bits; beside it what float32 loses where the sum cancels.
+    # Half a unit in the last of 8 bits; plus the float32 error where the sum cancels.
     torch.testing.assert_close(residual.double(), exact_residual, rtol=2.0**-8, atol=1e-5)
     torch.testing.assert_close(error.double(), exact_error, rtol=1e-5, atol=0)
 

@@ -29,15 +29,15 @@ def _operands(tokens: int, n_features: int, d: int, dtype: torch.dtype, device: 
     ("tokens", "n_features", "d", "group"),
     [(32, 64, 32, 8), (19, 45, 21, 4), (7, 33, 5, 32), (1, 1, 1, 1), (50, 96, 48, 16)],
 )
-def test_gemm_group_max_equals_reference_and_its_maxima_those_of_what_it_stored(
+def test_gemm_group_max_equals_reference_and_its_maxima_those_of_the_stored_values(
     tokens: int, n_features: int, d: int, group: int, dtype: torch.dtype, device: str
 ) -> None:
     if dtype == F64 and device == "cuda":
-        pytest.skip("float64 serves the interpreter's tests")
+        pytest.skip("float64 is for tests in the interpreter")
     x, W, b = _operands(tokens, n_features, d, dtype, device)
     pre_BF, keys_BG = encode.gemm_group_max(x, W, b, group, SMALL)
     exact_BF = torch.addmm(b.double(), x.double(), W.double().T)
-    # One rounding of a float32 sum to bfloat16 is off by half an ulp, 2**-9 of the value; 2**-8 leaves room for the
+    # One rounding of a float32 sum to bfloat16 is off by half an ulp, 2**-9 of the value; 2**-8 allows for the
     # sum, whose error counts against the summands' size where they cancel.
     tolerance = {F64: (1e-12, 1e-12), F32: (1e-5, 1e-5), BF16: (2**-8, 1e-5 * d)}[dtype]
     torch.testing.assert_close(pre_BF.double(), exact_BF, rtol=tolerance[0], atol=tolerance[1])
@@ -61,7 +61,7 @@ def test_encode_topk_of_the_fused_product_selects_exactly(
     tokens: int, n_features: int, d: int, k: int, dtype: torch.dtype, device: str
 ) -> None:
     if dtype == F64 and device == "cuda":
-        pytest.skip("float64 serves the interpreter's tests")
+        pytest.skip("float64 is for tests in the interpreter")
     x, W, b = _operands(tokens, n_features, d, dtype, device)
     config = SelectConfig(group=8, num_warps=1)
     values_BK, indices_BK = encode.encode_topk(x, W, b, k, config, SMALL)

@@ -106,7 +106,7 @@ def _assert_close(ours: tuple[Tensor, ...], theirs: tuple[Tensor, ...], toleranc
 
 
 def _assert_one_rounding(ours: Tensor, exact: Tensor) -> None:
-    """Half a unit in the last of bfloat16's 8 bits; beside it what float32 loses where the sum cancels."""
+    """Half a unit in the last of bfloat16's 8 bits; plus the float32 error where the sum cancels."""
     assert ours.dtype == torch.bfloat16
     torch.testing.assert_close(ours.double(), exact, rtol=2.0**-8, atol=1e-5)
 
@@ -256,7 +256,7 @@ def test_fused_steps_on_codes_have_the_bits_of_gradient_then_adam(dtype: torch.d
     settings, case = RowAdam(learning_rate=1e-2, beta1=0.9, seed=5), replace(HOT, tokens=8, n_features=4, d=d)
     W = _inputs(case, dtype, device).W
     ours, theirs = ((W.clone(), RowAdamState.zeros(W, settings, torch.uint8)) for _ in range(2))
-    # One array stands for decoders and, its first source alone, for the encoder.
+    # One array serves as decoders and, its first source alone, as the encoder.
     enc, enc_theirs = ((W[0].clone(), RowAdamState.zeros(W[0], settings, torch.uint8)) for _ in range(2))
     for step in (1, 3):
         inputs, hyper = _inputs(case, dtype, device, seed=step), settings.hyper(step, device, dtype)

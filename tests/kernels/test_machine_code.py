@@ -187,7 +187,7 @@ LISTING = """
 """
 
 
-def test_reading_machine_code_finds_loops_and_what_lies_in_them() -> None:
+def test_reading_machine_code_finds_loops_and_their_instructions() -> None:
     code = read_sass(LISTING)
     # The jump back to L_x_5 closes no loop; L_x_6 is padding.
     assert code.loops == [

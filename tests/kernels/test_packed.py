@@ -34,7 +34,7 @@ def _raw(state: RowAdamState) -> list[Tensor]:
 
 
 def _number(units: Tensor) -> Tensor:
-    """What so many units in the last kept bit of float32 mean."""
+    """The float32 number of so many units in the last kept bit."""
     return (units.int() << packed.DROPPED_BITS).view(F32).double()
 
 
@@ -44,7 +44,7 @@ def _noise(shape: torch.Size) -> Tensor:
 
 @settings(max_examples=300, deadline=None)
 @given(numbers=st.lists(finite, min_size=1, max_size=300), signed=st.booleans(), nearest=st.booleans())
-def test_codes_keep_what_they_promise_and_pack_again_exactly(numbers: list[float], signed: bool, nearest: bool) -> None:
+def test_codes_keep_their_precision_and_pack_again_exactly(numbers: list[float], signed: bool, nearest: bool) -> None:
     x = torch.tensor(numbers) if signed else torch.tensor(numbers).abs()
     codes, exponents = packed.pack(x, signed, None if nearest else _noise(x.shape))
     y = packed.unpack(codes, exponents, signed)
@@ -187,7 +187,7 @@ def test_stored_moments_have_the_right_mean() -> None:
 
 @pytest.mark.parametrize("moments", [F32, BF16, U8])
 @pytest.mark.parametrize("beta1", [0.0, 0.9])
-def test_a_state_loads_what_it_gave_exactly(moments: torch.dtype, beta1: float) -> None:
+def test_a_state_is_unchanged_by_saving_and_loading(moments: torch.dtype, beta1: float) -> None:
     adam_ = RowAdam(learning_rate=1e-2, beta1=beta1)
     param = torch.randn(2, 5, 200)
     first, second = (RowAdamState.zeros(param, adam_, moments) for _ in range(2))

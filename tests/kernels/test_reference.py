@@ -74,7 +74,7 @@ def test_batch_threshold_over_two_ranks_equals_the_threshold_of_both_batches_tog
 
 
 def _counts_along(pre: torch.Tensor, threshold: torch.Tensor) -> list[torch.Tensor]:
-    """What a rank with these rows contributes at each pass of the search that ends at a threshold."""
+    """Counts that a rank with these rows contributes at each pass of the search that ends at a threshold."""
     keys, goal = reference.positive_keys(pre).reshape(-1), int(reference.positive_keys(threshold))
     keys = keys[keys > 0]
     shares = []

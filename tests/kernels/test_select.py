@@ -1,4 +1,4 @@
-"""The Triton selection gives the bits of `reference.select_topk`, whatever the row looks like."""
+"""The Triton selection gives the bits of `reference.select_topk`, for all kinds of rows."""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ def _config(group: int, num_warps: int = 1) -> SelectConfig:
 
 
 def assert_selects_as_reference(pre_BF: torch.Tensor, k: int, config: SelectConfig | None = None) -> None:
-    """Same bits, though any NaN stands for any other."""
+    """Same bits; all NaN are equal."""
     values_BK, indices_BK = select_topk(pre_BF, k, config=config)
     expected_BK, expected_indices_BK = reference.select_topk(pre_BF, k)
     assert indices_BK.dtype == torch.int32 and values_BK.dtype == pre_BF.dtype

@@ -23,7 +23,7 @@ DEFAULT, FAST, WRONG = (GatherConfig(block_d=block, unroll=8, num_warps=1) for b
 
 
 def clock(microseconds: dict[Settings, float], calls: list[Settings]) -> tuple[TunedCall, tune.Measure]:
-    """A problem that adds its settings to `calls`, and a clock that knows how long the last of them takes."""
+    """A problem that adds its settings to `calls`, and a clock with the duration of the last of them."""
 
     def run(settings: Settings) -> Sequence[Tensor]:
         calls.append(settings)

@@ -91,7 +91,7 @@ def test_eleuther_keeps_the_largest_of_each_token_and_decodes_the_sum_over_sourc
     assert coders.decode(1, codes).tolist() == [[(9 + 4.5) / 2] * 2, [(11 + 22.5) / 2] * 2]
 
 
-def test_eleuther_tied_decoders_scale_what_other_layers_add() -> None:
+def test_eleuther_tied_decoders_scale_contributions_of_other_layers() -> None:
     coders = eleuther.Coders(TINY, "target", FIRST, seed=0)
     assert list(coders.W_dec) == ["0_0", "1_1"]
     _set(coders)
@@ -151,7 +151,7 @@ def test_crosslayer_ranks_by_z_score_over_all_layers_and_keeps_raw_values() -> N
     assert int(crosslayer.batch_topk(torch.randn(2, 30, 40), 5).sum()) == 5 * 30
 
 
-def test_crosslayer_dead_features_are_chosen_whatever_their_sign() -> None:
+def test_crosslayer_dead_features_are_chosen_regardless_of_sign() -> None:
     pre_BF = torch.tensor([[5.0, -1.0, 0.5, -3.0], [4.0, 2.0, -2.0, -1.0]])
     dead_F = torch.tensor([False, True, False, True])
     assert crosslayer.dead_codes(pre_BF, dead_F).tolist() == [[0, -1, 0, -3], [0, 2, 0, -1]]

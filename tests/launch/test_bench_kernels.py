@@ -1,4 +1,4 @@
-"""Kernel benchmark: work counted by hand, all results checked, only right ones timed. Speed is not tested here.
+"""Kernel benchmark: counts of operations, all results checked, only correct ones timed. Speed is not tested here.
 
 Measured speeds are in benchmarks/kernels.md.
 """
@@ -51,7 +51,7 @@ def clt_command(*words: str | Path) -> Result:
     return CliRunner().invoke(app, ["bench", "kernels", *map(str, words)])
 
 
-def test_work_of_every_operation_is_what_one_counts_by_hand() -> None:
+def test_work_of_every_operation_equals_hand_counts() -> None:
     assert SMALL.encode() == Workload(flops=2 * 3 * 4 * 10, once_bytes=(12 + 40 + 10) * 2 + 6 * (2 + 4))
     assert SMALL.select() == Workload(once_bytes=3 * 10 * 2 + 6 * 6)
     assert SMALL.threshold(5) == Workload(once_bytes=3 * 10 * 2 + 5 * 6)

@@ -1,4 +1,4 @@
-"""Store benchmark: all readers and writers timed alike, wrong bytes refused. Speed is not tested here.
+"""Store benchmark: all readers and writers are timed alike, wrong bytes are an error. Speed is not tested here.
 
 Measured speeds are in benchmarks/store.md.
 """

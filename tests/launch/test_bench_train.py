@@ -77,7 +77,7 @@ def test_large_sizes_are_those_of_the_configurations(name: str, size: str) -> No
     assert (own.n_layers, own.d_model) == model
 
 
-def test_variants_without_auxk_differ_in_nothing_else(tmp_path: Path) -> None:
+def test_variants_without_auxk_differ_only_in_it(tmp_path: Path) -> None:
     for size in SIZES.values():
         default, plain = (train_config(size, variant, tmp_path) for variant in size.variants[:2])
         assert size.variants[:2] == (DEFAULT, PLAIN)
@@ -131,7 +131,7 @@ def test_rank_by_itself_decodes_the_codes_it_is_given(alone: Mesh) -> None:
         assert (grads[name] - parameter.grad).abs().max() <= 1e-5 * parameter.grad.abs().max(), name
 
 
-def test_clock_counts_what_runs_inside_another_phase_once() -> None:
+def test_clock_counts_nested_phases_once() -> None:
     clock = PhaseClock(CPU)
     clock.begin_step()
     started = time.perf_counter()
@@ -163,14 +163,14 @@ def test_phases_are_reported_to_an_observer_while_it_is_installed() -> None:
     assert 0.01 <= step["decode"] and 0.01 <= step["other"] and step["encode"] == 0
 
 
-def test_peak_memory_is_what_was_there_at_once() -> None:
+def test_peak_memory_is_the_largest_resident_memory() -> None:
     memory = PeakMemory(CPU)
     torch.ones(2**24)
     torch.ones(2**24)
     peak = memory.peak()
     if peak is None:
         pytest.skip("the system does not report it")
-    # 64 MiB twice, one after the other; what else the process holds comes and goes.
+    # 64 MiB twice, one after the other; other memory of the process varies.
     assert 0.9 * 2**26 <= peak < 1.5 * 2**26
 
 
@@ -220,7 +220,7 @@ def test_everything_is_measured_and_bytes_are_those_of_the_formula(report: Train
     assert report.link is not None and all(ceiling.rate > 0 for ceiling in report.ceilings)
 
 
-def test_report_is_json_and_says_what_is_measured_and_what_assumed(report: TrainReport) -> None:
+def test_report_is_json_and_separates_measured_from_assumed(report: TrainReport) -> None:
     tree, text = json.loads(report.to_json()), report.to_text()
     assert tree["machine"]["packages"] and len(tree["tables"][0]["rows"][0]["steps"]) == 2
     exact, over = report.claims
@@ -230,7 +230,7 @@ def test_report_is_json_and_says_what_is_measured_and_what_assumed(report: Train
 
 @pytest.mark.slow
 @pytest.mark.skipif(not can_isolate(), reason="no network namespace here")
-def test_loopback_carries_what_is_counted_and_headers() -> None:
+def test_loopback_carries_the_counted_bytes_and_headers() -> None:
     rows, _ = measure_traffic(SIZES["cpu"], [(1, 2, 1, 0), (2, 1, 1, 0), (2, 1, 1, 1)], 2, private=True)
     for row in rows:
         assert row.counted == row.formula

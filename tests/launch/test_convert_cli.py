@@ -1,4 +1,4 @@
-"""`clt convert`: from folder to folder, with tokens of a store, and one line for every kind of mistake."""
+"""`clt convert`: from folder to folder, with tokens of a store, and one-line errors for invalid input."""
 
 from __future__ import annotations
 
@@ -81,14 +81,14 @@ def test_files_of_vlm_clt_training_are_written_and_read_back(tmp_path: Path) -> 
 
 
 @pytest.mark.parametrize("target", ["native", "sparsify"])
-def test_topk_travels_as_it_is(target: str, tmp_path: Path) -> None:
+def test_topk_is_written_unchanged(target: str, tmp_path: Path) -> None:
     transcoder, x = save(tmp_path / "clt"), torch.randn(2, 5, 4)
     assert run(tmp_path / "clt", tmp_path / "out", "--to", target).exit_code == 0
     assert run(tmp_path / "out", tmp_path / "back", "--from", target).exit_code == 0
     torch.testing.assert_close(CrossLayerTranscoder.from_pretrained(tmp_path / "back")(x), transcoder(x))
 
 
-def test_mistakes_are_one_line(tmp_path: Path) -> None:
+def test_user_errors_are_one_line(tmp_path: Path) -> None:
     make_store(tmp_path / "store", LENGTHS)
     save(tmp_path / "clt")
     out = tmp_path / "out"

@@ -1,4 +1,4 @@
-"""Training on the toy model with every evaluation on: the numbers of the checkpoint, on one rank and on two."""
+"""Training on the toy model with all evaluations: the numbers equal those of the checkpoint, on one rank and on two."""
 
 from __future__ import annotations
 
@@ -111,11 +111,13 @@ def _check_against_checkpoint(found: dict[str, float], checkpoint: Path, job: Pa
     assert all(found[f"replacement/{part}/kl"] >= 0 for part in parts)
 
 
-def test_one_process_reports_what_its_checkpoint_measures(trained: Path, job: Path, toy_adapter: ModelAdapter) -> None:
+def test_one_process_reports_the_measures_of_its_checkpoint(
+    trained: Path, job: Path, toy_adapter: ModelAdapter
+) -> None:
     _check_against_checkpoint(_last_reports(trained.parent), trained, job, toy_adapter)
 
 
-def test_two_layer_ranks_report_what_their_checkpoint_measures(
+def test_two_layer_ranks_report_the_measures_of_their_checkpoint(
     job: Path, tmp_path: Path, toy_adapter: ModelAdapter
 ) -> None:
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2"]

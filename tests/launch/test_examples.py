@@ -43,7 +43,7 @@ def test_script_is_executable_shell(script: Path) -> None:
 
 
 @pytest.mark.parametrize("script", SCRIPTS, ids=lambda path: path.name)
-def test_what_a_script_starts_is_there_and_knows_its_options(script: Path) -> None:
+def test_command_of_a_script_exists_and_accepts_its_options(script: Path) -> None:
     text = script.read_text().replace("\\\n", " ")
     (command,) = [line for line in text.splitlines() if "launch/" in line and not line.startswith("#")]
     words = shlex.split(command.replace("; then", ""))
@@ -65,7 +65,7 @@ def test_single_node_reaches_the_training_script() -> None:
     assert "steps: 7" in done.stdout
 
 
-def test_multi_node_reaches_the_training_script_and_says_what_it_lacks() -> None:
+def test_multi_node_reaches_the_training_script_and_names_missing_variables() -> None:
     done = run("multi_node.sh", "configs/train/toy.yaml", "--dry-run", NODES="1", HEAD="127.0.0.1", PORT="0", GPUS="1")
     assert done.returncode == 0, done.stderr
     assert "n_features: 1024" in done.stdout

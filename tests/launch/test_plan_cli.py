@@ -1,4 +1,4 @@
-"""`clt plan`: its report, the sources of its numbers (store, options, runs), and one line for every kind of error."""
+"""`clt plan`: its report, the sources of its numbers (store, options, runs), and one-line errors for invalid input."""
 
 from __future__ import annotations
 
@@ -139,7 +139,7 @@ def test_tokens_and_numerics_are_options(job: Path, tmp_path: Path) -> None:
         (("--model", "layers=4,width=8", "--set", "clt.kk=1"), ("clt.kk",)),
     ],
 )
-def test_mistakes_are_one_line(job: Path, words: tuple[str, ...], parts: tuple[str, ...]) -> None:
+def test_user_errors_are_one_line(job: Path, words: tuple[str, ...], parts: tuple[str, ...]) -> None:
     result = clt_command(job, *words)
     assert result.exit_code == 2, result.output
     lines = [line for line in result.stderr.splitlines() if line.startswith("error:")]

@@ -1,4 +1,4 @@
-"""The `clt store` commands: their output, their files, and one line for every kind of mistake."""
+"""The `clt store` commands: their output, their files, and one-line errors for invalid input."""
 
 from __future__ import annotations
 
@@ -71,7 +71,7 @@ def toy_plan(tmp_path: Path, *overrides: str) -> list[str]:
     return ["plan", str(config), *pairs]
 
 
-def test_plan_says_how_much_and_how_long_and_writes_only_its_report(tmp_path: Path) -> None:
+def test_plan_has_sizes_and_duration_and_writes_only_its_report(tmp_path: Path) -> None:
     result = clt_command(*toy_plan(tmp_path), "--json", tmp_path / "reports" / "plan.json")
     assert result.exit_code == 0, result.output
     report = json.loads((tmp_path / "reports" / "plan.json").read_text())

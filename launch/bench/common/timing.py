@@ -83,7 +83,7 @@ def interleave(
     """Times everything once per round; each round starts with another run, so that the order changes.
 
     Args:
-        runs: what is compared, names distinct.
+        runs: runs to compare, with distinct names.
         rounds: rounds, > 0.
         wall: clock, in seconds.
         cpu: CPU seconds spent so far.
@@ -111,7 +111,7 @@ def time_runs(run: Callable[[], Any], device: torch.device, rounds: int) -> Timi
 
     Args:
         run: the work.
-        device: where it runs.
+        device: device of the work.
         rounds: rounds, > 0.
 
     Returns:

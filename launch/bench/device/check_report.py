@@ -20,7 +20,7 @@ Value = float | bool | str
 
 @dataclass(frozen=True, kw_only=True)
 class DeviceCheck:
-    """How a check runs.
+    """Mode of a check.
 
     Attributes:
         dry: toy sizes on the CPU, without times.

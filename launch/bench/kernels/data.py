@@ -71,7 +71,7 @@ class KernelInputs:
 
     Attributes:
         size: the numbers.
-        distribution: how often features fire.
+        distribution: distribution of feature frequencies.
         x_BD: encoder inputs.
         W_enc_FD: encoder of the last source layer.
         b_enc_F: its bias, chosen so that features fire at the wanted rates.

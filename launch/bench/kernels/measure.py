@@ -76,7 +76,7 @@ class Measurement:
         error: relative error against float64, if there is a reference.
         repeats: whether two runs gave the same bits.
         peak_bytes: device memory of a run beside its inputs; None on a CPU.
-        absent: why it could not run.
+        absent: reason why it could not run, or None.
     """
 
     name: str

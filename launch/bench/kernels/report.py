@@ -31,7 +31,7 @@ class KernelRow:
         error: relative error against float64; None where there is no reference.
         repeats: whether two runs gave the same bits.
         peak_mib: device memory of a run beside its inputs; None on a CPU.
-        absent: why it could not run, else None.
+        absent: reason why it could not run, or None.
     """
 
     name: str
@@ -53,7 +53,7 @@ class KernelTable:
 
     Attributes:
         size: name of the size.
-        distribution: how often features fire.
+        distribution: distribution of feature frequencies.
         op: the operation.
         title: its description.
         moved_bytes: bytes requested from caches and memory.
@@ -118,7 +118,7 @@ def make_table(
 
     Args:
         size: name of the size.
-        distribution: how often features fire.
+        distribution: distribution of feature frequencies.
         case: the operation.
         found: one measurement per implementation.
         roof: ceilings of the machine at this size.

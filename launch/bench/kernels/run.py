@@ -107,7 +107,7 @@ def _tables(
 
 
 def _cases(inputs: KernelInputs, reference: Reference, methods: Sequence[TrainingMethod]) -> list[Callable[[], Case]]:
-    """Cases to be made one by one, since each holds the tensors that its implementations share."""
+    """Constructors of cases, to be called in turn: a case holds the tensors that its implementations share."""
     return [
         lambda: cases.encode_case(inputs, reference),
         lambda: cases.select_case(inputs, reference),

@@ -88,7 +88,7 @@ def delivery_table(
 
 
 def window_batches(read: ReadBlock, layout: Layout, delivery: Delivery) -> Generator[SiteBatch]:
-    """Yields every token of a store once per epoch, for ever, shuffled within windows of random blocks.
+    """Yields every token of a store once per epoch, without end, shuffled within windows of random blocks.
 
     Args:
         read: reads a block; called by several threads.

@@ -221,7 +221,7 @@ def make_table(
         rounds: rounds.
         checksums: whether they are verified, by name, in the order of the rows.
         timings: by name; a row without one is absent.
-        absent: the reason.
+        absent: reason why a row was not measured.
     """
     rows = [
         measured_row(name, checks, timings[name], layout.nbytes)
@@ -262,7 +262,7 @@ def _evict(path: Path) -> None:
 
 
 def _can_evict(path: Path) -> bool:
-    """Whether reads of evicted files go to the disk."""
+    """True if reads of evicted files go to the disk."""
     if not hasattr(os, "RWF_NOWAIT"):
         return False
     _evict(path)

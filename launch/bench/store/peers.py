@@ -52,7 +52,7 @@ class Peer:
 
     @property
     def installed(self) -> bool:
-        """Whether it can be measured here."""
+        """True if it can be measured here."""
         return self.module is None or importlib.util.find_spec(self.module) is not None
 
 

@@ -27,7 +27,7 @@ class ThroughputRow:
         median_gb_per_s: the same of the median round.
         cpu_s_per_gb: least CPU seconds per 1e9 bytes of a round.
         median_cpu_s_per_gb: the same of the median round.
-        absent: why it was not measured, else None.
+        absent: reason why it was not measured, or None.
     """
 
     name: str

@@ -29,7 +29,7 @@ class LoneMesh(Mesh):
 
     Attributes:
         n_features: F; the given codes name features evenly, and all their slots are filled.
-        codes: values and indices [B,K] that stand for those of every other rank, by shape.
+        codes: values and indices [B,K] used as those of every other rank, by shape.
     """
 
     n_features: int

@@ -45,7 +45,7 @@ class VariantRow:
         planned_bytes: memory by `clt plan`; None for the dense baseline.
         least_s: minimum seconds of a step by the roofline; None for the dense baseline.
         least: the same by part of the step.
-        absent: why it was not measured.
+        absent: reason why it was not measured, or None.
     """
 
     name: str
@@ -118,7 +118,7 @@ def run_task(task: Task) -> list[RankResult]:
 
 
 def can_isolate() -> bool:
-    """Whether this system allows a job its own network namespace."""
+    """True if this system allows a job its own network namespace."""
     if shutil.which(_ISOLATED[0]) is None:
         return False
     return subprocess.run([*_ISOLATED, "true"], capture_output=True, check=False).returncode == 0

@@ -84,7 +84,7 @@ class RankResult:
         peak_bytes: peak memory of the job (`PeakMemory`).
         loopback: bytes per step of all ranks on the loopback interface; None if not read.
         link: bytes/s received per rank in an all-gather over the world; None for one process.
-        absent: why nothing was measured.
+        absent: reason why nothing was measured, or None.
     """
 
     steps: tuple[dict[str, float], ...] = ()

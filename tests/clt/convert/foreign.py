@@ -1,4 +1,4 @@
-"""Forward passes of other projects, restated over the files on disk; random transcoders of ours to compare with.
+"""Forward passes of other projects, restated over the files on disk; random native transcoders to compare with.
 
 Every function takes a folder and raw inputs x [L,B,D], and returns the outputs [L,B,D] of all layers.
 """
@@ -43,7 +43,7 @@ def inputs() -> Tensor:
 
 
 def of_all_layers(transcoder: CrossLayerTranscoder, x_LBD: Tensor) -> Tensor:
-    """Outputs of ours for all layers, zeros where it has no source."""
+    """Outputs of the native transcoder for all layers, zeros where it has no source."""
     y_LBD = torch.zeros(transcoder.config.n_layers, *x_LBD.shape[1:], dtype=x_LBD.dtype)
     y_LBD[list(target_layers(transcoder.config))] = transcoder(x_LBD)
     return y_LBD

@@ -25,7 +25,7 @@ from .foreign import D, F, make
 
 JUMP = SparsitySettings(kind="jumprelu")
 
-#: How a format is written, a weight file of layer 1, its encoder and its bias, and its settings.
+#: By format: its writer, a weight file of layer 1, its encoder and its bias, and its settings.
 PLACES: dict[Format, tuple[Callable[[CrossLayerTranscoder, Path], None], str, str, str, str]] = {
     "circuit_tracer": (save_circuit_tracer, "W_enc_1.safetensors", "W_enc_1", "b_dec_1", "config.yaml"),
     "sparsify": (save_sparsify, "layers.1.mlp/sae.safetensors", "encoder.weight", "b_decs.0", "layers.1.mlp/cfg.json"),

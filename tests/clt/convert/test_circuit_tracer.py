@@ -32,7 +32,7 @@ VARIANTS: dict[str, dict[str, Any]] = {
 
 
 @pytest.mark.parametrize("variant", VARIANTS.values(), ids=VARIANTS)
-def test_what_is_written_is_the_same_function_there_and_read_back(variant: dict[str, Any], tmp_path: Path) -> None:
+def test_written_transcoder_is_the_same_function_there_and_read_back(variant: dict[str, Any], tmp_path: Path) -> None:
     transcoder, x = make(**variant), inputs()
     save_circuit_tracer(transcoder, tmp_path / "out")
     same(circuit_tracer(tmp_path / "out", x), of_all_layers(transcoder, x))
@@ -102,7 +102,7 @@ def test_a_set_of_single_layer_transcoders_is_read_as_they_read_it(tmp_path: Pat
         ({"sparsity": JUMP, "feature_offset": True}, "clt.feature_offset"),
     ],
 )
-def test_what_the_format_cannot_hold_is_refused_and_leaves_nothing(
+def test_unsupported_settings_are_refused_and_leave_no_files(
     changes: dict[str, Any], line: str, tmp_path: Path
 ) -> None:
     with pytest.raises(ConfigError, match=line):

@@ -29,7 +29,7 @@ VARIANTS: dict[str, dict[str, Any]] = {
 
 
 @pytest.mark.parametrize("variant", VARIANTS.values(), ids=VARIANTS)
-def test_what_is_written_is_the_same_function_there_and_read_back(variant: dict[str, Any], tmp_path: Path) -> None:
+def test_written_transcoder_is_the_same_function_there_and_read_back(variant: dict[str, Any], tmp_path: Path) -> None:
     transcoder, x = make(**variant), inputs()
     save_crosslayer_coding(transcoder, tmp_path / "out")
     same(crosslayer_coding(tmp_path / "out", x), of_all_layers(transcoder, x))

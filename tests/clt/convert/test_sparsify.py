@@ -27,7 +27,7 @@ VARIANTS: dict[str, dict[str, Any]] = {
 
 
 @pytest.mark.parametrize("variant", VARIANTS.values(), ids=VARIANTS)
-def test_what_is_written_is_the_same_function_there_and_read_back(variant: dict[str, Any], tmp_path: Path) -> None:
+def test_written_transcoder_is_the_same_function_there_and_read_back(variant: dict[str, Any], tmp_path: Path) -> None:
     transcoder, x = make(**variant), inputs()
     save_sparsify(transcoder, tmp_path / "out")
     same(sparsify(tmp_path / "out", x), transcoder(x))
@@ -99,7 +99,7 @@ def test_a_run_of_theirs_is_read_as_they_read_it(form: dict[str, Any], tmp_path:
     ("hooks", "site"),
     [([], "mlp_in"), ([f"model.layers.{i}.post_attention_layernorm" for i in range(L)], "resid_mid")],
 )
-def test_the_run_says_what_its_encoders_read(hooks: list[str], site: str, tmp_path: Path) -> None:
+def test_read_site_comes_from_the_run(hooks: list[str], site: str, tmp_path: Path) -> None:
     write_run(tmp_path, {})
     (tmp_path / "config.json").write_text(json.dumps({"hookpoints_in": hooks}))
     assert load_sparsify(tmp_path).config.read_site == site
@@ -156,7 +156,7 @@ def test_two_folders_of_one_layer_are_refused(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("changes", [{"first_offset": 1}, {"layer_norm": True}, {"read_site": "resid_pre"}])
-def test_what_the_format_cannot_hold_is_refused_and_leaves_nothing(changes: dict[str, Any], tmp_path: Path) -> None:
+def test_unsupported_settings_are_refused_and_leave_no_files(changes: dict[str, Any], tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match=f"clt.{next(iter(changes))}"):
         save_sparsify(make(**changes), tmp_path / "out")
     assert not list(tmp_path.iterdir())

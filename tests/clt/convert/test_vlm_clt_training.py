@@ -76,7 +76,7 @@ VARIANTS: dict[str, dict[str, Any]] = {
 
 
 @pytest.mark.parametrize("variant", VARIANTS.values(), ids=VARIANTS)
-def test_what_is_written_is_read_back_and_sums_to_the_same_there(variant: dict[str, Any], tmp_path: Path) -> None:
+def test_written_transcoder_is_read_back_and_has_the_same_sums_there(variant: dict[str, Any], tmp_path: Path) -> None:
     transcoder, x = make(first_offset=1, layer_norm=True, read_site="mlp_in", **variant), inputs()
     save_vlm_clt_training(transcoder, tmp_path / "out", batches())
     loaded = load_vlm_clt_training(tmp_path / "out")
@@ -118,7 +118,7 @@ def test_mapping_and_metrics_by_hand(tmp_path: Path) -> None:
         {"sparsity": SparsitySettings(kind="jumprelu")},
     ],
 )
-def test_what_the_format_cannot_hold_is_refused_and_leaves_nothing(changes: dict[str, Any], tmp_path: Path) -> None:
+def test_unsupported_settings_are_refused_and_leave_no_files(changes: dict[str, Any], tmp_path: Path) -> None:
     transcoder = make(**({"first_offset": 1, "layer_norm": True} | changes))
     with pytest.raises(ConfigError, match=f"clt.{next(iter(changes))}"):
         save_vlm_clt_training(transcoder, tmp_path / "out", batches())

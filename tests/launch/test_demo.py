@@ -38,7 +38,7 @@ SMALL = [
 
 
 @pytest.fixture(scope="module")
-def journey(tmp_path_factory: pytest.TempPathFactory) -> Path:
+def demo_output(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Output folder of a small demo."""
     out = tmp_path_factory.mktemp("demo")
     command = [sys.executable, "-m", "clt.launch.commands.main", "demo", "--out", str(out), *SMALL]
@@ -49,8 +49,8 @@ def journey(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture(scope="module")
-def summary(journey: Path) -> dict[str, Any]:
-    loaded: dict[str, Any] = json.loads((journey / "summary.json").read_text())
+def summary(demo_output: Path) -> dict[str, Any]:
+    loaded: dict[str, Any] = json.loads((demo_output / "summary.json").read_text())
     return loaded
 
 
@@ -67,8 +67,8 @@ def _refused(result: Result, *parts: str) -> None:
         assert part in lines[0]
 
 
-def _attribute(journey: Path, out: Path, *overrides: str) -> Result:
-    words = ["--clt", str(journey / "clt"), "--model", str(TOY), f"output={out}", *overrides]
+def _attribute(demo_output: Path, out: Path, *overrides: str) -> Result:
+    words = ["--clt", str(demo_output / "clt"), "--model", str(TOY), f"output={out}", *overrides]
     return _command("attribute", ROOT / "configs" / "attribute" / "toy.yaml", *words)
 
 
@@ -92,33 +92,33 @@ def test_described_summary_names_every_headline_number(summary: dict[str, Any]) 
         assert key in text
 
 
-def test_demo_leaves_files_that_open(journey: Path) -> None:
-    graph = Graph.load(journey / "graph" / "graph.safetensors")
+def test_demo_leaves_files_that_open(demo_output: Path) -> None:
+    graph = Graph.load(demo_output / "graph" / "graph.safetensors")
     assert len(graph.nodes.ids()) == graph.edges.shape[1]
-    assert (journey / "graph" / "index.html").stat().st_size > 10_000
-    assert list((journey / "clt" / "tensorboard").glob("events.*"))
-    assert (journey / "clt" / METRICS_FILE).is_file()
+    assert (demo_output / "graph" / "index.html").stat().st_size > 10_000
+    assert list((demo_output / "clt" / "tensorboard").glob("events.*"))
+    assert (demo_output / "clt" / METRICS_FILE).is_file()
 
 
-def test_attribute_explains_another_example_and_one_given_as_files(journey: Path, tmp_path: Path) -> None:
-    first = _attribute(journey, tmp_path / "a", "index=2", "checked_edges=0")
+def test_attribute_explains_another_example_and_one_given_as_files(demo_output: Path, tmp_path: Path) -> None:
+    first = _attribute(demo_output, tmp_path / "a", "index=2", "checked_edges=0")
     assert first.exit_code == 0, first.output
     from clt.capture.sources.toy import toy_examples
 
     example = toy_examples(1, seed=9)[0]
     example.images[0].save(tmp_path / "board.png")
     # Without a file; the prompt, with its colons and brackets, and the list of images as they are.
-    job = ["--clt", journey / "clt", "--model", TOY, "--output", tmp_path / "b", "--checked-edges", "0"]
+    job = ["--clt", demo_output / "clt", "--model", TOY, "--output", tmp_path / "b", "--checked-edges", "0"]
     given = _command("attribute", *job, f"prompt={example.prompt}", "--images", tmp_path / "board.png")
     assert given.exit_code == 0, given.output
     assert (tmp_path / "b" / "index.html").is_file()
 
 
-def test_evaluate_repeats_the_demo_numbers(journey: Path, summary: dict[str, Any], tmp_path: Path) -> None:
+def test_evaluate_repeats_the_demo_numbers(demo_output: Path, summary: dict[str, Any], tmp_path: Path) -> None:
     pairs = [
-        f"clt={journey / 'clt'}",
+        f"clt={demo_output / 'clt'}",
         f"model={TOY}",
-        f"store={journey / 'heldout'}",
+        f"store={demo_output / 'heldout'}",
         f"output={tmp_path / 'report.json'}",
         "source.toy.n=20",
         "source.toy.seed=3",
@@ -156,8 +156,8 @@ def test_missing_store_is_named(tmp_path: Path) -> None:
     assert not (tmp_path / "o").exists()
 
 
-def test_truncated_store_is_named(journey: Path, tmp_path: Path) -> None:
-    shutil.copytree(journey / "store", tmp_path / "store")
+def test_truncated_store_is_named(demo_output: Path, tmp_path: Path) -> None:
+    shutil.copytree(demo_output / "store", tmp_path / "store")
     largest = max((tmp_path / "store").rglob("*"), key=lambda path: path.stat().st_size if path.is_file() else 0)
     os.truncate(largest, largest.stat().st_size // 2)
     config = ROOT / "configs" / "train" / "toy.yaml"
@@ -169,18 +169,18 @@ def test_truncated_store_is_named(journey: Path, tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("command", ["capture", "attribute"])
-def test_missing_model_is_named(command: str, journey: Path, tmp_path: Path) -> None:
+def test_missing_model_is_named(command: str, demo_output: Path, tmp_path: Path) -> None:
     pairs = [f"model={tmp_path / 'no-model'}", f"output={tmp_path / 'o'}"]
     if command == "attribute":
-        pairs.append(f"clt={journey / 'clt'}")
+        pairs.append(f"clt={demo_output / 'clt'}")
     _refused(_command(command, ROOT / "configs" / command / "toy.yaml", *pairs), "no-model")
     assert not (tmp_path / "o").exists()
 
 
-def test_image_that_cannot_be_decoded_is_named(journey: Path, tmp_path: Path) -> None:
+def test_image_that_cannot_be_decoded_is_named(demo_output: Path, tmp_path: Path) -> None:
     (tmp_path / "broken.png").write_bytes(b"\x89PNG\r\n\x1a\n broken")
     result = _attribute(
-        journey,
+        demo_output,
         tmp_path / "o",
         "source=null",
         "prompt=USER: <image> ASSISTANT:",
@@ -190,9 +190,9 @@ def test_image_that_cannot_be_decoded_is_named(journey: Path, tmp_path: Path) ->
     assert not (tmp_path / "o").exists()
 
 
-def test_checkpoint_of_another_model_is_refused(journey: Path, tmp_path: Path) -> None:
+def test_checkpoint_of_another_model_is_refused(demo_output: Path, tmp_path: Path) -> None:
     other = _with_weights(tmp_path / "other", lambda tensor: tensor * 1.01)
-    result = _attribute(journey, tmp_path / "o", f"model={other}")
+    result = _attribute(demo_output, tmp_path / "o", f"model={other}")
     _refused(result, "other", "checkpoints/base")
     assert not (tmp_path / "o").exists()
 
