@@ -164,6 +164,12 @@ def llava_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 SITES = ("lm.0.resid_mid", "lm.1.resid_mid", "lm.0.mlp_out", "lm.1.mlp_out")
+#: Tokens per sample of most stores in these tests.
+LENGTHS = [20, 30, 13, 40, 24, 5]
+TWO_GROUPS = (
+    SiteGroup(name="lm", sites=("lm.0.resid_mid", "lm.0.mlp_out"), width=4),
+    SiteGroup(name="vision", sites=("vision.0.resid_mid", "vision.1.resid_mid", "vision.2.resid_mid"), width=7),
+)
 
 
 def identity(n_layers: int = 2, d_model: int = 4, fingerprint: str = "f" * 64) -> ModelIdentity:

@@ -8,7 +8,6 @@ from typing import Any
 
 import pytest
 import torch
-from toy_job import toy_config, toy_trainer
 
 from clt.checkpoint.weights import read_tensors
 from clt.distributed.mesh import Mesh
@@ -18,6 +17,8 @@ from clt.training.deepspeed_engine import joined_job
 from clt.training.metrics import read_metrics
 from clt.training.weight_average import WeightAverage
 from clt.transcoder.model import CrossLayerTranscoder
+
+from .toy_job import toy_config, toy_trainer
 
 #: Meshes of two processes, by name.
 MESHES = {
