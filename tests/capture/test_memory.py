@@ -19,7 +19,7 @@ from pathlib import Path
 import torch
 torch.set_num_threads(1)
 sys.path.insert(0, {root!r})
-from tests.capture.conftest import make_plan, make_spec
+from tests.capture.stores import make_plan, make_spec
 from clt.capture.reading.loader import ActivationLoader
 from clt.capture.store.schema import SiteGroup
 from clt.capture.reading.open_store import open_store

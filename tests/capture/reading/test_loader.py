@@ -24,7 +24,7 @@ from clt.capture.store.schema import SiteGroup
 from clt.errors import CheckpointError, ConfigError, StoreError
 from clt.records import ActivationBatch, Modality
 
-from ..conftest import SITES, make_store
+from ..stores import SITES, make_store
 
 X, Y = ("lm.0.resid_mid", "lm.1.resid_mid"), ("lm.0.mlp_out", "lm.1.mlp_out")
 LENGTHS = [int(n) for n in np.random.RandomState(0).randint(3, 40, size=40)]

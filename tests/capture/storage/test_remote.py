@@ -23,7 +23,7 @@ from clt.capture.upkeep.verify_store import verify_store
 from clt.capture.writing.writer import StoreWriter, UnitData
 from clt.errors import StoreError
 
-from ..conftest import LENGTHS, make_plan, make_spec, make_store, unit_data
+from ..stores import LENGTHS, make_plan, make_spec, make_store, unit_data
 from .s3_server import s3_server
 
 pytest.importorskip("obstore")

@@ -17,7 +17,7 @@ from clt.capture.reading.activation_store import ActivationStore
 from clt.capture.store.arrays import TOKEN_DTYPES
 from clt.capture.store.shard_rows import bits_of
 
-from ..conftest import LENGTHS, TWO_GROUPS, make_plan, make_store, unit_data
+from ..stores import LENGTHS, TWO_GROUPS, make_plan, make_store, unit_data
 
 FORMATS: dict[str, dict[str, Any]] = {
     "raw": {"store_dtype": "bfloat16"},

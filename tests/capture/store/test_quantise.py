@@ -16,7 +16,7 @@ from clt.capture.store.schema import SiteGroup
 from clt.capture.writing.writer import StoreWriter
 from clt.records import Modality
 
-from ..conftest import make_plan, make_spec, unit_data
+from ..stores import make_plan, make_spec, unit_data
 
 LENGTHS = [40, 24, 64, 50]
 GROUP = SiteGroup(name="lm", sites=("lm.0.resid_mid", "lm.0.mlp_out"), width=32)

@@ -20,7 +20,7 @@ from clt.capture.writing.writer import StoreWriter, UnitData
 from clt.errors import StoreError
 from clt.records import Modality
 
-from ..conftest import LENGTHS, SITES, TWO_GROUPS, make_plan, make_spec, make_store, unit_data
+from ..stores import LENGTHS, SITES, TWO_GROUPS, make_plan, make_spec, make_store, unit_data
 
 
 @pytest.fixture

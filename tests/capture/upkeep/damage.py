@@ -15,7 +15,7 @@ from clt.capture.reading.activation_store import ActivationStore
 from clt.capture.store.schema import SiteGroup
 from clt.capture.writing.writer import StoreWriter
 
-from ..conftest import make_plan, make_spec, unit_data
+from ..stores import make_plan, make_spec, unit_data
 
 #: Two units of two blocks at most, two sites: the fewest bytes that hold every kind of file.
 TINY = (2, 1, 2)

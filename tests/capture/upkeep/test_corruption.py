@@ -17,7 +17,7 @@ from clt.capture.upkeep.verify_store import verify_store
 from clt.capture.writing.writer import StoreWriter
 from clt.errors import StoreError
 
-from ..conftest import LENGTHS, make_plan, make_spec, make_store, unit_data
+from ..stores import LENGTHS, make_plan, make_spec, make_store, unit_data
 from .damage import TINY, TINY_SPEC, everything, flip, rewrite, tree
 
 COMMITTED = ["data.zarr/acts/lm/c/1/0/0", "data.zarr/tokens/modality/c/0", "units/stats/000002.safetensors"]

@@ -20,7 +20,7 @@ from clt.transcoder.architecture import CLTConfig
 from clt.transcoder.model import CrossLayerTranscoder, Provenance
 from clt.transcoder.scaling import Scaling
 
-from ..conftest import identity, make_plan, make_spec, make_store, unit_data
+from ..stores import identity, make_plan, make_spec, make_store, unit_data
 
 #: Units of 64 rows hold the samples 0-3, 4-5 and 6-8.
 LENGTHS = (20, 3, 17, 20, 40, 24, 1, 30, 5)

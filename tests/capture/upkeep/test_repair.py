@@ -19,7 +19,7 @@ from clt.capture.writing.leases import Leases
 from clt.capture.writing.writer import StoreWriter
 from clt.errors import StoreError
 
-from ..conftest import LENGTHS, make_plan, make_spec, make_store, unit_data
+from ..stores import LENGTHS, make_plan, make_spec, make_store, unit_data
 from .damage import capture_rest, everything, flip, put_all, rewrite, tree
 
 ACTS = "data.zarr/acts/lm/c/1/0/0"

@@ -23,7 +23,7 @@ from clt.capture.writing.writer import StoreWriter, UnitData
 from clt.errors import ConfigError, StoreError
 from clt.records import Modality
 
-from ..conftest import LENGTHS, TWO_GROUPS, make_plan, make_spec, make_store, unit_data
+from ..stores import LENGTHS, TWO_GROUPS, make_plan, make_spec, make_store, unit_data
 from .damage import flip, put_all, rewrite, tree
 
 LEVELS: tuple[Level, ...] = ("index", "chunk", "full")

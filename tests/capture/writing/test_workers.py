@@ -19,7 +19,7 @@ from clt.capture.writing.writer import StoreWriter
 from clt.config import parse_config
 from clt.errors import ConfigError
 
-from ..conftest import make_plan, make_spec, unit_data
+from ..stores import make_plan, make_spec, unit_data
 from .test_leases import foreign, names, put, storage
 
 __all__ = ["storage"]

@@ -17,7 +17,7 @@ from clt.capture.reading.open_store import open_store
 from clt.capture.writing.writer import StoreWriter, UnitData
 from clt.errors import StoreError
 
-from ..conftest import LENGTHS, TWO_GROUPS, identity, make_plan, make_spec, make_store, unit_data
+from ..stores import LENGTHS, TWO_GROUPS, identity, make_plan, make_spec, make_store, unit_data
 from ..upkeep.damage import tree
 
 
