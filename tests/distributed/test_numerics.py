@@ -156,7 +156,7 @@ def test_mean_is_saved_beside_the_weights(one_rank: Path, tmp_path: Path) -> Non
     # At first the plain mean, the initial weights included.
     expected = torch.stack([transcoder.W_enc["2"].detach() for transcoder in (start, *steps)]).mean(dim=0)
     torch.testing.assert_close(found.W_enc["2"], expected)
-    with pytest.raises(CheckpointError, match=r"average_00\.safetensors: no such file, the checkpoint has no EMA weights; pass"):
+    with pytest.raises(CheckpointError, match=r"average_00\.safetensors: no such file, .* no EMA weights; pass"):
         CrossLayerTranscoder.from_pretrained(one_rank / "whole", averaged=True)
 
 

@@ -24,7 +24,7 @@ from clt.launch.commands.main import app
 from clt.launch.commands.store_text import capacity_text
 
 from ..capture.stores import make_plan, make_spec, make_store, unit_data
-from ..hub_stand_in import Blob, hub_stand_in
+from ..hub_stand_in import Blob, environment, hub_stand_in
 
 ROOT = Path(__file__).resolve().parent.parent.parent
 LENGTHS = (20, 30, 40, 10, 25)
@@ -200,16 +200,7 @@ def test_push_and_pull_carry_a_store_over_the_hub(tmp_path: Path) -> None:
     (tmp_path / "store" / "units" / "leases").mkdir()
     (tmp_path / "store" / "units" / "leases" / "000000.0001.json").write_text("{}")
     with hub_stand_in() as hub:
-        settings = {
-            "HF_ENDPOINT": hub.endpoint,
-            "HF_TOKEN": "hf_alice",
-            "HF_HOME": str(tmp_path / "home"),
-            "HF_HUB_DISABLE_XET": "1",
-            "HF_HUB_DISABLE_TELEMETRY": "1",
-            "NO_PROXY": "127.0.0.1",
-            "no_proxy": "127.0.0.1",
-            "OMP_NUM_THREADS": "1",
-        }
+        settings = environment(hub, tmp_path) | {"HF_HUB_DISABLE_XET": "1", "OMP_NUM_THREADS": "1"}
 
         def run(*words: str | Path) -> str:
             command = [sys.executable, "-m", "clt.launch.commands.main", "store", *map(str, words)]
