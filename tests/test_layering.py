@@ -162,6 +162,7 @@ def _package(module: str) -> str | None:
 PACKAGES = {_dotted(path.parent) for path in SOURCES}
 
 
+@functools.cache
 def _arrows() -> dict[tuple[str, str], list[str]]:
     """(importing folder, imported folder) -> the statements, `clt/__init__.py` left out."""
     found: dict[tuple[str, str], list[str]] = {}

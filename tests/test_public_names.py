@@ -123,13 +123,14 @@ def test_five_lines_explain_an_image_and_a_text(
         (TOY, toy_transcoder, "Which color is the background?", [str(board)]),
         (text_model, text_transcoder, "the cat sat on a mat", []),
     ]
+    code = ""
     for model, transcoder, prompt, images in cases:
         names = {"model": str(model), "transcoder": str(transcoder), "prompt": prompt, "images": images}
-        graph_file = tmp_path / "graph.safetensors"
-        code = ROAD.format(**names, graph=str(graph_file)) + "print(page)"
-        page = Path(_run(code, BROWSER="true", DISPLAY="").strip().splitlines()[-1])
+        code += ROAD.format(**names, graph=str(tmp_path / f"{model.name}.safetensors")) + "print(page)"
+    pages = _run(code, BROWSER="true", DISPLAY="").strip().splitlines()[-len(cases) :]
+    for (model, _, prompt, images), page in zip(cases, map(Path, pages), strict=True):
         assert page.name == "index.html" and "</html>" in page.read_text()
-        graph = clt.Graph.load(graph_file)
+        graph = clt.Graph.load(tmp_path / f"{model.name}.safetensors")
         assert prompt in graph.prompt and graph.n_features > 0 and len(graph.images) == len(images)
 
 

@@ -1,8 +1,9 @@
 """Supported model classes, and `register_adapter` for adding others.
 
 An architecture is a model class of transformers with functions that find its parts and its image tokens. Those listed
-here are tested against plain forward hooks in `tests/capture/test_architectures.py`. Registered ones are checked when a
-model is loaded: each block must add exactly its two branches to the residual stream, as capture and attribution assume.
+here are tested against plain forward hooks in `tests/capture/models/test_architectures.py`. Registered ones are checked
+when a model is loaded: each block must add exactly its two branches to the residual stream, as capture and attribution
+assume.
 """
 
 from __future__ import annotations

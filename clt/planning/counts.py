@@ -1,7 +1,7 @@
 """Memory, traffic and arithmetic of a training step, counted from the job alone.
 
 Memory was checked against live tensors of gloo ranks under ZeRO 0, 1 and 2, traffic is that of ring collectives, and
-arithmetic is exact. `tests/clt/test_plan.py` holds all three to hand-computed numbers. Shape letters:
+arithmetic is exact. `tests/clt/planning/test_plan.py` holds all three to hand-computed numbers. Shape letters:
 `clt.planning.job`.
 """
 

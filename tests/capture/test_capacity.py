@@ -16,7 +16,7 @@ from clt.capture.sources.examples import JsonlSource, SourceSettings
 from clt.capture.writing.writer import StoreWriter
 from clt.errors import StoreError
 
-from .conftest import unit_data
+from .stores import unit_data
 
 TEXTS = ("the cat sat", "what is this ?", "a red mat", "the cat sat on a mat", "blue")
 

@@ -18,8 +18,8 @@ import json, resource, sys
 from pathlib import Path
 import torch
 torch.set_num_threads(1)
-sys.path.insert(0, {tests!r})
-from conftest import make_plan, make_spec
+sys.path.insert(0, {root!r})
+from tests.capture.stores import make_plan, make_spec
 from clt.capture.reading.loader import ActivationLoader
 from clt.capture.store.schema import SiteGroup
 from clt.capture.reading.open_store import open_store
@@ -72,7 +72,7 @@ print(json.dumps({{"grown": peak() - before, "budget": loader.memory_bytes, "sto
 
 def _measured(body: str, store: Path, dtype: str, captured: str = "float32", units: int = 4) -> dict[str, int]:
     values = {"store": str(store), "dtype": dtype, "captured": captured, "units": units}
-    code = (_COMMON + body).format(tests=str(Path(__file__).parent), **values)
+    code = (_COMMON + body).format(root=str(Path(__file__).parents[2]), **values)
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "MALLOC_ARENA_MAX": "2"}
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, env=environment, check=False)
     assert done.returncode == 0, done.stderr

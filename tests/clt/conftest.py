@@ -1,8 +1,7 @@
-"""Fixtures of this folder: `sparse_cases`, the tiny job of tests/distributed, and a local hub server."""
+"""A stand-in for the Hugging Face hub, as a fixture."""
 
 from __future__ import annotations
 
-import sys
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -11,9 +10,6 @@ import pytest
 from huggingface_hub import constants
 
 from ..hub_stand_in import HubStandIn, environment, hub_stand_in
-
-sys.path.insert(0, str(Path(__file__).parents[1] / "distributed"))
-sys.path.insert(0, str(Path(__file__).parent))
 
 
 @pytest.fixture

@@ -9,13 +9,14 @@ from pathlib import Path
 
 import pytest
 import torch
-from toy_job import toy_config, toy_trainer
 
 from clt.attribution.graphs.graph import Graph
 from clt.capture.reading.open_store import open_store
 from clt.distributed.mesh import Mesh
 from clt.training.deepspeed_engine import joined_job
 from clt.transcoder.model import CrossLayerTranscoder
+
+from ..distributed.toy_job import toy_config, toy_trainer
 
 FOLDER = Path(__file__).parents[1] / "fixtures" / "before_the_move"
 EXPECTED = json.loads((FOLDER / "expected.json").read_text())

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -13,10 +12,7 @@ from torch import Tensor
 
 from ..worker_processes import WorkerServer
 from .kill_worker import Ranks
-
-sys.path.insert(0, str(Path(__file__).parent))
-
-from launched import free_port, write_job, write_store
+from .launched import free_port, write_job, write_store
 
 RankResults = list[dict[str, Tensor]]
 

@@ -11,7 +11,6 @@ import os
 import random
 import shutil
 import signal
-import sys
 import threading
 import time
 from collections.abc import Callable, Mapping, Sequence
@@ -22,10 +21,7 @@ from typing import Any
 import torch
 
 from ..worker_processes import Kill, KillPoint, WorkerServer, serve
-
-sys.path.insert(0, str(Path(__file__).parent))
-
-from launched import free_port
+from .launched import free_port
 
 #: Modules that PyTorch, DeepSpeed and the reports import lazily: seconds on a busy machine.
 LATE_IMPORTS = ("torch._dynamo", "deepspeed.runtime.zero.muon.muon_optimizer", "torch.utils.tensorboard")
@@ -243,11 +239,11 @@ class Ranks(WorkerServer):
 
 def work(**fields: Any) -> int:
     """Does a `RankJob`, to the end or to the kill."""
-    from toy_job import toy_config, toy_trainer
-
     from clt.distributed.job_control import JobControl
     from clt.distributed.mesh import Mesh
     from clt.training.deepspeed_engine import joined_job
+
+    from .toy_job import toy_config, toy_trainer
 
     job = RankJob(**fields)
     if job.world > 1:
@@ -269,7 +265,8 @@ def work(**fields: Any) -> int:
 def import_everything() -> None:
     """Imports the modules of all ranks before any is forked."""
     import deepspeed  # noqa: F401
-    import toy_job  # noqa: F401
+
+    from . import toy_job  # noqa: F401
 
     for module in LATE_IMPORTS:
         importlib.import_module(module)

@@ -12,12 +12,13 @@ from pathlib import Path
 
 import torch
 import yaml
-from toy_job import global_batch
 
 from clt.capture.store.schema import SCHEMA_VERSION, CapturePlan, SiteGroup, StoreSpec
 from clt.capture.writing.writer import StoreWriter, UnitData
 from clt.checkpoint.weights import read_tensors
 from clt.records import Modality, ModelIdentity, TokenTable
+
+from .toy_job import global_batch
 
 ROOT = Path(__file__).parents[2]
 SCRIPT = ROOT / "launch" / "train.py"

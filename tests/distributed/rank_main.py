@@ -62,7 +62,8 @@ def _threads() -> list[str]:
 
 def _prepare() -> None:
     import pytest  # noqa: F401
-    import sharded_steps  # noqa: F401
+
+    from . import sharded_steps  # noqa: F401
 
     import_everything()
 

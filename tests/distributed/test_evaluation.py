@@ -10,7 +10,6 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor
-from toy_job import D_MODEL, N_LAYERS, global_batch, toy_config, toy_scaling, toy_trainer
 
 from clt.checkpoint.columns import own_columns
 from clt.checkpoint.gather import gather_transcoder
@@ -24,6 +23,8 @@ from clt.training.metrics import read_metrics
 from clt.transcoder.architecture import CLTConfig, SparsitySettings
 from clt.transcoder.layers import LayerShare
 from clt.transcoder.model import CrossLayerTranscoder
+
+from .toy_job import D_MODEL, N_LAYERS, global_batch, toy_config, toy_scaling, toy_trainer
 
 ARCHITECTURES: dict[str, dict[str, Any]] = {
     "later_layers_only": {"first_offset": 1},

@@ -8,7 +8,6 @@ from typing import Any
 
 import pytest
 import torch
-from toy_job import toy_config, toy_trainer
 
 from clt.checkpoint.weights import read_tensors
 from clt.distributed.mesh import Mesh
@@ -18,6 +17,8 @@ from clt.training.deepspeed_engine import joined_job
 from clt.training.metrics import read_metrics
 from clt.training.weight_average import WeightAverage
 from clt.transcoder.model import CrossLayerTranscoder
+
+from .toy_job import toy_config, toy_trainer
 
 #: Meshes of two processes, by name.
 MESHES = {
@@ -155,9 +156,7 @@ def test_mean_is_saved_beside_the_weights(one_rank: Path, tmp_path: Path) -> Non
     # At first the plain mean, the initial weights included.
     expected = torch.stack([transcoder.W_enc["2"].detach() for transcoder in (start, *steps)]).mean(dim=0)
     torch.testing.assert_close(found.W_enc["2"], expected)
-    with pytest.raises(
-        CheckpointError, match=r"average_00\.safetensors: no such file, the checkpoint has no EMA weights"
-    ):
+    with pytest.raises(CheckpointError, match=r"average_00\.safetensors: no such file, .* no EMA weights; pass"):
         CrossLayerTranscoder.from_pretrained(one_rank / "whole", averaged=True)
 
 

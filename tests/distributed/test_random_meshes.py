@@ -8,12 +8,13 @@ from typing import Any
 import pytest
 from hypothesis import HealthCheck, Phase, given, settings
 from hypothesis import strategies as st
-from sharded_steps import assert_equal_unsharded, assert_same_features, run_cases, tree_of
 from torch import Tensor
 
 from clt.training.deepspeed_engine import joined_job
 from clt.transcoder.architecture import CLTConfig
 from clt.transcoder.layers import target_layers
+
+from .sharded_steps import assert_equal_unsharded, assert_same_features, run_cases, tree_of
 
 #: Divides by four data ranks, and their parts by every-fourth of AuxK.
 TOKENS = 32

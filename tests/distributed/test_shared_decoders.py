@@ -8,7 +8,6 @@ from typing import Any
 
 import pytest
 import torch
-from sharded_steps import batch_of, make_objective
 from torch import Tensor
 
 from clt.config import config_to_tree, parse_config
@@ -18,6 +17,8 @@ from clt.planning.counts import traffic
 from clt.planning.job import NUMERICS, Job, MeshShape
 from clt.training.settings import TrainConfig
 from clt.transcoder.architecture import CLTConfig, TranscoderSettings
+
+from .sharded_steps import batch_of, make_objective
 
 #: Four sources, so that every rank owns as many; the farther ones have fewer targets.
 SETTINGS = {f.name for f in fields(TranscoderSettings)}

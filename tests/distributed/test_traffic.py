@@ -9,12 +9,13 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor
-from toy_job import BATCH_TOKENS, architecture, toy_config, toy_trainer
 
 from clt.distributed.mesh import Mesh
 from clt.planning.counts import StepTraffic, traffic
 from clt.planning.job import NUMERICS, Job, MeshShape
 from clt.training.metrics import read_metrics
+
+from .toy_job import BATCH_TOKENS, architecture, toy_config, toy_trainer
 
 AXES = ("model", "data", "world")
 #: Dead features from the third of six steps on, so that the last report is of two steps with all that can travel.

@@ -98,18 +98,22 @@ def _assert_same(ours: torch.Tensor, meant: torch.Tensor, leaves: Any, grad: tor
         torch.testing.assert_close(a, e, rtol=1e-12, atol=1e-12)
 
 
-def test_gradients_pass_gradcheck_in_float64(chosen: str) -> None:
-    # Small, because gradcheck runs the operation twice for every number of its inputs.
+def test_gradients_pass_gradcheck_in_float64(chosen: str, request: pytest.FixtureRequest) -> None:
+    # Small, because gradcheck runs the operation twice for every number of its inputs. That takes 30 s in Triton's
+    # interpreter: there along random directions, and the tests above hold each number to the definition's.
+    fast = request.node.callspec.params["chosen"].startswith("triton")
     x, W = _leaves(chosen, (2, 2), (3, 2))
     # A bias that makes every slot filled: an empty one is a constant, which gradcheck would perturb.
     b = torch.full((3,), 20.0, dtype=F64, device=chosen, requires_grad=True)
-    assert torch.autograd.gradcheck(lambda *a: ops.encode_topk(*a, 2)[0], (x, W, b))
+    assert torch.autograd.gradcheck(lambda *a: ops.encode_topk(*a, 2)[0], (x, W, b), fast_mode=fast)
     values, indices = ops.encode_topk(x, W, b, 2)
     values, indices = values.detach()[None].requires_grad_(), indices[None]
     W_dec, b_dec, skip = _leaves(chosen, (1, 3, 2), (2,), (2, 2))
     y, weights = torch.randn(2, 2, dtype=F64, device=chosen), torch.rand(2, dtype=F64, device=chosen)
     assert torch.autograd.gradcheck(
-        lambda v, w, c, s: ops.decode_loss(v, indices, w, c, y, weights, s)[0], (values, W_dec, b_dec, skip)
+        lambda v, w, c, s: ops.decode_loss(v, indices, w, c, y, weights, s)[0],
+        (values, W_dec, b_dec, skip),
+        fast_mode=fast,
     )
 
 

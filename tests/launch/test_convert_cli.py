@@ -16,7 +16,7 @@ from clt.transcoder.architecture import CLTConfig, SparsitySettings
 from clt.transcoder.model import CrossLayerTranscoder
 from clt.transcoder.scaling import Scaling
 
-from ..capture.conftest import make_store
+from ..capture.stores import make_store
 
 LENGTHS = (20, 30, 10)
 

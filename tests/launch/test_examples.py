@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import os
 import re
 import shlex
@@ -53,10 +54,13 @@ def test_command_of_a_script_exists_and_accepts_its_options(script: Path) -> Non
         return
     words = words[words.index("torchrun") + 1 :]
     options = {word for word in words[: words.index(target)] if word.startswith("--")}
-    help_text = subprocess.run(
-        [str(Path(sys.executable).parent / "torchrun"), "--help"], capture_output=True, text=True, check=True
-    ).stdout
-    assert options <= set(re.findall(r"--[a-z-]+", help_text)), options
+    assert options <= _torchrun_options(), options
+
+
+@functools.cache
+def _torchrun_options() -> set[str]:
+    command = [str(Path(sys.executable).parent / "torchrun"), "--help"]
+    return set(re.findall(r"--[a-z-]+", subprocess.run(command, capture_output=True, text=True, check=True).stdout))
 
 
 def test_single_node_reaches_the_training_script() -> None:

@@ -13,7 +13,7 @@ from clt.config import load_config
 from clt.launch.commands.main import app
 from clt.training.settings import TrainConfig
 
-from ..capture.conftest import make_store
+from ..capture.stores import make_store
 
 ROOT = Path(__file__).resolve().parent.parent.parent
 TRAIN = ROOT / "configs" / "train"

@@ -23,7 +23,7 @@ from clt.config import load_config
 from clt.launch.commands.main import app
 from clt.launch.commands.store_text import capacity_text
 
-from ..capture.conftest import make_plan, make_spec, make_store, unit_data
+from ..capture.stores import make_plan, make_spec, make_store, unit_data
 from ..hub_stand_in import Blob, environment, hub_stand_in
 
 ROOT = Path(__file__).resolve().parent.parent.parent
