@@ -14,7 +14,6 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Collection, Iterable, Sequence
-from contextlib import AbstractContextManager
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Self
@@ -216,7 +215,7 @@ class ReplacementModel:
             GraphError: an intervention names a layer, feature, position or prompt that does not exist, or the errors
                 do not fit the inputs or the mode.
         """
-        with self._running(inputs, interventions, mlps, errors=errors):
+        with attach(self.adapter, edit=self._run(inputs, interventions, mlps, errors=errors).edits()):
             return self.adapter.forward(inputs)
 
     @torch.no_grad()
@@ -268,8 +267,10 @@ class ReplacementModel:
         """
         inputs = self.prepare(prompt, images)
         # The last new token is never fed back.
-        with self._running(inputs, interventions, mlps, new_columns=max(0, max_new_tokens - 1)):
+        run = self._run(inputs, interventions, mlps, new_columns=max(0, max_new_tokens - 1))
+        with attach(self.adapter, edit=run.edits()):
             ids = self.adapter.generate(inputs, max_new_tokens)
+        run.log_ineffective()
         return Generation(ids=ids, texts=self.adapter.tokenizer.batch_decode(ids, skip_special_tokens=True))
 
     @torch.no_grad()
@@ -368,22 +369,22 @@ class ReplacementModel:
     def _columns(self, inputs: PromptInputs, new_columns: int = 0) -> TokenColumns:
         return TokenColumns.of(inputs, self.transcoder.config.drop_bos, new_columns)
 
-    def _running(
+    def _run(
         self,
         inputs: PromptInputs,
         interventions: Iterable[Intervention],
         mlps: MlpOutputs,
         errors: RecordedErrors | None = None,
         new_columns: int = 0,
-    ) -> AbstractContextManager[dict[str, Tensor]]:
-        """The model with its MLP outputs edited, for as long as the context lasts."""
+    ) -> LiveEdits:
+        """The edits of MLP outputs, for one forward or generation."""
         columns = self._columns(inputs, new_columns)
         plan = plan_interventions(interventions, self.transcoder, columns)
         if is_replaced(mlps):
-            return attach(self.adapter, edit=ReplacedOutputs(self.transcoder, columns, plan, errors).edits())
+            return ReplacedOutputs(self.transcoder, columns, plan, errors)
         if errors is not None:
             raise GraphError("error terms belong to replaced MLPs; leave them out with mlps='original'")
-        return attach(self.adapter, edit=SteeredOutputs(self.transcoder, columns, plan).edits())
+        return SteeredOutputs(self.transcoder, columns, plan)
 
 
 def fingerprint(transcoder: CrossLayerTranscoder) -> str:

@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from clt.capture.models.architectures import Architecture, attention_of, find_architecture, require_residual_stream
 from clt.capture.models.chat import PromptFormatter
 from clt.capture.models.loading import DeviceMap, Placement, Quantization, identify, load_model
-from clt.capture.models.prompts import PromptEncoder, PromptInputs, collate
+from clt.capture.models.prompts import PromptEncoder, PromptInputs, collate, token_text
 from clt.capture.models.sites import Sites
 from clt.capture.models.structure import Structure
 from clt.records import ModelIdentity, TokenTable
@@ -183,7 +183,7 @@ class ModelAdapter:
 
     def token_text(self, token_id: int) -> str:
         """Text of one vocabulary id."""
-        return str(self.tokenizer.decode([token_id]))
+        return token_text(self.tokenizer, token_id)
 
     def format_prompt(self, question: str, n_images: int = 0) -> str:
         """Formats a question as a prompt for `prepare`; logs `prompt_format=` chat_template, plain or as_given.
