@@ -132,10 +132,16 @@ class ReplacementModel:
             ModelError: the model cannot be loaded.
             CheckpointError: the transcoder cannot be read, or belongs to another model.
             HubError: a repository is missing or refuses access.
+            ConfigError: an argument is given that a loaded model or transcoder cannot follow.
         """
         if not isinstance(transcoder, CrossLayerTranscoder):
             transcoder = CrossLayerTranscoder.from_pretrained(transcoder, revision=transcoder_revision, lazy=lazy)
-        if not isinstance(model, ModelAdapter):
+        elif lazy or transcoder_revision is not None:
+            raise ConfigError("the transcoder is loaded already; leave out lazy and transcoder_revision")
+        if isinstance(model, ModelAdapter):
+            if (device, dtype, revision) != ("cpu", "float32", None):
+                raise ConfigError("the model is loaded already; leave out device, dtype and revision")
+        else:
             model = ModelAdapter.from_pretrained(model, revision, dtype, device)
         return cls(model, transcoder)
 
@@ -157,12 +163,15 @@ class ReplacementModel:
             A batch of one prompt.
 
         Raises:
-            InputError: an image cannot be read, or images and placeholders differ in number.
+            InputError: the prompt is no text, an image cannot be read, or images and placeholders differ in number.
         """
         if isinstance(prompt, PromptInputs):
             if images or answer is not None:
                 raise InputError("prepared inputs have their own images and answer; give them to prepare")
             return prompt
+        if not isinstance(prompt, str):
+            kind = type(prompt).__name__
+            raise InputError(f"prompt is of type {kind}; give one question as text, or inputs from prepare")
         pictures = load_images(images)
         return self.adapter.prepare(self.adapter.format_prompt(prompt, len(pictures)), pictures, answer)
 
@@ -415,5 +424,6 @@ def require_same_model(trained_on: ModelIdentity | None, model: ModelIdentity) -
         raise CheckpointError(
             f"the transcoder was trained on {trained_on.name} ({trained_on.architecture}, weights "
             f"{trained_on.fingerprint[:12]}), not on {model.name} ({model.architecture}, weights "
-            f"{model.fingerprint[:12]}); load that model or train a transcoder for this one"
+            f"{model.fingerprint[:12]}); load that model, in the dtype of the capture, "
+            "or train a transcoder for this one"
         )
