@@ -100,6 +100,7 @@ def explain(config: AttributeConfig) -> Explanation:
     Raises:
         CLTError: the model, transcoder, prompt or image cannot be read, or they do not fit each other.
     """
+    _check_output(config.output, is_folder=True)
     transcoder = config.load_transcoder()
     adapter = config.load()
     example = _example(config, adapter)
@@ -170,6 +171,7 @@ def evaluate(config: EvaluateConfig) -> EvaluationReport:
     Raises:
         CLTError: something cannot be read, or the transcoder, model and store do not belong together.
     """
+    _check_output(config.output, is_folder=False)
     transcoder = config.load_transcoder()
     store = open_store(config.store)
     require_same_model(transcoder.provenance.model, store.model)
@@ -181,9 +183,20 @@ def evaluate(config: EvaluateConfig) -> EvaluationReport:
         store=evaluate_on_store(transcoder, store, config.batch_tokens),
         agreement=evaluate_replacement(adapter, transcoder, inputs, config.batch_size),
     )
-    config.output.parent.mkdir(parents=True, exist_ok=True)
-    config.output.write_text(json.dumps(asdict(report), indent=1) + "\n", encoding="utf-8")
+    try:
+        config.output.parent.mkdir(parents=True, exist_ok=True)
+        config.output.write_text(json.dumps(asdict(report), indent=1) + "\n", encoding="utf-8")
+    except OSError as error:
+        raise InputError(f"output={config.output}: cannot be written ({error.strerror}); choose another file") from None
     return report
+
+
+def _check_output(output: Path, is_folder: bool) -> None:
+    """InputError before long work if the output is a file where a folder is needed, or the other way round."""
+    found = next(place for place in (output, *output.parents) if place.exists())
+    if found.is_dir() != (is_folder or found != output):
+        kind, needed = ("folder", "file") if found.is_dir() else ("file", "folder")
+        raise InputError(f"output={output}: {found} is a {kind}; choose the name of a {needed}")
 
 
 def evaluate_on_store(

@@ -32,6 +32,16 @@ _RENAMED_FILES = {
 }
 
 
+class _UniqueKeys(yaml.SafeLoader):
+    """YAML in which a key that is given twice is an error, not the last value."""
+
+    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
+        names = [key.value for key, _ in node.value if isinstance(key, yaml.ScalarNode) and key.value != "<<"]
+        if twice := [name for name in names if names.count(name) > 1]:
+            raise yaml.MarkedYAMLError(problem=f"the key '{twice[0]}' is given twice", problem_mark=node.start_mark)
+        return super().construct_mapping(node, deep)
+
+
 def load_config(cls: type[T], path: Path | str | None, overrides: Sequence[str] = ()) -> T:
     """Reads a YAML file into a settings class and applies dotted overrides.
 
@@ -51,16 +61,18 @@ def load_config(cls: type[T], path: Path | str | None, overrides: Sequence[str] 
     tree = {} if path is None else _read_tree(Path(path))
     for override in overrides:
         _apply(cls, tree, override)
-    return parse_config(cls, tree, source="command line" if path is None else str(path))
+    overridden = [override.partition("=")[0] for override in overrides]
+    return parse_config(cls, tree, "command line" if path is None else str(path), overridden)
 
 
-def parse_config(cls: type[T], tree: Mapping[str, Any], source: str) -> T:
+def parse_config(cls: type[T], tree: Mapping[str, Any], source: str, overridden: Sequence[str] = ()) -> T:
     """Validates a tree of plain values against a settings class.
 
     Args:
         cls: a pydantic dataclass.
         tree: nested mappings, as YAML or JSON give them.
         source: file name for the error message.
+        overridden: keys whose values come from the command line instead.
 
     Returns:
         A validated instance of `cls`.
@@ -73,6 +85,8 @@ def parse_config(cls: type[T], tree: Mapping[str, Any], source: str) -> T:
     except ValidationError as error:
         first = error.errors(include_url=False)[0]
         key = ".".join(str(part) for part in first["loc"])
+        if any(key == name or key.startswith(f"{name}.") for name in overridden):
+            source = "command line"
         more = f" (and {error.error_count() - 1} more)" if error.error_count() > 1 else ""
         if first["type"] in ("unexpected_keyword_argument", "extra_forbidden"):
             raise ConfigError(f"{source}: {_unknown(cls, key)}{more}") from None
@@ -80,7 +94,8 @@ def parse_config(cls: type[T], tree: Mapping[str, Any], source: str) -> T:
         if first["type"] == "missing":
             raise ConfigError(f"{source}: missing {', '.join(missing)}; set a value") from None
         given = "" if isinstance(first["input"], Mapping) else f", got {first['input']!r}"
-        raise ConfigError(f"{source}: {key or 'top level'}: {first['msg']}{given}{more}") from None
+        place = f"{key}: " if key else ""
+        raise ConfigError(f"{source}: {place}{first['msg'].removeprefix('Value error, ')}{given}{more}") from None
 
 
 def config_to_tree(config: Any) -> dict[str, Any]:
@@ -94,15 +109,18 @@ def config_to_yaml(config: Any) -> str:
 
 
 def _read_tree(path: Path) -> dict[str, Any]:
-    renamed = path.with_name(_RENAMED_FILES.get(path.name, path.name))
+    renamed = path.parent / _RENAMED_FILES.get(path.name, path.name)
     if renamed != path and renamed.exists() and not path.exists():
         log.warning("%s is deprecated and will be removed; use its new name %s", path, renamed)
         path = renamed
     try:
-        tree = yaml.safe_load(path.read_text(encoding="utf-8"))
+        tree = yaml.load(path.read_text(encoding="utf-8"), _UniqueKeys)
     except FileNotFoundError:
         raise ConfigError(f"{path}: no such configuration file") from None
-    except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
+    except IsADirectoryError:
+        raise ConfigError(f"{path}: is a folder; give a YAML file") from None
+    # ValueError: text that looks like a date and is none.
+    except (OSError, ValueError, yaml.YAMLError) as error:
         raise ConfigError(f"{path}: not a readable YAML file ({_one_line(error)})") from None
     if not isinstance(tree, dict):
         raise ConfigError(f"{path}: expected keys at the top level, found {type(tree).__name__}")
@@ -118,8 +136,8 @@ def _apply(cls: type[Any], tree: dict[str, Any], override: str) -> None:
         raise ConfigError(f"command line: {_unknown(cls, name)}")
     try:
         value = _parse_value(key.annotation, text)
-    except yaml.YAMLError as error:
-        raise ConfigError(f"override '{override}': the value is not valid YAML ({_one_line(error)})") from None
+    except (ValueError, yaml.YAMLError) as error:
+        raise ConfigError(f"override '{override}': the value cannot be read ({_one_line(error)})") from None
     *parents, leaf = name.split(".")
     node = tree
     for parent in parents:
@@ -136,7 +154,10 @@ def _parse_value(annotation: Any, text: str) -> Any:
     if item is not None and not sections(item) and not text.lstrip().startswith("["):
         if text == "null" and type(None) in kinds:
             return None
-        return [_parse_value(item, part.strip()) for part in text.split(",")] if text else []
+        parts = [part.strip() for part in text.split(",")] if text else []
+        if not all(parts):
+            raise ValueError("an item of the list is empty")
+        return [_parse_value(item, part) for part in parts]
     if not any(isinstance(kind, type) and issubclass(kind, (str, PurePath)) for kind in kinds):
         return yaml.safe_load(text)
     # A key that also takes another type than text gets it where the text reads as that type.
@@ -144,7 +165,7 @@ def _parse_value(annotation: Any, text: str) -> Any:
         value = yaml.safe_load(text)
         fits = value is not None or text == "null"
         return value if fits and not isinstance(value, str) and _accepts(annotation, value) else text
-    except yaml.YAMLError:
+    except (ValueError, yaml.YAMLError):
         return text
 
 

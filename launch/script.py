@@ -105,7 +105,7 @@ def read_words(words: Sequence[str]) -> tuple[Path | None, list[str]]:
         The file, None if there is none, and strings `key=value`.
 
     Raises:
-        ConfigError: an option has no value, or there are two files.
+        ConfigError: an option has no value or a single dash, or there are two files.
     """
     files: list[str] = []
     overrides: list[str] = []
@@ -123,6 +123,8 @@ def read_words(words: Sequence[str]) -> tuple[Path | None, list[str]]:
                 files.append(value)
             else:
                 overrides.append(value if key == "set" else f"{'output' if key == 'out' else key}={value}")
+        elif word.startswith("-") and not Path(word).is_file():
+            raise ConfigError(f"'{word}': unknown option; write key=value or --key value")
         elif "=" not in word or (not files and Path(word).is_file()):
             files.append(word)
         else:

@@ -99,7 +99,9 @@ def train_file(tmp_path: Path) -> Path:
         ("clt.k", "expected key=value"),
         ("=3", "expected key=value"),
         ("steps.deeper=3", "unknown key 'steps.deeper'"),
-        ("steps=[1", "not valid YAML"),
+        ("steps=[1", "cannot be read"),
+        ("steps=2020-13-45", "cannot be read"),
+        ("data.modalities=text,", "an item of the list is empty"),
     ],
 )
 def test_a_wrong_override_is_one_line_that_names_the_key(train_file: Path, override: str, words: str) -> None:
@@ -108,8 +110,37 @@ def test_a_wrong_override_is_one_line_that_names_the_key(train_file: Path, overr
     assert words in str(error.value) and "\n" not in str(error.value)
 
 
+def test_a_wrong_value_is_named_with_its_origin(train_file: Path) -> None:
+    with pytest.raises(ConfigError, match=r"^command line: optimizer\.eps: Input should be .*, got 'x'$"):
+        load_config(TrainConfig, train_file, ["optimizer={eps: x}"])
+    train_file.write_text(train_file.read_text().replace("10", "ten"))
+    with pytest.raises(ConfigError, match=r"job\.yaml: steps: Input should be .*, got 'ten'$"):
+        load_config(TrainConfig, train_file, ["optimizer.eps=1e-8"])
+
+
+def test_a_check_of_several_keys_is_reported_in_its_own_words() -> None:
+    with pytest.raises(ConfigError, match=r"^command line: give exactly one of prompt and source$"):
+        load_config(AttributeConfig, None, ["model=m", "clt=c", "output=o"])
+
+
+@pytest.mark.parametrize("name", ["", ".", "folder"])
+def test_a_folder_is_no_configuration_file(tmp_path: Path, name: str) -> None:
+    (tmp_path / "folder").mkdir()
+    with pytest.raises(ConfigError, match="is a folder; give a YAML file"):
+        load_config(TrainConfig, tmp_path / name if name == "folder" else name)
+
+
 @pytest.mark.parametrize(
-    ("text", "words"), [("[1, 2]", "top level"), ("a: b: c", "YAML"), ("\x00", "YAML"), ("", "top level")]
+    ("text", "words"),
+    [
+        ("[1, 2]", "top level"),
+        ("a: b: c", "YAML"),
+        ("\x00", "YAML"),
+        ("", "top level"),
+        ("output: 2020-13-45", "month must be in"),
+        ("steps: 1\nsteps: 2", "the key 'steps' is given twice"),
+        ("clt: {k: 1, n_features: 2, k: 3}", "the key 'k' is given twice"),
+    ],
 )
 def test_a_file_that_is_no_mapping_is_refused(tmp_path: Path, text: str, words: str) -> None:
     path = tmp_path / "bad.yaml"

@@ -8,6 +8,7 @@ import subprocess
 import sys
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -185,6 +186,29 @@ def test_model_takes_text_files_pictures_and_prepared_inputs_alike(
     with pytest.raises(clt.CLTError, match=r"nowhere\.png"):
         model.features(question, images="nowhere.png")
     assert "toy_vlm" in repr(model) and "features=24" in repr(model)
+
+
+def test_arguments_that_cannot_be_followed_are_refused(
+    toy_adapter: clt.ModelAdapter, toy_transcoder: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    load: Any = clt.ReplacementModel.from_pretrained
+    for arguments in ({"dtype": "bfloat16"}, {"device": "cuda"}, {"revision": "v1"}):
+        with pytest.raises(clt.CLTError, match="the model is loaded already; leave out device, dtype and revision"):
+            load(toy_adapter, toy_transcoder, **arguments)
+    transcoder = CrossLayerTranscoder.from_pretrained(toy_transcoder)
+    for arguments in ({"lazy": True}, {"transcoder_revision": "v1"}):
+        with pytest.raises(clt.CLTError, match="the transcoder is loaded already; leave out lazy"):
+            load(toy_adapter, transcoder, **arguments)
+    with pytest.raises(clt.CLTError, match=r"load that model, in the dtype of the capture, or train"):
+        load(TOY, toy_transcoder, dtype="bfloat16", revision="v1")
+    assert "revision=v1 is ignored" in caplog.text
+    model = load(toy_adapter, transcoder)
+    wrong: Any = (None, 3, ["one", "two"], b"bytes")
+    for prompt in wrong:
+        with pytest.raises(clt.CLTError, match=r"prompt is of type \w+; give one question as text"):
+            model.features(prompt)
+    with pytest.raises(clt.CLTError, match=r"max_new_tokens=0: must be at least 1"):
+        model.generate("Which color?", 0)
 
 
 def make_missing(folder: Path) -> Callable[[], object]:

@@ -141,10 +141,15 @@ class _Resolver:
             if not 0 <= token < self.adapter.vocab_size:
                 raise GraphError(f"target token {token}: vocabulary ids are 0..{self.adapter.vocab_size - 1}")
             return token
-        ids = list(self.adapter.tokenizer(token, add_special_tokens=False)["input_ids"])
+        tokenizer = self.adapter.tokenizer
+        ids = list(tokenizer(token, add_special_tokens=False)["input_ids"])
+        pieces = tokenizer.convert_ids_to_tokens(ids)
         if len(ids) != 1:
-            pieces = self.adapter.tokenizer.convert_ids_to_tokens(ids)
             raise GraphError(f"target token {token!r} is {len(ids)} tokens {pieces}; name a single one, or its id")
+        # A fast tokenizer may have its token of unknown words in its model only.
+        model = getattr(getattr(tokenizer, "backend_tokenizer", None), "model", None)
+        if pieces[0] in {tokenizer.unk_token, getattr(model, "unk_token", None)} - {token}:
+            raise GraphError(f"target token {token!r} is not in the vocabulary; name another, or an id")
         return int(ids[0])
 
     def _text(self, token: int) -> str:

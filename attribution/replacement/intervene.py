@@ -7,9 +7,9 @@ Interventions"; circuit-tracer's `feature_intervention` freezes attention by def
 
 from __future__ import annotations
 
-import logging
 from collections.abc import Callable, Collection, Iterable, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Literal, NamedTuple, get_args
 
 import torch
@@ -30,12 +30,11 @@ from clt.attribution.replacement.interventions import (
 )
 from clt.capture.models.adapter import ModelAdapter, PromptInputs
 from clt.capture.models.hooks import attach
+from clt.capture.models.prompts import token_text
 from clt.errors import GraphError
 from clt.records import SparseCodes
 from clt.transcoder.layers import source_layers
 from clt.transcoder.model import CrossLayerTranscoder
-
-log = logging.getLogger(__name__)
 
 #: MLP outputs are the transcoder's, or the model's own.
 MlpOutputs = Literal["replaced", "original"]
@@ -62,7 +61,7 @@ class InterventionResult:
         logits_before: [S,V] without.
         changed: features that the encoders give another activation, the values set by the interventions themselves
             left out.
-        token_text: text of a vocabulary id.
+        token_text: text of a vocabulary id; holds the tokenizer and not the model.
     """
 
     logits: Tensor
@@ -135,18 +134,14 @@ def intervene(
         run = SteeredOutputs(transcoder, columns, plan, kept, encodes_all=True)
     held = [part for part in get_args(FrozenPart) if part in parts or (part == "mlps" and kept)]
     logits = FrozenModel(adapter, recording, freeze=held).forward(run.edits())
-    if not run.has_changes:
-        log.warning(
-            "interventions=%d changed no activation: the features are inactive there, or have these values already",
-            sum(map(len, plan.values())),
-        )
+    run.log_ineffective()
     tokens = [adapter.token_text(token) for token in inputs.tokens.token_id[0].tolist()]
     before, after = (feature_table(transcoder, codes, columns, tokens) for codes in (recorded.encoded, run.encoded))
     return InterventionResult(
         logits=logits.cpu(),
         logits_before=recording.logits.to(logits.dtype).cpu(),
         changed=FeatureChanges.between(before, after),
-        token_text=adapter.token_text,
+        token_text=partial(token_text, adapter.tokenizer),
     )
 
 

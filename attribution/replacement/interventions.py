@@ -12,9 +12,12 @@ U features under intervention in a layer, D d_model.
 
 from __future__ import annotations
 
+import logging
 import math
+import operator
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -25,6 +28,8 @@ from clt.errors import GraphError
 from clt.records import SparseCodes
 from clt.transcoder.layers import LayerShare
 from clt.transcoder.model import CrossLayerTranscoder
+
+log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -51,6 +56,16 @@ class Intervention:
     def __post_init__(self) -> None:
         if (self.value is None) == (self.scale is None):
             raise GraphError(f"{self}: give either value or scale")
+        # Columns of a FeatureTable give tensors, which are no keys of a mapping.
+        whole: dict[str, Callable[[Any], float]] = dict.fromkeys(
+            ("layer", "feature", "position", "prompt"), operator.index
+        )
+        for name, plain in (whole | {"value": float, "scale": float}).items():
+            given = getattr(self, name)
+            try:
+                object.__setattr__(self, name, None if given is None else plain(given))
+            except (TypeError, ValueError):
+                raise GraphError(f"{self}: {name}={given!r} is not a single number of its kind") from None
         if not math.isfinite(self.value if self.value is not None else self.scale or 0.0):
             raise GraphError(f"{self}: value and scale must be finite")
 
@@ -185,6 +200,7 @@ class LiveEdits:
         self._kept_codes = kept_codes or {}
         self._inputs: dict[int, Tensor] = {}
         self._changes: dict[int, _Change] = {}
+        self._effective: dict[Intervention, Tensor] = {}
         self._numbers = {layer: sorted({i.feature for i in group}) for layer, group in plan.items()}
         self._window = slice(0, 0)
 
@@ -195,10 +211,16 @@ class LiveEdits:
         reads = {decoder_site(layer, site): self._reader(layer, first=layer == layers[0]) for layer in layers}
         return reads | {decoder_site(target, "mlp_out"): self._writer(target) for target in self.targets}
 
-    @property
-    def has_changes(self) -> bool:
-        """True if an intervention changed the activation of a feature in the last call."""
-        return any(bool(change.activation_NWU.any()) for change in self._changes.values())
+    def log_ineffective(self) -> None:
+        """Logs the interventions that gave no feature another activation in any call."""
+        wanted = [intervention for group in self.plan.values() for intervention in group]
+        idle = [i for i in wanted if i not in self._effective or not bool(self._effective[i])]
+        if idle:
+            log.warning(
+                "%s changed no activation%s: the feature is inactive there, or has this value already",
+                idle[0],
+                f" (and {len(idle) - 1} more of {len(wanted)})" if len(idle) > 1 else "",
+            )
 
     def write(self, target: int, own_NWD: Tensor) -> Tensor:
         """[N,W,D] output of a target's MLP branch, given the output of its own MLP."""
@@ -247,11 +269,12 @@ class LiveEdits:
             new_NW = running_NWU[rows, :, column] * (intervention.scale or 0.0)
             if intervention.value is not None:
                 new_NW = torch.full_like(new_NW, intervention.value)
+            acts_NW = self._acting[rows, :, 0]
             if intervention.position is not None:
-                acts_NW = positions_NW[rows] == intervention.position
-                new_NW = torch.where(acts_NW, new_NW, wanted_NWU[rows, :, column])
-            wanted_NWU[rows, :, column] = new_NW
-        wanted_NWU = torch.where(self._acting, wanted_NWU, running_NWU)
+                acts_NW = acts_NW & (positions_NW[rows] == intervention.position)
+            effective = ((new_NW != running_NWU[rows, :, column]) & acts_NW).any()
+            self._effective[intervention] = self._effective.get(intervention, False) | effective
+            wanted_NWU[rows, :, column] = torch.where(acts_NW, new_NW, wanted_NWU[rows, :, column])
         active_NWU = (wanted_NWU != 0).to(wanted_NWU) - (running_NWU != 0).to(wanted_NWU)
         return _Change(activation_NWU=wanted_NWU - running_NWU, active_NWU=active_NWU)
 

@@ -14,7 +14,6 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Collection, Iterable, Sequence
-from contextlib import AbstractContextManager
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Self
@@ -133,10 +132,16 @@ class ReplacementModel:
             ModelError: the model cannot be loaded.
             CheckpointError: the transcoder cannot be read, or belongs to another model.
             HubError: a repository is missing or refuses access.
+            ConfigError: an argument is given that a loaded model or transcoder cannot follow.
         """
         if not isinstance(transcoder, CrossLayerTranscoder):
             transcoder = CrossLayerTranscoder.from_pretrained(transcoder, revision=transcoder_revision, lazy=lazy)
-        if not isinstance(model, ModelAdapter):
+        elif lazy or transcoder_revision is not None:
+            raise ConfigError("the transcoder is loaded already; leave out lazy and transcoder_revision")
+        if isinstance(model, ModelAdapter):
+            if (device, dtype, revision) != ("cpu", "float32", None):
+                raise ConfigError("the model is loaded already; leave out device, dtype and revision")
+        else:
             model = ModelAdapter.from_pretrained(model, revision, dtype, device)
         return cls(model, transcoder)
 
@@ -158,12 +163,15 @@ class ReplacementModel:
             A batch of one prompt.
 
         Raises:
-            InputError: an image cannot be read, or images and placeholders differ in number.
+            InputError: the prompt is no text, an image cannot be read, or images and placeholders differ in number.
         """
         if isinstance(prompt, PromptInputs):
             if images or answer is not None:
                 raise InputError("prepared inputs have their own images and answer; give them to prepare")
             return prompt
+        if not isinstance(prompt, str):
+            kind = type(prompt).__name__
+            raise InputError(f"prompt is of type {kind}; give one question as text, or inputs from prepare")
         pictures = load_images(images)
         return self.adapter.prepare(self.adapter.format_prompt(prompt, len(pictures)), pictures, answer)
 
@@ -216,7 +224,7 @@ class ReplacementModel:
             GraphError: an intervention names a layer, feature, position or prompt that does not exist, or the errors
                 do not fit the inputs or the mode.
         """
-        with self._running(inputs, interventions, mlps, errors=errors):
+        with attach(self.adapter, edit=self._run(inputs, interventions, mlps, errors=errors).edits()):
             return self.adapter.forward(inputs)
 
     @torch.no_grad()
@@ -268,8 +276,10 @@ class ReplacementModel:
         """
         inputs = self.prepare(prompt, images)
         # The last new token is never fed back.
-        with self._running(inputs, interventions, mlps, new_columns=max(0, max_new_tokens - 1)):
+        run = self._run(inputs, interventions, mlps, new_columns=max(0, max_new_tokens - 1))
+        with attach(self.adapter, edit=run.edits()):
             ids = self.adapter.generate(inputs, max_new_tokens)
+        run.log_ineffective()
         return Generation(ids=ids, texts=self.adapter.tokenizer.batch_decode(ids, skip_special_tokens=True))
 
     @torch.no_grad()
@@ -368,22 +378,22 @@ class ReplacementModel:
     def _columns(self, inputs: PromptInputs, new_columns: int = 0) -> TokenColumns:
         return TokenColumns.of(inputs, self.transcoder.config.drop_bos, new_columns)
 
-    def _running(
+    def _run(
         self,
         inputs: PromptInputs,
         interventions: Iterable[Intervention],
         mlps: MlpOutputs,
         errors: RecordedErrors | None = None,
         new_columns: int = 0,
-    ) -> AbstractContextManager[dict[str, Tensor]]:
-        """The model with its MLP outputs edited, for as long as the context lasts."""
+    ) -> LiveEdits:
+        """The edits of MLP outputs, for one forward or generation."""
         columns = self._columns(inputs, new_columns)
         plan = plan_interventions(interventions, self.transcoder, columns)
         if is_replaced(mlps):
-            return attach(self.adapter, edit=ReplacedOutputs(self.transcoder, columns, plan, errors).edits())
+            return ReplacedOutputs(self.transcoder, columns, plan, errors)
         if errors is not None:
             raise GraphError("error terms belong to replaced MLPs; leave them out with mlps='original'")
-        return attach(self.adapter, edit=SteeredOutputs(self.transcoder, columns, plan).edits())
+        return SteeredOutputs(self.transcoder, columns, plan)
 
 
 def fingerprint(transcoder: CrossLayerTranscoder) -> str:
@@ -414,5 +424,6 @@ def require_same_model(trained_on: ModelIdentity | None, model: ModelIdentity) -
         raise CheckpointError(
             f"the transcoder was trained on {trained_on.name} ({trained_on.architecture}, weights "
             f"{trained_on.fingerprint[:12]}), not on {model.name} ({model.architecture}, weights "
-            f"{model.fingerprint[:12]}); load that model or train a transcoder for this one"
+            f"{model.fingerprint[:12]}); load that model, in the dtype of the capture, "
+            "or train a transcoder for this one"
         )

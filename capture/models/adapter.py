@@ -19,9 +19,10 @@ from torch import Tensor, nn
 from clt.capture.models.architectures import Architecture, attention_of, find_architecture, require_residual_stream
 from clt.capture.models.chat import PromptFormatter
 from clt.capture.models.loading import DeviceMap, Placement, Quantization, identify, load_model
-from clt.capture.models.prompts import PromptEncoder, PromptInputs, collate
+from clt.capture.models.prompts import PromptEncoder, PromptInputs, collate, token_text
 from clt.capture.models.sites import Sites
 from clt.capture.models.structure import Structure
+from clt.errors import InputError
 from clt.records import ModelIdentity, TokenTable
 
 if TYPE_CHECKING:
@@ -92,7 +93,7 @@ class ModelAdapter:
 
         Args:
             path: folder, or hub name such as `llava-hf/llava-1.5-7b-hf`.
-            revision: hub revision; ignored for folders.
+            revision: hub revision; for a folder ignored with a warning.
             dtype: float32, bfloat16, float16 or float64.
             device: torch device.
             device_map: strategy of `accelerate` for spreading the model over all GPUs; `device` is then not used.
@@ -183,7 +184,7 @@ class ModelAdapter:
 
     def token_text(self, token_id: int) -> str:
         """Text of one vocabulary id."""
-        return str(self.tokenizer.decode([token_id]))
+        return token_text(self.tokenizer, token_id)
 
     def format_prompt(self, question: str, n_images: int = 0) -> str:
         """Formats a question as a prompt for `prepare`; logs `prompt_format=` chat_template, plain or as_given.
@@ -288,7 +289,12 @@ class ModelAdapter:
 
         Returns:
             New token ids of each prompt, up to and including the end token if it was generated.
+
+        Raises:
+            InputError: max_new_tokens is not positive.
         """
+        if max_new_tokens < 1:
+            raise InputError(f"max_new_tokens={max_new_tokens}: must be at least 1")
         from transformers import GenerationConfig
 
         settings = GenerationConfig(

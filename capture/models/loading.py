@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import logging
 import re
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
@@ -22,6 +23,8 @@ from torch import nn
 from clt.capture.models.architectures import attention_of, find_architecture
 from clt.errors import ModelError
 from clt.records import ModelIdentity
+
+log = logging.getLogger(__name__)
 
 DeviceMap = Literal["auto", "balanced", "sequential"]
 Quantization = Literal["8bit", "4bit"]
@@ -105,7 +108,7 @@ def load_model(path: str, revision: str | None, dtype: str, placement: Placement
 
     Args:
         path: folder or hub name.
-        revision: hub revision; ignored for folders.
+        revision: hub revision; for a folder ignored with a warning.
         dtype: float32, bfloat16, float16 or float64.
         placement: devices and quantisation.
 
@@ -116,6 +119,8 @@ def load_model(path: str, revision: str | None, dtype: str, placement: Placement
         ModelError: a file is missing or damaged, or the class, dtype or device is not supported.
     """
     _check_folder(path)
+    if revision is not None and Path(path).is_dir():
+        log.warning("revision=%s is ignored: %s is a folder, which has no revisions", revision, path)
     if dtype not in _DTYPES:
         raise ModelError(f"dtype '{dtype}': expected one of {', '.join(_DTYPES)}")
     placement.check(path)

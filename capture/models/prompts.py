@@ -30,6 +30,11 @@ _ANY_SIZE: ImageSize = (64, 64)
 _TOKEN_INPUTS = ("input_ids", "attention_mask", "position_ids", "mm_token_type_ids", "token_type_ids")
 
 
+def token_text(tokenizer: Any, token_id: int) -> str:
+    """Text of one vocabulary id."""
+    return str(tokenizer.decode([token_id]))
+
+
 @dataclass(frozen=True, kw_only=True)
 class PromptInputs:
     """Model inputs of N prompts, padded on the left.

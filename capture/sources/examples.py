@@ -6,7 +6,7 @@ A source holds the texts of all examples, which planning a capture needs, and de
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -124,9 +124,16 @@ def load_images(images: ImageLike | Sequence[ImageLike]) -> list[Image.Image]:
         RGB images, turned upright by their EXIF orientation.
 
     Raises:
-        InputError: a file is missing, or is not a complete image.
+        InputError: a file is missing, or is not a complete image; a picture is empty, or of another type.
     """
-    several = [images] if isinstance(images, (str, Path, Image.Image)) else images
+    several = [images] if isinstance(images, (str, Path, Image.Image)) or not isinstance(images, Iterable) else images
+    several = list(several)
+    for number, image in enumerate(several):
+        if not isinstance(image, (str, Path, Image.Image)):
+            kind = type(image).__name__
+            raise InputError(f"images[{number}] is of type {kind}; give a path or a PIL image (Image.fromarray)")
+        if isinstance(image, Image.Image) and 0 in image.size:
+            raise InputError(f"images[{number}] has no pixels (size {image.width} x {image.height}); leave it out")
     return [_upright(image) if isinstance(image, Image.Image) else load_image(image) for image in several]
 
 
@@ -167,7 +174,9 @@ def _opened(file: Path | str | IO[bytes], name: str | None) -> Iterator[Image.Im
     # Pillow raises SyntaxError for damaged PNG data, and DecompressionBombError for absurd sizes.
     except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
         reason = " ".join(str(error).split()) or type(error).__name__
-        raise InputError(f"{name or file}: the image cannot be decoded ({reason}); repair or remove it") from None
+        raise InputError(
+            f"{name or file}: the image cannot be decoded ({reason}); correct the path, or repair or remove the file"
+        ) from None
 
 
 def text_digest(parts: Sequence[str]) -> str:

@@ -47,7 +47,12 @@ def test_a_file_with_an_equals_sign_in_its_name_is_the_configuration(
 
 
 @pytest.mark.parametrize(
-    ("words", "part"), [(["a.yaml", "b.yaml"], "'b.yaml': expected key=value"), (["a.yaml", "--model"], "--model: exp")]
+    ("words", "part"),
+    [
+        (["a.yaml", "b.yaml"], "'b.yaml': expected key=value"),
+        (["a.yaml", "--model"], "--model: exp"),
+        (["-model", "m"], "'-model': unknown option; write key=value or --key value"),
+    ],
 )
 def test_wrong_words_are_named(words: list[str], part: str) -> None:
     with pytest.raises(ConfigError, match=part):

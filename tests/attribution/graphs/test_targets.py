@@ -100,6 +100,7 @@ def test_feature_readout_is_the_pre_activation_of_the_scaled_transcoder(resolve,
 @pytest.mark.parametrize(
     ("settings", "message"),
     [
+        ((LogitTargets(tokens=("zzzz",)),), r"'zzzz' is not in the vocabulary"),
         ((LogitTargets(tokens=("a b",)),), r"'a b' is 2 tokens \['a', 'b'\]"),
         ((LogitTargets(tokens=(28,)),), r"target token 28: vocabulary ids are 0\.\.27"),
         ((LogitTargets(tokens=(-1,)),), "target token -1"),

@@ -1,6 +1,7 @@
 """`ReplacementModel.intervene` against attribution edges, against plain forwards, and on the model itself."""
 
 import logging
+import pickle
 
 import pytest
 import torch
@@ -92,6 +93,42 @@ def test_intervention_without_effect_is_an_error_or_a_warning(model, caplog: pyt
     with caplog.at_level(logging.WARNING):
         result = model.intervene(PROMPT, [Intervention(layer=1, feature=inactive, scale=5.0)])
     assert "changed no activation" in caplog.text and len(result.changed) == 0
+
+
+def test_each_intervention_without_effect_is_named_also_while_generating(
+    model: ReplacementModel, caplog: pytest.LogCaptureFixture
+) -> None:
+    row = next(iter(model.features(PROMPT).where(layer=1)))
+    works = Intervention(layer=1, feature=row.feature, position=row.position, value=9.0)
+    idle = Intervention(layer=1, feature=row.feature, position=row.position, scale=1.0)
+    for run in (
+        lambda both: model.intervene(PROMPT, both),
+        lambda both: model.generate(PROMPT, 3, both, mlps="original"),
+    ):
+        caplog.clear()
+        run([works])
+        assert "changed no activation" not in caplog.text
+        run([works, idle])
+        assert f"{idle} changed no activation:" in caplog.text
+
+
+def test_entries_of_a_feature_table_are_numbers_of_an_intervention(model: ReplacementModel) -> None:
+    row = model.features(PROMPT).where(layer=1).top(1)
+    plain = Intervention(layer=1, feature=int(row.feature), position=int(row.position), scale=3.0)
+    change = Intervention(
+        layer=row.layer[0], feature=row.feature[0], position=row.position[0].numpy(), scale=torch.tensor(3.0)
+    )
+    assert change == plain and hash(change) == hash(plain)
+    for wrong in ({"feature": 1.5}, {"layer": "1"}, {"position": torch.tensor([1, 2])}, {"scale": "x"}):
+        with pytest.raises(GraphError, match=f"{next(iter(wrong))}=.* is not a single number of its kind"):
+            Intervention(**({"layer": 1, "feature": 1, "scale": 1.0} | wrong))
+
+
+def test_results_hold_no_model(model: ReplacementModel) -> None:
+    result = model.intervene(PROMPT, [Intervention(layer=1, feature=3, value=2.0)])
+    again = pickle.loads(pickle.dumps(result))
+    assert repr(again) == repr(result) and torch.equal(again.logits, result.logits)
+    assert len(pickle.dumps(result)) < sum(p.numel() for p in model.adapter.model.parameters())
 
 
 def test_norms_of_another_kind_are_refused_only_where_they_are_frozen() -> None:

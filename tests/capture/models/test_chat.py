@@ -209,3 +209,7 @@ def test_images_are_paths_or_pictures_turned_upright(tmp_path: Path) -> None:
     assert load_images([]) == []
     with pytest.raises(InputError, match=r"missing\.png: the image cannot be decoded"):
         load_images([tmp_path / "missing.png"])
+    wrong: Any = [None, 3, b"bytes", [[path]], torch.zeros(3, 4, 4), [expected, Image.new("RGB", (0, 4))]]
+    for images in wrong:
+        with pytest.raises(InputError, match=r"images\[[01]\] (is of type|has no pixels)"):
+            load_images(images)
