@@ -24,7 +24,7 @@ from torch import Tensor
 from triton.runtime.errors import OutOfResources
 
 from clt.kernels.common.adam import RowAdam, RowAdamState
-from clt.kernels.common.interface import DecoderGradInputs, EncoderGradInputs
+from clt.kernels.common.interface import DecodeInputs, DecoderGradInputs, EncoderGradInputs
 from clt.kernels.gpu import configs, decode, encode, grad, optim, select
 from clt.kernels.gpu.config_table import (
     OPS,
@@ -85,7 +85,7 @@ class TunedCalls:
         self._encoder_inputs = EncoderGradInputs(
             values_BK.float(), values_BK, indices_BK, inputs.x_BD, size.n_features, inputs.csr[:1]
         )
-        self._decoded = *codes, inputs.W_dec_SFD, inputs.b_dec_D, inputs.y_BD, None, None
+        self._decoded = DecodeInputs(*codes, inputs.W_dec_SFD, inputs.b_dec_D, None), inputs.y_BD, None
         self._encoded = inputs.x_BD, inputs.W_enc_FD, inputs.b_enc_F
         self._by_rule = configs.select_config(dtype, size.n_features, size.k)
 

@@ -17,6 +17,25 @@ from clt.kernels.common.csr import FeatureCSR
 
 
 @dataclass(frozen=True)
+class DecodeInputs:
+    """Inputs of `decode`, which are those of `decode_loss` too.
+
+    Attributes:
+        values_SBK: [S,B,K] activations, 0 in empty slots.
+        indices_SBK: [S,B,K] int32 feature numbers, 0 in empty slots.
+        W_dec_SFD: [S,F,D] decoders.
+        b_dec_D: [D] bias.
+        skip_BD: [B,D] added to the sum, or None.
+    """
+
+    values_SBK: Tensor
+    indices_SBK: Tensor
+    W_dec_SFD: Tensor
+    b_dec_D: Tensor
+    skip_BD: Tensor | None
+
+
+@dataclass(frozen=True)
 class DecoderGradInputs:
     """Inputs of the gradients of `decode` with respect to activations and decoders.
 
@@ -77,20 +96,9 @@ class KernelBackend(Protocol):
         self, pre_BF: Tensor, threshold: Tensor, quota: Tensor, capacity: int
     ) -> tuple[Tensor, Tensor, Tensor]: ...
 
-    def decode(
-        self, values_SBK: Tensor, indices_SBK: Tensor, W_dec_SFD: Tensor, b_dec_D: Tensor, skip_BD: Tensor | None
-    ) -> Tensor: ...
+    def decode(self, inputs: DecodeInputs) -> Tensor: ...
 
-    def decode_loss(
-        self,
-        values_SBK: Tensor,
-        indices_SBK: Tensor,
-        W_dec_SFD: Tensor,
-        b_dec_D: Tensor,
-        y_BD: Tensor,
-        weights_B: Tensor | None,
-        skip_BD: Tensor | None,
-    ) -> tuple[Tensor, Tensor]: ...
+    def decode_loss(self, inputs: DecodeInputs, y_BD: Tensor, weights_B: Tensor | None) -> tuple[Tensor, Tensor]: ...
 
     def decoder_grad(self, inputs: DecoderGradInputs, need_W: bool = True) -> tuple[Tensor, Tensor | None]:
         """Gradients of `decode`.
