@@ -30,7 +30,7 @@ Answer = tuple[int, ...]
 
 
 @dataclass(frozen=True, kw_only=True, config=STRICT)
-class Generation:
+class GenerationSettings:
     """Settings of generated answers; decoding is greedy, so that a job always has the same answers."""
 
     max_new_tokens: int = Field(gt=0)
@@ -65,7 +65,7 @@ def make_answers(
     adapter: ModelAdapter,
     source: ExampleSource,
     prompt_tokens: Sequence[int],
-    generation: Generation,
+    generation: GenerationSettings,
     *,
     batch_size: int,
     output: str,
@@ -107,7 +107,7 @@ def make_answers(
 
 
 def _answer(
-    adapter: ModelAdapter, source: ExampleSource, samples: Sequence[int], generation: Generation
+    adapter: ModelAdapter, source: ExampleSource, samples: Sequence[int], generation: GenerationSettings
 ) -> AnswerBatch:
     examples = [source.load(sample) for sample in samples]
     inputs = adapter.collate([adapter.prepare(example.prompt, example.images) for example in examples])

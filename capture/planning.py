@@ -15,7 +15,7 @@ import transformers
 from pydantic import Field
 from pydantic.dataclasses import dataclass
 
-from clt.capture.answers import Answer, Generation, make_answers
+from clt.capture.answers import Answer, GenerationSettings, make_answers
 from clt.capture.models.adapter import ModelAdapter
 from clt.capture.models.model_settings import ModelChoice
 from clt.capture.models.sites import decoder_sites
@@ -45,7 +45,7 @@ class CaptureConfig(ModelChoice):
     """Folder or URL of the store; an unfinished store of the same job is resumed."""
     source: SourceSettings
     """Source of the prompts and images."""
-    generate: Generation | None = None
+    generate: GenerationSettings | None = None
     """The model generates an answer to each prompt, which is captured too; default: the answers of the source."""
     read_site: ReadSite = "resid_mid"
     """Site that encoders of transcoders read; stored for every layer beside `mlp_out`."""

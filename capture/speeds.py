@@ -167,11 +167,17 @@ def _forget(store: ActivationStore) -> None:
         return
     for unit in store.units:
         for file in unit.files:
-            descriptor = os.open(store.storage.name(file.path), os.O_RDONLY)
-            try:
-                os.posix_fadvise(descriptor, 0, 0, os.POSIX_FADV_DONTNEED)
-            finally:
-                os.close(descriptor)
+            evict(store.storage.name(file.path))
+
+
+def evict(file: str | Path) -> None:
+    """Evicts a file from the page cache; the system only drops clean pages that no process maps."""
+    descriptor = os.open(file, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+        os.posix_fadvise(descriptor, 0, 0, os.POSIX_FADV_DONTNEED)
+    finally:
+        os.close(descriptor)
 
 
 @contextmanager

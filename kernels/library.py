@@ -17,7 +17,7 @@ from clt.kernels.backend import device_guard, implementation
 from clt.kernels.common.adam import RowAdamState
 from clt.kernels.common.csr import SPLIT, FeatureCSR
 from clt.kernels.common.dtypes import accumulator
-from clt.kernels.common.interface import DecoderGradInputs, EncoderGradInputs
+from clt.kernels.common.interface import DecodeInputs, DecoderGradInputs, EncoderGradInputs
 
 # No postponed annotations here: the operators' schemas are read from them.
 
@@ -137,7 +137,7 @@ encode_selected.register_autograd(_selected_backward, setup_context=_save_select
 def decode(
     values: Tensor, indices: Tensor, W_dec: Tensor, b_dec: Tensor, skip: Tensor | None, csr: list[Tensor]
 ) -> Tensor:
-    return implementation(W_dec).decode(values, indices, W_dec, b_dec, skip)
+    return implementation(W_dec).decode(DecodeInputs(values, indices, W_dec, b_dec, skip))
 
 
 @decode.register_fake
@@ -156,7 +156,7 @@ def decode_loss(
     skip: Tensor | None,
     csr: list[Tensor],
 ) -> tuple[Tensor, Tensor]:
-    return implementation(W_dec).decode_loss(values, indices, W_dec, b_dec, y, weights, skip)
+    return implementation(W_dec).decode_loss(DecodeInputs(values, indices, W_dec, b_dec, skip), y, weights)
 
 
 @decode_loss.register_fake

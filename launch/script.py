@@ -12,7 +12,7 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Generic, NoReturn, TypeVar
+from typing import Any, Generic, NoReturn, Protocol, TypeVar
 
 from clt.config import config_to_yaml, load_config
 from clt.errors import CLTError, ConfigError
@@ -160,6 +160,26 @@ def run_and_exit(work: Callable[[], Any]) -> NoReturn:
     """Does the work of a command with the log on standard error, and exits with its code; see `guarded`."""
     set_up_logging()
     sys.exit(guarded(work))
+
+
+class Report(Protocol):
+    """Outcome of a command, as JSON and as text."""
+
+    def to_json(self) -> str: ...
+
+    def to_text(self) -> str: ...
+
+
+def report_and_exit(file: Path | None, make: Callable[[], Report]) -> NoReturn:
+    """Makes a report, writes it as JSON to a file unless that is None, prints it and exits; see `run_and_exit`."""
+
+    def work() -> str:
+        check_writable(file)
+        report = make()
+        write_text(file, report.to_json())
+        return report.to_text()
+
+    run_and_exit(work)
 
 
 def check_writable(file: Path | None) -> None:

@@ -26,6 +26,14 @@ def size_text(n_bytes: float) -> str:
     return f"{n_bytes:.0f} bytes"
 
 
+def si_text(value: float, unit: str) -> str:
+    """A number with four digits and a decimal prefix, as vendors give memory and bandwidth."""
+    for factor, prefix in ((1e12, "T"), (1e9, "G"), (1e6, "M"), (1e3, "k"), (1, ""), (1e-3, "m")):
+        if value >= factor:
+            return f"{value / factor:.4g} {prefix}{unit}"
+    return f"{value * 1e6:.4g} u{unit}" if value else f"0 {unit}"
+
+
 def count_text(value: float) -> str:
     """A number with three significant digits, with k, M or G."""
     for unit, letter in ((1e9, " G"), (1e6, " M"), (1e3, " k")):

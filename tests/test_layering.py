@@ -67,7 +67,6 @@ ARROWS = {
     "clt.kernels": "clt.kernels.common clt.kernels.gpu clt.kernels.pytorch",
     "clt.kernels.gpu": "clt.kernels.common clt.kernels.pytorch",
     "clt.kernels.pytorch": "clt.kernels.common",
-    "clt.kernels.tuning": "clt.kernels.common clt.kernels.gpu clt.kernels.pytorch",
     "clt.launch": """
         clt.attribution clt.attribution.evaluation clt.attribution.features clt.capture clt.capture.models
         clt.capture.reading clt.capture.sources clt.capture.writing clt.distributed clt.training clt.transcoder""",

@@ -168,20 +168,6 @@ class ModelAdapter:
         """Sites that can be read or edited, in the order of the forward pass; docs/models.md lists their tensors."""
         return self.sites.names
 
-    def module_for(self, site: str) -> nn.Module:
-        """The module of a site.
-
-        Args:
-            site: a name from `site_names`.
-
-        Returns:
-            The module whose input, output or attention function holds the tensor of the site.
-
-        Raises:
-            ModelError: no such site; lists similar names.
-        """
-        return self.sites.place(site).module
-
     def token_text(self, token_id: int) -> str:
         """Text of one vocabulary id."""
         return token_text(self.tokenizer, token_id)

@@ -168,29 +168,6 @@ class ReadOrder:
         """Shuffled order of a window's rows: its i-th row is row `result[i]` of its segments laid end to end."""
         return permutation(window.stop - window.start, self.seed, (_WINDOW, self.epoch, stream, window.number))
 
-    def rows(self, step: int, rank: int = 0, world: int = 1) -> NDArray[np.int64]:
-        """The (block, row within block) pairs of a rank's batch, in order; for tests.
-
-        Args:
-            step: step within the epoch.
-            rank: rank on the data axis.
-            world: ranks on the data axis.
-
-        Returns:
-            [batch_rows / world, 2] int64.
-        """
-        parts = []
-        for stream in self.streams_of(rank, world):
-            taken, stop = step * self.share, (step + 1) * self.share
-            while taken < stop:
-                visit = self._visit(stream, taken)
-                segments = self.window_segments(stream, visit.window)
-                line = np.array([(block, row) for block, first, last in segments for row in range(first, last)])
-                shuffled = line[self.window_permutation(stream, visit.window)]
-                parts.append(shuffled[visit.first : visit.stop][: stop - taken])
-                taken += len(parts[-1])
-        return np.concatenate(parts)
-
     def _phase(self, stream: int) -> int:
         return stream * self.window_rows // self.streams
 

@@ -109,12 +109,6 @@ class Inventory:
         quantisation = (QUANTISATION,) if self.spec.store_dtype == "int8" else ()
         return frozenset((SPEC, PLAN, MANIFEST, *quantisation, *self.arrays.metadata_files(), *self.stats_keys))
 
-    def foreign(self) -> Iterator[str]:
-        """Keys of files that this store never writes."""
-        for key in self.entries:
-            if key not in self.unit_of and key not in self.common_keys and not is_scratch(key):
-                yield key
-
     def leftovers(self) -> Iterator[StoredFile]:
         """Unrecorded files of interrupted workers: partial files, and files of uncommitted units."""
         committed = set(self.committed)

@@ -15,7 +15,7 @@ from clt.convert import Format
 from clt.convert.circuit_tracer import load_circuit_tracer, save_circuit_tracer
 from clt.convert.crosslayer_coding import load_crosslayer_coding, save_crosslayer_coding
 from clt.convert.sparsify import load_sparsify, save_sparsify
-from clt.convert.thresholds import REPORT_FILE, to_jumprelu
+from clt.convert.thresholds import to_jumprelu
 from clt.convert.vlm_clt_training import load_vlm_clt_training, save_vlm_clt_training
 from clt.errors import ConfigError
 from clt.records import ActivationBatch
@@ -108,5 +108,5 @@ def convert(
             transcoder, report = to_jumprelu(transcoder, calibration(transcoder.config))
         _WRITERS[write_as](transcoder, folder)
         if report is not None:
-            (folder / REPORT_FILE).write_text(json.dumps(asdict(report), indent=1) + "\n", encoding="utf-8")
+            (folder / "conversion.json").write_text(json.dumps(asdict(report), indent=1) + "\n", encoding="utf-8")
     return target

@@ -7,10 +7,8 @@ others. `to_jumprelu` sets thresholds at which every feature fires on as many ca
 
 from __future__ import annotations
 
-import json
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass, replace
-from pathlib import Path
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
@@ -23,8 +21,6 @@ from clt.transcoder.architecture import SparsitySettings
 from clt.transcoder.dead_features import firing_counts
 from clt.transcoder.encoding import scores_of
 from clt.transcoder.model import CrossLayerTranscoder
-
-REPORT_FILE = "conversion.json"
 
 #: Number of features whose pre-activations are sorted at a time.
 _SORTED_TOGETHER = 256
@@ -93,18 +89,6 @@ def to_jumprelu(
         changed_counts=int((_firing(converted, batches) != counts_LF).sum()),
     )
     return converted, report
-
-
-def save_conversion(transcoder: CrossLayerTranscoder, report: ConversionReport, folder: Path) -> None:
-    """Saves a converted transcoder with its report.
-
-    Args:
-        transcoder: the converted transcoder.
-        report: from `to_jumprelu`, written as `conversion.json`.
-        folder: as for `CrossLayerTranscoder.save_pretrained`.
-    """
-    transcoder.save_pretrained(folder)
-    (folder / REPORT_FILE).write_text(json.dumps(asdict(report), indent=1) + "\n", encoding="utf-8")
 
 
 @torch.no_grad()

@@ -17,6 +17,25 @@ from clt.kernels.common.csr import FeatureCSR
 
 
 @dataclass(frozen=True)
+class DecodeInputs:
+    """Inputs of `decode`, which are those of `decode_loss` too.
+
+    Attributes:
+        values_SBK: [S,B,K] activations, 0 in empty slots.
+        indices_SBK: [S,B,K] int32 feature numbers, 0 in empty slots.
+        W_dec_SFD: [S,F,D] decoders.
+        b_dec_D: [D] bias.
+        skip_BD: [B,D] added to the sum, or None.
+    """
+
+    values_SBK: Tensor
+    indices_SBK: Tensor
+    W_dec_SFD: Tensor
+    b_dec_D: Tensor
+    skip_BD: Tensor | None
+
+
+@dataclass(frozen=True)
 class DecoderGradInputs:
     """Inputs of the gradients of `decode` with respect to activations and decoders.
 
@@ -134,42 +153,23 @@ class KernelBackend(Protocol):
             count exceeds C keeps its lowest feature numbers.
         """
 
-    def decode(
-        self, values_SBK: Tensor, indices_SBK: Tensor, W_dec_SFD: Tensor, b_dec_D: Tensor, skip_BD: Tensor | None
-    ) -> Tensor:
+    def decode(self, inputs: DecodeInputs) -> Tensor:
         """Sum over sources and slots of value times decoder vector, plus bias and skip.
 
         Args:
-            values_SBK: [S,B,K] activations; slots with value 0 are empty.
-            indices_SBK: [S,B,K] int32 feature numbers; a feature may occur in several slots of a token.
-            W_dec_SFD: [S,F,D] decoders from each source into this target.
-            b_dec_D: [D] bias.
-            skip_BD: [B,D] added to the sum, or None.
+            inputs: codes, decoders, bias and skip; a feature may occur in several slots of a token.
 
         Returns:
             [B,D] in the dtype of the decoders.
         """
 
-    def decode_loss(
-        self,
-        values_SBK: Tensor,
-        indices_SBK: Tensor,
-        W_dec_SFD: Tensor,
-        b_dec_D: Tensor,
-        y_BD: Tensor,
-        weights_B: Tensor | None,
-        skip_BD: Tensor | None,
-    ) -> tuple[Tensor, Tensor]:
+    def decode_loss(self, inputs: DecodeInputs, y_BD: Tensor, weights_B: Tensor | None) -> tuple[Tensor, Tensor]:
         """Weighted squared error of a reconstruction and its residual.
 
         Args:
-            values_SBK: [S,B,K] activations; slots with value 0 are empty.
-            indices_SBK: [S,B,K] int32 feature numbers.
-            W_dec_SFD: [S,F,D] decoders from each source into this target.
-            b_dec_D: [D] bias.
+            inputs: codes, decoders, bias and skip.
             y_BD: [B,D] target of the reconstruction.
             weights_B: [B] weight of each token; None for 1/B.
-            skip_BD: [B,D] added to the reconstruction, or None.
 
         Returns:
             error [], the weighted sum over tokens of the mean over channels of the squared residual, in the

@@ -1,7 +1,7 @@
 """Launch settings of the kernels: measured ones for this device and shape where the table has them, else a rule.
 
-Nothing is tuned while a program runs, because a setting fixes the order of some sums; `describe` names the settings of
-a run. The table is `configs.json` beside this file; `clt.kernels.tuning.tune` measures and writes it.
+Nothing is tuned while a program runs, because a setting fixes the order of some sums. The table is `configs.json`
+beside this file; `benchmarks/tune_kernels.py` measures and writes it.
 """
 
 from __future__ import annotations
@@ -9,7 +9,6 @@ from __future__ import annotations
 import functools
 import hashlib
 import importlib.util
-from dataclasses import dataclass
 from pathlib import Path
 
 import torch
@@ -22,6 +21,7 @@ from clt.kernels.gpu.config_table import (
     GemmConfig,
     Producer,
     SelectConfig,
+    Settings,
     key_of,
     read_table,
 )
@@ -171,54 +171,28 @@ def path(
     return "dense" if n_features * (1 if dtype.itemsize <= 2 else 8) <= threshold * k else "sparse"
 
 
-@dataclass(frozen=True, kw_only=True)
-class LaunchSettings:
-    """Settings of one shape on this machine; a run records them (`dataclasses.asdict`).
-
-    Attributes:
-        fingerprint: table, Triton and architecture, as from `fingerprint`.
-        decode, decoder_grad, encoder_grad, row_adam, select, gemm: settings of the kernels.
-        producer: source of pre-activations and group maxima, "gemm" or "fused".
-        decode_path, decoder_grad_path, encoder_grad_path: "sparse" or "dense".
-    """
-
-    fingerprint: str
-    decode: GatherConfig
-    decoder_grad: GatherConfig
-    encoder_grad: GatherConfig
-    row_adam: GatherConfig
-    select: SelectConfig
-    gemm: GemmConfig
-    producer: Producer
-    decode_path: CodePath
-    decoder_grad_path: CodePath
-    encoder_grad_path: CodePath
-
-
-def describe(dtype: torch.dtype, d_model: int, n_features: int, k: int, tokens: int) -> LaunchSettings:
-    """All settings of one shape.
+def settings_of(op: str, dtype: torch.dtype, d_model: int, n_features: int, k: int, tokens: int) -> Settings:
+    """Settings of one operation on this machine, from the table or by rule.
 
     Args:
+        op: key of `OPS`.
         dtype: dtype of the weights.
         d_model: D.
         n_features: F.
         k: slots per token.
         tokens: B.
     """
-    shape = (d_model, n_features, k, tokens)
-    return LaunchSettings(
-        fingerprint=fingerprint(),
-        decode=gather_config("decode", dtype, *shape),
-        decoder_grad=gather_config("decoder_grad", dtype, *shape),
-        encoder_grad=gather_config("encoder_grad", dtype, *shape),
-        row_adam=gather_config("row_adam", dtype, d_model),
-        select=select_config(dtype, n_features, k),
-        gemm=gemm_config(dtype, d_model, n_features, tokens),
-        producer=producer(dtype, *shape),
-        decode_path=path("decode", n_features, k, dtype, d_model, tokens),
-        decoder_grad_path=path("decoder_grad", n_features, k, dtype, d_model, tokens),
-        encoder_grad_path=path("encoder_grad", n_features, k, dtype, d_model, tokens),
-    )
+    match OPS[op].section:
+        case "gather":
+            return gather_config(op, dtype, d_model, n_features, k, tokens)
+        case "select":
+            return select_config(dtype, n_features, k)
+        case "gemm":
+            return gemm_config(dtype, d_model, n_features, tokens)
+        case "producer":
+            return producer(dtype, d_model, n_features, k, tokens)
+        case _:
+            return path(op.removesuffix("_path"), n_features, k, dtype, d_model, tokens)
 
 
 def fingerprint() -> str:

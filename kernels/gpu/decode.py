@@ -10,6 +10,7 @@ import triton.language as tl
 from torch import Tensor
 
 from clt.kernels.common.dtypes import accumulator
+from clt.kernels.common.interface import DecodeInputs
 from clt.kernels.gpu.configs import GatherConfig, gather_config
 from clt.kernels.gpu.language import ACCUMULATOR, load_columns, round_to, widen
 
@@ -82,72 +83,38 @@ def _decode_kernel(
     tl.store(OUT + token * D + columns, round_to(acc, OUT.dtype.element_ty), mask=columns < D)
 
 
-def decode(
-    values_SBK: Tensor,
-    indices_SBK: Tensor,
-    W_dec_SFD: Tensor,
-    b_dec_D: Tensor,
-    skip_BD: Tensor | None,
-    config: GatherConfig | None = None,
-) -> Tensor:
-    """Sum over sources and slots of value times decoder vector, plus bias and skip.
+def decode(inputs: DecodeInputs, config: GatherConfig | None = None) -> Tensor:
+    """Sum over sources and slots of value times decoder vector, plus bias and skip, as in `clt.kernels.ops.decode`.
 
-    Args:
-        values_SBK: [S,B,K] activations, 0 in empty slots.
-        indices_SBK: [S,B,K] int32 feature numbers, 0 in empty slots.
-        W_dec_SFD: [S,F,D] decoders.
-        b_dec_D: [D] bias.
-        skip_BD: [B,D] added to the result, or None.
-        config: launch settings, None for those of the table; they do not change a bit of the result.
-
-    Returns:
-        [B,D] in the dtype of W_dec.
+    `config` does not change a bit of the result; default: the launch settings of the table.
     """
-    out_BD, _ = _launch(values_SBK, indices_SBK, W_dec_SFD, b_dec_D, None, None, skip_BD, config)
-    return out_BD
+    return _launch(inputs, None, None, config)[0]
 
 
 def decode_loss(
-    values_SBK: Tensor,
-    indices_SBK: Tensor,
-    W_dec_SFD: Tensor,
-    b_dec_D: Tensor,
-    y_BD: Tensor,
-    weights_B: Tensor | None,
-    skip_BD: Tensor | None,
-    config: GatherConfig | None = None,
+    inputs: DecodeInputs, y_BD: Tensor, weights_B: Tensor | None, config: GatherConfig | None = None
 ) -> tuple[Tensor, Tensor]:
     """Weighted squared error of a reconstruction that is never stored, and its residual.
 
     Args:
-        values_SBK: [S,B,K] activations, 0 in empty slots.
-        indices_SBK: [S,B,K] int32 feature numbers, 0 in empty slots.
-        W_dec_SFD: [S,F,D] decoders.
-        b_dec_D: [D] bias.
+        inputs: of the reconstruction.
         y_BD: [B,D] target.
         weights_B: [B] weight of each token, or None for 1/B.
-        skip_BD: [B,D] added to the reconstruction, or None.
         config: launch settings, None for those of the table.
 
     Returns:
         error [], the sum over tokens of weight times mean square of the residual, in float32 (float64 for float64),
         and residual [B,D], reconstruction minus target, in the dtype of W_dec.
     """
-    residual_BD, partials = _launch(values_SBK, indices_SBK, W_dec_SFD, b_dec_D, y_BD, weights_B, skip_BD, config)
+    residual_BD, partials = _launch(inputs, y_BD, weights_B, config)
     return partials.sum() / (residual_BD.numel() if weights_B is None else residual_BD.shape[1]), residual_BD
 
 
 def _launch(
-    values_SBK: Tensor,
-    indices_SBK: Tensor,
-    W_dec_SFD: Tensor,
-    b_dec_D: Tensor,
-    y_BD: Tensor | None,
-    weights_B: Tensor | None,
-    skip_BD: Tensor | None,
-    config: GatherConfig | None,
+    inputs: DecodeInputs, y_BD: Tensor | None, weights_B: Tensor | None, config: GatherConfig | None
 ) -> tuple[Tensor, Tensor]:
     """Output [B,D] and, with a target, partial errors [chunks,B]."""
+    values_SBK, W_dec_SFD, skip_BD = inputs.values_SBK, inputs.W_dec_SFD, inputs.skip_BD
     sources, tokens, k = values_SBK.shape
     n_features, d_model = W_dec_SFD.shape[1:]
     config = config or gather_config("decode", W_dec_SFD.dtype, d_model, n_features, k, tokens)
@@ -156,9 +123,9 @@ def _launch(
     partials = W_dec_SFD.new_empty(chunks, tokens, dtype=accumulator(W_dec_SFD.dtype))
     _decode_kernel[(tokens * chunks,)](
         values_SBK.contiguous(),
-        indices_SBK.contiguous(),
+        inputs.indices_SBK.contiguous(),
         W_dec_SFD.contiguous(),
-        b_dec_D.contiguous(),
+        inputs.b_dec_D.contiguous(),
         None if skip_BD is None else skip_BD.contiguous(),
         None if y_BD is None else y_BD.contiguous(),
         None if weights_B is None else weights_B.contiguous(),

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from clt.kernels.common.adam import RowAdamState
-from clt.kernels.common.interface import DecoderGradInputs, EncoderGradInputs, StoredGradientSteps
+from clt.kernels.common.interface import DecodeInputs, DecoderGradInputs, EncoderGradInputs, StoredGradientSteps
 from clt.kernels.gpu import configs
 from clt.kernels.gpu import decode as gather
 from clt.kernels.gpu import grad as feature_major
@@ -47,28 +47,19 @@ def _is_dense(op: str, codes: Tensor, weight_shape: tuple[int, ...], dtype: torc
     return configs.path(op, n_features, k, dtype, d_model, tokens) == "dense"
 
 
-def decode(
-    values_SBK: Tensor, indices_SBK: Tensor, W_dec_SFD: Tensor, b_dec_D: Tensor, skip_BD: Tensor | None
-) -> Tensor:
+def _dense_decode(inputs: DecodeInputs) -> bool:
+    return _is_dense("decode", inputs.values_SBK, inputs.W_dec_SFD.shape, inputs.W_dec_SFD.dtype)
+
+
+def decode(inputs: DecodeInputs) -> Tensor:
     """See `KernelBackend.decode`."""
-    is_dense = _is_dense("decode", values_SBK, W_dec_SFD.shape, W_dec_SFD.dtype)
-    run = dense.decode if is_dense else gather.decode
-    return run(values_SBK, indices_SBK, W_dec_SFD, b_dec_D, skip_BD)
+    return dense.decode(inputs) if _dense_decode(inputs) else gather.decode(inputs)
 
 
-def decode_loss(
-    values_SBK: Tensor,
-    indices_SBK: Tensor,
-    W_dec_SFD: Tensor,
-    b_dec_D: Tensor,
-    y_BD: Tensor,
-    weights_B: Tensor | None,
-    skip_BD: Tensor | None,
-) -> tuple[Tensor, Tensor]:
+def decode_loss(inputs: DecodeInputs, y_BD: Tensor, weights_B: Tensor | None) -> tuple[Tensor, Tensor]:
     """See `KernelBackend.decode_loss`."""
-    is_dense = _is_dense("decode", values_SBK, W_dec_SFD.shape, W_dec_SFD.dtype)
-    run = dense.decode_loss if is_dense else gather.decode_loss
-    return run(values_SBK, indices_SBK, W_dec_SFD, b_dec_D, y_BD, weights_B, skip_BD)
+    run = dense.decode_loss if _dense_decode(inputs) else gather.decode_loss
+    return run(inputs, y_BD, weights_B)
 
 
 def _dense_decoder(inputs: DecoderGradInputs) -> bool:

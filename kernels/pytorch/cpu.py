@@ -13,7 +13,7 @@ from torch import Tensor
 
 from clt.kernels.common.adam import row_adam_
 from clt.kernels.common.csr import FeatureCSR
-from clt.kernels.common.interface import DecoderGradInputs, EncoderGradInputs, StoredGradientSteps
+from clt.kernels.common.interface import DecodeInputs, DecoderGradInputs, EncoderGradInputs, StoredGradientSteps
 from clt.kernels.pytorch import reference
 from clt.kernels.pytorch.dense import preactivations
 from clt.kernels.pytorch.reference import batch_threshold, select_above
@@ -63,27 +63,17 @@ def encode_topk(x_BD: Tensor, W_enc_FD: Tensor, b_enc_F: Tensor, k: int) -> tupl
     return select_topk(preactivations(x_BD, W_enc_FD, b_enc_F), k)
 
 
-def decode(
-    values_SBK: Tensor, indices_SBK: Tensor, W_dec_SFD: Tensor, b_dec_D: Tensor, skip_BD: Tensor | None
-) -> Tensor:
+def decode(inputs: DecodeInputs) -> Tensor:
     """See `KernelBackend.decode`."""
-    values_BN, indices_BN = _bags(values_SBK, indices_SBK, W_dec_SFD.shape[1])
-    table_RD = W_dec_SFD.flatten(0, 1)
-    y_BD = functional.embedding_bag(indices_BN, table_RD, per_sample_weights=values_BN, mode="sum").add_(b_dec_D)
-    return y_BD if skip_BD is None else y_BD.add_(skip_BD)
+    values_BN, indices_BN = _bags(inputs.values_SBK, inputs.indices_SBK, inputs.W_dec_SFD.shape[1])
+    table_RD = inputs.W_dec_SFD.flatten(0, 1)
+    y_BD = functional.embedding_bag(indices_BN, table_RD, per_sample_weights=values_BN, mode="sum").add_(inputs.b_dec_D)
+    return y_BD if inputs.skip_BD is None else y_BD.add_(inputs.skip_BD)
 
 
-def decode_loss(
-    values_SBK: Tensor,
-    indices_SBK: Tensor,
-    W_dec_SFD: Tensor,
-    b_dec_D: Tensor,
-    y_BD: Tensor,
-    weights_B: Tensor | None,
-    skip_BD: Tensor | None,
-) -> tuple[Tensor, Tensor]:
+def decode_loss(inputs: DecodeInputs, y_BD: Tensor, weights_B: Tensor | None) -> tuple[Tensor, Tensor]:
     """See `KernelBackend.decode_loss`."""
-    residual_BD = decode(values_SBK, indices_SBK, W_dec_SFD, b_dec_D, skip_BD).sub_(y_BD)
+    residual_BD = decode(inputs).sub_(y_BD)
     if weights_B is None:
         return residual_BD.square().mean(), residual_BD
     return residual_BD.square().mean(dim=1) @ weights_B, residual_BD

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from clt.kernels.common.dtypes import accumulator
-from clt.kernels.common.interface import DecoderGradInputs, EncoderGradInputs
+from clt.kernels.common.interface import DecodeInputs, DecoderGradInputs, EncoderGradInputs
 
 
 def scatter_codes(values_SBK: Tensor, indices_SBK: Tensor, n_features: int) -> Tensor:
@@ -43,30 +43,20 @@ def preactivations(x_BD: Tensor, W_enc_FD: Tensor, b_enc_F: Tensor) -> Tensor:
     return torch.addmm(b_enc_F, x_BD, W_enc_FD.T)
 
 
-def decode(
-    values_SBK: Tensor, indices_SBK: Tensor, W_dec_SFD: Tensor, b_dec_D: Tensor, skip_BD: Tensor | None
-) -> Tensor:
+def decode(inputs: DecodeInputs) -> Tensor:
     """See `KernelBackend.decode`."""
-    codes_BR = scatter_codes(values_SBK, indices_SBK, W_dec_SFD.shape[1])
-    y_BD = torch.addmm(b_dec_D, codes_BR, W_dec_SFD.flatten(0, 1))
-    return y_BD if skip_BD is None else y_BD + skip_BD
+    codes_BR = scatter_codes(inputs.values_SBK, inputs.indices_SBK, inputs.W_dec_SFD.shape[1])
+    y_BD = torch.addmm(inputs.b_dec_D, codes_BR, inputs.W_dec_SFD.flatten(0, 1))
+    return y_BD if inputs.skip_BD is None else y_BD + inputs.skip_BD
 
 
-def decode_loss(
-    values_SBK: Tensor,
-    indices_SBK: Tensor,
-    W_dec_SFD: Tensor,
-    b_dec_D: Tensor,
-    y_BD: Tensor,
-    weights_B: Tensor | None,
-    skip_BD: Tensor | None,
-) -> tuple[Tensor, Tensor]:
+def decode_loss(inputs: DecodeInputs, y_BD: Tensor, weights_B: Tensor | None) -> tuple[Tensor, Tensor]:
     """See `KernelBackend.decode_loss`."""
-    wide = accumulator(W_dec_SFD.dtype)
-    residual_BD = decode(values_SBK, indices_SBK, W_dec_SFD, b_dec_D, skip_BD).to(wide) - y_BD
+    wide = accumulator(inputs.W_dec_SFD.dtype)
+    residual_BD = decode(inputs).to(wide) - y_BD
     error_B = residual_BD.square().mean(dim=1)
     error = error_B.mean() if weights_B is None else error_B @ weights_B.to(wide)
-    return error, residual_BD.to(W_dec_SFD.dtype)
+    return error, residual_BD.to(inputs.W_dec_SFD.dtype)
 
 
 def decoder_grad(inputs: DecoderGradInputs, need_W: bool = True) -> tuple[Tensor, Tensor | None]:

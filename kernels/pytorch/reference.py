@@ -13,7 +13,7 @@ from torch import Tensor
 
 from clt.kernels.common.adam import row_adam_
 from clt.kernels.common.dtypes import accumulator
-from clt.kernels.common.interface import DecoderGradInputs, EncoderGradInputs, StoredGradientSteps
+from clt.kernels.common.interface import DecodeInputs, DecoderGradInputs, EncoderGradInputs, StoredGradientSteps
 
 __all__ = [
     "accumulator",
@@ -158,41 +158,29 @@ def select_above(pre_BF: Tensor, threshold: Tensor, quota: Tensor, capacity: int
     return values_BC, indices_BC, counts_B.int()
 
 
-def _reconstruct(
-    values_SBK: Tensor, indices_SBK: Tensor, W_dec_SFD: Tensor, b_dec_D: Tensor, skip_BD: Tensor | None
-) -> Tensor:
+def _reconstruct(inputs: DecodeInputs) -> Tensor:
     """The sum of `decode` before it is rounded."""
-    wide = accumulator(W_dec_SFD.dtype)
-    y_BD = b_dec_D.to(wide).expand(values_SBK.shape[1], -1)
-    if skip_BD is not None:
-        y_BD = y_BD + skip_BD.to(wide)
-    for values_BK, indices_BK, W_FD in zip(values_SBK, indices_SBK, W_dec_SFD, strict=True):
+    values_SBK, wide = inputs.values_SBK, accumulator(inputs.W_dec_SFD.dtype)
+    y_BD = inputs.b_dec_D.to(wide).expand(values_SBK.shape[1], -1)
+    if inputs.skip_BD is not None:
+        y_BD = y_BD + inputs.skip_BD.to(wide)
+    for values_BK, indices_BK, W_FD in zip(values_SBK, inputs.indices_SBK, inputs.W_dec_SFD, strict=True):
         live_BK = torch.where(values_BK == 0, torch.zeros_like(values_BK), values_BK).to(wide)
         y_BD = y_BD + torch.einsum("bk,bkd->bd", live_BK, W_FD[indices_BK.long()].to(wide))
     return y_BD
 
 
-def decode(
-    values_SBK: Tensor, indices_SBK: Tensor, W_dec_SFD: Tensor, b_dec_D: Tensor, skip_BD: Tensor | None
-) -> Tensor:
+def decode(inputs: DecodeInputs) -> Tensor:
     """See `KernelBackend.decode`."""
-    return _reconstruct(values_SBK, indices_SBK, W_dec_SFD, b_dec_D, skip_BD).to(W_dec_SFD.dtype)
+    return _reconstruct(inputs).to(inputs.W_dec_SFD.dtype)
 
 
-def decode_loss(
-    values_SBK: Tensor,
-    indices_SBK: Tensor,
-    W_dec_SFD: Tensor,
-    b_dec_D: Tensor,
-    y_BD: Tensor,
-    weights_B: Tensor | None,
-    skip_BD: Tensor | None,
-) -> tuple[Tensor, Tensor]:
+def decode_loss(inputs: DecodeInputs, y_BD: Tensor, weights_B: Tensor | None) -> tuple[Tensor, Tensor]:
     """See `KernelBackend.decode_loss`."""
-    residual_BD = _reconstruct(values_SBK, indices_SBK, W_dec_SFD, b_dec_D, skip_BD) - y_BD
+    residual_BD = _reconstruct(inputs) - y_BD
     error_B = residual_BD.square().mean(dim=1)
     error = error_B.mean() if weights_B is None else (error_B * weights_B).sum()
-    return error, residual_BD.detach().to(W_dec_SFD.dtype)
+    return error, residual_BD.detach().to(inputs.W_dec_SFD.dtype)
 
 
 def decoder_grad(inputs: DecoderGradInputs, need_W: bool = True) -> tuple[Tensor, Tensor | None]:

@@ -10,40 +10,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from pathlib import Path
-from typing import Annotated, Protocol
+from typing import Annotated
 
 import typer
 
 from clt.launch.bench.checkout import CHECKOUT, load_benchmarks
-from clt.launch.logs import set_up_logging
-from clt.launch.script import check_writable, guarded, write_text
+from clt.launch.script import Report, report_and_exit
 
 bench_app = typer.Typer(no_args_is_help=True, help="Benchmarks of this machine: kernels, training, other projects.")
 
 JsonFile = Annotated[Path | None, typer.Option("--json", metavar="FILE", help="Also write the report as JSON.")]
-
-
-class _Report(Protocol):
-    """Outcome of a benchmark."""
-
-    def to_json(self) -> str: ...
-
-    def to_text(self) -> str: ...
-
-
-def _run(bench: Callable[[], _Report], file: Path | None) -> typer.Exit:
-    """Runs a benchmark, prints its report and writes it as JSON."""
-
-    def work() -> str:
-        check_writable(file)
-        report = bench()
-        write_text(file, report.to_json())
-        return report.to_text()
-
-    set_up_logging()
-    return typer.Exit(guarded(work))
 
 
 @bench_app.command()
@@ -68,7 +45,7 @@ def kernels(
     settings = KernelBenchSettings(
         sizes=tuple(size or ()), rounds=rounds, eleuther=eleuther, openai=openai, quick=quick
     )
-    raise _run(lambda: bench_kernels(settings), file)
+    report_and_exit(file, lambda: bench_kernels(settings))
 
 
 @bench_app.command()
@@ -89,7 +66,7 @@ def train(
     settings = TrainBenchSettings(
         sizes=tuple(size or ()), ranks=tuple(dict.fromkeys(ranks or ())), steps=steps, quick=quick
     )
-    raise _run(lambda: bench_train(settings), file)
+    report_and_exit(file, lambda: bench_train(settings))
 
 
 @bench_app.command()
@@ -111,7 +88,7 @@ def baselines(
 ) -> None:
     """Train other projects' algorithms on our batches: held-out FVU, dead features, tokens/s (needs a checkout)."""
 
-    def bench() -> _Report:
+    def bench() -> Report:
         run = load_benchmarks("benchmarks.baselines.run")
         settings = run.BaselineSettings(
             config=config,
@@ -122,7 +99,7 @@ def baselines(
             quick=quick,
             only=tuple(only or ()),
         )
-        report: _Report = run.bench_baselines(settings)
+        report: Report = run.bench_baselines(settings)
         return report
 
-    raise _run(bench, file)
+    report_and_exit(file, bench)

@@ -14,6 +14,7 @@ keys. User errors are one line on standard error and exit code 2. Several proces
 
 from __future__ import annotations
 
+from functools import partial
 from pathlib import Path
 from typing import Annotated
 
@@ -23,7 +24,7 @@ from clt.convert import Combination, Format
 from clt.launch.commands.bench import bench_app
 from clt.launch.commands.store import store_app
 from clt.launch.commands.words import TAKES_WORDS, Words
-from clt.launch.script import check_writable, read_words, run_and_exit, run_job, write_text
+from clt.launch.script import read_words, report_and_exit, run_and_exit, run_job
 from clt.transcoder.architecture import ReadSite
 
 # Without rich, whose markup takes square brackets out of help texts.
@@ -99,19 +100,13 @@ def plan(
 
     Also lists the meshes on which the job fits. CONFIG and its keys are those of `clt train`.
     """
-    from clt.launch.commands.plan import PlanRequest, make_plan
+    from clt.launch.commands.plan import PlanReport, make_plan
 
-    def work() -> str:
+    def make() -> PlanReport:
         config, overrides = read_words(words or ())
-        request = PlanRequest(
-            config=config, overrides=overrides, model=model, gpu=gpu, gpus=gpus, tokens=tokens, numerics=numerics
-        )
-        check_writable(file)
-        report = make_plan(request)
-        write_text(file, report.to_json())
-        return report.to_text()
+        return make_plan(config, overrides, model=model, gpu=gpu, gpus=gpus, tokens=tokens, numerics=numerics)
 
-    run_and_exit(work)
+    report_and_exit(file, make)
 
 
 @app.command()
@@ -138,8 +133,8 @@ def join(
     run_and_exit(lambda: join_folders(folders, out))
 
 
-@app.command()
-def convert(
+@app.command("convert")
+def convert_format(
     source: Annotated[Path, typer.Argument(help="Folder of the transcoder.")],
     target: Annotated[Path, typer.Argument(help="New folder.")],
     read_as: Annotated[Format, typer.Option("--from", help="Format of the source.")] = "native",
@@ -166,20 +161,12 @@ def convert(
 
     docs/formats.md describes the formats. Prints the new folder.
     """
-    from clt.launch.commands.convert import ConvertRequest, run
+    from clt.convert.formats import convert
+    from clt.launch.commands.convert import calibration_tokens
 
-    request = ConvertRequest(
-        source=source,
-        target=target,
-        read_as=read_as,
-        write_as=write_as,
-        store=calibrate,
-        tokens=tokens,
-        read_site=read_site,
-        k=k,
-        combine=combine,
-    )
-    run_and_exit(lambda: run(request))
+    calibration = None if calibrate is None else partial(calibration_tokens, calibrate, tokens)
+    choices = {"read_site": read_site, "k": k, "combine": combine}
+    run_and_exit(lambda: convert(source, target, read_as, write_as, calibration, **choices))
 
 
 @app.command()

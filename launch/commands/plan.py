@@ -1,6 +1,6 @@
 """Report of `clt plan`: memory, traffic and speed of a training job before it runs (`clt.planning.plan`).
 
-The model's dimensions come from the job's store unless the request gives them.
+The model's dimensions come from the job's store unless they are given.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ from clt.capture.capacity import NVME
 from clt.capture.reading.open_store import open_store
 from clt.config import load_config
 from clt.errors import ConfigError, StoreError
-from clt.launch.tables import count_text, duration_text, table
+from clt.launch.tables import count_text, duration_text, si_text, table
 from clt.planning.job import NUMERICS, Job, Sum, decoder_matrices
 from clt.planning.plan import MeasuredRun, Plan, alternatives, measured_run, plan, smallest
 from clt.planning.speed import MACHINES
@@ -24,29 +24,6 @@ from clt.transcoder.architecture import CLTConfig
 from clt.transcoder.layers import LayerShare
 
 _TABLE_ROWS = 6
-
-
-@dataclass(frozen=True, kw_only=True)
-class PlanRequest:
-    """Arguments of `clt plan`.
-
-    Attributes:
-        config: YAML file of the training job; None: all keys are in `overrides`.
-        overrides: strings `a.b=value`.
-        model: "layers=L,width=D"; None: that of the job's store.
-        gpu: a key of `clt.planning.speed.MACHINES`.
-        gpus: devices; None: one model group, mesh.layer x mesh.column.
-        tokens: tokens to train on; None: those of all steps of the job.
-        numerics: a key of `clt.planning.job.NUMERICS`; None: that of the configuration.
-    """
-
-    config: Path | None = None
-    overrides: Sequence[str] = ()
-    model: str | None = None
-    gpu: str = "h200"
-    gpus: int | None = None
-    tokens: float | None = None
-    numerics: str | None = None
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -80,34 +57,49 @@ class PlanReport:
         return "\n\n".join((*parts, _meshes_text(self), _smallest_text(self)))
 
 
-def make_plan(request: PlanRequest) -> PlanReport:
+def make_plan(
+    file: Path | None,
+    overrides: Sequence[str] = (),
+    *,
+    model: str | None = None,
+    gpu: str = "h200",
+    gpus: int | None = None,
+    tokens: float | None = None,
+    numerics: str | None = None,
+) -> PlanReport:
     """Plans a job and compares it with other meshes, other numerics and an existing run of it.
 
     Args:
-        request: the job and the machine.
+        file: YAML file of the training job; None: all keys are in `overrides`.
+        overrides: strings `a.b=value`.
+        model: "layers=L,width=D"; None: that of the job's store.
+        gpu: a key of `clt.planning.speed.MACHINES`.
+        gpus: devices; None: one model group, mesh.layer x mesh.column.
+        tokens: tokens to train on; None: those of all steps of the job.
+        numerics: a key of `clt.planning.job.NUMERICS`; None: that of the configuration.
 
     Returns:
         The report.
 
     Raises:
         ConfigError: the configuration, the mesh or an option is wrong.
-        StoreError: there is no store and the request does not give the model's size.
+        StoreError: there is no store and the model's size is not given.
         CheckpointError: the metrics of the run are damaged.
     """
-    if request.gpu not in MACHINES:
-        raise ConfigError(f"--gpu {request.gpu}: unknown machine; choose one of {', '.join(MACHINES)}")
-    if request.numerics is not None and request.numerics not in NUMERICS:
-        raise ConfigError(f"--numerics {request.numerics}: unknown name; choose one of {', '.join(NUMERICS)}")
-    config = load_config(TrainConfig, request.config, request.overrides)
-    n_layers, d_model = dimensions(config, request.model)
+    if gpu not in MACHINES:
+        raise ConfigError(f"--gpu {gpu}: unknown machine; choose one of {', '.join(MACHINES)}")
+    if numerics is not None and numerics not in NUMERICS:
+        raise ConfigError(f"--numerics {numerics}: unknown name; choose one of {', '.join(NUMERICS)}")
+    config = load_config(TrainConfig, file, overrides)
+    n_layers, d_model = dimensions(config, model)
     architecture = CLTConfig.resolve(config.clt, n_layers, d_model)
     chosen = plan(
         config,
         architecture,
-        MACHINES[request.gpu],
-        world=request.gpus,
-        tokens=request.tokens,
-        numerics=None if request.numerics is None else NUMERICS[request.numerics],
+        MACHINES[gpu],
+        world=gpus,
+        tokens=tokens,
+        numerics=None if numerics is None else NUMERICS[numerics],
     )
     return PlanReport(
         plan=chosen,
@@ -176,35 +168,38 @@ def _size_text(p: Plan) -> str:
 def _memory_text(p: Plan) -> str:
     usable = p.machine.memory * p.machine.usable
     rows = [("memory of a rank", ""), *_rows(p.memory, "B")]
-    rows += [("total", _si(p.memory.total, "B")), (f"usable on one {p.machine.name}", _si(usable, "B"))]
+    rows += [("total", si_text(p.memory.total, "B")), (f"usable on one {p.machine.name}", si_text(usable, "B"))]
     verdict = "it fits" if p.fits else f"IT DOES NOT FIT: {p.memory.total / usable:.2f} times the usable memory"
     return f"{table(rows)}\n{verdict}"
 
 
 def _work_text(p: Plan) -> str:
-    received = [("received by a rank in a step", ""), *_rows(p.traffic, "B"), ("total", _si(p.traffic.total, "B"))]
-    work = [("arithmetic of a step, all ranks", ""), *_rows(p.flops, "FLOP"), ("total", _si(p.flops.total, "FLOP"))]
-    work.append(("if every feature were decoded", _si(p.dense_flops, "FLOP")))
+    received = [("received by a rank in a step", ""), *_rows(p.traffic, "B"), ("total", si_text(p.traffic.total, "B"))]
+    work = [("arithmetic of a step, all ranks", ""), *_rows(p.flops, "FLOP"), ("total", si_text(p.flops.total, "FLOP"))]
+    work.append(("if every feature were decoded", si_text(p.dense_flops, "FLOP")))
     return f"{table(received)}\n\n{table(work)}"
 
 
 def _speed_text(report: PlanReport) -> str:
     p = report.plan
-    rows = [("projected step", ""), *_rows(p.step, "s"), ("total", _si(p.step.total, "s"))]
+    rows = [("projected step", ""), *_rows(p.step, "s"), ("total", si_text(p.step.total, "s"))]
     nodes = -(-p.job.mesh.world // p.machine.per_node)
-    disk = NVME * nodes / p.store_bytes * p.tokens
+    disk = count_text(NVME * nodes / p.store_bytes * p.tokens)
     facts = [
         ("projected", f"{_rate(p)} tokens/s; {p.tokens:,.0f} tokens in {duration_text(p.seconds)}"),
         ("rates", p.machine.rates.source),
-        ("store", f"{_si(p.store_bytes, 'B')} for these tokens in bfloat16"),
-        ("it must deliver", f"{_si(p.store_rate, 'B')}/s; one disk of 7 GB/s per node: {count_text(disk)} tokens/s"),
+        ("store", f"{si_text(p.store_bytes, 'B')} for these tokens in bfloat16"),
+        (
+            "it must deliver",
+            f"{si_text(p.store_rate, 'B')}/s; one disk of 7 GB/s per node: {disk} tokens/s",
+        ),
     ]
     if report.measured is not None:
         seen = report.measured
         share = seen.tokens_per_second / p.tokens_per_second
         facts.append(("measured", f"{count_text(seen.tokens_per_second)} tokens/s, {share:.2f} of the projection"))
         if seen.bytes_per_step:
-            counted = f"{_si(seen.bytes_per_step, 'B')} per step, {_si(p.traffic.total, 'B')} by the plan"
+            counted = f"{si_text(seen.bytes_per_step, 'B')} per step, {si_text(p.traffic.total, 'B')} by the plan"
             facts.append(("sent by a rank", counted))
     return table(rows) + "\n\n" + table(facts, left=2)
 
@@ -218,8 +213,8 @@ def _meshes_text(report: PlanReport) -> str:
         (
             _mesh(each.job),
             str(each.job.mesh.zero),
-            _si(each.memory.total, "B"),
-            _si(each.traffic.total, "B"),
+            si_text(each.memory.total, "B"),
+            si_text(each.traffic.total, "B"),
             _rate(each),
         )
         for each in report.meshes
@@ -262,15 +257,7 @@ def _rate(p: Plan) -> str:
 
 def _rows(numbers: Sum, unit: str) -> list[tuple[str, str]]:
     """The numbers that are not zero, by name."""
-    return [(name.replace("_", " "), _si(value, unit)) for name, value in vars(numbers).items() if value]
-
-
-def _si(value: float, unit: str) -> str:
-    """A number with four digits and a decimal prefix, as vendors give memory and bandwidth."""
-    for factor, prefix in ((1e12, "T"), (1e9, "G"), (1e6, "M"), (1e3, "k"), (1, ""), (1e-3, "m")):
-        if value >= factor:
-            return f"{value / factor:.4g} {prefix}{unit}"
-    return f"{value * 1e6:.4g} u{unit}" if value else f"0 {unit}"
+    return [(name.replace("_", " "), si_text(value, unit)) for name, value in vars(numbers).items() if value]
 
 
 def _g(count: float) -> str:

@@ -22,7 +22,7 @@ import typer
 
 from clt.errors import ConfigError, StoreError
 from clt.launch.commands.words import TAKES_WORDS, Words
-from clt.launch.script import check_writable, read_words, run_and_exit, write_text
+from clt.launch.script import read_words, report_and_exit, run_and_exit, write_text
 
 if TYPE_CHECKING:
     from clt.capture.upkeep.verify_store import VerifyReport
@@ -165,15 +165,9 @@ def bench(
     """Compares the speed of reader, writer and loader with other formats for activations."""
     from clt.launch.bench.store.run import StoreBenchSettings, bench_store
 
-    def work() -> str:
-        given = {"size_mib": size, "rounds": rounds}
-        settings = StoreBenchSettings(folder=folder, **{k: v for k, v in given.items() if v is not None})
-        check_writable(file)
-        report = bench_store(settings)
-        write_text(file, report.to_json())
-        return report.to_text()
-
-    run_and_exit(work)
+    given = {"size_mib": size, "rounds": rounds}
+    settings = StoreBenchSettings(folder=folder, **{k: v for k, v in given.items() if v is not None})
+    report_and_exit(file, lambda: bench_store(settings))
 
 
 @store_app.command()

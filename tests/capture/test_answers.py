@@ -10,7 +10,7 @@ import pytest
 import torch
 from PIL import Image
 
-from clt.capture.answers import Generation
+from clt.capture.answers import GenerationSettings
 from clt.capture.models.adapter import ModelAdapter
 from clt.capture.models.hooks import attach
 from clt.capture.planning import CaptureConfig, plan_capture
@@ -27,7 +27,7 @@ def job(tmp_path: Path, model: Path, records: list[dict[str, Any]], **changes: A
     file = tmp_path / "prompts.jsonl"
     file.write_text("".join(json.dumps(record) + "\n" for record in records))
     settings: dict[str, Any] = {"store_dtype": "float32", "rows_per_unit": 64, "batch_size": 3}
-    settings["generate"] = Generation(max_new_tokens=5)
+    settings["generate"] = GenerationSettings(max_new_tokens=5)
     source = SourceSettings(jsonl=JsonlSource(file=file))
     return CaptureConfig(
         **{"model": str(model), "output": str(tmp_path / "store"), "source": source, **settings, **changes}
@@ -112,8 +112,8 @@ def test_a_plan_without_answers_bounds_the_real_one(tmp_path: Path, llama_folder
 
 def test_other_answers_are_another_store(tmp_path: Path, llama_folder: Path) -> None:
     adapter = ModelAdapter.from_pretrained(llama_folder)
-    jobs = [texts(tmp_path, llama_folder, generate=Generation(max_new_tokens=n)) for n in (2, 5)]
+    jobs = [texts(tmp_path, llama_folder, generate=GenerationSettings(max_new_tokens=n)) for n in (2, 5)]
     jobs.append(texts(tmp_path, llama_folder, generate=None))
     assert len({plan_capture(config, adapter).spec.source for config in jobs}) == 3
     with pytest.raises(ConfigError, match="max_new_tokens"):
-        parse_config(Generation, {"max_new_tokens": 0}, "job.yaml")
+        parse_config(GenerationSettings, {"max_new_tokens": 0}, "job.yaml")

@@ -4,14 +4,14 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
 
 from clt.kernels.common.adam import RowAdam, RowAdamState
 from clt.kernels.common.csr import SPLIT, FeatureCSR
-from clt.kernels.common.interface import DecoderGradInputs, EncoderGradInputs
+from clt.kernels.common.interface import DecodeInputs, DecoderGradInputs, EncoderGradInputs
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -101,9 +101,9 @@ class Layer:
 def _decode(layer: Layer) -> None:
     from clt.kernels.gpu.decode import decode, decode_loss
 
-    codes = layer.codes(layer.size.sources)
-    decode(*codes, layer.w_dec, layer.b_dec, None)
-    decode_loss(*codes, layer.w_dec, layer.b_dec, layer.x, layer.weights, layer.x)
+    inputs = DecodeInputs(*layer.codes(layer.size.sources), layer.w_dec, layer.b_dec, layer.x)
+    decode(replace(inputs, skip_BD=None))
+    decode_loss(inputs, layer.x, layer.weights)
 
 
 def _decoder_grad(layer: Layer) -> None:

@@ -15,6 +15,7 @@ import torch
 
 from clt.kernels.gpu import configs
 from clt.kernels.gpu.config_table import (
+    OPS,
     GatherConfig,
     GemmConfig,
     SelectConfig,
@@ -143,13 +144,14 @@ def test_entries_for_another_triton_or_device_do_not_count(
     assert configs.select_config(torch.float32, 16384, 32).group == 32
 
 
-def test_description_names_its_sources_and_can_be_recorded(on_h200: Path) -> None:
-    before = configs.describe(torch.bfloat16, 4096, 32768, 64, 4096)
-    assert before.decode == WIDE
-    assert json.loads(json.dumps(asdict(before)))["select"] == {"group": 32, "num_warps": 1}
-    assert re.fullmatch(r"configs.json sha256:[0-9a-f]{64}, triton 3.6.2, sm_90", before.fingerprint)
+def test_settings_of_every_operation_and_their_source(on_h200: Path) -> None:
+    settings = {op: configs.settings_of(op, torch.bfloat16, 4096, 32768, 64, 4096) for op in OPS}
+    assert settings["decode"] == WIDE and settings["decode_path"] == "sparse" and settings["producer"] == "gemm"
+    assert settings["select"] == SelectConfig(group=32, num_warps=1)
+    before = configs.fingerprint()
+    assert re.fullmatch(r"configs.json sha256:[0-9a-f]{64}, triton 3.6.2, sm_90", before)
     on_h200.write_text("{}")
-    assert configs.fingerprint() != before.fingerprint
+    assert configs.fingerprint() != before
 
 
 def test_table_has_the_same_bytes_in_every_order_of_writing(on_h200: Path, tmp_path: Path) -> None:
@@ -205,7 +207,7 @@ def test_settings_and_public_operations_work_without_triton() -> None:
         "import sys; sys.modules['triton'] = None\n"
         "import torch, clt.kernels.ops\n"
         "from clt.kernels.gpu import configs\n"
-        "print(configs.describe(torch.bfloat16, 768, 16384, 32, 8192).fingerprint)"
+        "print(configs.settings_of('decode', torch.bfloat16, 768, 16384, 32, 8192), configs.fingerprint())"
     )
     result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
     assert "triton absent" in result.stdout, result.stderr

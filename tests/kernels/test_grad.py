@@ -11,7 +11,7 @@ pytest.importorskip("triton")
 from clt.kernels.common import adam, csr
 from clt.kernels.common.adam import RowAdam, RowAdamState
 from clt.kernels.common.csr import FeatureCSR
-from clt.kernels.common.interface import DecoderGradInputs, EncoderGradInputs
+from clt.kernels.common.interface import DecodeInputs, DecoderGradInputs, EncoderGradInputs
 from clt.kernels.gpu import grad
 from clt.kernels.gpu.configs import GatherConfig
 from clt.kernels.gpu.decode import decode_loss
@@ -150,7 +150,7 @@ def test_decode_loss_and_decoder_grad_pass_gradcheck(device: str) -> None:
     class Loss(torch.autograd.Function):
         @staticmethod
         def forward(ctx, values: Tensor, W: Tensor, b: Tensor) -> Tensor:  # type: ignore[no-untyped-def]
-            error, residual = decode_loss(values, indices, W, b, y, weights, None)
+            error, residual = decode_loss(DecodeInputs(values, indices, W, b, None), y, weights)
             ctx.save_for_backward(residual, values, W)
             return error
 

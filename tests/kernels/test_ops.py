@@ -10,6 +10,7 @@ import pytest
 import torch
 
 from clt.kernels import backend, library, ops
+from clt.kernels.common.interface import DecodeInputs
 from clt.kernels.gpu import configs
 from clt.kernels.pytorch import reference
 
@@ -63,13 +64,14 @@ def test_decode_and_its_loss_have_the_gradients_of_the_definition(
     y, weights = torch.randn(tokens, d, dtype=F64, device=chosen), torch.rand(tokens, dtype=F64, device=chosen)
     csr = ops.feature_csr(values, indices, n_features) if shared else None
     leaves = (values, W, b, skip)
-    meant = reference.decode(values, indices, W, b, skip)
+    inputs = DecodeInputs(values, indices, W, b, skip)
+    meant = reference.decode(inputs)
 
     ours = ops.decode(values, indices, W, b, skip, csr)
     _assert_same(ours, meant, leaves, torch.randn_like(meant))
     for token_weights in (None, weights):
         error, residual = ops.decode_loss(values, indices, W, b, y, token_weights, skip, csr)
-        expected, _ = reference.decode_loss(values, indices, W, b, y, token_weights, skip)
+        expected, _ = reference.decode_loss(inputs, y, token_weights)
         _assert_same(error, expected, leaves, torch.tensor(1.7, dtype=F64, device=chosen))
         torch.testing.assert_close(residual, (meant - y).detach(), rtol=1e-12, atol=1e-12)
         assert not residual.requires_grad
@@ -139,7 +141,7 @@ def test_frozen_decoders_cost_no_gradient_of_theirs(chosen: str) -> None:
     values.requires_grad_()
     W, b = torch.randn(2, 6, 3, dtype=F64, device=chosen), torch.randn(3, dtype=F64, device=chosen)
     ours = torch.autograd.grad(ops.decode(values, indices, W, b).square().sum(), values)[0]
-    meant = torch.autograd.grad(reference.decode(values, indices, W, b, None).square().sum(), values)[0]
+    meant = torch.autograd.grad(reference.decode(DecodeInputs(values, indices, W, b, None)).square().sum(), values)[0]
     torch.testing.assert_close(ours, meant, rtol=1e-12, atol=1e-12)
 
 

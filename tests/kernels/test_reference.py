@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from types import ModuleType
 
 import pytest
@@ -11,7 +12,7 @@ from hypothesis import strategies as st
 
 from clt.kernels.common import csr
 from clt.kernels.common.csr import FeatureCSR
-from clt.kernels.common.interface import DecoderGradInputs, EncoderGradInputs
+from clt.kernels.common.interface import DecodeInputs, DecoderGradInputs, EncoderGradInputs
 from clt.kernels.pytorch import cpu, dense, reference
 
 from .conftest import random_codes
@@ -125,7 +126,7 @@ def test_explicit_gradients_are_those_of_autograd(
     W = torch.randn(sources, n_features, d, dtype=F64, requires_grad=True)
     b, y = torch.randn(d, dtype=F64), torch.randn(tokens, d, dtype=F64)
     weights = torch.rand(tokens, dtype=F64) if weighted else None
-    error, residual = reference.decode_loss(values, indices, W, b, y, weights, None)
+    error, residual = reference.decode_loss(DecodeInputs(values, indices, W, b, None), y, weights)
     expected = torch.autograd.grad(error, (values, W))
     grouping = FeatureCSR.build(values.detach(), indices, n_features)
     scale = torch.tensor(2 / d if weighted else 2 / (d * tokens), dtype=F64)
@@ -147,19 +148,23 @@ def test_cpu_and_dense_paths_equal_the_reference(sources: int, tokens: int, k: i
     x, grad_values = torch.randn(tokens, d, dtype=F64), torch.randn(tokens, k, dtype=F64)
     grouping = FeatureCSR.build(values[:1], indices[:1], n_features)
     encoder = EncoderGradInputs(grad_values, values[0], indices[0], x, n_features, grouping)
-    expected = _results(reference, values, indices, W, b, y, weights, skip, encoder)
+    inputs = DecodeInputs(values, indices, W, b, skip)
+    expected = _results(reference, inputs, y, weights, encoder)
     for path in (cpu, dense):
-        results = _results(path, values, indices, W, b, y, weights, skip, encoder)
+        results = _results(path, inputs, y, weights, encoder)
         for ours, theirs in zip(results, expected, strict=True):
             torch.testing.assert_close(ours, theirs, rtol=1e-12, atol=1e-12)
 
 
-def _results(path: ModuleType, values, indices, W, b, y, weights, skip, encoder) -> list[torch.Tensor]:  # type: ignore[no-untyped-def]
+def _results(
+    path: ModuleType, inputs: DecodeInputs, y: torch.Tensor, weights: torch.Tensor, encoder: EncoderGradInputs
+) -> list[torch.Tensor]:
+    without_skip = replace(inputs, skip_BD=None)
     return [
-        path.decode(values, indices, W, b, None),
-        path.decode(values, indices, W, b, skip),
-        *path.decode_loss(values, indices, W, b, y, None, None),
-        *path.decode_loss(values, indices, W, b, y, weights, skip),
+        path.decode(without_skip),
+        path.decode(inputs),
+        *path.decode_loss(without_skip, y, None),
+        *path.decode_loss(inputs, y, weights),
         *path.encoder_grad(encoder),
     ]
 
@@ -173,7 +178,7 @@ def test_features_may_repeat_within_a_token(path: ModuleType) -> None:
     grouping = csr.FeatureCSR.build(values, indices, 4)
     inputs = DecoderGradInputs(grad, values, indices, W, grouping)
     found, expected = (
-        (module.decode(values, indices, W, W.new_zeros(6), None), *module.decoder_grad(inputs))
+        (module.decode(DecodeInputs(values, indices, W, W.new_zeros(6), None)), *module.decoder_grad(inputs))
         for module in (path, reference)
     )
     for ours, theirs in zip(found, expected, strict=True):

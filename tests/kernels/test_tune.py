@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -13,12 +14,13 @@ pytest.importorskip("triton")
 
 from triton.runtime.errors import OutOfResources
 
+from benchmarks import tune_kernels as tune
+from benchmarks.tune_kernels import TunedCall, TunedCalls
 from clt.kernels.gpu import configs
 from clt.kernels.gpu.config_table import OPS, GatherConfig, GemmConfig, SelectConfig, Settings, read_table, write_table
-from clt.kernels.tuning import tune
-from clt.kernels.tuning.inputs import LayerShape, TunedCall, TuningInputs
+from clt.launch.bench.kernels.data import SIZES, KernelSize
 
-SIZE = LayerShape(d_model=4096, n_features=32768, k=64, tokens=4096)
+SIZE = SIZES["A"]
 DEFAULT, FAST, WRONG = (GatherConfig(block_d=block, unroll=8, num_warps=1) for block in (256, 512, 1024))
 
 
@@ -40,7 +42,7 @@ def clock(microseconds: dict[Settings, float], calls: list[Settings]) -> tuple[T
 @pytest.mark.parametrize("op", OPS)
 def test_space_begins_with_the_rule_and_repeats_nothing(op: str, dtype: torch.dtype) -> None:
     space = tune.candidates(op, dtype, SIZE)
-    assert space[0] == tune.rule(op, dtype, SIZE)
+    assert space[0] == configs.settings_of(op, dtype, 4096, 32768, 64, 4096)
     assert len(set(space)) == len(space) <= 30
     assert len({type(settings) for settings in space}) == 1
 
@@ -52,7 +54,7 @@ def test_gather_space_loads_16_or_32_bytes_a_lane() -> None:
 
 
 def test_gather_space_is_no_wider_than_the_row() -> None:
-    narrow = LayerShape(d_model=200, n_features=1024, k=8, tokens=64)
+    narrow = replace(SIZE, d_model=200, n_features=1024, k=8, n_tokens=64)
     assert {c.block_d for c in tune.candidates("decode", torch.bfloat16, narrow) if isinstance(c, GatherConfig)} == {
         128,
         256,
@@ -111,8 +113,8 @@ def test_in_place_problem_is_put_back_before_each_check() -> None:
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
 @pytest.mark.parametrize("op", OPS)
 def test_candidates_of_every_real_problem_agree(op: str, dtype: torch.dtype, device: str) -> None:
-    small = LayerShape(d_model=40, n_features=48, k=3, tokens=4)
-    problem = TuningInputs(dtype, small, device).call_of(op)
+    small = KernelSize(name="small", d_model=40, n_features=48, k=3, n_tokens=4, n_sources=4)
+    problem = TunedCalls(small, torch.device(device), dtype).call_of(op)
     space = tune.candidates(op, dtype, small)
     best = tune.fastest([space[0], space[-1]], problem, lambda call: 1.0, lambda line: None)
     assert best == (space[0], 1.0)
@@ -160,7 +162,7 @@ def test_command_refuses_a_size_in_one_line(size: str, capsys: pytest.CaptureFix
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="this machine has a GPU")
 def test_command_refuses_to_run_without_a_gpu(tmp_path: Path) -> None:
-    with pytest.raises(SystemExit, match=r"^clt.kernels.tuning.tune: needs a CUDA device, and there is none$"):
+    with pytest.raises(SystemExit, match=r"^benchmarks.tune_kernels: needs a CUDA device, and there is none$"):
         tune.main(["--out", str(tmp_path / "t.json"), "--size", "4096x32768x64"])
     assert not (tmp_path / "t.json").exists()
 

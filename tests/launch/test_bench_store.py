@@ -21,7 +21,7 @@ from clt.launch.bench.common.timing import TimedRun, interleave
 from clt.launch.bench.store.data import BenchStore, Bits, Layout, ReadBlock, random_bits
 from clt.launch.bench.store.files import readers
 from clt.launch.bench.store.peers import MEMMAP, PEERS, Peer
-from clt.launch.bench.store.report import StoreReport
+from clt.launch.bench.store.report import StoreBenchReport
 from clt.launch.bench.store.run import StoreBenchSettings, bench_store
 
 SMALL = Layout(tokens=128, sites=2, width=8, chunk_tokens=8, shard_tokens=32)
@@ -32,7 +32,7 @@ def _peer(name: str) -> Peer:
 
 
 @pytest.fixture(scope="module")
-def report(tmp_path_factory: pytest.TempPathFactory) -> StoreReport:
+def report(tmp_path_factory: pytest.TempPathFactory) -> StoreBenchReport:
     absent = replace(_peer(MEMMAP), name="nobody", module="clt_has_no_such_module")
     folder = tmp_path_factory.mktemp("bench")
     report = bench_store(StoreBenchSettings(folder=folder, size_mib=8, rounds=1), (*PEERS, absent))
@@ -86,7 +86,7 @@ def test_claim_is_judged_by_its_ratio(ours: float | None, theirs: float | None, 
     assert claim("cost", theirs, ours, "<=", 0.2).ok is ok
 
 
-def test_every_peer_has_a_row_with_positive_numbers_in_every_table(report: StoreReport) -> None:
+def test_every_peer_has_a_row_with_positive_numbers_in_every_table(report: StoreBenchReport) -> None:
     keys = {table.key for table in report.tables}
     kinds = ("write", "write+fsync", "read", "cold")
     assert keys == {f"{shape}/{kind}" for shape in ("blocks", "chunks") for kind in kinds} | {
@@ -108,13 +108,13 @@ def test_every_peer_has_a_row_with_positive_numbers_in_every_table(report: Store
         ]
 
 
-def test_library_that_is_missing_is_reported_as_such(report: StoreReport) -> None:
+def test_library_that_is_missing_is_reported_as_such(report: StoreBenchReport) -> None:
     row = next(table for table in report.tables if table.key == "blocks/read").row("nobody")
     assert row is not None and row.absent == "not installed" and row.gb_per_s is None
     assert "| nobody |  | not installed |" in report.to_text()
 
 
-def test_report_is_json_and_lists_every_claim_with_its_ratio(report: StoreReport) -> None:
+def test_report_is_json_and_lists_every_claim_with_its_ratio(report: StoreBenchReport) -> None:
     tree = json.loads(report.to_json())
     assert {entry["bound"] for entry in tree["claims"]} == {5, 0.5, 2, 0.6}
     for entry in tree["claims"]:
@@ -125,7 +125,7 @@ def test_report_is_json_and_lists_every_claim_with_its_ratio(report: StoreReport
         assert entry["text"] in report.to_text()
 
 
-def test_cost_of_a_token_follows_from_layers_and_width(report: StoreReport) -> None:
+def test_cost_of_a_token_follows_from_layers_and_width(report: StoreBenchReport) -> None:
     costs = {entry.model: entry.bytes_per_token for entry in report.models}
     assert costs["toy"] == 4_096 and costs["Gemma-2-2B"] == 239_616 and costs["LLaVA-1.5-7B"] == 524_288
     toy, llava = report.models[0].tokens_per_s, report.models[-1].tokens_per_s

@@ -2,9 +2,19 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from typing import Literal
+
+
+@dataclass(frozen=True, kw_only=True)
+class JsonReport:
+    """A dataclass that a benchmark writes as JSON."""
+
+    def to_json(self) -> str:
+        """The report as JSON, every measurement included."""
+        return json.dumps(asdict(self), indent=1) + "\n"
 
 
 @dataclass(frozen=True, kw_only=True)

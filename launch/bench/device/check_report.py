@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import statistics
 import time
 import traceback
 from collections.abc import Callable, Iterator
@@ -14,6 +13,8 @@ from typing import Literal
 
 import torch
 from torch import Tensor
+
+from clt.launch.bench.common.timing import time_runs
 
 Value = float | bool | str
 
@@ -69,17 +70,7 @@ class DeviceCheck:
         run()
         if self.dry:
             return 0.0
-        flush = torch.empty(2**29, dtype=torch.int8, device=self.device)
-        events = []
-        for _ in range(rounds):
-            flush.zero_()
-            start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
-            start.record()
-            run()
-            end.record()
-            events.append((start, end))
-        torch.cuda.synchronize()
-        return statistics.median(start.elapsed_time(end) for start, end in events)
+        return 1e3 * time_runs(run, torch.device(self.device), rounds).median_s
 
     def release(self) -> None:
         """Returns unused memory to the GPU."""

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from clt.kernels import ops
-from clt.kernels.common.interface import DecoderGradInputs, EncoderGradInputs
+from clt.kernels.common.interface import DecodeInputs, DecoderGradInputs, EncoderGradInputs
 from clt.kernels.pytorch import reference
 from clt.launch.bench.device.check_report import CheckReport, DeviceCheck, Value
 
@@ -29,18 +29,18 @@ def check_operations(check: DeviceCheck, report: CheckReport) -> None:
             name = f"S{sources} B{tokens} k{k} F{n_features} D{d_model} {str(dtype).removeprefix('torch.')}"
             with report.case(name):
                 torch.manual_seed(0)
-                layer = _Layer(check, shape, dtype)
+                layer = _LayerErrors(check, shape, dtype)
                 report.add(name, **layer.decoder_errors(), **layer.encoder_errors(), **layer.step_errors())
     name = "the same feature twice (tied decoders)"
     with report.case(name):
         values, indices = check.codes(1, 64, 8, 128, torch.float32)
         values, indices, W = torch.cat([values] * 2, dim=2), torch.cat([indices] * 2, dim=2), check.normal(1, 128, 64)
         ours, bias = ops.decode(values, indices, W, W.new_zeros(64)), W.new_zeros(64)
-        exact = reference.decode(values.double(), indices, W.double(), bias.double(), None)
+        exact = reference.decode(DecodeInputs(values.double(), indices, W.double(), bias.double(), None))
         report.add(name, decode=_error(ours, exact))
 
 
-class _Layer:
+class _LayerErrors:
     """Random inputs of one shape, and the errors of the operations on them."""
 
     def __init__(self, check: DeviceCheck, shape: tuple[int, int, int, int, int], dtype: torch.dtype) -> None:
@@ -57,7 +57,8 @@ class _Layer:
     def decoder_errors(self) -> dict[str, Value]:
         """Of `decode`, `decode_loss` and `decoder_grad`, and whether two runs of the last agree in every bit."""
         codes = (self.values, self.indices, self.W)
-        exact = reference.decode(self.values.double(), self.indices, self.W.double(), self.b.double(), None)
+        wide = DecodeInputs(self.values.double(), self.indices, self.W.double(), self.b.double(), None)
+        exact = reference.decode(wide)
         loss, residual = ops.decode_loss(*codes, self.b, self.y)
         grads, again = (ops.decoder_grad(self.y, *codes, self.csr, *self.factors) for _ in range(2))
         exact_grads = reference.decoder_grad(_wide(DecoderGradInputs(self.y, *codes, self.csr, *self.factors)))

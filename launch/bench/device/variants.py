@@ -8,7 +8,7 @@ from collections.abc import Callable
 import torch
 
 from clt.kernels import ops
-from clt.kernels.common.interface import DecoderGradInputs
+from clt.kernels.common.interface import DecodeInputs, DecoderGradInputs
 from clt.kernels.gpu import configs
 from clt.kernels.gpu.configs import GatherConfig
 from clt.launch.bench.device.check_report import CheckReport, DeviceCheck
@@ -71,6 +71,7 @@ def _decoder_runs(
     W = torch.empty(sources, n_features, d_model, device=check.device, dtype=_DTYPE).normal_()
     b, y = check.normal(d_model, dtype=_DTYPE), check.normal(tokens, d_model, dtype=_DTYPE)
     csr = ops.feature_csr(values, indices, n_features)
+    decoded = DecodeInputs(values, indices, W, b, None)
     inputs = DecoderGradInputs(y, values, indices, W, csr)
     runs: dict[str, Callable[[], object]] = {
         "feature_csr, all sources at once": lambda: ops.feature_csr(values, indices, n_features),
@@ -82,7 +83,7 @@ def _decoder_runs(
         if block_d <= d_model:
             config = GatherConfig(block_d=block_d, unroll=unroll, num_warps=num_warps)
             label = f"block_d={block_d} unroll={unroll} num_warps={num_warps}"
-            runs[f"decode {label}"] = functools.partial(decode.decode, values, indices, W, b, None, config)
+            runs[f"decode {label}"] = functools.partial(decode.decode, decoded, config)
             runs[f"decoder_grad {label}"] = functools.partial(grad.decoder_grad, inputs, True, config)
 
     def step(beta1: float, moments: torch.dtype) -> None:

@@ -33,8 +33,8 @@ def encode_case(inputs: KernelInputs, reference: Reference) -> Case:
         title="Encoder product, bias, ReLU and exact TopK.",
         works=(inputs.shape.encode(),),
         implementations=(
-            Implementation(name=OURS, make=lambda: Runner(run=lambda: ops.encode_topk(*arguments))),
-            Implementation(name=TORCH_TOPK, make=lambda: Runner(run=lambda: product_topk(*arguments))),
+            Implementation.of(OURS, lambda: ops.encode_topk(*arguments)),
+            Implementation.of(TORCH_TOPK, lambda: product_topk(*arguments)),
         ),
         error=reference.encode_error,
     )
@@ -49,8 +49,8 @@ def select_case(inputs: KernelInputs, reference: Reference) -> Case:
         title="Exact TopK of stored pre-activations.",
         works=(inputs.shape.select(),),
         implementations=(
-            Implementation(name=OURS, make=lambda: Runner(run=lambda: ops.select_topk(pre_BF, k))),
-            Implementation(name="torch.topk", make=lambda: Runner(run=lambda: pre_BF.topk(k, dim=1, sorted=False))),
+            Implementation.of(OURS, lambda: ops.select_topk(pre_BF, k)),
+            Implementation.of("torch.topk", lambda: pre_BF.topk(k, dim=1, sorted=False)),
         ),
         error=lambda outputs: reference.select_error(pre_BF, outputs),
     )
@@ -70,9 +70,9 @@ def threshold_case(inputs: KernelInputs) -> Case:
         title=f"BatchTopK of stored pre-activations: the {n:,} largest of the batch.",
         works=(inputs.shape.threshold(n),),
         implementations=(
-            Implementation(name=f"{OURS}, threshold", make=lambda: Runner(run=lambda: ops.batch_threshold(pre_BF, n))),
-            Implementation(name=f"{OURS}, threshold and codes", make=lambda: Runner(run=ours)),
-            Implementation(name="torch.topk", make=lambda: Runner(run=lambda: pre_BF.flatten().topk(n, sorted=False))),
+            Implementation.of(f"{OURS}, threshold", lambda: ops.batch_threshold(pre_BF, n)),
+            Implementation.of(f"{OURS}, threshold and codes", ours),
+            Implementation.of("torch.topk", lambda: pre_BF.flatten().topk(n, sorted=False)),
         ),
     )
 
@@ -91,9 +91,9 @@ def decode_case(inputs: KernelInputs, reference: Reference, peers: Sequence[Trai
         title=f"Reconstruction from {inputs.size.n_sources} source layers.",
         works=(inputs.shape.decode(),),
         implementations=(
-            Implementation(name=OURS, make=lambda: Runner(run=lambda: ops.decode(*codes))),
-            Implementation(name="embedding_bag", make=lambda: Runner(run=lambda: bag_decode(inputs))),
-            Implementation(name="dense", make=lambda: Runner(run=lambda: dense_reconstruction(inputs))),
+            Implementation.of(OURS, lambda: ops.decode(*codes)),
+            Implementation.of("embedding_bag", lambda: bag_decode(inputs)),
+            Implementation.of("dense", lambda: dense_reconstruction(inputs)),
             *(_peer_decode(inputs, peer) for peer in peers),
         ),
         error=reference.decode_error,
@@ -124,12 +124,10 @@ def loss_case(inputs: KernelInputs, reference: Reference) -> Case:
         title=f"Reconstruction from {inputs.size.n_sources} source layers, squared error and residual.",
         works=(inputs.shape.decode_loss(),),
         implementations=(
-            Implementation(name=OURS, make=lambda: Runner(run=lambda: ops.decode_loss(*codes, y_BD))),
-            Implementation(
-                name=f"{OURS} decode, then loss", make=lambda: Runner(run=lambda: loss_of(ops.decode(*codes), y_BD))
-            ),
-            Implementation(name="embedding_bag", make=lambda: Runner(run=lambda: loss_of(bag_decode(inputs), y_BD))),
-            Implementation(name="dense", make=lambda: Runner(run=lambda: loss_of(dense_reconstruction(inputs), y_BD))),
+            Implementation.of(OURS, lambda: ops.decode_loss(*codes, y_BD)),
+            Implementation.of(f"{OURS} decode, then loss", lambda: loss_of(ops.decode(*codes), y_BD)),
+            Implementation.of("embedding_bag", lambda: loss_of(bag_decode(inputs), y_BD)),
+            Implementation.of("dense", lambda: loss_of(dense_reconstruction(inputs), y_BD)),
         ),
         error=reference.loss_error,
     )
@@ -144,10 +142,9 @@ def csr_case(inputs: KernelInputs) -> Case:
         title=f"Codes of {inputs.size.n_sources} layers grouped by feature.",
         works=(inputs.shape.csr(inputs.size.n_sources),),
         implementations=(
-            Implementation(name=OURS, make=lambda: Runner(run=lambda: ops.feature_csr(*codes, n_features).tensors())),
-            Implementation(
-                name="torch.sort alone",
-                make=lambda: Runner(run=lambda: tuple(inputs.indices_SBK.flatten(1).sort(dim=1, stable=True))),
+            Implementation.of(OURS, lambda: ops.feature_csr(*codes, n_features).tensors()),
+            Implementation.of(
+                "torch.sort alone", lambda: tuple(inputs.indices_SBK.flatten(1).sort(dim=1, stable=True))
             ),
         ),
     )
@@ -170,13 +167,11 @@ def decoder_case(inputs: KernelInputs, reference: Reference, peers: Sequence[Tra
         title=f"Gradients of activations and decoders of {inputs.size.n_sources} source layers, codes grouped before.",
         works=(inputs.shape.decoder_grad(),),
         implementations=(
-            Implementation(
-                name=OURS, make=lambda: Runner(run=lambda: ops.decoder_grad(inputs.grad_BD, *codes, inputs.csr))
-            ),
+            Implementation.of(OURS, lambda: ops.decoder_grad(inputs.grad_BD, *codes, inputs.csr)),
             Implementation(name=TWO_PASSES, make=lambda: _two_passes(inputs)),
             Implementation(name=TWO_PASSES_BAG, make=lambda: _two_passes_bag(inputs)),
-            Implementation(name="gather and index_add_", make=lambda: Runner(run=lambda: _index_add(inputs))),
-            Implementation(name="dense", make=lambda: Runner(run=lambda: _dense_decoder_grad(inputs))),
+            Implementation.of("gather and index_add_", lambda: _index_add(inputs)),
+            Implementation.of("dense", lambda: _dense_decoder_grad(inputs)),
             *(_peer_backward(inputs, peer) for peer in peers),
         ),
         error=reference.decoder_error,
@@ -273,14 +268,9 @@ def encoder_case(inputs: KernelInputs, reference: Reference) -> Case:
         title="Gradients of one encoder and its bias, codes grouped before.",
         works=(inputs.shape.encoder_grad(),),
         implementations=(
-            Implementation(
-                name=OURS,
-                make=lambda: Runner(
-                    run=lambda: ops.encoder_grad(grad_BK, values_BK, indices_BK, x_BD, n_features, csr)
-                ),
-            ),
-            Implementation(name="index_add_", make=lambda: Runner(run=indexed)),
-            Implementation(name="dense", make=lambda: Runner(run=dense)),
+            Implementation.of(OURS, lambda: ops.encoder_grad(grad_BK, values_BK, indices_BK, x_BD, n_features, csr)),
+            Implementation.of("index_add_", indexed),
+            Implementation.of("dense", dense),
         ),
         error=lambda outputs: reference.encoder_error(grad_BK, inputs.size.n_sources - 1, outputs[0]),
     )

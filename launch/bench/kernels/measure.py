@@ -46,6 +46,11 @@ class Implementation:
     may_fail: bool = False
     error: Callable[[Any], float] | None = None
 
+    @classmethod
+    def of(cls, name: str, run: Callable[[], Any]) -> Implementation:
+        """An implementation that needs no tensors of its own."""
+        return cls(name=name, make=lambda: Runner(run=run))
+
 
 @dataclass(frozen=True, kw_only=True)
 class Case:

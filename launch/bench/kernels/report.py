@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Callable, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 
 from clt.launch.bench.common.ceilings import Ceiling, ceilings_text
 from clt.launch.bench.common.machine import MachineInfo, describe
-from clt.launch.bench.common.report import Claim, claim, claims_text, markdown_table
+from clt.launch.bench.common.report import Claim, JsonReport, claim, claims_text, markdown_table
 from clt.launch.bench.kernels.cases import OURS, TORCH_TOPK, TWO_PASSES, TWO_PASSES_BAG
 from clt.launch.bench.kernels.data import Distribution
 from clt.launch.bench.kernels.measure import Case, Measurement
@@ -80,7 +79,7 @@ class KernelTable:
 
 
 @dataclass(frozen=True, kw_only=True)
-class KernelReport:
+class KernelReport(JsonReport):
     """Outcome of the kernel benchmark.
 
     Attributes:
@@ -98,10 +97,6 @@ class KernelReport:
     ceilings: tuple[Ceiling, ...]
     tables: tuple[KernelTable, ...]
     claims: tuple[Claim, ...]
-
-    def to_json(self) -> str:
-        """The report as JSON, every round of every row included."""
-        return json.dumps(asdict(self), indent=1) + "\n"
 
     def to_text(self) -> str:
         """The report as Markdown tables."""

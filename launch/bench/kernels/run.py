@@ -176,8 +176,6 @@ def _words(size: KernelSize, device: torch.device, dtype: torch.dtype) -> str:
     """The size and, with Triton, the code path of each operation."""
     if ops.backend_of(torch.empty(0, device=device, dtype=dtype)) != "triton":
         return str(size)
-    chosen = configs.describe(dtype, size.d_model, size.n_features, size.k, size.n_tokens)
-    return (
-        f"{size}; encode by {chosen.producer}, decode {chosen.decode_path}, decoder_grad {chosen.decoder_grad_path}, "
-        f"encoder_grad {chosen.encoder_grad_path}"
-    )
+    numbers = (dtype, size.d_model, size.n_features, size.k, size.n_tokens)
+    paths = (f"{op} {configs.settings_of(f'{op}_path', *numbers)}" for op in ("decode", "decoder_grad", "encoder_grad"))
+    return f"{size}; encode by {configs.settings_of('producer', *numbers)}, {', '.join(paths)}"

@@ -19,6 +19,7 @@ from pathlib import Path
 
 import numpy as np
 
+from clt.capture.speeds import evict
 from clt.capture.storage.local import LocalStorage
 from clt.capture.store.shard_rows import write_rows
 from clt.launch.bench.common.timing import TimedRun, Timing, interleave
@@ -251,14 +252,8 @@ def _files(path: Path) -> list[Path]:
 
 
 def _evict(path: Path) -> None:
-    """Evicts files from the page cache; the system only drops clean pages that no process maps."""
     for file in _files(path):
-        descriptor = os.open(file, os.O_RDONLY)
-        try:
-            os.fsync(descriptor)
-            os.posix_fadvise(descriptor, 0, 0, os.POSIX_FADV_DONTNEED)
-        finally:
-            os.close(descriptor)
+        evict(file)
 
 
 def _can_evict(path: Path) -> bool:

@@ -16,6 +16,7 @@ import os
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any, cast
 
@@ -89,14 +90,6 @@ def _write_zarr(path: Path, array: Bits, layout: Layout, pipeline: str) -> None:
         # Shard by shard, as in a capture; the whole array at once was not consistently faster.
         for start in range(0, layout.tokens, layout.shard_tokens):
             target[start : start + layout.shard_tokens] = array[start : start + layout.shard_tokens]
-
-
-def _write_zarr_python(path: Path, array: Bits, layout: Layout) -> None:
-    _write_zarr(path, array, layout, _BATCHED)
-
-
-def _write_zarrs(path: Path, array: Bits, layout: Layout) -> None:
-    _write_zarr(path, array, layout, _ZARRS)
 
 
 def _zarr_array(path: Path, pipeline: str) -> Any:
@@ -192,21 +185,13 @@ def _open_tensorstore(path: Path, layout: Layout) -> Iterator[ReadBlock]:
     yield read
 
 
-def _write_h5(path: Path, array: Bits, chunks: tuple[int, ...] | None) -> None:
+def _write_h5(path: Path, array: Bits, layout: Layout, chunked: bool) -> None:
     import h5py
 
-    with h5py.File(path, "w") as file:
-        file.create_dataset("acts", data=array, chunks=chunks)
-
-
-def _write_h5_contiguous(path: Path, array: Bits, layout: Layout) -> None:
-    _write_h5(path, array, None)
-
-
-def _write_h5_chunked(path: Path, array: Bits, layout: Layout) -> None:
-    blocks_first = array.ndim == 4
     chunk = (layout.chunk_tokens, layout.width)
-    _write_h5(path, array, (1, 1, *chunk) if blocks_first else (chunk[0], 1, chunk[1]))
+    in_chunks = (1, 1, *chunk) if array.ndim == 4 else (chunk[0], 1, chunk[1])
+    with h5py.File(path, "w") as file:
+        file.create_dataset("acts", data=array, chunks=in_chunks if chunked else None)
 
 
 @contextmanager
@@ -271,15 +256,16 @@ def _open_safetensors(path: Path, layout: Layout) -> Iterator[ReadBlock]:
         yield lambda block, out: np.copyto(out, source[block])
 
 
+_write_zarr_python = partial(_write_zarr, pipeline=_BATCHED)
 ZARR_PYTHON, ZARR_OUT, MEMMAP = "zarr-python", "zarr-python, out=", "np.memmap (tofile)"
 _OF_STORE: dict[str, Any] = {"checksums": True, "reads_store": True}
 PEERS = (
     Peer(name=ZARR_PYTHON, module="zarr", write=_write_zarr_python, open=_open_zarr, **_OF_STORE),
     Peer(name=ZARR_OUT, module="zarr", write=_write_zarr_python, open=_open_zarr_out, writes=False, **_OF_STORE),
-    Peer(name="zarrs", module="zarrs", write=_write_zarrs, open=_open_zarrs, **_OF_STORE),
+    Peer(name="zarrs", module="zarrs", write=partial(_write_zarr, pipeline=_ZARRS), open=_open_zarrs, **_OF_STORE),
     Peer(name="tensorstore", module="tensorstore", write=_write_tensorstore, open=_open_tensorstore, **_OF_STORE),
-    Peer(name="h5py, contiguous", module="h5py", write=_write_h5_contiguous, open=_open_h5),
-    Peer(name="h5py, chunked", module="h5py", write=_write_h5_chunked, open=_open_h5),
+    Peer(name="h5py, contiguous", module="h5py", write=partial(_write_h5, chunked=False), open=_open_h5),
+    Peer(name="h5py, chunked", module="h5py", write=partial(_write_h5, chunked=True), open=_open_h5),
     Peer(name=MEMMAP, write=_write_raw, open=_open_memmap),
     Peer(name="torch.save", write=_write_torch, open=_open_torch),
     Peer(name="safetensors", write=_write_safetensors, open=_open_safetensors),

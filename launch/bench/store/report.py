@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-import json
-import math
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 
 from clt.launch.bench.common.machine import MachineInfo, describe
-from clt.launch.bench.common.report import Claim, claims_text, markdown_table
+from clt.launch.bench.common.report import Claim, JsonReport, claims_text, markdown_table
 from clt.launch.bench.common.timing import Timing
+from clt.launch.tables import count_text
 
 GB = 1e9
 
@@ -82,7 +81,7 @@ class ModelSpeed:
 
 
 @dataclass(frozen=True, kw_only=True)
-class StoreReport:
+class StoreBenchReport(JsonReport):
     """Outcome of the store benchmark.
 
     Attributes:
@@ -96,10 +95,6 @@ class StoreReport:
     tables: tuple[ThroughputTable, ...]
     claims: tuple[Claim, ...]
     models: tuple[ModelSpeed, ...]
-
-    def to_json(self) -> str:
-        """The report as JSON, every round of every row included."""
-        return json.dumps(asdict(self), indent=1) + "\n"
 
     def to_text(self) -> str:
         """The report as Markdown tables."""
@@ -145,7 +140,7 @@ def _table(table: ThroughputTable) -> str:
                 f"{row.median_gb_per_s:.2f}",
                 f"{row.cpu_s_per_gb:.3f}",
                 f"{row.median_cpu_s_per_gb:.3f}",
-                _count(row.gb_per_s * GB / table.bytes_per_token),
+                count_text(row.gb_per_s * GB / table.bytes_per_token),
             )
         )
     head = ("", "checksums", "GB/s best", "median", "CPU s/GB best", "median", "tokens/s")
@@ -158,14 +153,7 @@ def _table(table: ThroughputTable) -> str:
 def _models(models: Sequence[ModelSpeed]) -> str:
     keys = list(models[0].tokens_per_s)
     rows = [
-        (entry.model, f"{entry.bytes_per_token:,}", *(_count(entry.tokens_per_s[key]) for key in keys))
+        (entry.model, f"{entry.bytes_per_token:,}", *(count_text(entry.tokens_per_s[key]) for key in keys))
         for entry in models
     ]
     return f"**Tokens per second of this machine**\n\n{markdown_table(('model', 'bytes per token', *keys), rows)}"
-
-
-def _count(value: float) -> str:
-    """Three significant digits, with k or M."""
-    size, letter = next(((size, letter) for size, letter in ((1e6, " M"), (1e3, " k")) if value >= size), (1.0, ""))
-    digits = max(0, 2 - math.floor(math.log10(value / size)))
-    return f"{value / size:.{digits}f}{letter}"

@@ -24,7 +24,7 @@ from clt.launch.bench.store.data import BenchStore, Layout
 from clt.launch.bench.store.delivery import LOADER, Delivery, delivery_table
 from clt.launch.bench.store.files import OUR_STORE, OURS, cold_table, read_table, readers, write_table
 from clt.launch.bench.store.peers import MEMMAP, PEERS, ZARR_OUT, ZARR_PYTHON, Peer
-from clt.launch.bench.store.report import GB, ModelSpeed, StoreReport, ThroughputTable
+from clt.launch.bench.store.report import GB, ModelSpeed, StoreBenchReport, ThroughputTable
 
 _MIB = 2**20
 _Measure = Literal["gb_per_s", "cpu_s_per_gb"]
@@ -72,7 +72,7 @@ _CUTS = (_BLOCKS, _CHUNKS)
 _BATCH_TOKENS, _WINDOW_TOKENS = 4096, 65536
 
 
-def bench_store(settings: StoreBenchSettings, peers: Sequence[Peer] = PEERS) -> StoreReport:
+def bench_store(settings: StoreBenchSettings, peers: Sequence[Peer] = PEERS) -> StoreBenchReport:
     """Runs the benchmark.
 
     Args:
@@ -90,7 +90,7 @@ def bench_store(settings: StoreBenchSettings, peers: Sequence[Peer] = PEERS) -> 
             tables += _file_tables(cut, settings, peers, Path(name))
         tables += _delivery_tables(settings, peers, Path(name))
     claims = _claims({table.key: table for table in tables})
-    return StoreReport(machine=machine, tables=tuple(tables), claims=tuple(claims), models=_models(tables))
+    return StoreBenchReport(machine=machine, tables=tuple(tables), claims=tuple(claims), models=_models(tables))
 
 
 def _file_tables(cut: _Cut, settings: StoreBenchSettings, peers: Sequence[Peer], folder: Path) -> list[ThroughputTable]:

@@ -2,18 +2,17 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 
 from clt.launch.bench.common.ceilings import Ceiling, ceilings_text
 from clt.launch.bench.common.machine import MachineInfo, describe
-from clt.launch.bench.common.report import Claim, claims_text, markdown_table
+from clt.launch.bench.common.report import Claim, JsonReport, claims_text, markdown_table
 from clt.launch.bench.training.measure import TrafficRow, VariantRow
 from clt.launch.bench.training.meters import PHASES
 from clt.launch.bench.training.projection import DEVICES, LINKED, Projection
 from clt.launch.bench.training.rank import DENSE
-from clt.launch.tables import count_text
+from clt.launch.tables import count_text, si_text
 from clt.planning.job import MeshShape
 
 #: Parts of the minimum time of each phase; that of AuxK is not divided among them.
@@ -51,7 +50,7 @@ class SizeTable:
 
 
 @dataclass(frozen=True, kw_only=True)
-class TrainReport:
+class TrainReport(JsonReport):
     """Outcome of the training benchmark.
 
     Attributes:
@@ -73,10 +72,6 @@ class TrainReport:
     traffic: tuple[TrafficRow, ...]
     projections: tuple[Projection, ...]
     claims: tuple[Claim, ...]
-
-    def to_json(self) -> str:
-        """The report as JSON, every step included."""
-        return json.dumps(asdict(self), indent=1) + "\n"
 
     def to_text(self) -> str:
         """The report as Markdown tables."""
@@ -209,9 +204,4 @@ def _seconds(value: float) -> str:
 
 
 def _bytes(value: float | None) -> str:
-    if value is None:
-        return "-"
-    for factor, prefix in ((1e9, "G"), (1e6, "M"), (1e3, "k")):
-        if value >= factor:
-            return f"{value / factor:.4g} {prefix}B"
-    return f"{value:.0f} B"
+    return "-" if value is None else si_text(value, "B")

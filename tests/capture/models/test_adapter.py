@@ -186,13 +186,13 @@ def test_parts_have_the_shapes_of_the_configuration(llava: ModelAdapter, llama: 
         for part in (adapter.attn, adapter.attn_norm, adapter.mlp_norm, adapter.mlp):
             assert any(part(2) is module for module in adapter.layers[2].modules())
         for site in adapter.site_names():
-            assert any(adapter.module_for(site) is module for module in adapter.model.modules())
+            assert any(adapter.sites.place(site).module is module for module in adapter.model.modules())
 
 
 @pytest.mark.parametrize("site", ["lm.3.mlp_out", "lm.0.mlpout", "lm.00.z", "lm.-1.z", "vision.0.z", "lm.0.layer", ""])
 def test_unknown_site_is_an_error_with_near_names(llama: ModelAdapter, site: str) -> None:
     with pytest.raises(ModelError, match="unknown site") as error:
-        llama.module_for(site)
+        llama.sites.place(site)
     assert site != "lm.0.mlpout" or "lm.0.mlp_out" in str(error.value)
 
 

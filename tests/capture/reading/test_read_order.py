@@ -14,12 +14,14 @@ from clt.capture.reading.read_order import ReadOrder, Visit
 from clt.capture.store.row_order import pack_units, permutation
 from clt.errors import ConfigError
 
+from .read_order_rows import rows_of_batch
+
 
 def test_the_order_is_the_same_on_every_machine() -> None:
     # Fixed values: a change breaks the resume of every training run.
     assert permutation(8, seed=7, stream=(1, 2, 3, 4)).tolist() == [0, 1, 3, 7, 4, 6, 5, 2]
     order = ReadOrder([5, 0, 7, 3, 6], seed=1, epoch=2, batch_rows=4, window_rows=8)
-    assert order.rows(1).tolist() == [[4, 3], [0, 1], [3, 2], [2, 2]]
+    assert rows_of_batch(order, 1).tolist() == [[4, 3], [0, 1], [3, 2], [2, 2]]
 
 
 @pytest.mark.parametrize("n", [0, 1, 2, 3, 63, 64, 65, 1000])
@@ -66,7 +68,7 @@ def orders(draw: st.DrawFn) -> ReadOrder:
 @settings(deadline=None)
 @given(orders())
 def test_each_row_comes_at_most_once_and_few_are_left_out(order: ReadOrder) -> None:
-    seen = np.concatenate([order.rows(step) for step in range(order.steps)])
+    seen = np.concatenate([rows_of_batch(order, step) for step in range(order.steps)])
     assert len(seen) == order.steps * order.batch_rows == order.num_rows - order.dropped_rows
     assert len(np.unique(seen, axis=0)) == len(seen)
     assert order.dropped_rows < order.batch_rows
@@ -78,8 +80,8 @@ def test_ranks_joined_in_order_read_the_batch_of_one_rank(order: ReadOrder, data
     step = data.draw(st.integers(0, order.steps - 1))
     for world in (1, 2, 4, 8):
         if order.streams % world == 0:
-            joined = np.concatenate([order.rows(step, rank, world) for rank in range(world)])
-            assert np.array_equal(joined, order.rows(step))
+            joined = np.concatenate([rows_of_batch(order, step, rank, world) for rank in range(world)])
+            assert np.array_equal(joined, rows_of_batch(order, step))
 
 
 def rows_of(order: ReadOrder, visit: Visit) -> list[list[int]]:
@@ -107,7 +109,7 @@ def test_visits_come_in_the_order_in_which_the_batches_need_them(order: ReadOrde
                 held[stream] += rows_of(order, visit)
             batch += held[stream][: order.share]
             del held[stream][: order.share]
-        assert batch == order.rows(step, rank, world).tolist()
+        assert batch == rows_of_batch(order, step, rank, world).tolist()
     assert next(visits, None) is None
     assert not any(held.values()), "an epoch ends with every window used up"
 
@@ -137,7 +139,7 @@ def test_an_epoch_reads_few_blocks_twice(order: ReadOrder) -> None:
 
 def test_orders_of_epochs_and_seeds_differ() -> None:
     def first(seed: int, epoch: int) -> np.ndarray:
-        return ReadOrder([16] * 50, seed=seed, epoch=epoch, batch_rows=64, window_rows=256).rows(0)
+        return rows_of_batch(ReadOrder([16] * 50, seed=seed, epoch=epoch, batch_rows=64, window_rows=256), 0)
 
     assert np.array_equal(first(1, 0), first(1, 0))
     assert not np.array_equal(first(1, 0), first(1, 1))
@@ -146,7 +148,7 @@ def test_orders_of_epochs_and_seeds_differ() -> None:
 
 def test_a_batch_mixes_the_whole_window() -> None:
     order = ReadOrder([64] * 500, seed=0, epoch=0, batch_rows=256, window_rows=64 * 64)
-    blocks = np.unique(order.rows(order.steps // 2)[:, 0])
+    blocks = np.unique(rows_of_batch(order, order.steps // 2)[:, 0])
     assert len(blocks) >= 64, "one block at least for each of 64 streams"
 
 
@@ -167,5 +169,5 @@ def test_streams_come_to_new_windows_at_different_steps(window_blocks: int, last
 
 def test_million_blocks_are_planned_at_once_and_reached_anywhere() -> None:
     order = ReadOrder(np.full(1_000_000, 512), seed=0, epoch=0, batch_rows=8192, window_rows=65_536)
-    assert order.rows(order.steps - 1, 3, 8).shape == (1024, 2)
+    assert rows_of_batch(order, order.steps - 1, 3, 8).shape == (1024, 2)
     assert len(list(order.visits(range(64), order.steps - 1))) >= 64

@@ -24,6 +24,8 @@ from clt.capture.store.arrays import TOKEN_DTYPES
 from clt.capture.store.quantise import Standardiser
 from clt.errors import StoreError
 
+from .read_order_rows import rows_of_batch
+
 SITES, WIDTH = 3, 8
 
 
@@ -155,7 +157,7 @@ def test_batches_follow_the_read_order(source: Numbered, data: st.DataObject) ->
         first_step=first,
     )
     for step, rows in enumerate(batches, start=first):
-        check(source, rows, order.rows(step, rank, world))
+        check(source, rows, rows_of_batch(order, step, rank, world))
 
 
 @pytest.mark.parametrize("spare", [0, 1, 5])
@@ -172,7 +174,7 @@ def test_pool_never_locks_up(blocks: list[int], batch: int, window: int, spare: 
     source = Numbered([np.ones(max(n, 1), np.bool_) if n else np.zeros(3, np.bool_) for n in blocks])
     order = ReadOrder(source.rows, seed=0, epoch=0, batch_rows=batch, window_rows=window)
     for step, rows in enumerate(deliver(source, order, spare=spare)):
-        check(source, rows, order.rows(step))
+        check(source, rows, rows_of_batch(order, step))
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.int8])
@@ -185,13 +187,13 @@ def test_every_stored_type_is_delivered_exactly(dtype: torch.dtype, widen: bool)
     kept = dtype == torch.bfloat16 and not widen
     assert batches[0].acts.dtype == (torch.bfloat16 if kept else torch.float32)
     for step, rows in enumerate(batches):
-        check(source, rows, order.rows(step))
+        check(source, rows, rows_of_batch(order, step))
 
 
 def test_damaged_block_ends_the_stream_where_it_is_needed() -> None:
     source = Numbered([np.ones(16, np.bool_) for _ in range(50)])
     order = ReadOrder(source.rows, seed=0, epoch=0, batch_rows=16, window_rows=64)
-    source.broken = int(order.rows(order.steps - 1)[0, 0])
+    source.broken = int(rows_of_batch(order, order.steps - 1)[0, 0])
     with pytest.raises(StoreError, match=f"block {source.broken} is damaged"):
         deliver(source, order)
     assert not [t for t in threading.enumerate() if t.name.startswith("activation-reader")]

@@ -1,6 +1,6 @@
 """Tuner: measures launch settings on this GPU and writes them into a table. Run manually, never during training:
 
-    python -m clt.kernels.tuning.tune --out kernels/gpu/configs.json --size 4096x32768x64 --tokens 4096 --tokens 32768
+    python -m benchmarks.tune_kernels --out kernels/gpu/configs.json --size 4096x32768x64 --tokens 4096 --tokens 32768
 
 For every operation a small space is tried. A candidate must give the result of the rule in `clt.kernels.gpu.configs`
 before it is timed, and be 2 % faster to replace it. `kernels/gpu/configs.json` is the table that is read.
@@ -14,17 +14,18 @@ import datetime
 import functools
 import itertools
 import math
-import statistics
 import sys
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
-from typing import get_args
+from typing import Any, get_args
 
 import torch
 from torch import Tensor
 from triton.runtime.errors import OutOfResources
 
-from clt.kernels.gpu import configs
+from clt.kernels.common.adam import RowAdam, RowAdamState
+from clt.kernels.common.interface import DecodeInputs, DecoderGradInputs, EncoderGradInputs
+from clt.kernels.gpu import configs, decode, encode, grad, optim, select
 from clt.kernels.gpu.config_table import (
     OPS,
     CodePath,
@@ -36,7 +37,9 @@ from clt.kernels.gpu.config_table import (
     key_of,
     write_table,
 )
-from clt.kernels.tuning.inputs import LayerShape, TunedCall, TuningInputs
+from clt.kernels.pytorch import dense
+from clt.launch.bench.common.timing import time_runs
+from clt.launch.bench.kernels.data import KernelInputs, KernelSize
 
 #: Least relative gain over the rule; less is noise.
 MARGIN = 0.02
@@ -49,58 +52,132 @@ SHARED_MEMORY = 227 * 1024
 #: implementations, twice.
 TOLERANCE = {torch.bfloat16: 4 * 2.0**-8, torch.float32: 64 * 2.0**-23}
 
+#: Source layers of a target. More only repeat the same work.
+SOURCES = 4
 
 #: Microseconds that a call takes.
 Measure = Callable[[Callable[[], object]], float]
 
 
-def rule(op: str, dtype: torch.dtype, shape: LayerShape) -> Settings:
-    """Settings that `clt.kernels.gpu.configs` gives for an operation, from its table or by rule.
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class TunedCall:
+    """One operation on one set of inputs.
 
-    Args:
-        op: a key of `OPS`.
-        dtype: dtype of the weights.
-        shape: sizes of the layer and the batch.
+    Attributes:
+        run: runs it with settings of its type and returns the results, which must not depend on them.
+        reset: restores everything that `run` changes in place.
+        precision: dtype in which an implementation may round what it returns in a wider one; None where none does.
     """
-    d_model, n_features, k, tokens = dataclasses.astuple(shape)
-    match OPS[op].section:
-        case "gather":
-            return configs.gather_config(op, dtype, d_model, n_features, k, tokens)
-        case "select":
-            return configs.select_config(dtype, n_features, k)
-        case "gemm":
-            return configs.gemm_config(dtype, d_model, n_features, tokens)
-        case "producer":
-            return configs.producer(dtype, d_model, n_features, k, tokens)
-        case _:
-            return configs.path(op.removesuffix("_path"), n_features, k, dtype, d_model, tokens)
+
+    run: Callable[[Any], Sequence[Tensor]]
+    reset: Callable[[], object] = lambda: None
+    precision: torch.dtype | None = None
 
 
-def candidates(op: str, dtype: torch.dtype, shape: LayerShape) -> list[Settings]:
-    """The settings to try for an operation, in a fixed order.
+class TunedCalls:
+    """The operations on random tensors of one target, with uneven feature frequencies."""
 
-    Args:
-        op: a key of `OPS`.
-        dtype: dtype of the weights.
-        shape: sizes of the layer and the batch.
+    def __init__(self, size: KernelSize, device: torch.device, dtype: torch.dtype) -> None:
+        self._inputs = inputs = KernelInputs.make(size, "zipf", device, dtype)
+        codes = inputs.values_SBK, inputs.indices_SBK
+        values_BK, indices_BK = (tensor_SBK[0] for tensor_SBK in codes)
+        self._decoder_inputs = DecoderGradInputs(inputs.grad_BD, *codes, inputs.W_dec_SFD, inputs.csr)
+        self._encoder_inputs = EncoderGradInputs(
+            values_BK.float(), values_BK, indices_BK, inputs.x_BD, size.n_features, inputs.csr[:1]
+        )
+        self._decoded = DecodeInputs(*codes, inputs.W_dec_SFD, inputs.b_dec_D, None), inputs.y_BD, None
+        self._encoded = inputs.x_BD, inputs.W_enc_FD, inputs.b_enc_F
+        self._by_rule = configs.select_config(dtype, size.n_features, size.k)
 
-    Returns:
-        Distinct settings; the first is that of `rule`.
-    """
+    def call_of(self, op: str) -> TunedCall:
+        """The call of a key of `OPS`."""
+        if op == "row_adam":
+            return self._row_adam()
+        precision = self._inputs.dtype if op.endswith(("_path", "producer")) else None
+        return TunedCall(run=getattr(self, f"_{op}"), precision=precision)
+
+    def _pre(self) -> Tensor:
+        return torch.addmm(self._inputs.b_enc_F, self._inputs.x_BD, self._inputs.W_enc_FD.T)
+
+    def _decode(self, settings: GatherConfig) -> Sequence[Tensor]:
+        return decode.decode_loss(*self._decoded, settings)
+
+    def _decoder_grad(self, settings: GatherConfig) -> Sequence[Tensor]:
+        values, grad_W = grad.decoder_grad(self._decoder_inputs, config=settings)
+        assert grad_W is not None
+        return values, grad_W
+
+    def _encoder_grad(self, settings: GatherConfig) -> Sequence[Tensor]:
+        return grad.encoder_grad(self._encoder_inputs, settings)
+
+    @functools.cached_property
+    def _stored(self) -> Tensor:
+        return self._pre()
+
+    def _select(self, settings: SelectConfig) -> Sequence[Tensor]:
+        return select.select_topk(self._stored, self._inputs.size.k, None, settings)
+
+    def _gemm(self, settings: GemmConfig) -> Sequence[Tensor]:
+        """The pre-activations, and how far the maxima are from theirs: their own last bit depends on the tile."""
+        pre, keys = encode.gemm_group_max(*self._encoded, self._by_rule.group, settings)
+        return pre, keys - select.group_max(pre, self._by_rule)
+
+    def _producer(self, settings: Producer) -> Sequence[Tensor]:
+        """Sums of the values: where two features tie but for the order of a sum, either may be chosen."""
+        if settings == "fused":
+            pre, keys = encode.gemm_group_max(*self._encoded, self._by_rule.group)
+        else:
+            pre = self._pre()
+            keys = select.group_max(pre, self._by_rule)
+        values, _ = select.select_topk(pre, self._inputs.size.k, keys, self._by_rule)
+        return (values.sum(dim=1, dtype=torch.float32),)
+
+    def _decode_path(self, settings: CodePath) -> Sequence[Tensor]:
+        return (dense.decode_loss if settings == "dense" else decode.decode_loss)(*self._decoded)
+
+    def _decoder_grad_path(self, settings: CodePath) -> Sequence[Tensor]:
+        values, grad_W = (dense.decoder_grad if settings == "dense" else grad.decoder_grad)(self._decoder_inputs)
+        assert grad_W is not None
+        return values, grad_W
+
+    def _encoder_grad_path(self, settings: CodePath) -> Sequence[Tensor]:
+        return (dense.encoder_grad if settings == "dense" else grad.encoder_grad)(self._encoder_inputs)
+
+    def _row_adam(self) -> TunedCall:
+        before, gradient = self._inputs.W_dec_SFD[:2]
+        param, adam = before.clone(), RowAdam(learning_rate=1e-3)
+        state, hyper = RowAdamState.zeros(param, adam), adam.hyper(1, param.device, torch.float32)
+        touched = self._inputs.csr.touched()[0]
+
+        def run(settings: GatherConfig) -> Sequence[Tensor]:
+            optim.row_adam_(param, gradient, state, hyper, touched, settings)
+            return (param,)
+
+        def reset() -> None:
+            param.copy_(before)
+            state.v_RD.zero_()
+            state.last_step_R.zero_()
+
+        return TunedCall(run=run, reset=reset)
+
+
+def candidates(op: str, dtype: torch.dtype, size: KernelSize) -> list[Settings]:
+    """The settings to try for an operation, in a fixed order; the first is the rule's."""
     spaces: dict[str, Iterable[Settings]] = {
-        "gather": _gathers(dtype, shape),
+        "gather": _gathers(dtype, size),
         "select": (SelectConfig(group=group, num_warps=warps) for group in (16, 32, 64) for warps in (1, 2, 4)),
         "gemm": _gemms(dtype),
         "producer": get_args(Producer),
         "path": get_args(CodePath),
     }
-    return list(dict.fromkeys([rule(op, dtype, shape), *spaces[OPS[op].section]]))
+    rule = configs.settings_of(op, dtype, size.d_model, size.n_features, size.k, size.n_tokens)
+    return list(dict.fromkeys([rule, *spaces[OPS[op].section]]))
 
 
-def _gathers(dtype: torch.dtype, shape: LayerShape) -> Iterator[GatherConfig]:
+def _gathers(dtype: torch.dtype, size: KernelSize) -> Iterator[GatherConfig]:
     """One or two loads of 16 bytes per row and lane."""
     for block_d, unroll, loads in itertools.product((128, 256, 512, 1024), (4, 8, 16), (1, 2)):
-        if block_d < 2 * shape.d_model:
+        if block_d < 2 * size.d_model:
             warps = max(1, block_d * dtype.itemsize // (512 * loads))
             yield GatherConfig(block_d=block_d, unroll=unroll, num_warps=warps)
 
@@ -178,7 +255,7 @@ def fastest(
 def tune(
     ops: Sequence[str],
     dtype: torch.dtype,
-    shape: LayerShape,
+    size: KernelSize,
     call_of: Callable[[str], TunedCall],
     measure: Measure,
     report: Callable[[str], None] = print,
@@ -188,7 +265,7 @@ def tune(
     Args:
         ops: keys of `OPS`.
         dtype: of weights and activations.
-        shape: of the layer.
+        size: of the layer and the batch.
         call_of: gives the call of an operation.
         measure: gives microseconds of a call.
         report: takes one line per candidate and result.
@@ -198,30 +275,21 @@ def tune(
     """
     architecture, triton = configs.architecture(), configs.triton_version()
     assert architecture is not None and triton is not None, "tuning needs a device and Triton"
-    found = {}
+    name, found = str(dtype).removeprefix("torch."), {}
+    sizes = {"d_model": size.d_model, "n_features": size.n_features, "k": size.k, "tokens": size.n_tokens}
     for op in ops:
-        report(f"{op} {dtype} {shape}")
-        settings, microseconds = fastest(candidates(op, dtype, shape), call_of(op), measure, report)
+        report(f"{op} {name} {size}")
+        settings, microseconds = fastest(candidates(op, dtype, size), call_of(op), measure, report)
         report(f"{op}: {settings}, {microseconds:.1f} us")
-        name = str(dtype).removeprefix("torch.")
-        found[key_of(op, architecture, name, triton, dataclasses.asdict(shape))] = settings
+        found[key_of(op, architecture, name, triton, sizes)] = settings
     return found
 
 
 def cuda_microseconds(call: Callable[[], object]) -> float:
     """Median of 20 timed calls, each with a cold L2 cache."""
-    flush = torch.empty(2**29, dtype=torch.int8, device="cuda")
-    times = []
-    for number in range(23):
-        flush.zero_()
-        start, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
-        start.record()
+    for _ in range(3):
         call()
-        end.record()
-        end.synchronize()
-        if number >= 3:
-            times.append(1000 * start.elapsed_time(end))
-    return statistics.median(times)
+    return 1e6 * time_runs(call, torch.device("cuda"), 20).median_s
 
 
 def _shape(text: str) -> tuple[int, int, int]:
@@ -233,7 +301,7 @@ def _shape(text: str) -> tuple[int, int, int]:
 
 def main(arguments: Sequence[str] | None = None) -> None:
     """Runs the tuner from the command line."""
-    parser = argparse.ArgumentParser(prog="python -m clt.kernels.tuning.tune", description="measure launch settings")
+    parser = argparse.ArgumentParser(prog="python -m benchmarks.tune_kernels", description="measure launch settings")
     parser.add_argument("--out", type=Path, required=True, help="table to write or to add to")
     parser.add_argument("--size", type=_shape, action="append", required=True, help="DxFxK; may be repeated")
     parser.add_argument("--tokens", type=int, action="append", help="tokens in a batch; may be repeated (4096)")
@@ -241,14 +309,14 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("--op", choices=list(OPS), action="append", help="only these; may be repeated")
     options = parser.parse_args(arguments)
     if not torch.cuda.is_available():
-        sys.exit("clt.kernels.tuning.tune: needs a CUDA device, and there is none")
+        sys.exit("benchmarks.tune_kernels: needs a CUDA device, and there is none")
     measured = f"{datetime.datetime.now(datetime.UTC).date().isoformat()} {torch.cuda.get_device_name()}"
     dtype = getattr(torch, options.dtype)
     for (d_model, n_features, k), tokens in itertools.product(options.size, options.tokens or [4096]):
-        shape = LayerShape(d_model=d_model, n_features=n_features, k=k, tokens=tokens)
-        inputs = TuningInputs(dtype, shape, "cuda")
-        # Written after every shape: measurements are kept if a later one fails.
-        found = tune(options.op or list(OPS), dtype, shape, inputs.call_of, cuda_microseconds)
+        size = KernelSize(name="tuned", d_model=d_model, n_features=n_features, n_tokens=tokens, k=k, n_sources=SOURCES)
+        calls = TunedCalls(size, torch.device("cuda"), dtype)
+        # Written after every size: what was measured is kept if a later one fails.
+        found = tune(options.op or list(OPS), dtype, size, calls.call_of, cuda_microseconds)
         write_table(options.out, found, measured)
 
 
