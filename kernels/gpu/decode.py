@@ -84,7 +84,7 @@ def _decode_kernel(
 
 
 def decode(inputs: DecodeInputs, config: GatherConfig | None = None) -> Tensor:
-    """Sum over sources and slots of value times decoder vector, plus bias and skip, as in `clt.kernels.ops.decode`.
+    """See `KernelBackend.decode`.
 
     `config` does not change a bit of the result; default: the launch settings of the table.
     """
