@@ -22,7 +22,10 @@ def keys_text(settings: type[Any]) -> str:
     lines = []
     for key in keys_of(settings):
         lines.append(f"  {key.name}  ({type_text(key)}{_default_suffix(key)})")
-        lines += textwrap.wrap(key.description, _WIDTH, initial_indent=" " * 6, subsequent_indent=" " * 6)
+        indent = " " * 6
+        lines += textwrap.wrap(
+            key.description, _WIDTH, initial_indent=indent, subsequent_indent=indent, break_on_hyphens=False
+        )
     return "\n".join(lines)
 
 

@@ -71,12 +71,12 @@ ARROWS = {
         clt.attribution clt.attribution.evaluation clt.attribution.features clt.capture clt.capture.models
         clt.capture.reading clt.capture.sources clt.capture.writing clt.distributed clt.training clt.transcoder""",
     "clt.launch.bench.device": """
-        clt.distributed clt.kernels clt.kernels.common clt.kernels.gpu clt.kernels.pytorch clt.training
-        clt.transcoder""",
+        clt.distributed clt.kernels clt.kernels.common clt.kernels.gpu clt.kernels.pytorch clt.launch.bench.common
+        clt.training clt.transcoder""",
     "clt.launch.bench.kernels": "clt.kernels clt.kernels.gpu clt.launch.bench clt.launch.bench.common",
     "clt.launch.bench.store": """
         clt.capture clt.capture.models clt.capture.reading clt.capture.storage clt.capture.store
-        clt.capture.writing clt.launch.bench.common""",
+        clt.capture.writing clt.launch clt.launch.bench.common""",
     "clt.launch.bench.training": """
         clt.distributed clt.kernels clt.launch clt.launch.bench.common clt.planning clt.training clt.transcoder""",
     "clt.launch.commands": """
