@@ -1,4 +1,4 @@
-"""Fixtures shared by all tests: a fixed seed and the committed toy model."""
+"""Fixtures shared by all tests: a fixed seed and the committed toy model; benchmarks/, not installed, is importable."""
 
 from __future__ import annotations
 
@@ -9,6 +9,8 @@ from typing import TYPE_CHECKING
 import pytest
 import torch
 
+from clt.launch.bench.checkout import load_benchmarks
+
 if TYPE_CHECKING:
     from clt.capture.models.adapter import ModelAdapter
 
@@ -17,6 +19,8 @@ if TYPE_CHECKING:
 os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
 if not torch.cuda.is_available():
     os.environ["TRITON_INTERPRET"] = "1"
+
+load_benchmarks()
 
 ROOT = Path(__file__).resolve().parent.parent
 TOY_CHECKPOINT = ROOT / "examples" / "toy_vlm" / "checkpoints" / "base"
