@@ -40,7 +40,7 @@ class GraphScores:
     uncomputed: float
 
 
-@dataclass(frozen=True, kw_only=True)
+@dataclass(frozen=True, kw_only=True, repr=False)
 class PrunedGraph:
     """The part of a graph that holds most of the influence.
 
@@ -55,6 +55,10 @@ class PrunedGraph:
     node_mask: Tensor
     edge_mask: Tensor
     influence: Tensor
+
+    def __repr__(self) -> str:
+        nodes, edges = int(self.node_mask.sum()), int(self.edge_mask.sum())
+        return f"PrunedGraph(nodes={nodes} of {self.node_mask.numel()}, edges={edges} of {self.edge_mask.numel()})"
 
     def edge_list(self) -> tuple[Tensor, Tensor, Tensor]:
         """Source nodes [E], target nodes [E] and weights [E] of the kept edges, strongest first."""

@@ -214,3 +214,9 @@ def test_a_pruned_graph_has_no_loose_ends(make_graph, seed, node, edge):
     assert bool((enters | fixed[rows] | ~pruned.node_mask[rows]).all())
     assert 0 <= replacement_score(graph, pruned.node_mask) <= replacement_score(graph) + 1e-12
     assert 0 <= completeness_score(graph, pruned.node_mask) <= 1
+
+
+def test_pruned_graph_prints_what_is_kept(graph):
+    pruned = prune(graph, node_threshold=0.8, edge_threshold=0.9)
+    nodes, edges = len(pruned.node_mask.nonzero()), len(pruned.edge_list()[0])
+    assert repr(pruned) == f"PrunedGraph(nodes={nodes} of 8, edges={edges} of 32)"
